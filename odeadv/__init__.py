@@ -1,0 +1,35 @@
+"""odeadv: layer-wise adversarial defence as an ODE, dx/dt = f(t, x) + eta * dL/dx, and splitting solvers for it.
+
+``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and adversarial fields;
+``odeadv.models`` has residual networks that are such fields; ``odeadv.attacks`` and ``odeadv.evaluate`` measure
+robust accuracy. Training, data and plotting are imported only when used.
+"""
+
+from odeadv import attacks, models
+from odeadv._solution import Solution, SolveError, Stats, Status
+from odeadv._solve import solve
+from odeadv._version import __version__
+from odeadv.evaluation import evaluate
+from odeadv.fields import AdversarialField, Operator, SplitField, VectorField
+from odeadv.splitting import Scheme, Stage, TorchDiffEq, schemes, substep_names
+
+__all__ = [
+    "AdversarialField",
+    "Operator",
+    "Scheme",
+    "Solution",
+    "SolveError",
+    "SplitField",
+    "Stage",
+    "Stats",
+    "Status",
+    "TorchDiffEq",
+    "VectorField",
+    "__version__",
+    "attacks",
+    "evaluate",
+    "models",
+    "schemes",
+    "solve",
+    "substep_names",
+]

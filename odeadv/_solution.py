@@ -1,0 +1,112 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+from odeadv.costate import Costate
+
+
+class Status(Enum):
+    """How a solve ended; ``status.message`` says it in words."""
+
+    SUCCESS = "the solve reached the end of its span"
+    NON_FINITE = "the final state or its loss is NaN or infinite"
+
+    @property
+    def message(self) -> str:
+        """The status in words."""
+        return self.value
+
+
+@dataclass
+class Stats:
+    """What a solve cost.
+
+    Attributes:
+        steps: steps of the final solve.
+        recordings: recording passes before it.
+        evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
+        vjps: vector-Jacobian products of f: back-propagations through its evaluations, and those between nodes.
+    """
+
+    steps: int = 0
+    recordings: int = 0
+    evaluations: dict[str, int] = field(default_factory=dict)
+    vjps: int = 0
+
+
+class SolveError(RuntimeError):
+    """A solve that did not succeed; ``solution`` holds what it had come to."""
+
+    def __init__(self, solution: Solution) -> None:
+        super().__init__(
+            f"solve: {solution.status.message} (scheme {solution.scheme!r}, {solution.stats.steps} steps); take more "
+            "steps or a smaller eta, or pass throw=False to get the solution as it is"
+        )
+        self.solution = solution
+
+
+class Solution:
+    """States of a solve at the times asked for, with the costate, output, loss and cost.
+
+    Attributes:
+        ts: the saved times, shape ``(K,)``.
+        xs: the saved states: one tensor ``(K, *state)``, or a tuple of K tensors where the state changes its shape.
+        status: a `Status`.
+        stats: a `Stats`.
+        scheme: name of the scheme used.
+        output: read-out of the final state (logits of a network), for an `AdversarialField`; otherwise None.
+        loss: the field's loss of it, a scalar with its graph, for an `AdversarialField`; otherwise None.
+    """
+
+    def __init__(
+        self,
+        ts: Tensor,
+        xs: Tensor | Sequence[Tensor],
+        *,
+        status: Status,
+        stats: Stats,
+        scheme: str,
+        output: Tensor | None = None,
+        loss: Tensor | None = None,
+        costate: Costate | None = None,
+        record: Callable[[], Costate] | None = None,
+    ) -> None:
+        self.ts = ts
+        self.xs = xs
+        self.status = status
+        self.stats = stats
+        self.scheme = scheme
+        self.output = output
+        self.loss = loss
+        self._costate = costate
+        self._record = record
+
+    @property
+    def costate(self) -> Costate:
+        """a(t) = dL/dx(t) as recorded: call it with a time, or use it in ``field.driven_by``.
+
+        With eta = 0 nothing is recorded by the solve, and the recording is made when first asked for.
+
+        Raises:
+            AttributeError: if the field has no loss, and so no costate.
+        """
+        if self._costate is None:
+            if self._record is None:
+                raise AttributeError("costate: the field has no loss; solve an odeadv.AdversarialField to get one")
+            self._costate = self._record()
+        return self._costate
+
+    def __repr__(self) -> str:
+        shape = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else f"{len(self.xs)} tensors"
+        cost = ", ".join(f"{name} {count}" for name, count in self.stats.evaluations.items())
+        loss = "" if self.loss is None else f", loss={self.loss.item():.6g}"
+        return (
+            f"Solution({self.scheme}: t {self.ts[0].item():g} to {self.ts[-1].item():g}, {self.stats.steps} steps, "
+            f"xs {shape}{loss}, evaluations: {cost}, vjps {self.stats.vjps}, {self.status.name})"
+        )

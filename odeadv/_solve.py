@@ -1,0 +1,378 @@
+"""`solve`: checks what it was given, records the costate if there is one, and runs the composition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from odeadv._solution import Solution, SolveError, Stats, Status
+from odeadv.costate import Costate, RecordedCostate, SummedCostate, record
+from odeadv.fields import AdversarialField, Operator, Piecewise, VectorField, as_field
+from odeadv.fields._operator import Sum, Unrecorded, VectorFunction, clock_dtype
+from odeadv.splitting import (
+    Exact,
+    Grid,
+    Scheme,
+    Stage,
+    Step,
+    Stepper,
+    SubStep,
+    get_substep,
+    make_grid,
+    schemes,
+    substep_names,
+)
+from odeadv.splitting._scheme import CostateKind
+
+SubSteps = str | SubStep | Mapping[str, str | SubStep]
+SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
+
+
+def solve(
+    field: VectorField | Operator | VectorFunction,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    scheme: str | Scheme = "strang",
+    dt: float | None = None,
+    steps: int | None = None,
+    save_at: SaveAt = None,
+    substep: SubSteps = "euler",
+    costate: CostateKind | None = None,
+    sweeps: int | None = None,
+    ascent: int | None = None,
+    differentiate_costate: bool = False,
+    throw: bool = True,
+) -> Solution:
+    """Solve dx/dt = field(t, x) by operator splitting with fixed steps.
+
+    The defaults reproduce the paper on an `AdversarialField`: Euler sub-steps, one recording on the unperturbed
+    trajectory, linear costate; ``scheme="lie"`` is then Eq. 5 (LAD) and ``scheme="strang"`` Eq. 8 (LAD-SM).
+    Gradients reach parameters and ``x0`` through the solve.
+
+    Args:
+        field: an `AdversarialField`, a `SplitField`, an `Operator` or a plain callable ``f(t, x)``.
+        x0: initial state, any shape, floating or complex, any device; the field's own if not given.
+        t_span: ``(t0, t1)``, in either direction; the field's own if not given.
+        scheme: a name of `odeadv.schemes` or a `Scheme`; or the name of a sub-step, which then advances the whole
+            field without splitting it. A field with one operator is never split.
+        dt: step size, which must divide the span; its sign is ignored.
+        steps: number of steps, instead of ``dt``.
+        save_at: None keeps the two ends, ``"steps"`` every step, a sequence of times those (cubic Hermite within
+            the step, from two more evaluations of the field).
+        substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
+            operator, "euler" for operators not in it.
+        costate: a(t) between recorded nodes, ``"linear"`` (Theorem 3.2), ``"hermite"`` (cubic, slopes from Eq. 9)
+            or ``"exact"`` (Eq. 9 integrated back from the next node); the scheme's own choice, else linear.
+        sweeps: number of recordings, each on the trajectory driven by the one before alone (Picard iteration); 1 is
+            the paper's two-stage method.
+        ascent: number of recordings, each on the trajectory driven by the sum of all before (Eq. 3).
+        differentiate_costate: let gradients through the costate too, instead of treating it as a constant.
+        throw: raise if the solve fails; otherwise see ``status`` of what is returned.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if the state or loss becomes NaN or infinite and ``throw`` is set.
+    """
+    field = as_field(field)
+    method = _method(field, scheme, substep, costate)
+    passes, adding = _recordings(sweeps, ascent)
+    grid = _grid(field, t_span, dt, steps)
+    times = _save_times(save_at, grid)
+    x = _initial_state(field, x0)
+
+    stats = Stats(steps=len(grid), evaluations=dict.fromkeys(field.operators, 0))
+
+    def recorded() -> Costate:
+        return _record(field, method, grid, x, passes, adding, differentiate_costate, stats)
+
+    driven: VectorField = field
+    a: Costate | None = None
+    if isinstance(field, AdversarialField) and field.eta != 0.0:
+        a = recorded()
+        driven = field.driven_by(a)
+    stepper = method.stepper(driven)
+    final, xs = _run(stepper, x, grid, times)
+    output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
+    _count(stats, stepper, a)
+
+    solution = Solution(
+        torch.tensor(times, dtype=clock_dtype(x.dtype), device=x.device),
+        torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs),
+        status=_status(final, loss),
+        stats=stats,
+        scheme=method.name,
+        output=output,
+        loss=loss,
+        costate=a,
+        record=recorded if isinstance(field, AdversarialField) else None,
+    )
+    if throw and solution.status is not Status.SUCCESS:
+        raise SolveError(solution)
+    return solution
+
+
+@dataclass(frozen=True)
+class _Method:
+    """The three orthogonal choices, checked against the field: composition, sub-steps, costate evaluation."""
+
+    name: str
+    scheme: Scheme | None
+    substeps: Mapping[str, SubStep]
+    costate: CostateKind
+
+    def stepper(self, field: VectorField) -> Stepper:
+        """What advances those operators of ``field`` that act; neighbouring stages merge where others vanish."""
+        active = [i for i, operator in enumerate(field.operators.values()) if operator.acts]
+        names = [list(field.operators)[i] for i in active]
+        operators = [field.operators[name] for name in names]
+        substeps = [self.substeps[name] for name in names]
+        if self.scheme is None:
+            return Stepper([Sum(operators)], substeps[:1], (Stage(0, 1.0, 0.0),))
+        return Stepper(operators, substeps, self.scheme.restricted_to(active))
+
+
+def _record(
+    field: VectorField,
+    method: _Method,
+    grid: Grid,
+    x: Tensor,
+    passes: int,
+    adding: bool,
+    differentiate: bool,
+    stats: Stats,
+) -> Costate:
+    """``passes`` recordings, each on the trajectory driven by the last one, or by the sum of all before."""
+    assert isinstance(field, AdversarialField)
+    parts: list[RecordedCostate] = []
+    drive: Costate | None = None
+    for _ in range(passes):
+        stepper = method.stepper(field if drive is None else field.driven_by(drive))
+        parts.append(record(field, x, grid, stepper, kind=method.costate, differentiate=differentiate))
+        _count(stats, stepper, drive)
+        stats.recordings += 1
+        drive = SummedCostate(tuple(parts)) if adding and len(parts) > 1 else parts[-1]
+    assert drive is not None
+    return drive
+
+
+def _count(stats: Stats, stepper: Stepper, a: Costate | None) -> None:
+    """Move what ``stepper`` and the evaluations of ``a`` between nodes cost into ``stats``."""
+    names = list(stats.evaluations)
+    counted = list(zip(names, stepper.tallies, strict=False))
+    parts = a.parts if isinstance(a, SummedCostate) else (a,) if isinstance(a, RecordedCostate) else ()
+    counted += [(names[0], part.tally) for part in parts]
+    for name, tally in counted:
+        stats.evaluations[name] += tally.evaluations
+        stats.vjps += tally.vjps
+        tally.evaluations = tally.vjps = 0
+
+
+def _run(stepper: Stepper, x0: Tensor, grid: Grid, times: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """The final state, and the states at ``times``, which are in the order of the solve."""
+    x = x0
+    saved: list[Tensor] = []
+    sign = 1.0 if grid.h > 0 else -1.0
+    for step in grid:
+        before, x = x, stepper.advance(x, step)
+        while len(saved) < len(times) and sign * times[len(saved)] <= sign * step.t1:
+            saved.append(_within(stepper, step, before, x, times[len(saved)]))
+    return x, saved
+
+
+def _within(stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float) -> Tensor:
+    """Dense output: the ends themselves, a cubic Hermite polynomial between them."""
+    if t == step.t0:
+        return before
+    if t == step.t1:
+        return after
+    s = (t - step.t0) / step.h
+    left, right = stepper.velocity(before, step.t0, step), stepper.velocity(after, step.t1, step)
+    value = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))
+    return torch.add(value, s * (1.0 - s) ** 2 * left - s * s * (1.0 - s) * right, alpha=step.h)
+
+
+def _status(final: Tensor, loss: Tensor | None) -> Status:
+    finite = final.isfinite().all()
+    if loss is not None:
+        finite = finite & loss.isfinite()
+    return Status.SUCCESS if bool(finite) else Status.NON_FINITE
+
+
+def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps, costate: CostateKind | None) -> _Method:
+    count = len(field.operators)
+    table: Scheme | None
+    if isinstance(scheme, Scheme):
+        scheme.check()
+        if count > 1 and scheme.operators != count:
+            raise ValueError(
+                f"scheme: {scheme.name!r} splits {scheme.operators} operators, the field has {count} "
+                f"({', '.join(field.operators)})"
+            )
+        name, table = scheme.name, scheme
+    elif isinstance(scheme, str) and scheme.strip().lower() in substep_names():
+        if substep != "euler":
+            raise ValueError(
+                f"scheme: {scheme!r} is itself a sub-step and does not split; give it as substep, or leave substep out"
+            )
+        name, table, substep = scheme.strip().lower(), None, scheme
+    else:
+        table = schemes.get(scheme, max(2, count))
+        name = table.name
+    if table is None and count > 1 and isinstance(get_substep(str(substep)), Exact):
+        raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
+    kind = costate if costate is not None else (table.costate if table else None) or "linear"
+    if kind not in ("linear", "hermite", "exact"):
+        raise ValueError(f"costate: got {kind!r}, expected 'linear', 'hermite' or 'exact'")
+    return _Method(name, table, _substeps(field, substep), kind)
+
+
+def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
+    if isinstance(substep, Mapping):
+        unknown = [name for name in substep if name not in field.operators]
+        if unknown:
+            raise ValueError(
+                f"substep: no operator is called {unknown[0]!r}; the field has {', '.join(map(repr, field.operators))}"
+            )
+        chosen = {name: get_substep(substep.get(name, "euler")) for name in field.operators}
+    else:
+        chosen = dict.fromkeys(field.operators, get_substep(substep))
+    for name, method in chosen.items():
+        operator = field.operators[name]
+        if isinstance(method, Exact) and operator.flow is None and not isinstance(operator, Piecewise | Unrecorded):
+            raise ValueError(
+                f"substep: 'exact' is asked for operator {name!r}, which has no flow; give "
+                f"odeadv.Operator(f, flow=...) or another sub-step ({', '.join(substep_names())})"
+            )
+    return chosen
+
+
+def _recordings(sweeps: int | None, ascent: int | None) -> tuple[int, bool]:
+    if sweeps is not None and ascent is not None:
+        raise ValueError(f"sweeps, ascent: got {sweeps!r} and {ascent!r}, expected one of the two")
+    for name, value in (("sweeps", sweeps), ("ascent", ascent)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {value!r}, expected a whole number of recordings, at least 1")
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1 recording")
+    return sweeps or ascent or 1, ascent is not None
+
+
+def _grid(field: VectorField, t_span: tuple[float, float] | None, dt: float | None, steps: int | None) -> Grid:
+    span = _span(field.problem.t_span if t_span is None else t_span)
+    if dt is not None and steps is not None:
+        raise ValueError(f"dt, steps: got dt={dt!r} and steps={steps!r}, expected one of the two")
+    if dt is None and steps is None:
+        dt, steps = field.problem.dt, field.problem.steps
+        if dt is not None and steps is not None:
+            raise ValueError("dt, steps: the field carries both, expected one of the two")
+        if dt is None and steps is None:
+            raise ValueError("dt: neither dt nor steps is given, and the field carries none; give one of the two")
+    if dt is not None:
+        dt = _finite("dt", dt)
+        if dt == 0.0:
+            raise ValueError("dt: got 0, expected a step size different from 0")
+        if math.copysign(1.0, dt) < 0.0 and span[1] > span[0]:
+            raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
+    elif isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps: got {steps!r}, expected a whole number of steps, at least 1")
+    elif steps < 1:
+        raise ValueError(f"steps: got {steps}, expected at least 1")
+    jumps = [
+        jump for operator in field.operators.values() if isinstance(operator, Piecewise) for jump in operator.jumps
+    ]
+    inside = [(start, stop) for start, stop in jumps if start < max(span) and stop > min(span)]
+    grid = make_grid(span, dt, steps, inside)
+    for operator in field.operators.values():
+        if isinstance(operator, Piecewise):
+            for step in grid:
+                operator.on(step.t0, step.t1)
+    return grid
+
+
+def _span(t_span: Any) -> tuple[float, float]:
+    if t_span is None:
+        raise ValueError("t_span: not given, and the field carries none; give (t0, t1)")
+    try:
+        ends = tuple(t_span)
+    except TypeError:
+        raise TypeError(f"t_span: got {type(t_span).__name__}, expected two times (t0, t1)") from None
+    if len(ends) != 2:
+        raise ValueError(f"t_span: got {len(ends)} values, expected two times (t0, t1); use save_at for times between")
+    t0, t1 = _finite("t_span", ends[0]), _finite("t_span", ends[1])
+    if t0 == t1:
+        raise ValueError(f"t_span: got ({t0:g}, {t1:g}), expected two different times")
+    return t0, t1
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {value!r}, expected a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {number}, expected a finite number")
+    return number
+
+
+def _save_times(save_at: SaveAt, grid: Grid) -> tuple[float, ...]:
+    if save_at is None:
+        return grid.times[0], grid.times[-1]
+    if isinstance(save_at, str):
+        if save_at != "steps":
+            raise ValueError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times")
+        return grid.times
+    try:
+        times = tuple(_finite("save_at", t) for t in save_at)
+    except TypeError:
+        raise TypeError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times") from None
+    if not times:
+        raise ValueError("save_at: got no times, expected at least one (None keeps the two ends)")
+    times = tuple(_on_node(t, grid) for t in times)
+    sign = 1.0 if grid.h > 0 else -1.0
+    if any(sign * b < sign * a for a, b in pairwise(times)):
+        raise ValueError(
+            f"save_at: the times must be in the order of the solve, {grid.times[0]:g} to {grid.times[-1]:g}"
+        )
+    return times
+
+
+def _on_node(t: float, grid: Grid) -> float:
+    """``t``, or the node it differs from by rounding only.
+
+    Raises:
+        ValueError: if ``t`` is outside the span.
+    """
+    for node in (grid.times[0], grid.times[-1]):
+        if math.isclose(t, node, rel_tol=1e-9, abs_tol=1e-9 * abs(grid.h)):
+            return node
+    step = grid[grid.locate(t, "save_at")]
+    for node in (step.t0, step.t1):
+        if math.isclose(t, node, rel_tol=1e-9, abs_tol=1e-9 * abs(grid.h)):
+            return node
+    return t
+
+
+def _initial_state(field: VectorField, x0: Any) -> Tensor:
+    given: Tensor | Callable[[], Tensor] | None = field.problem.x0 if x0 is None else x0
+    if given is None:
+        raise ValueError("x0: not given, and the field carries none; give the initial state")
+    state = given if isinstance(given, Tensor) else given() if callable(given) else given
+    if not isinstance(state, Tensor):
+        raise TypeError(f"x0: got {type(state).__name__}, expected a tensor")
+    if not (state.is_floating_point() or state.is_complex()):
+        raise TypeError(f"x0: got dtype {state.dtype}, expected a floating or complex dtype; convert with x0.double()")
+    if not bool(state.isfinite().all()):
+        raise ValueError("x0: contains NaN or infinite values, expected finite ones")
+    return state

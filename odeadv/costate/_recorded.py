@@ -1,0 +1,138 @@
+"""The recorded costate as a function of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from odeadv._state import recording
+from odeadv.fields._operator import Jump, Operator, Tally
+from odeadv.splitting import Grid
+from odeadv.splitting._scheme import CostateKind
+
+
+class Costate(Protocol):
+    """A function of time, a(t), that can be restricted to a step of its grid."""
+
+    def __call__(self, t: float) -> Tensor:
+        """a(t), of the shape of the state at ``t``."""
+        ...
+
+    def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
+        """a(t) restricted to the step from ``t0`` to ``t1``."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecordedCostate:
+    """The costate recorded at the nodes of a grid, evaluated between them by ``kind``.
+
+    ``"linear"``: a mean of the two nodes (Theorem 3.2 is its midpoint). ``"hermite"``: the cubic through them with
+    the slopes of Eq. 9. ``"exact"``: Eq. 9 integrated back from the later node along the recorded states by the
+    midpoint rule, one vector-Jacobian product, third-order local error. On the nodes all three are the recording.
+
+    Attributes:
+        grid: the times t_n.
+        nodes: a(t_n), N + 1 tensors shaped like the states.
+        states: x(t_n) of the trajectory it was recorded on.
+        operator: f, whose Jacobian Eq. 9 needs.
+        kind: the evaluation between nodes.
+        tally: counts the vector-Jacobian products made between nodes.
+        differentiate: whether a(t) is part of the autograd graph.
+    """
+
+    grid: Grid
+    nodes: Sequence[Tensor]
+    states: Sequence[Tensor]
+    operator: Operator
+    kind: CostateKind = "linear"
+    differentiate: bool = False
+    tally: Tally = field(default_factory=Tally)
+
+    def __call__(self, t: float | Tensor) -> Tensor:
+        """a(t).
+
+        Args:
+            t: a time within the solved span, float or 0-d tensor.
+
+        Raises:
+            ValueError: if ``t`` is outside the span, or strictly inside a jump of the field.
+        """
+        time = self._snap(float(t))
+        return self._within(self.grid.locate(time))(time)
+
+    def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
+        """a(t) on the step from ``t0`` to ``t1``."""
+        return self._within(self.grid.locate(0.5 * (t0 + t1)))
+
+    def _snap(self, t: float) -> float:
+        # A time that went through float32 misses its node by rounding.
+        near = min(self.grid.times, key=lambda node: abs(node - t))
+        return near if abs(near - t) <= 1e-6 * abs(self.grid.h) else t
+
+    def _within(self, n: int) -> Callable[[float], Tensor]:
+        step, before, after = self.grid[n], self.nodes[n], self.nodes[n + 1]
+        slopes: list[Tensor] = []
+
+        def value(t: float) -> Tensor:
+            if t == step.t0:
+                return before
+            if t == step.t1:
+                return after
+            part = self.operator.on(step.t0, step.t1)
+            if isinstance(part, Jump):
+                raise ValueError(
+                    f"t: {t:g} lies within the jump from {step.t0:g} to {step.t1:g}, where no costate is defined"
+                )
+            s = (t - step.t0) / step.h
+            if self.kind == "linear":
+                return torch.lerp(before, after, s)
+            if self.kind == "exact":
+                back = (1.0 - s) * step.h
+                middle = 0.5 * (1.0 + s)
+                with torch.inference_mode(False):
+                    x, a = torch.lerp(self.states[n], self.states[n + 1], middle), torch.lerp(before, after, middle)
+                return torch.add(after, self._vjp(part, step.time(middle), x, a), alpha=back)
+            if not slopes:
+                slopes.append(self._vjp(part, step.t0, self.states[n], before))
+                slopes.append(self._vjp(part, step.t1, self.states[n + 1], after))
+            ends = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))
+            tangents = s * (1.0 - s) ** 2 * slopes[0] - s * s * (1.0 - s) * slopes[1]
+            return torch.add(ends, tangents, alpha=-step.h)
+
+        return value
+
+    def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
+        """(df/dx)^T a at (t, x)."""
+        self.tally.vjps += 1
+        with recording(operator.modules, x.device):
+            if not self.differentiate or not x.requires_grad:
+                x = x.detach().requires_grad_()
+            velocity = operator.velocity(t, x, self.tally)
+            if not velocity.requires_grad:
+                return torch.zeros_like(a)
+            (product,) = torch.autograd.grad(
+                velocity, x, a, create_graph=self.differentiate, allow_unused=True, materialize_grads=True
+            )
+        return product
+
+
+@dataclass(frozen=True)
+class SummedCostate:
+    """The sum of several recordings, what ``ascent=M`` adds up (Eq. 3)."""
+
+    parts: Sequence[RecordedCostate]
+
+    def __call__(self, t: float | Tensor) -> Tensor:
+        """The sum at ``t``; see `RecordedCostate`."""
+        values = [part(t) for part in self.parts]
+        return sum(values[1:], start=values[0])
+
+    def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
+        """The sum on the step from ``t0`` to ``t1``."""
+        values = [part.on(t0, t1) for part in self.parts]
+        return lambda t: sum((value(t) for value in values[1:]), start=values[0](t))

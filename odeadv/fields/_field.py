@@ -1,0 +1,205 @@
+"""Vector fields: named sums of operators, with or without the problem they are to be solved on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from odeadv.fields._operator import Forcing, Operator, Unrecorded, VectorFunction
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a field is solved on; whatever is None must be given to `odeadv.solve`.
+
+    Attributes:
+        x0: the initial state, or a function without arguments that computes it anew for each solve.
+        t_span: start and end time.
+        dt: step size (give this or ``steps``).
+        steps: number of steps.
+    """
+
+    x0: Tensor | Callable[[], Tensor] | None = None
+    t_span: tuple[float, float] | None = None
+    dt: float | None = None
+    steps: int | None = None
+
+
+class VectorField:
+    """dx/dt = sum of ``operators``; callable as ``field(t, x)``, so it runs in any solver of that convention.
+
+    Args:
+        operators: name to operator (or callable ``f(t, x)``), in the order the schemes number them.
+        problem: what to solve it on, if the field carries that itself.
+    """
+
+    def __init__(self, operators: Mapping[str, Operator | VectorFunction], problem: Problem | None = None) -> None:
+        self.operators: dict[str, Operator] = {
+            name: operator if isinstance(operator, Operator) else _named_operator(name, operator)
+            for name, operator in operators.items()
+        }
+        self.problem = problem or Problem()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that an evaluation of the field runs."""
+        return tuple(module for operator in self.operators.values() for module in operator.modules)
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        """The whole right-hand side, all operators added up. ``x``: the state; returns its shape."""
+        values = [operator(t, x) for operator in self.operators.values()]
+        return sum(values[1:], start=values[0])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.operators)})"
+
+
+class SplitField(VectorField):
+    """A field given as a sum of named operators, dx/dt = sum_p f_p(t, x), for operator splitting.
+
+    The order of the names is the order of the operators in a scheme: Lie-Trotter takes them as listed; Strang takes
+    the first for the full step, the later ones around it, the last one outermost (the paper's Eq. 20 with F first).
+
+    Args:
+        x0, t_span, dt, steps: the problem, if the field is to carry it (these names are not available to operators).
+        operators: callables ``f(t, x)`` or `Operator` objects, at least two.
+
+    Raises:
+        ValueError: with fewer than two operators.
+    """
+
+    def __init__(
+        self,
+        *,
+        x0: Tensor | Callable[[], Tensor] | None = None,
+        t_span: tuple[float, float] | None = None,
+        dt: float | None = None,
+        steps: int | None = None,
+        **operators: Operator | VectorFunction,
+    ) -> None:
+        if len(operators) < 2:
+            raise ValueError(
+                f"operators: got {len(operators)} ({', '.join(operators) or 'none'}), expected at least two; a field "
+                "with one operator is solved by passing the callable itself"
+            )
+        super().__init__(operators, Problem(x0, t_span, dt, steps))
+
+
+class AdversarialField(VectorField):
+    """The paper's Eq. 7, dx/dt = f(t, x) + eta * dL/dx(t): the state is pushed up the loss by its costate.
+
+    dL/dx(t) is the costate a(t) of Eq. 9, a(T) = grad L(x(T)), which needs the whole trajectory; `odeadv.solve`
+    records it before it solves (see its arguments ``sweeps``, ``ascent`` and ``costate``). The operators are named
+    ``"f"`` and ``"costate"``.
+
+    Args:
+        f: ``f(t, x)``, an `Operator`, or another field.
+        loss: ``loss(output)``, a scalar tensor, of the final state (or of ``readout`` of it).
+        eta: strength, any finite number; eta > 0 pushes the loss up. It scales the gradient of ``loss`` as it is:
+            with a mean over a batch, eta / batch_size is what is invariant.
+        readout: map from the final state to the output (logits of a network); the state itself if not given.
+        x0, t_span, dt, steps: the problem, if the field is to carry it.
+        modules: modules that ``f``, ``readout`` or ``loss`` run without being modules themselves.
+
+    Raises:
+        TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` not a number.
+        ValueError: if ``eta`` is not finite.
+    """
+
+    def __init__(
+        self,
+        f: Operator | VectorFunction,
+        loss: Callable[[Tensor], Tensor],
+        eta: float,
+        *,
+        readout: Callable[[Tensor], Tensor] | None = None,
+        x0: Tensor | Callable[[], Tensor] | None = None,
+        t_span: tuple[float, float] | None = None,
+        dt: float | None = None,
+        steps: int | None = None,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
+        if not callable(loss):
+            raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(x) returning a scalar tensor")
+        if readout is not None and not callable(readout):
+            raise TypeError(f"readout: got {type(readout).__name__}, expected a callable readout(x) or None")
+        self.eta = _number("eta", eta)
+        self.loss = loss
+        self.readout = readout
+        self._modules = tuple(modules) + tuple(part for part in (loss, readout) if isinstance(part, nn.Module))
+        inner = f.modules if isinstance(f, VectorField) else ()
+        operator = f if isinstance(f, Operator) else _named_operator("f", f, inner)
+        super().__init__({"f": operator, "costate": Unrecorded()}, Problem(x0, t_span, dt, steps))
+
+    @property
+    def f(self) -> Operator:
+        """The unperturbed operator."""
+        return self.operators["f"]
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that an evaluation of the field, its read-out or its loss runs."""
+        return self.f.modules + self._modules
+
+    def driven_by(self, costate: Any) -> VectorField:
+        """The field with dL/dx(t) given: a plain field f + eta * costate(t), usable in any ODE solver.
+
+        Args:
+            costate: a function of a float time, such as the ``costate`` of a solution; if it has a method
+                ``on(t0, t1)``, the solver uses that to restrict it to a step.
+        """
+        forcing = Forcing(costate, scale=self.eta, on=getattr(costate, "on", None))
+        return VectorField({"f": self.f, "costate": forcing}, self.problem)
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and loss of the final state ``x``.
+
+        Raises:
+            TypeError, ValueError: if the loss is not a scalar tensor.
+        """
+        output = x if self.readout is None else self.readout(x)
+        loss = self.loss(output)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: returned {type(loss).__name__}, expected a scalar tensor")
+        if loss.ndim != 0:
+            raise ValueError(
+                f"loss: returned shape {tuple(loss.shape)}, expected a scalar; reduce it, e.g. with .mean() over the "
+                "batch (the convention eta refers to)"
+            )
+        return output, loss
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(f, costate, eta={self.eta:g})"
+
+
+def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
+    """``field`` as a `VectorField`: a plain callable or an `Operator` becomes a field with the one operator "f"."""
+    if isinstance(field, VectorField):
+        return field
+    if not callable(field):
+        raise TypeError(
+            f"field: got {type(field).__name__}, expected a callable f(t, x), an Operator, a SplitField or an "
+            "AdversarialField"
+        )
+    return VectorField({"f": field})
+
+
+def _named_operator(name: str, f: Any, modules: Sequence[nn.Module] = ()) -> Operator:
+    if not callable(f):
+        raise TypeError(f"{name}: got {type(f).__name__}, expected a callable f(t, x) or an Operator")
+    return Operator(f, modules=modules)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        try:
+            value = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)

@@ -1,0 +1,254 @@
+"""One term of the right-hand side: `Operator`, and its piecewise and state-independent forms."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+VectorFunction = Callable[[Tensor, Tensor], Tensor]
+Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def clock_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of times beside a state of ``dtype``: its real type, but at least float32."""
+    real = dtype.to_real()
+    return torch.float32 if real in (torch.float16, torch.bfloat16) else real
+
+
+def as_time(value: float, like: Tensor) -> Tensor:
+    """The time ``value`` as a 0-d tensor on the device of the state ``like``."""
+    return torch.tensor(value, dtype=clock_dtype(like.dtype), device=like.device)
+
+
+def same_shape(name: str, value: object, x: Tensor) -> Tensor:
+    """``value``, what the user's function ``name`` returned, if it is a tensor of the shape of the state ``x``.
+
+    Raises:
+        TypeError: if it is not a tensor.
+        ValueError: if its shape differs.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: returned {type(value).__name__}, expected a tensor of shape {tuple(x.shape)}")
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{name}: returned shape {tuple(value.shape)} for a state of shape {tuple(x.shape)}, expected the same"
+        )
+    return value
+
+
+class Tally:
+    """Counts what one operator cost: evaluations of its right-hand side, and vector-Jacobian products."""
+
+    __slots__ = ("evaluations", "vjps")
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+        self.vjps = 0
+
+
+class Operator:
+    """One term of a vector field, dx/dt = f(t, x), with its exact flow if that is known.
+
+    Args:
+        f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state; returns a tensor of the shape of ``x``.
+        flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``; ``t`` and
+            ``dt`` are 0-d tensors and ``dt`` may be negative. Used by the sub-step ``"exact"``.
+        modules: modules that ``f`` runs, so that a recording pass can protect their buffers; ``f`` itself is found
+            without being named when it is an `torch.nn.Module`.
+
+    Raises:
+        TypeError: if ``f`` or ``flow`` is not callable.
+    """
+
+    def __init__(self, f: VectorFunction, *, flow: Flow | None = None, modules: Sequence[nn.Module] = ()) -> None:
+        if not callable(f):
+            raise TypeError(f"f: got {type(f).__name__}, expected a callable f(t, x) returning dx/dt")
+        if flow is not None and not callable(flow):
+            raise TypeError(f"flow: got {type(flow).__name__}, expected a callable flow(t, dt, x) or None")
+        self.f = f
+        self.flow = flow
+        self.modules: tuple[nn.Module, ...] = ((f,) if isinstance(f, nn.Module) else ()) + tuple(modules)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the operator can be evaluated; only a costate that has not been recorded cannot."""
+        return True
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        """Evaluate dx/dt at time ``t`` and state ``x``."""
+        return self.f(t, x)
+
+    def on(self, t0: float, t1: float) -> Operator | Jump:
+        """The operator as it is on the step from ``t0`` to ``t1``: itself, unless it is `Piecewise`."""
+        return self
+
+    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
+        """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
+        tally.evaluations += 1
+        return same_shape("f", self.f(as_time(t, x), x), x)
+
+
+class Forcing(Operator):
+    """A term that depends on time only, dx/dt = scale * value(t): sub-steps of it are quadrature.
+
+    Args:
+        value: ``value(t)`` with ``t`` a float, returning a tensor of the state's shape at that time.
+        scale: a factor, kept apart so that it costs no pass over the tensor.
+        on: gives ``value`` restricted to a step, ``on(t0, t1)``; ``value`` itself if not given.
+    """
+
+    def __init__(
+        self,
+        value: Callable[[float], Tensor],
+        *,
+        scale: float = 1.0,
+        on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
+    ) -> None:
+        super().__init__(lambda t, x: scale * value(float(t)))
+        self.value = value
+        self.scale = scale
+        self._on = on
+
+    def on(self, t0: float, t1: float) -> Forcing:
+        """The forcing on one step."""
+        return self if self._on is None else Forcing(self._on(t0, t1), scale=self.scale)
+
+    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
+        """The forcing at ``t``, at full precision of the time."""
+        tally.evaluations += 1
+        return self.scale * self.value(t)
+
+
+class Unrecorded(Operator):
+    """Stands for eta * dL/dx(t) until the costate has been recorded."""
+
+    def __init__(self) -> None:
+        super().__init__(self._refuse)
+
+    @property
+    def acts(self) -> bool:
+        """False."""
+        return False
+
+    @staticmethod
+    def _refuse(t: Tensor, x: Tensor) -> Tensor:
+        raise TypeError(
+            "field: dL/dx(t) of an AdversarialField is not known before a costate is recorded; use "
+            "odeadv.solve(field, ...), or field.driven_by(solution.costate) in another solver"
+        )
+
+
+class Sum(Operator):
+    """Several operators as one, for solving a field without splitting it.
+
+    Raises:
+        ValueError: on a step where one of them jumps.
+    """
+
+    def __init__(self, operators: Sequence[Operator]) -> None:
+        super().__init__(lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)))
+        self.operators = tuple(operators)
+
+    def on(self, t0: float, t1: float) -> Sum:
+        """The sum of the operators as they are on the step."""
+        parts = []
+        for operator in self.operators:
+            part = operator.on(t0, t1)
+            if isinstance(part, Jump):
+                raise ValueError(
+                    f"scheme: the field jumps from {t0:g} to {t1:g}, so it cannot be solved un-split; use a splitting "
+                    "scheme such as 'lie' or 'strang'"
+                )
+            parts.append(part)
+        return Sum(parts)
+
+    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
+        """All velocities added up, each counted."""
+        values = [operator.velocity(t, x, tally) for operator in self.operators]
+        return sum(values[1:], start=values[0])
+
+
+class Jump:
+    """A map that takes the state from one end of an interval to the other, where no ODE step can (shapes change).
+
+    Args:
+        map: ``map(x)``, the state at the end of the interval.
+        modules: modules that ``map`` runs.
+    """
+
+    def __init__(self, map: Callable[[Tensor], Tensor], *, modules: Sequence[nn.Module] = ()) -> None:
+        if not callable(map):
+            raise TypeError(f"map: got {type(map).__name__}, expected a callable map(x)")
+        self.map = map
+        self.modules = ((map,) if isinstance(map, nn.Module) else ()) + tuple(modules)
+
+
+class Piecewise(Operator):
+    """Different operators on consecutive intervals of time: the form of a residual network, one block a unit of time.
+
+    The piece that acts on a step is chosen by the step's interval, never by rounding an evaluation time, so a
+    sub-step that evaluates at the end of an interval still sees the piece of that interval. Steps must not
+    straddle two pieces; on a `Jump` the whole interval is one step.
+
+    Args:
+        pieces: `Operator` or `Jump`, one an interval.
+        edges: increasing times, one more than pieces: piece ``i`` acts on ``[edges[i], edges[i + 1]]``.
+
+    Raises:
+        ValueError: if the numbers do not match or ``edges`` do not increase.
+    """
+
+    def __init__(self, pieces: Sequence[Operator | Jump], edges: Sequence[float]) -> None:
+        self.pieces = tuple(pieces)
+        self.edges = tuple(float(edge) for edge in edges)
+        if len(self.edges) != len(self.pieces) + 1 or not self.pieces:
+            raise ValueError(
+                f"edges: got {len(self.edges)} times for {len(self.pieces)} pieces, expected one time more than pieces"
+            )
+        if any(b <= a for a, b in pairwise(self.edges)):
+            raise ValueError(f"edges: got {self.edges}, expected increasing times")
+        modules = tuple(module for piece in self.pieces for module in piece.modules)
+        super().__init__(self._evaluate, modules=modules)
+
+    @property
+    def jumps(self) -> tuple[tuple[float, float], ...]:
+        """The intervals on which the state jumps."""
+        return tuple(
+            (self.edges[i], self.edges[i + 1]) for i, piece in enumerate(self.pieces) if isinstance(piece, Jump)
+        )
+
+    def on(self, t0: float, t1: float) -> Operator | Jump:
+        """The piece of the interval that contains the step from ``t0`` to ``t1``."""
+        low, high = min(t0, t1), max(t0, t1)
+        index = bisect_right(self.edges, 0.5 * (low + high)) - 1
+        slack = 1e-9 * max(1.0, abs(low), abs(high))
+        if not 0 <= index < len(self.pieces) or low < self.edges[index] - slack or high > self.edges[index + 1] + slack:
+            raise ValueError(
+                f"dt: the step from {t0:g} to {t1:g} does not lie within one piece of the field, whose edges are at "
+                f"{_few(self.edges)}; choose dt so that steps end on the edges"
+            )
+        piece = self.pieces[index]
+        whole = math.isclose(low, self.edges[index]) and math.isclose(high, self.edges[index + 1])
+        if isinstance(piece, Jump) and not (whole and t1 > t0):
+            raise ValueError(
+                f"dt: the step from {t0:g} to {t1:g} lies within the jump from {self.edges[index]:g} to "
+                f"{self.edges[index + 1]:g}; a jump is one forward step over its whole interval"
+            )
+        return piece
+
+    def _evaluate(self, t: Tensor, x: Tensor) -> Tensor:
+        index = min(max(bisect_right(self.edges, float(t)) - 1, 0), len(self.pieces) - 1)
+        piece = self.pieces[index]
+        if isinstance(piece, Jump):
+            raise ValueError(f"t: {float(t):g} lies on a jump of the field, which has no velocity there")
+        return piece(t, x)
+
+
+def _few(values: Sequence[float], most: int = 4) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:most])
+    return f"{shown}, ..., {values[-1]:g}" if len(values) > most else shown

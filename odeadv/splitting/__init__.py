@@ -1,0 +1,28 @@
+"""How a field is advanced: compositions (`Scheme`), sub-steps (`SubStep`), the time grid and the loop over it.
+
+The two choices are orthogonal: a scheme says which operator acts for how long and at what time of its clock, a
+sub-step says how one operator is advanced over such a stage. Knows fields, but nothing of where a costate comes from.
+"""
+
+from odeadv.splitting import _registry as schemes
+from odeadv.splitting._grid import Grid, Step, make_grid
+from odeadv.splitting._integrate import Stepper, integrate
+from odeadv.splitting._scheme import Scheme, Stage
+from odeadv.splitting._substep import Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
+
+__all__ = [
+    "Exact",
+    "Grid",
+    "RungeKutta",
+    "Scheme",
+    "Stage",
+    "Step",
+    "Stepper",
+    "SubStep",
+    "TorchDiffEq",
+    "get_substep",
+    "integrate",
+    "make_grid",
+    "schemes",
+    "substep_names",
+]

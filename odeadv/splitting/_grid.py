@@ -1,0 +1,94 @@
+"""The time grid: equal steps that divide the span, with each jump of the field as one step of its own."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of signed length ``h`` from ``t0`` to ``t1`` (``h`` is free of the rounding of their difference)."""
+
+    t0: float
+    t1: float
+    h: float
+
+    def time(self, fraction: float) -> float:
+        """The time at ``fraction`` of the step; the ends exactly."""
+        if fraction == 0.0:
+            return self.t0
+        return self.t1 if fraction == 1.0 else self.t0 + fraction * (self.t1 - self.t0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Times ``t_0 ... t_N``, increasing or decreasing, a signed distance ``h`` apart (but for jumps)."""
+
+    times: tuple[float, ...]
+    h: float
+
+    def __len__(self) -> int:
+        return len(self.times) - 1
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Step:
+        t0, t1 = self.times[index], self.times[index + 1]
+        return Step(t0, t1, self.h if abs(t1 - t0) < 1.5 * abs(self.h) else t1 - t0)
+
+    def locate(self, t: float, name: str = "t") -> int:
+        """The number of the step that contains ``t`` (the later one at an inner node).
+
+        Raises:
+            ValueError: naming ``name``, if ``t`` is outside the grid.
+        """
+        first, last = self.times[0], self.times[-1]
+        sign = 1.0 if last >= first else -1.0
+        if not sign * first <= sign * t <= sign * last:
+            raise ValueError(f"{name}: {t:g} is outside the solved span, {first:g} to {last:g}")
+        after = bisect_right(self.times, sign * t, key=lambda time: sign * time)
+        return min(after - 1, len(self) - 1)
+
+
+def make_grid(
+    t_span: tuple[float, float], dt: float | None, steps: int | None, jumps: Sequence[tuple[float, float]] = ()
+) -> Grid:
+    """Equal steps over ``t_span``: of size ``dt``, or ``steps`` of them; exactly one of the two is given.
+
+    Args:
+        t_span: start and end; the end may lie before the start.
+        dt: size of a step; its sign is ignored, the span's counts.
+        steps: number of steps.
+        jumps: intervals that are one step each whatever ``dt`` is.
+
+    Raises:
+        ValueError: if ``dt`` does not divide the span (a shorter last step is never taken silently), or a jump's
+            ends are not on the grid.
+    """
+    t0, t1 = t_span
+    span = t1 - t0
+    if steps is None:
+        assert dt is not None
+        count = abs(span / dt)
+        steps = round(count)
+        if steps < 1 or not math.isclose(count, steps, rel_tol=1e-9):
+            fewer, more = max(1, math.floor(count)), max(1, math.floor(count)) + 1
+            raise ValueError(
+                f"dt: {dt:g} does not divide the span from {t0:g} to {t1:g}; the nearest that do are "
+                f"{abs(span) / fewer:.6g} (steps={fewer}) and {abs(span) / more:.6g} (steps={more})"
+            )
+    h = span / steps
+    times = [t0 + n * h for n in range(steps)] + [t1]
+    for start, stop in jumps:
+        ends = [min(times, key=lambda time, end=end: abs(time - end)) for end in (start, stop)]  # type: ignore[misc]
+        if span < 0 or any(abs(a - b) > 1e-9 * max(1.0, abs(b)) for a, b in zip(ends, (start, stop), strict=True)):
+            raise ValueError(
+                f"dt: the field jumps from {start:g} to {stop:g}, and the steps from {t0:g} to {t1:g} do not end "
+                "there; choose t_span and dt so that they do (dt = 1/k for a network)"
+            )
+        times = [time for time in times if not ends[0] < time < ends[1]]
+    return Grid(tuple(times), h)

@@ -1,0 +1,206 @@
+"""Sub-steps: how one operator is advanced over one stage of a composition."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from odeadv.fields._operator import Forcing, Operator, Tally, as_time, same_shape
+
+
+class Clock(NamedTuple):
+    """The times an operator sees during a stage.
+
+    Attributes:
+        start: the clock when the stage begins.
+        stop: the clock when it ends; equal to ``start`` where the scheme freezes it.
+        own: where the operator's own clock begins, the sum of its earlier weights: what an exact flow goes by.
+    """
+
+    start: float
+    stop: float
+    own: float
+
+    def at(self, node: float) -> float:
+        """The time at the fraction ``node`` of the stage; the ends exactly."""
+        return self.stop if node == 1.0 else self.start + node * (self.stop - self.start)
+
+
+class SubStep(Protocol):
+    """Advances one operator.
+
+    Attributes:
+        name: what it is called.
+        order: its order of accuracy.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the sub-step is called."""
+        ...
+
+    @property
+    def order(self) -> float:
+        """Order of accuracy; infinite for exact flows."""
+        ...
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+        """Move ``x`` for the duration ``h`` along ``operator`` while its clock goes as ``clock`` says."""
+        ...
+
+
+@dataclass(frozen=True)
+class RungeKutta:
+    """An explicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, the quadrature with its weights."""
+
+    name: str
+    order: float
+    nodes: tuple[float, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+        """See `SubStep.advance`."""
+        if isinstance(operator, Forcing):
+            return _quadrature(operator, self.nodes, self.weights, clock, h, x, tally)
+        slopes: list[Tensor] = []
+        for node, row in zip(self.nodes, self.matrix, strict=True):
+            y = x
+            for slope, coefficient in zip(slopes, row, strict=True):
+                if coefficient:
+                    y = torch.add(y, slope, alpha=h * coefficient)
+            slopes.append(operator.velocity(clock.at(node), y, tally))
+        for slope, weight in zip(slopes, self.weights, strict=True):
+            if weight:
+                x = torch.add(x, slope, alpha=h * weight)
+        return x
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The operator's own exact flow; for a `Forcing`, Simpson's rule, exact for linear and Hermite costates.
+
+    A flow brings its own clock: it is called on the interval of length ``h`` that follows its earlier ones.
+    """
+
+    name: str = "exact"
+    order: float = float("inf")
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+        """See `SubStep.advance`.
+
+        Raises:
+            ValueError: if the operator has no flow.
+        """
+        if isinstance(operator, Forcing):
+            return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, tally)
+        if operator.flow is None:
+            raise ValueError("substep: 'exact' needs the operator's flow; give Operator(f, flow=...) or another method")
+        tally.evaluations += 1
+        return same_shape("flow", operator.flow(as_time(clock.own, x), as_time(h, x), x), x)
+
+
+@dataclass(frozen=True)
+class TorchDiffEq:
+    """Any method of `torchdiffeq.odeint`, adaptive ones included.
+
+    Attributes:
+        method: torchdiffeq's name of it.
+        rtol, atol: tolerances of adaptive methods.
+        options: passed on.
+        order: what the method's order is taken to be, for warnings.
+    """
+
+    method: str = "dopri5"
+    rtol: float = 1e-7
+    atol: float = 1e-9
+    options: Mapping[str, Any] = field(default_factory=dict)
+    order: float = float("inf")
+
+    @property
+    def name(self) -> str:
+        """What the sub-step is called."""
+        return f"torchdiffeq:{self.method}"
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+        """See `SubStep.advance`."""
+        from torchdiffeq import odeint
+
+        def scaled(s: Tensor, y: Tensor) -> Tensor:
+            return h * operator.velocity(clock.at(float(s)), y, tally)
+
+        span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
+        path: Tensor = odeint(
+            scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=dict(self.options)
+        )
+        return path[-1]
+
+
+def _quadrature(
+    operator: Forcing,
+    nodes: tuple[float, ...],
+    weights: tuple[float, ...],
+    clock: Clock,
+    h: float,
+    x: Tensor,
+    tally: Tally,
+) -> Tensor:
+    totals: dict[float, float] = {}
+    for node, weight in zip(nodes, weights, strict=True):
+        time = clock.at(node)
+        totals[time] = totals.get(time, 0.0) + weight
+    for time, weight in totals.items():
+        if weight:
+            tally.evaluations += 1
+            x = torch.add(x, operator.value(time), alpha=operator.scale * h * weight)
+    return x
+
+
+_NAMED: dict[str, SubStep] = {
+    method.name: method
+    for method in (
+        RungeKutta("euler", 1, (0.0,), ((),), (1.0,)),
+        RungeKutta("midpoint", 2, (0.0, 0.5), ((), (0.5,)), (0.0, 1.0)),
+        RungeKutta("heun", 2, (0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
+        RungeKutta(
+            "rk4", 4, (0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+        ),
+        Exact(),
+    )
+}
+
+
+def substep_names() -> tuple[str, ...]:
+    """The sub-steps known by name; ``"torchdiffeq:METHOD"`` names the methods of torchdiffeq."""
+    return tuple(_NAMED)
+
+
+def get_substep(substep: str | SubStep) -> SubStep:
+    """The sub-step called ``substep``, or ``substep`` itself if it is one.
+
+    Raises:
+        TypeError: if it is neither a name nor has a method ``advance``.
+        ValueError: for an unknown name, listing near matches.
+    """
+    if isinstance(substep, str):
+        key = substep.strip().lower()
+        if key.startswith("torchdiffeq:"):
+            return TorchDiffEq(key.removeprefix("torchdiffeq:"))
+        if key not in _NAMED:
+            near = difflib.get_close_matches(key, _NAMED, n=2)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise ValueError(
+                f"substep: {substep!r} is not known; {hint}Known: {', '.join(_NAMED)}, and torchdiffeq:METHOD"
+            )
+        return _NAMED[key]
+    if not callable(getattr(substep, "advance", None)):
+        raise TypeError(
+            f"substep: got {type(substep).__name__}, expected a name, a sub-step such as odeadv.TorchDiffEq('dopri5'), "
+            "or a dict of them by operator"
+        )
+    return substep

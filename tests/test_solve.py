@@ -1,0 +1,564 @@
+"""`odeadv.solve` against closed forms: values, orders, gradients, bitwise identities, times."""
+
+import functools
+import math
+
+import pytest
+import torch
+from conftest import measured_order
+from torch import Tensor
+
+import odeadv
+
+LAM, ETA, T = -0.7, 0.3, 1.5
+X0 = torch.tensor([1.3], dtype=torch.float64)
+INTEGRAL = (math.exp(2 * LAM * T) - 1) / (2 * LAM)
+
+A = torch.tensor([[-0.4, 1.1, 0.0], [-0.9, 0.2, 0.5], [0.3, 0.0, -0.8]], dtype=torch.float64)
+Q = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
+Y0 = torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64)
+
+
+def scalar_field(eta: float = ETA) -> odeadv.AdversarialField:
+    return odeadv.AdversarialField(lambda t, x: LAM * x, lambda x: 0.5 * (x**2).sum(), eta=eta)
+
+
+def linear_field(eta: float = ETA) -> odeadv.AdversarialField:
+    operator = odeadv.Operator(lambda t, x: A @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(A * dt) @ x)
+    return odeadv.AdversarialField(operator, lambda x: 0.5 * x @ Q @ x, eta=eta)
+
+
+def linear_one_recording(eta: float = ETA) -> Tensor:
+    """x(T) where a(t) is the costate of the unperturbed trajectory: one matrix exponential."""
+    a0 = torch.linalg.matrix_exp(A.T * T) @ Q @ torch.linalg.matrix_exp(A * T) @ Y0
+    block = torch.cat(
+        [torch.cat([A, eta * torch.eye(3, dtype=A.dtype)], dim=1), torch.cat([torch.zeros_like(A), -A.T], dim=1)]
+    )
+    return (torch.linalg.matrix_exp(block * T) @ torch.cat([Y0, a0]))[:3]
+
+
+# ---- the meanings of dL/dx(t) of spec section 1 ----
+
+
+@pytest.mark.parametrize(
+    ("recordings", "factor"),
+    [
+        ({}, 1 + ETA * INTEGRAL),
+        ({"sweeps": 1}, 1 + ETA * INTEGRAL),
+        ({"sweeps": 3}, sum((ETA * INTEGRAL) ** k for k in range(4))),
+        ({"ascent": 1}, 1 + ETA * INTEGRAL),
+        ({"ascent": 3}, (1 + ETA * INTEGRAL) ** 3),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["strang-symmetric", "strang"])
+def test_meanings_of_the_costate(recordings, factor, scheme):
+    sol = odeadv.solve(scalar_field(), X0, (0.0, T), scheme=scheme, steps=200, substep="rk4", **recordings)
+    exact = X0 * math.exp(LAM * T) * factor
+    assert torch.allclose(sol.xs[-1], exact, rtol=2e-5, atol=0)
+    assert sol.stats.recordings == (recordings.get("sweeps") or recordings.get("ascent") or 1)
+
+
+def test_eta_above_zero_raises_the_loss_and_below_lowers_it():
+    loss = {eta: odeadv.solve(scalar_field(eta), X0, (0.0, T), steps=50).loss.item() for eta in (-0.3, 0.0, 0.3)}
+    assert loss[-0.3] < loss[0.0] < loss[0.3]
+
+
+# ---- measured orders: the table of spec section 2 ----
+
+
+@pytest.mark.parametrize(
+    ("scheme", "substep", "costate", "order"),
+    [
+        ("lie", "euler", None, 1),
+        ("lie", {"f": "exact"}, None, 1),
+        ("strang", "euler", None, 1),
+        ("strang", {"f": "exact"}, None, 1),
+        ("strang", {"f": "exact"}, "exact", 1),
+        ("strang-midpoint", {"f": "exact"}, None, 1),
+        ("strang-symmetric", "euler", None, 1),
+        ("strang-symmetric", {"f": "midpoint"}, None, 2),
+        ("strang-symmetric", {"f": "exact"}, None, 2),
+        ("strang", "midpoint", None, 2),
+        ("strang", {"f": "exact", "costate": "midpoint"}, None, 2),
+        ("strang-midpoint", "midpoint", None, 2),
+        ("strang", "rk4", "hermite", 2),
+        ("euler", "euler", None, 1),
+        ("midpoint", "euler", None, 2),
+        ("heun", "euler", None, 2),
+        ("rk4", "euler", "hermite", 4),
+    ],
+)
+def test_order_on_the_adversarial_field(scheme, substep, costate, order):
+    exact = linear_one_recording()
+
+    def error(steps: int) -> float:
+        sol = odeadv.solve(linear_field(), Y0, (0.0, T), scheme=scheme, steps=steps, substep=substep, costate=costate)
+        return float((sol.xs[-1] - exact).norm())
+
+    assert measured_order(error) == pytest.approx(order, abs=0.12)
+
+
+def test_strang_has_a_smaller_constant_than_lie_at_the_same_order():
+    exact = linear_one_recording()
+    error = {}
+    for scheme in ("lie", "strang"):
+        sol = odeadv.solve(linear_field(), Y0, (0.0, T), scheme=scheme, steps=64, substep={"f": "exact"})
+        error[scheme] = float((sol.xs[-1] - exact).norm())
+    assert error["strang"] < 0.9 * error["lie"]
+
+
+B = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+Z0 = torch.tensor([0.8, -0.4], dtype=torch.float64)
+
+
+def three_operators() -> odeadv.SplitField:
+    """Non-linear, non-commuting and time-dependent: decay with an exact flow, rotation, and a forced square."""
+
+    def decay_flow(t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
+        # dx/dt = -(1 + sin t) x
+        return x * torch.exp(-(dt - torch.cos(t + dt) + torch.cos(t)))
+
+    return odeadv.SplitField(
+        rotation=lambda t, x: (1 + t) * (B @ x),
+        square=lambda t, x: 0.3 * x**2 * torch.cos(t),
+        decay=odeadv.Operator(lambda t, x: -(1 + torch.sin(t)) * x, flow=decay_flow),
+    )
+
+
+@functools.cache
+def three_operators_reference(span: tuple[float, float]) -> Tensor:
+    return odeadv.solve(three_operators(), Z0, span, scheme="rk4", steps=1000).xs[-1]
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0), (-0.5, 0.7)])
+@pytest.mark.parametrize(
+    ("scheme", "order", "decay"),
+    [
+        ("lie", 1, "rk4"),
+        ("strang", 2, "rk4"),
+        ("strang-symmetric", 2, "rk4"),
+        ("lie", 1, "exact"),
+        ("strang", 2, "exact"),
+        ("strang-symmetric", 2, "exact"),
+    ],
+)
+def test_order_on_three_time_dependent_operators(span, scheme, order, decay):
+    field, exact = three_operators(), three_operators_reference(span)
+
+    def error(steps: int) -> float:
+        substep = {"rotation": "rk4", "square": "rk4", "decay": decay}
+        sol = odeadv.solve(field, Z0, span, scheme=scheme, steps=steps, substep=substep)
+        return float((sol.xs[-1] - exact).norm())
+
+    assert measured_order(error) == pytest.approx(order, abs=0.12)
+
+
+@pytest.mark.parametrize("scheme", ["strang", "strang-symmetric"])
+def test_symmetric_schemes_are_inverted_by_stepping_back(scheme):
+    field = odeadv.SplitField(
+        a=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+        b=odeadv.Operator(lambda t, x: x / (1 + t), flow=lambda t, dt, x: x * (1 + t + dt) / (1 + t)),
+    )
+    there = odeadv.solve(field, Z0, (0.2, 1.2), scheme=scheme, steps=7, substep="exact").xs[-1]
+    back = odeadv.solve(field, there, (1.2, 0.2), scheme=scheme, steps=7, substep="exact").xs[-1]
+    assert torch.allclose(back, Z0, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("torchdiffeq:rk4", 4)]
+)
+def test_order_of_substeps_on_a_plain_callable(method, order):
+    exact = math.exp(math.sin(1.0)) * X0
+
+    def error(steps: int) -> float:
+        sol = odeadv.solve(lambda t, x: torch.cos(t) * x, X0, (0.0, 1.0), substep=method, steps=steps)
+        return float((sol.xs[-1] - exact).norm())
+
+    assert measured_order(error, (16, 32, 64, 128)) == pytest.approx(order, abs=0.15)
+
+
+def test_an_adaptive_torchdiffeq_substep_in_a_split_field():
+    field = odeadv.SplitField(a=lambda t, x: -0.4 * x, b=lambda t, x: -0.6 * x)
+    sol = odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep=odeadv.TorchDiffEq("dopri5", rtol=1e-9, atol=1e-11))
+    assert torch.allclose(sol.xs[-1], X0 * math.exp(-1.0), rtol=1e-8)
+
+
+# ---- bitwise identities ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [*odeadv.schemes.names(), "euler"])
+@pytest.mark.parametrize("substep", ["euler", "rk4"])
+def test_eta_zero_is_bitwise_the_unsplit_solve(dtype, scheme, substep):
+    if scheme == "euler" and substep != "euler":
+        scheme = "lie"
+    x0 = torch.linspace(-1, 1, 5).to(dtype)
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return (x * x * 0.3 - x) * (1 + t).to(x.real.dtype)
+
+    field = odeadv.AdversarialField(f, lambda x: (x * x.conj()).real.sum(), eta=0.0)
+    plain = odeadv.solve(f, x0, (0.0, 1.0), substep=substep, steps=7).xs[-1]
+    split = odeadv.solve(field, x0, (0.0, 1.0), scheme=scheme, substep=substep, steps=7).xs[-1]
+    assert torch.equal(plain, split)
+
+
+def test_plain_callable_is_the_textbook_loop():
+    x = X0
+    for n in range(10):
+        x = x + 0.1 * torch.sin(torch.tensor(n * 0.1, dtype=torch.float64) + x)
+    sol = odeadv.solve(lambda t, x: torch.sin(t + x), X0, (0.0, 1.0), scheme="euler", dt=0.1)
+    assert torch.allclose(sol.xs[-1], x, rtol=0, atol=1e-15)
+
+
+def test_lie_and_strang_are_eq_5_and_eq_8_on_a_toy():
+    steps, dt = 6, 0.25
+
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(A @ x)
+
+    xs = [Y0.clone().requires_grad_()]
+    for _ in range(steps):
+        xs.append(xs[-1] + dt * f(xs[-1]))
+    a = torch.autograd.grad(0.5 * xs[-1] @ Q @ xs[-1], xs)
+    lie, strang = Y0, Y0
+    for n in range(steps):
+        lie = lie + dt * f(lie)
+        lie = lie + dt * ETA * a[n + 1]
+        strang = strang + dt / 2 * ETA * a[n]
+        strang = strang + dt * f(strang)
+        strang = strang + dt / 4 * ETA * (a[n] + a[n + 1])
+    field = odeadv.AdversarialField(lambda t, x: f(x), lambda x: 0.5 * x @ Q @ x, eta=ETA)
+    for scheme, expected in (("lie", lie), ("strang", strang)):
+        sol = odeadv.solve(field, Y0, (0.0, steps * dt), scheme=scheme, dt=dt)
+        assert torch.allclose(sol.xs[-1], expected, rtol=0, atol=1e-15)
+        assert torch.allclose(sol.loss, 0.5 * expected @ Q @ expected, rtol=1e-14)
+        for n in range(steps + 1):
+            assert torch.equal(sol.costate(n * dt), a[n])
+
+
+# ---- the costate between its nodes ----
+
+
+@pytest.mark.parametrize(("kind", "order"), [("linear", 2), ("exact", 3), ("hermite", 4)])
+def test_order_of_the_costate_between_nodes(kind, order):
+    """Local interpolation error of a(t) on a linear field with exact flow, where the recorded nodes are exact."""
+    t = 0.5 * T + 1e-9
+
+    def error(steps: int) -> float:
+        sol = odeadv.solve(
+            linear_field(), Y0, (0.0, T), scheme="strang-symmetric", substep={"f": "exact"}, costate=kind, steps=steps
+        )
+        grid = T / steps
+        time = (math.floor(t / grid) + 0.3) * grid
+        exact = torch.linalg.matrix_exp(A.T * (T - time)) @ Q @ torch.linalg.matrix_exp(A * T) @ Y0
+        return float((sol.costate(time) - exact).norm())
+
+    assert measured_order(error) == pytest.approx(order, abs=0.25)
+
+
+def test_the_exact_midpoint_beats_the_mean_of_theorem_3_2():
+    exact = torch.linalg.matrix_exp(A.T * (T - 0.5 * T / 8)) @ Q @ torch.linalg.matrix_exp(A * T) @ Y0
+    error = {}
+    for scheme in ("strang", "strang-midpoint"):
+        sol = odeadv.solve(linear_field(), Y0, (0.0, T), scheme=scheme, substep={"f": "exact"}, steps=8)
+        error[scheme] = float((sol.costate(0.5 * T / 8) - exact).norm())
+    assert error["strang-midpoint"] < 0.1 * error["strang"]
+
+
+def test_costate_outside_the_span_is_refused():
+    sol = odeadv.solve(scalar_field(), X0, (0.0, T), steps=4)
+    with pytest.raises(ValueError, match=r"t: 1\.6 is outside the solved span, 0 to 1\.5"):
+        sol.costate(1.6)
+
+
+def test_costate_at_eta_zero_is_recorded_when_asked_for():
+    sol = odeadv.solve(scalar_field(0.0), X0, (0.0, T), steps=64, substep="rk4")
+    assert sol.stats.vjps == 0
+    assert torch.allclose(sol.costate(0.0), X0 * math.exp(2 * LAM * T), rtol=1e-6)
+    with pytest.raises(AttributeError, match="costate: the field has no loss"):
+        _ = odeadv.solve(lambda t, x: -x, X0, (0.0, 1.0), steps=2).costate
+
+
+def test_driven_by_the_costate_it_runs_in_torchdiffeq():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    sol = odeadv.solve(linear_field(), Y0, (0.0, T), substep="rk4", costate="hermite", steps=200)
+    field = linear_field().driven_by(sol.costate)
+    times = torch.tensor([0.0, T], dtype=torch.float64)
+    end = torchdiffeq.odeint(field, Y0, times, method="rk4", options={"step_size": T / 100})[-1]
+    assert torch.allclose(end, linear_one_recording(), atol=1e-6)
+
+
+# ---- times and output ----
+
+
+def test_saved_times_and_dense_output():
+    sol = odeadv.solve(scalar_field(), X0, (0.0, 1.0), steps=5, save_at="steps")
+    assert sol.xs.shape == (6, 1)
+    assert torch.allclose(sol.ts, torch.linspace(0, 1, 6, dtype=torch.float64))
+    times = [0.0, 0.2, 0.2, 0.33, 0.9, 1.0]
+    picked = odeadv.solve(scalar_field(), X0, (0.0, 1.0), steps=5, save_at=times)
+    assert torch.equal(picked.xs[0], X0)
+    assert torch.equal(picked.xs[1], sol.xs[1])
+    assert torch.equal(picked.xs[2], sol.xs[1])
+    assert torch.equal(picked.xs[-1], sol.xs[-1])
+    assert picked.ts.tolist() == pytest.approx(times)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)])
+def test_dense_output_is_of_fourth_order(span):
+    def error(steps: int) -> float:
+        sol = odeadv.solve(
+            lambda t, x: torch.cos(t) * x, X0, span, substep="rk4", steps=steps, save_at=[0.5 + 0.3 / steps]
+        )
+        exact = X0 * math.exp(math.sin(0.5 + 0.3 / steps) - math.sin(span[0]))
+        return float((sol.xs[0] - exact).norm())
+
+    assert measured_order(error, (4, 8, 16, 32)) == pytest.approx(4, abs=0.3)
+
+
+def test_backward_in_time_undoes_forward():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return torch.cos(t) * x
+
+    there = odeadv.solve(f, X0, (0.0, 2.0), substep="rk4", steps=100).xs[-1]
+    back = odeadv.solve(f, there, (2.0, 0.0), substep="rk4", dt=0.02).xs[-1]
+    assert torch.allclose(back, X0, rtol=1e-8)
+
+
+def test_a_saved_final_time_is_not_needed_for_loss_and_output():
+    full = odeadv.solve(linear_field(), Y0, (0.0, T), steps=8)
+    part = odeadv.solve(linear_field(), Y0, (0.0, T), steps=8, save_at=[0.0])
+    assert torch.equal(full.loss, part.loss)
+    assert part.xs.shape == (1, 3)
+
+
+# ---- gradients ----
+
+
+def test_gradient_with_the_costate_held_constant():
+    x0 = Y0.clone().requires_grad_()
+    sol = odeadv.solve(linear_field(), x0, (0.0, T), scheme="strang", steps=10)
+    (gradient,) = torch.autograd.grad(sol.loss, x0)
+    h, step = T / 10, torch.eye(3, dtype=A.dtype) + T / 10 * A
+    assert h > 0
+    final = sol.xs[-1].detach()
+    assert torch.allclose(gradient, torch.linalg.matrix_power(step, 10).T @ Q @ final, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["lie", "strang", "strang-midpoint"])
+@pytest.mark.parametrize("recordings", [{}, {"sweeps": 2}, {"ascent": 2}])
+def test_gradient_through_the_costate_is_that_of_the_whole_map(scheme, recordings):
+    weight = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def solved(x0: Tensor, w: Tensor) -> Tensor:
+        field = odeadv.AdversarialField(
+            lambda t, x: torch.tanh(w * (A @ x)), lambda x: 0.5 * x @ Q @ x + (x**3).sum() / 6, eta=ETA
+        )
+        sol = odeadv.solve(field, x0, (0.0, T), scheme=scheme, steps=3, differentiate_costate=True, **recordings)
+        return sol.xs[-1]
+
+    assert torch.autograd.gradcheck(solved, (Y0.clone().requires_grad_(), weight))
+
+
+def test_gradients_reach_parameters_and_no_grad_mode_is_respected():
+    linear = torch.nn.Linear(3, 3).double()
+
+    class Field(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    field = odeadv.AdversarialField(Field(), lambda x: (x**2).mean(), eta=0.5)
+    x0 = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sol = odeadv.solve(field, x0, (0.0, 1.0), steps=4)
+    assert linear.weight.grad is None
+    sol.loss.backward()
+    assert linear.weight.grad is not None
+    with torch.no_grad():
+        quiet = odeadv.solve(field, x0, (0.0, 1.0), steps=4)
+    assert not quiet.loss.requires_grad
+    assert torch.equal(quiet.xs[-1], sol.xs[-1])
+    with torch.inference_mode():
+        inferred = odeadv.solve(field, x0.clone(), (0.0, 1.0), steps=4, scheme="strang-midpoint")
+    assert inferred.status is odeadv.Status.SUCCESS
+
+
+def test_the_callers_tensor_is_left_alone():
+    x0 = Y0.clone()
+    odeadv.solve(linear_field(), x0, (0.0, T), steps=3)
+    assert not x0.requires_grad
+    assert x0.grad is None
+    assert torch.equal(x0, Y0)
+
+
+def test_the_same_noise_in_recording_and_solve_and_the_random_state_of_an_unrecorded_solve():
+    dropout = torch.nn.Dropout(0.5)
+    draws = []
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        mask = dropout(torch.ones_like(x))
+        draws.append(mask)
+        return -mask * x
+
+    torch.manual_seed(3)
+    field = odeadv.AdversarialField(f, lambda x: (x**2).sum(), eta=0.1, modules=[dropout])
+    odeadv.solve(field, Y0, (0.0, 1.0), steps=4, scheme="lie")
+    after = torch.get_rng_state()
+    assert all(torch.equal(a, b) for a, b in zip(draws[:4], draws[4:], strict=True))
+    torch.manual_seed(3)
+    odeadv.solve(f, Y0, (0.0, 1.0), steps=4)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+# ---- statistics, status, repr ----
+
+
+def test_statistics_count_what_was_done():
+    calls = 0
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return -x
+
+    field = odeadv.AdversarialField(f, lambda x: (x**2).sum(), eta=0.1)
+    sol = odeadv.solve(field, X0, (0.0, 1.0), steps=5, substep={"f": "rk4"}, sweeps=2)
+    assert sol.stats.evaluations["f"] == calls == 3 * 5 * 4
+    assert sol.stats.vjps == 2 * 5 * 4
+    assert sol.stats.steps == 5
+    calls = 0
+    sol = odeadv.solve(field, X0, (0.0, 1.0), steps=5, scheme="strang-midpoint")
+    assert sol.stats.evaluations["f"] == calls == 5 + 5 + 5
+    assert sol.stats.vjps == 5 + 5
+    assert "strang-midpoint" in repr(sol)
+    assert "SUCCESS" in repr(sol)
+
+
+def test_divergence_is_never_a_success():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return 1e200 * x**3
+
+    with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
+        odeadv.solve(f, X0, (0.0, 1.0), steps=10)
+    sol = odeadv.solve(f, X0, (0.0, 1.0), steps=10, throw=False)
+    assert sol.status is odeadv.Status.NON_FINITE
+    assert sol.status.message
+    with pytest.raises(odeadv.SolveError):
+        odeadv.solve(
+            odeadv.AdversarialField(lambda t, x: -x, lambda x: (x / 0).sum(), eta=0.0), X0, (0.0, 1.0), steps=2
+        )
+
+
+# ---- errors: one line, naming the argument, before work ----
+
+
+def decay(t: Tensor, x: Tensor) -> Tensor:
+    return -x
+
+
+def works(**changes):
+    arguments = {"field": scalar_field(), "x0": X0, "t_span": (0.0, 1.0), "steps": 4}
+    arguments.update(changes)
+    return odeadv.solve(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"field": 3}, TypeError, r"^field: got int"),
+        ({"x0": None}, ValueError, r"^x0: not given"),
+        ({"x0": [1.0]}, TypeError, r"^x0: got list"),
+        ({"x0": torch.tensor([1])}, TypeError, r"^x0: got dtype torch.int64"),
+        ({"x0": torch.tensor([1.0, math.nan])}, ValueError, r"^x0: contains NaN"),
+        ({"t_span": None}, ValueError, r"^t_span: not given"),
+        ({"t_span": (0.0, 0.0)}, ValueError, r"^t_span: got \(0, 0\)"),
+        ({"t_span": (0.0, math.inf)}, ValueError, r"^t_span: got inf"),
+        ({"t_span": (0.0, 0.5, 1.0)}, ValueError, r"^t_span: got 3 values.*save_at"),
+        ({"t_span": 1.0}, TypeError, r"^t_span: got float"),
+        ({"t_span": ("a", "b")}, TypeError, r"^t_span: got 'a'"),
+        ({"dt": 0.1}, ValueError, r"^dt, steps: got dt=0.1 and steps=4"),
+        ({"steps": None}, ValueError, r"^dt: neither dt nor steps"),
+        ({"steps": None, "dt": 0.3}, ValueError, r"^dt: 0\.3 does not divide.*\(steps=3\).*\(steps=4\)"),
+        ({"steps": None, "dt": 2.0}, ValueError, r"^dt: 2 does not divide"),
+        ({"steps": None, "dt": 0.0}, ValueError, r"^dt: got 0"),
+        ({"steps": None, "dt": -0.5}, ValueError, r"^dt: got -0\.5 for a span that runs forward"),
+        ({"steps": None, "dt": "small"}, TypeError, r"^dt: got 'small'"),
+        ({"steps": 0}, ValueError, r"^steps: got 0"),
+        ({"steps": 2.5}, TypeError, r"^steps: got 2\.5"),
+        ({"scheme": "strung"}, ValueError, r"^scheme: 'strung' is not known; did you mean 'strang'"),
+        ({"scheme": 3}, TypeError, r"^scheme: got int"),
+        ({"scheme": "euler", "substep": "rk4"}, ValueError, r"^scheme: 'euler' is itself a sub-step"),
+        ({"substep": "rk5"}, ValueError, r"^substep: 'rk5' is not known; did you mean 'rk4'"),
+        ({"substep": {"g": "rk4"}}, ValueError, r"^substep: no operator is called 'g'; the field has 'f', 'costate'"),
+        ({"substep": "exact"}, ValueError, r"^substep: 'exact' is asked for operator 'f', which has no flow"),
+        ({"substep": 7}, TypeError, r"^substep: got int"),
+        ({"costate": "cubic"}, ValueError, r"^costate: got 'cubic'"),
+        ({"sweeps": 0}, ValueError, r"^sweeps: got 0"),
+        ({"sweeps": 1.5}, TypeError, r"^sweeps: got 1\.5"),
+        ({"sweeps": 1, "ascent": 1}, ValueError, r"^sweeps, ascent: got 1 and 1"),
+        ({"save_at": "all"}, ValueError, r"^save_at: got 'all'"),
+        ({"save_at": []}, ValueError, r"^save_at: got no times"),
+        ({"save_at": [0.5, 0.2]}, ValueError, r"^save_at: the times must be in the order"),
+        ({"save_at": [1.5]}, ValueError, r"^save_at: 1\.5 is outside"),
+        ({"save_at": 0.5}, TypeError, r"^save_at: got 0\.5"),
+        ({"field": lambda t, x: x[..., None]}, ValueError, r"^f: returned shape \(1, 1\) for a state of shape \(1,\)"),
+        ({"field": lambda t, x: 0.0}, TypeError, r"^f: returned float"),
+        (
+            {"field": odeadv.AdversarialField(decay, lambda x: x**2 + torch.zeros(2), eta=1.0)},
+            ValueError,
+            r"^loss: returned shape \(2,\), expected a scalar",
+        ),
+        (
+            {"field": odeadv.AdversarialField(decay, lambda x: 1.0, eta=1.0)},
+            TypeError,
+            r"^loss: returned float",
+        ),
+        (
+            {"field": odeadv.AdversarialField(decay, lambda x: x.detach().sum(), eta=1.0)},
+            ValueError,
+            r"^loss: does not depend on the state",
+        ),
+        (
+            {"scheme": odeadv.schemes.get("strang", operators=3)},
+            ValueError,
+            r"^scheme: 'strang' splits 3 operators, the field has 2",
+        ),
+        (
+            {"scheme": odeadv.Scheme("half", (odeadv.Stage(0, 0.5, 0.0), odeadv.Stage(1, 1.0, 0.0)), 1, "test")},
+            ValueError,
+            r"^scheme: the weights of operator 0 in 'half' sum to 0\.5",
+        ),
+    ],
+)
+def test_errors_name_the_argument(changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        works(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: odeadv.AdversarialField(3, sum, eta=1), TypeError, r"^f: got int"),
+        (lambda: odeadv.AdversarialField(decay, 3, eta=1), TypeError, r"^loss: got int"),
+        (lambda: odeadv.AdversarialField(decay, sum, eta="big"), TypeError, r"^eta: got str"),
+        (lambda: odeadv.AdversarialField(decay, sum, eta=math.nan), ValueError, r"^eta: got nan"),
+        (lambda: odeadv.AdversarialField(decay, sum, eta=1, readout=3), TypeError, r"^readout: got int"),
+        (lambda: odeadv.SplitField(a=decay), ValueError, r"^operators: got 1 \(a\)"),
+        (lambda: odeadv.SplitField(a=decay, b=3), TypeError, r"^b: got int"),
+        (lambda: odeadv.Operator(3), TypeError, r"^f: got int"),
+        (lambda: odeadv.Operator(decay, flow=3), TypeError, r"^flow: got int"),
+    ],
+)
+def test_bad_fields_are_refused_when_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_an_adversarial_field_outside_solve_says_what_to_do():
+    with pytest.raises(TypeError, match=r"driven_by\(solution\.costate\)"):
+        scalar_field()(torch.tensor(0.0), X0)
