@@ -1,0 +1,13 @@
+"""Images to train and attack on: labelled ``uint8`` arrays in memory, and batches of them with standard augmentation.
+
+`load` finds CIFAR-10, CIFAR-100, a folder of your own images or scikit-learn's digits (no download needed) and returns
+an `ImageDataset`; `Batches` turns its arrays into float images in [0, 1] and labels, drawing only from the generator
+it is given. Nothing here knows about models or solvers: this folder imports torch and numpy (torchvision, PIL and
+scikit-learn only when a dataset needs them), and only ``training`` and ``experiments`` import it.
+"""
+
+from ._batches import Batches, random_crop_flip, to_float
+from ._dataset import ImageDataset
+from ._load import DatasetNotFoundError, load, names
+
+__all__ = ["Batches", "DatasetNotFoundError", "ImageDataset", "load", "names", "random_crop_flip", "to_float"]

@@ -1,0 +1,178 @@
+"""Batches of float images from a ``uint8`` array, with the standard CIFAR augmentation (zero padding, crop, flip)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ._checks import check_images, check_int, check_labels
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert pixels to what models take.
+
+    Args:
+        images: ``uint8``, (n, height, width, 3).
+
+    Returns:
+        ``float32``, (n, 3, height, width) in ``channels_last`` memory format, every value exactly ``pixel / 255``
+        correctly rounded.
+
+    Raises:
+        TypeError, ValueError: ``images`` has another dtype or shape.
+    """
+    check_images("images", images)
+    # Dividing and not multiplying by 1/255, which is off by one ulp for some pixels.
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def random_crop_flip(
+    images: Tensor, *, pad: int = 4, flip: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
+    """Pad with zeros, crop back to the old size at a random place and mirror left-right with probability 1/2.
+
+    Every image has its own offsets. Drawn from ``generator`` are, in this order, n row offsets and n column offsets
+    in 0..2*pad, then, if ``flip``, n bits.
+
+    Args:
+        images: ``uint8``, (n, height, width, 3).
+        pad: zeros added on each side, in pixels.
+        flip: whether to mirror.
+        generator: the source of randomness; it must be given.
+
+    Returns:
+        ``uint8``, (n, height, width, 3), contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range, or ``generator`` is missing.
+    """
+    check_images("images", images)
+    check_int("pad", pad, minimum=0)
+    source = _check_generator(generator, "random_crop_flip")
+    window = _Window(images.shape[1], images.shape[2], pad, flip)
+    return _augmented(_padded(images, pad), torch.arange(len(images), device=images.device), window, source)
+
+
+class Batches:
+    """The batches of one epoch each time it is iterated over; ``len`` is their number.
+
+    Yields ``(images, labels)``: ``float32`` (b, 3, height, width) in [0, 1] and ``channels_last`` as `to_float`
+    gives, and ``int64`` (b,). With ``shuffle`` every epoch has an order of its own. The same generator state gives the
+    same epochs, and the global random state is neither used nor changed.
+
+    Args:
+        images: ``uint8``, (n, height, width, 3).
+        labels: ``int64``, (n,).
+        batch_size: samples in a batch; the last one may have fewer.
+        shuffle: whether to draw a new order for every epoch.
+        augment: whether to apply `random_crop_flip`, with new draws for every batch. The array is padded once here,
+            so this keeps a copy of (height + 2*pad)(width + 2*pad)*3 bytes per image.
+        flip: whether augmenting includes mirroring; pass ``dataset.flip``.
+        pad: zeros added on each side before cropping, in pixels.
+        drop_last: whether to leave out a last batch that is not full.
+        generator: the source of randomness, needed for ``shuffle`` and ``augment``.
+        device: where the arrays are kept and the batches made.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or range, a needed ``generator`` is
+            missing, or there would be no batch.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        augment: bool = False,
+        flip: bool = True,
+        pad: int = 4,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Validate the arguments, move the arrays to ``device`` and pad them if they are to be augmented."""
+        check_images("images", images)
+        check_labels("labels", labels, images)
+        check_int("batch_size", batch_size, minimum=1)
+        check_int("pad", pad, minimum=0)
+        if len(labels) < (batch_size if drop_last else 1):
+            raise ValueError(
+                f"images: got {len(labels)} samples, which make no batch of batch_size={batch_size} with drop_last="
+                f"{drop_last}; give more samples, a smaller batch_size or drop_last=False"
+            )
+        if shuffle or augment:
+            _check_generator(generator, f"shuffle={shuffle}, augment={augment}")
+        self._window = _Window(images.shape[1], images.shape[2], pad, flip) if augment else None
+        self._images = _padded(images.to(device), pad) if augment else images.to(device).contiguous()
+        self._labels = labels.to(device)
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._drop_last = drop_last
+        self._generator = generator
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        full, rest = divmod(len(self._labels), self._batch_size)
+        return full + (rest > 0 and not self._drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch."""
+        n, device = len(self._labels), self._labels.device
+        if self._shuffle and self._generator is not None:
+            order = torch.randperm(n, generator=self._generator, device=self._generator.device).to(device)
+        else:
+            order = torch.arange(n, device=device)
+        for batch in range(len(self)):
+            chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            if self._window is not None and self._generator is not None:
+                images = _augmented(self._images, chosen, self._window, self._generator)
+            else:
+                images = self._images.index_select(0, chosen)
+            yield to_float(images), self._labels.index_select(0, chosen)
+
+
+class _Window(NamedTuple):
+    """The size cut from a padded image, and how it may move."""
+
+    height: int
+    width: int
+    pad: int
+    flip: bool
+
+
+def _check_generator(generator: torch.Generator | None, needed_by: str) -> torch.Generator:
+    if generator is None:
+        raise ValueError(
+            f"generator: got None, expected a torch.Generator for {needed_by}; pass torch.Generator().manual_seed(seed)"
+        )
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator")
+    return generator
+
+
+def _padded(images: Tensor, pad: int) -> Tensor:
+    return functional.pad(images, (0, 0, pad, pad, pad, pad)).contiguous()
+
+
+def _augmented(padded: Tensor, chosen: Tensor, window: _Window, generator: torch.Generator) -> Tensor:
+    """Cut and mirror the ``chosen`` images in one gather of pixels, (b, height, width, 3)."""
+    height, width, pad, flip = window
+    n, device = len(chosen), padded.device
+
+    def drawn(high: int) -> Tensor:
+        return torch.randint(high, (n, 1), generator=generator, device=generator.device).to(device)
+
+    top, left = drawn(2 * pad + 1), drawn(2 * pad + 1)
+    rows = chosen[:, None] * padded.shape[1] + top + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
+    if flip:
+        columns = torch.where(drawn(2) == 1, columns.flip(0), columns)
+    columns = columns + left
+    pixels = (rows * padded.shape[2])[:, :, None] + columns[:, None, :]
+    return padded.view(-1, 3).index_select(0, pixels.view(-1)).view(n, height, width, 3)

@@ -1,0 +1,60 @@
+"""Checks shared by the readers, the dataset and the batches; every message names what was given and expected."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def check_int(argument: str, value: object, minimum: int) -> None:
+    """Raise unless ``value`` is an ``int`` (not a ``bool``) of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), expected an int")
+    if value < minimum:
+        raise ValueError(f"{argument}: got {value}, expected at least {minimum}")
+
+
+def check_images(argument: str, images: Tensor) -> None:
+    """Raise unless ``images`` is a ``uint8`` tensor of shape (n, height, width, 3)."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{argument}: got {type(images).__name__}, expected a uint8 tensor (n, height, width, 3)")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{argument}: got dtype {images.dtype}, expected torch.uint8 pixels from 0 to 255")
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"{argument}: got shape {tuple(images.shape)}, expected (n, height, width, 3)")
+
+
+def check_labels(argument: str, labels: Tensor, images: Tensor) -> None:
+    """Raise unless ``labels`` is an ``int64`` tensor with one entry for each of ``images``."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{argument}: got {type(labels).__name__}, expected an int64 tensor (n,)")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{argument}: got dtype {labels.dtype}, expected torch.int64 class indices")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{argument}: got shape {tuple(labels.shape)} for {len(images)} images, expected one each")
+
+
+def check_range(argument: str, labels: Tensor, num_classes: int) -> None:
+    """Raise if ``labels`` is empty or has a value outside 0..num_classes-1."""
+    if labels.numel() == 0:
+        raise ValueError(f"{argument}: got no samples, expected at least one")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"{argument}: got labels from {low} to {high}, expected 0 to {num_classes - 1}")
+
+
+def require(module: str, package: str, purpose: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Raises:
+        ImportError: it is missing; the message says what for and how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}"
+        ) from error
