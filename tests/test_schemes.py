@@ -1,25 +1,107 @@
-"""Compositions as data: weights, symmetry, adjoints, names."""
+"""Compositions as data: weights, orders in high precision, symmetry, adjoints, names."""
 
+import functools
+import random
+
+import mpmath
 import pytest
 
 from odeadv import Scheme, Stage, schemes
 
+ALL = [(name, operators) for operators in (2, 3) for name in schemes.names(operators)]
 
-@pytest.mark.parametrize("name", schemes.names())
-@pytest.mark.parametrize("operators", [2, 3, 5])
+
+@functools.cache
+def non_commuting(operators: int) -> tuple[mpmath.matrix, ...]:
+    """Random 3x3 matrices, whose brackets up to order 9 satisfy no accidental identity."""
+    draw = random.Random(operators)
+    return tuple(mpmath.matrix(3, 3).apply(lambda _: mpmath.mpf(draw.uniform(-1, 1))) for _ in range(operators))
+
+
+def exponential(m: mpmath.matrix) -> mpmath.matrix:
+    term = total = mpmath.eye(3)
+    for k in range(1, 40):
+        term = term * m / k
+        total = total + term
+    return total
+
+
+def one_step_error(scheme: Scheme, h: mpmath.mpf) -> mpmath.mpf:
+    matrices = non_commuting(scheme.operators)
+    mixed = mpmath.zeros(3)
+    for factor, stages in scheme.compositions:
+        product = mpmath.eye(3)
+        for stage in stages:
+            product = exponential(matrices[stage.operator] * (h * stage.weight)) * product
+        mixed += product * factor
+    return mpmath.mnorm(mixed - exponential(sum(matrices[1:], start=matrices[0]) * h), "f")
+
+
+@pytest.mark.parametrize(("name", "operators"), ALL)
+def test_order_in_high_precision_on_non_commuting_operators(name, operators):
+    scheme = schemes.get(name, operators)
+    with mpmath.workdps(40):
+        h = mpmath.mpf(2) ** -{1: 6, 2: 6, 3: 5, 4: 4, 6: 3, 8: 2}[scheme.order]
+        slope = mpmath.log(one_step_error(scheme, h) / one_step_error(scheme, h / 2), 2)
+    assert float(slope) - 1 == pytest.approx(scheme.order, abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "operators"), [*ALL, *((name, 5) for name in schemes.names(5))])
 def test_every_scheme_is_consistent(name, operators):
     scheme = schemes.get(name, operators)
     scheme.check()
+    assert scheme.name == name
     assert scheme.operators == operators
-    assert scheme.adjoint().adjoint() == scheme
-    scheme.adjoint().check()
-    assert scheme.name in str(scheme)
+    assert name in str(scheme)
     assert scheme.source in str(scheme)
+    if scheme.mixture:
+        assert not scheme.symmetric
+        with pytest.raises(ValueError, match=r"is a mixture of compositions"):
+            scheme.adjoint()
+    else:
+        scheme.adjoint().check()
+        twice = scheme.adjoint().adjoint()
+        assert twice.name == name
+        for stage, same in zip(twice.stages, scheme.stages, strict=True):
+            assert (stage.operator, stage.weight, stage.frozen) == (same.operator, same.weight, same.frozen)
+            assert stage.start == pytest.approx(same.start, abs=1e-14)
+
+
+@pytest.mark.parametrize(("name", "operators"), ALL)
+def test_every_operator_keeps_its_own_clock(name, operators):
+    """Running clocks follow one another from 0 to 1 without a gap, the condition for time-dependent operators."""
+    for _, stages in schemes.get(name, operators).compositions:
+        for operator in range(operators):
+            own = [stage for stage in stages if stage.operator == operator and not stage.frozen]
+            acted = 0.0
+            for stage in own:
+                assert stage.start == pytest.approx(acted, abs=1e-13)
+                acted += stage.weight
+            assert acted == pytest.approx(1.0 if own else 0.0, abs=1e-13)
+
+
+def test_extrapolation_never_goes_back_and_negative_weights_are_known():
+    assert all(schemes.get(f"extrapolated-strang{order}").goes_back == () for order in (4, 6, 8))
+    assert schemes.get("strang").goes_back == ()
+    assert schemes.get("yoshida4").goes_back == (0, 1)
+    assert schemes.triple_jump(8).order == schemes.suzuki(8, operators=3).order == 8
+    with pytest.raises(ValueError, match=r"^order: got 5, expected an even number"):
+        schemes.suzuki(5)
 
 
 @pytest.mark.parametrize(
     ("name", "order", "symmetric"),
-    [("lie", 1, False), ("strang", 2, True), ("strang-midpoint", 2, True), ("strang-symmetric", 2, True)],
+    [
+        ("lie", 1, False),
+        ("strang", 2, True),
+        ("strang-midpoint", 2, True),
+        ("strang-symmetric", 2, True),
+        ("best22", 2, False),
+        ("mclachlan2", 2, True),
+        ("aks3", 3, False),
+        ("blanes-moan6", 6, True),
+        ("kahan-li8", 8, True),
+    ],
 )
 def test_order_and_symmetry(name, order, symmetric):
     assert (schemes.get(name).order, schemes.get(name).symmetric) == (order, symmetric)
@@ -43,11 +125,13 @@ def test_the_adjoint_of_lie_reverses_it():
 
 def test_an_operator_left_alone_acts_for_exactly_one_step():
     thirds = Scheme("thirds", (*(Stage(0, 1 / 3, k / 3) for k in range(3)), Stage(1, 1.0, 0.0)), 1, "test")
-    assert thirds.restricted_to([0]) == (Stage(0, 1.0, 0.0),)
+    assert thirds.restricted_to([0]) == ((1.0, (Stage(0, 1.0, 0.0),)),)
+    assert schemes.get("extrapolated-strang4").restricted_to([0]) == thirds.restricted_to([0])
 
 
 def test_neighbours_merge_where_the_operator_between_them_vanishes():
-    merged = schemes.get("strang", 3).restricted_to([1, 2])
+    ((factor, merged),) = schemes.get("strang", 3).restricted_to([1, 2])
+    assert factor == 1.0
     assert merged == (Stage(1, 0.5, 0.0), Stage(0, 1.0, 0.0), Stage(1, 0.5, 0.5))
 
 
@@ -61,3 +145,13 @@ def test_unknown_names_list_near_matches():
         schemes.get("stang")
     with pytest.raises(ValueError, match=r"operators: got 1"):
         schemes.get("lie", operators=1)
+    with pytest.raises(ValueError, match=r"^scheme: 'ruth3' is a table for 2 operators, the field has 3; .*'yoshida4'"):
+        schemes.get("ruth3", operators=3)
+
+
+def test_a_scheme_is_a_table_or_a_mixture_of_tables():
+    table = (Stage(0, 1.0, 0.0), Stage(1, 1.0, 0.0))
+    with pytest.raises(ValueError, match=r"^stages: 'none' needs either stages or a mixture"):
+        Scheme("none", (), 1, "test")
+    with pytest.raises(ValueError, match=r"factors of the mixture 'half' do not sum to 1"):
+        Scheme("half", (), 1, "test", mixture=((0.5, table),)).check()

@@ -60,18 +60,30 @@ class Operator:
             ``dt`` are 0-d tensors and ``dt`` may be negative. Used by the sub-step ``"exact"``.
         modules: modules that ``f`` runs, so that a recording pass can protect their buffers; ``f`` itself is found
             without being named when it is an `torch.nn.Module`.
+        reversible: False for diffusion and the like, which cannot be run backward; a scheme with negative weights
+            for it then gives a warning.
 
     Raises:
         TypeError: if ``f`` or ``flow`` is not callable.
     """
 
-    def __init__(self, f: VectorFunction, *, flow: Flow | None = None, modules: Sequence[nn.Module] = ()) -> None:
+    pieces: Sequence[Operator | Jump] = ()
+
+    def __init__(
+        self,
+        f: VectorFunction,
+        *,
+        flow: Flow | None = None,
+        modules: Sequence[nn.Module] = (),
+        reversible: bool = True,
+    ) -> None:
         if not callable(f):
             raise TypeError(f"f: got {type(f).__name__}, expected a callable f(t, x) returning dx/dt")
         if flow is not None and not callable(flow):
             raise TypeError(f"flow: got {type(flow).__name__}, expected a callable flow(t, dt, x) or None")
         self.f = f
         self.flow = flow
+        self.reversible = reversible
         self.modules: tuple[nn.Module, ...] = ((f,) if isinstance(f, nn.Module) else ()) + tuple(modules)
 
     @property

@@ -1,66 +1,65 @@
-"""The schemes by name, as ``odeadv.schemes``: ``names()``, ``get(name, operators=2)``."""
+"""The schemes by name, as ``odeadv.schemes``: ``names()``, ``get(name, operators=2)``, and the generators."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 
-from odeadv.splitting._scheme import Scheme, Stage
+from odeadv.splitting import _high_order as high
+from odeadv.splitting import _low_order as low
+from odeadv.splitting._high_order import extrapolated_strang, suzuki, triple_jump
+from odeadv.splitting._scheme import Scheme, Stage, alternating, repeated
 
-__all__ = ["Scheme", "Stage", "get", "lie", "names", "strang", "strang_midpoint", "strang_symmetric"]
-
-
-def lie(operators: int = 2) -> Scheme:
-    """Lie-Trotter: every operator for a full step, in turn; the first carries time, the others see its end.
-
-    With Euler sub-steps and the operators (f, costate) this is Eq. 18-19, the paper's LAD (Eq. 5): the costate acts
-    with its value at the end of the step.
-    """
-    rest = tuple(Stage(operator, 1.0, 1.0, frozen=True) for operator in range(1, operators))
-    return Scheme("lie", (Stage(0, 1.0, 0.0), *rest), 1, "Trotter (1959), Proc. Amer. Math. Soc. 10; Eq. 18")
-
-
-def strang(operators: int = 2) -> Scheme:
-    """Strang-Marchuk: halves of the later operators around a full step of the first, each on its own clock.
-
-    With Euler sub-steps, a linear costate and the operators (f, costate) this is the paper's LAD-SM (Eq. 8, 20):
-    order one, since both halves of the costate take the value at their beginning.
-    """
-    before = tuple(Stage(operator, 0.5, 0.0) for operator in range(operators - 1, 0, -1))
-    after = tuple(Stage(operator, 0.5, 0.5) for operator in range(1, operators))
-    source = "Strang (1968), SIAM J. Numer. Anal. 5; Marchuk (1968); Eq. 20"
-    return Scheme("strang", (*before, Stage(0, 1.0, 0.0), *after), 2, source)
-
-
-def strang_midpoint(operators: int = 2) -> Scheme:
-    """Strang-Marchuk with a(t + dt/2) from the costate equation itself (Eq. 21 with Eq. 9), not from a mean."""
-    base = strang(operators)
-    return Scheme("strang-midpoint", base.stages, 2, "Eq. 21, a(t + dt/2) from Eq. 9", costate="exact")
-
-
-def strang_symmetric(operators: int = 2) -> Scheme:
-    """Palindromic Strang: time is carried by the first operator, so the costate acts with a(t), then a(t + dt).
-
-    Symmetric, and second order with a second-order sub-step for the first operator, even with Euler for the costate.
-    """
-    before = tuple(Stage(operator, 0.5, 0.0, frozen=True) for operator in range(operators - 1, 0, -1))
-    after = tuple(Stage(operator, 0.5, 1.0, frozen=True) for operator in range(1, operators))
-    source = "Hairer, Lubich & Wanner (2006), Geometric Numerical Integration, II.5"
-    return Scheme("strang-symmetric", (*before, Stage(0, 1.0, 0.0), *after), 2, source)
-
+__all__ = [
+    "Scheme",
+    "Stage",
+    "alternating",
+    "extrapolated_strang",
+    "get",
+    "names",
+    "repeated",
+    "suzuki",
+    "triple_jump",
+]
 
 _BUILDERS: dict[str, Callable[[int], Scheme]] = {
-    "lie": lie,
-    "strang": strang,
-    "strang-midpoint": strang_midpoint,
-    "strang-symmetric": strang_symmetric,
+    "lie": low.lie,
+    "strang": low.strang,
+    "strang-midpoint": low.strang_midpoint,
+    "strang-symmetric": low.strang_symmetric,
+    "averaged-lie": low.averaged_lie,
+    "averaged-strang": low.averaged_strang,
+    "best22": high.best22,
+    "mclachlan2": high.mclachlan2,
+    "ruth3": high.ruth3,
+    "aks3": high.aks3,
+    "yoshida4": partial(triple_jump, 4),
+    "suzuki4": partial(suzuki, 4),
+    "blanes-moan4": high.blanes_moan4,
+    "extrapolated-strang4": partial(extrapolated_strang, 4),
+    "yoshida6": high.yoshida6,
+    "triple-jump-6": partial(triple_jump, 6),
+    "suzuki6": partial(suzuki, 6),
+    "blanes-moan6": high.blanes_moan6,
+    "kahan-li6": high.kahan_li6,
+    "extrapolated-strang6": partial(extrapolated_strang, 6),
+    "kahan-li8": high.kahan_li8,
+    "extrapolated-strang8": partial(extrapolated_strang, 8),
 }
-_ALIASES = {"lie-trotter": "lie", "lad": "lie", "strang-marchuk": "strang", "lad-sm": "strang"}
+_ALIASES = {
+    "lie-trotter": "lie",
+    "lad": "lie",
+    "strang-marchuk": "strang",
+    "lad-sm": "strang",
+    "triple-jump-4": "yoshida4",
+}
 
 
-def names() -> tuple[str, ...]:
-    """The names `get` knows, without their aliases."""
-    return tuple(_BUILDERS)
+def names(operators: int = 2) -> tuple[str, ...]:
+    """The names `get` knows for so many operators, without their aliases."""
+    tables = {"best22", "mclachlan2", "ruth3", "aks3", "blanes-moan4", "blanes-moan6"}
+    return tuple(name for name in _BUILDERS if operators == 2 or name not in tables)
 
 
 def get(name: str, operators: int = 2) -> Scheme:
@@ -68,7 +67,8 @@ def get(name: str, operators: int = 2) -> Scheme:
 
     Raises:
         TypeError: if ``name`` is not a string.
-        ValueError: for an unknown name, listing near matches; or for fewer than two operators.
+        ValueError: for an unknown name, listing near matches; for fewer than two operators; or for more than two
+            where the scheme is a table for two.
     """
     if not isinstance(name, str):
         raise TypeError(f"scheme: got {type(name).__name__}, expected a name or a Scheme")

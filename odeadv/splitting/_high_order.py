@@ -1,0 +1,160 @@
+"""Higher-order schemes: compositions of Strang for any number of operators, and tables for two.
+
+Coefficients are those of the sources; what a consistency condition determines (the centre of a palindrome, the last
+of a sum) is derived from it. Their orders are verified in tests in high precision on non-commuting problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from odeadv.splitting._low_order import strang
+from odeadv.splitting._scheme import Composition, Scheme, alternating, repeated
+
+
+def triple_jump(order: int, operators: int = 2) -> Scheme:
+    """Strang's splitting raised to an even ``order`` by triple jumps; ``yoshida4`` is the one of order 4.
+
+    Raises:
+        ValueError: if ``order`` is not an even number from 4 on.
+    """
+    stages = strang(operators).stages
+    for even in range(4, _even(order) + 1, 2):
+        outer = 1.0 / (2.0 - 2.0 ** (1.0 / (even - 1)))
+        stages = repeated(stages, (outer, 1.0 - 2.0 * outer, outer))
+    name = "yoshida4" if order == 4 else f"triple-jump-{order}"
+    return Scheme(name, stages, order, "Yoshida (1990), Phys. Lett. A 150; Creutz & Gocksch (1989)")
+
+
+def suzuki(order: int, operators: int = 2) -> Scheme:
+    """Strang's splitting raised to an even ``order`` by Suzuki's fractal: five copies, the middle one backward.
+
+    Raises:
+        ValueError: if ``order`` is not an even number from 4 on.
+    """
+    stages = strang(operators).stages
+    for even in range(4, _even(order) + 1, 2):
+        outer = 1.0 / (4.0 - 4.0 ** (1.0 / (even - 1)))
+        stages = repeated(stages, (outer, outer, 1.0 - 4.0 * outer, outer, outer))
+    return Scheme(f"suzuki{order}", stages, order, "Suzuki (1990), Phys. Lett. A 146")
+
+
+def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
+    """Richardson extrapolation of Strang's splitting with 1, 2, ... sub-steps: no operator ever runs backward.
+
+    Raises:
+        ValueError: if ``order`` is not an even number from 4 on.
+    """
+    counts = range(1, _even(order) // 2 + 1)
+    mixture = []
+    for count in counts:
+        factor = math.prod(count**2 / (count**2 - other**2) for other in counts if other != count)
+        mixture.append((factor, repeated(strang(operators).stages, (1.0 / count,) * count)))
+    source = "Hairer, Norsett & Wanner (1993), Solving ODEs I, II.9; Chin (2010), Celest. Mech. Dyn. Astr. 106"
+    return Scheme(f"extrapolated-strang{order}", (), order, source, mixture=tuple(mixture))
+
+
+def yoshida6(operators: int = 2) -> Scheme:
+    """Yoshida's sixth-order composition of seven Strang steps, solution A."""
+    half = (0.784513610477560, 0.235573213359357, -1.17767998417887)
+    return _palindromic_strang("yoshida6", half, 6, "Yoshida (1990), Phys. Lett. A 150, solution A", operators)
+
+
+def kahan_li6(operators: int = 2) -> Scheme:
+    """Kahan and Li's sixth-order composition of nine Strang steps."""
+    half = (0.39216144400731413928, 0.33259913678935943860, -0.70624617255763935981, 0.082213596293550800230)
+    return _palindromic_strang("kahan-li6", half, 6, "Kahan & Li (1997), Math. Comp. 66, s9odr6a", operators)
+
+
+def kahan_li8(operators: int = 2) -> Scheme:
+    """Kahan and Li's eighth-order composition of seventeen Strang steps."""
+    half = (
+        0.13020248308889008088,
+        0.56116298177510838456,
+        -0.38947496264484728641,
+        0.15884190655515560090,
+        -0.39590389413323757734,
+        0.18453964097831570709,
+        0.25837438768632204729,
+        0.29501172360931029887,
+    )
+    return _palindromic_strang("kahan-li8", half, 8, "Kahan & Li (1997), Math. Comp. 66, s17odr8a", operators)
+
+
+def best22(operators: int = 2) -> Scheme:
+    """The second-order scheme of two stages each with the smallest error constant."""
+    a = math.sqrt(0.5)
+    source = "McLachlan & Atela (1992), Nonlinearity 5; Auzinger, 'Best 2-2'"
+    return _table("best22", alternating(0, (1.0 - a, a, a, 1.0 - a)), 2, source, operators)
+
+
+def mclachlan2(operators: int = 2) -> Scheme:
+    """McLachlan's second-order palindrome with the smallest error constant; two stages of the first operator."""
+    root = (2.0 * math.sqrt(326.0) + 36.0) ** (1.0 / 3.0)
+    outer = 0.5 - root / 12.0 + 1.0 / (6.0 * root)
+    source = "McLachlan (1995), SIAM J. Sci. Comput. 16; Omelyan, Mryglod & Folk (2002), Phys. Rev. E 65"
+    return _table("mclachlan2", _palindromic_table((outer,), (0.5,)), 2, source, operators)
+
+
+def ruth3(operators: int = 2) -> Scheme:
+    """Ruth's third-order scheme."""
+    return _table(
+        "ruth3",
+        alternating(0, (7 / 24, 2 / 3, 3 / 4, -2 / 3, -1 / 24, 1.0)),
+        3,
+        "Ruth (1983), IEEE Trans. Nucl. Sci. 30",
+        operators,
+    )
+
+
+def aks3(operators: int = 2) -> Scheme:
+    """A third-order scheme of three stages each, the same read backward with the operators exchanged."""
+    first, middle = 0.268330095781759925, -0.187991618799159782
+    last = 1.0 - first - middle
+    source = "Auzinger, Koch & Thalhammer, coefficients of various splitting methods, 'AKS 3'"
+    return _table("aks3", alternating(0, (first, last, middle, middle, last, first)), 3, source, operators)
+
+
+def blanes_moan4(operators: int = 2) -> Scheme:
+    """Blanes and Moan's fourth-order palindrome S6: six stages of the first operator."""
+    outer = (0.0792036964311957, 0.353172906049774, -0.0420650803577195)
+    inner = (0.209515106613362, -0.143851773179818)
+    source = "Blanes & Moan (2002), J. Comput. Appl. Math. 142, S6"
+    stages = _palindromic_table(outer, (*inner, 0.5 - sum(inner)))
+    return _table("blanes-moan4", stages, 4, source, operators)
+
+
+def blanes_moan6(operators: int = 2) -> Scheme:
+    """Blanes and Moan's sixth-order palindrome S10: ten stages of the first operator."""
+    outer = (0.0502627644003922, 0.413514300428344, 0.0450798897943977, -0.188054853819569, 0.541960678450780)
+    inner = (0.148816447901042, -0.132385865767784, 0.067307604692185, 0.432666402578175)
+    source = "Blanes & Moan (2002), J. Comput. Appl. Math. 142, S10"
+    stages = _palindromic_table(outer, (*inner, 0.5 - sum(inner)))
+    return _table("blanes-moan6", stages, 6, source, operators)
+
+
+def _palindromic_strang(name: str, half: Sequence[float], order: int, source: str, operators: int) -> Scheme:
+    weights = (*half, 1.0 - 2.0 * math.fsum(half), *reversed(half))
+    return Scheme(name, repeated(strang(operators).stages, weights), order, source)
+
+
+def _palindromic_table(outer: Sequence[float], inner: Sequence[float]) -> Composition:
+    """Operator 1 outside and in the centre, operator 0 between; the centre from the sum."""
+    half = [weight for pair in zip(outer, inner, strict=True) for weight in pair]
+    return alternating(1, (*half, 1.0 - 2.0 * math.fsum(outer), *reversed(half)))
+
+
+def _table(name: str, stages: Composition, order: int, source: str, operators: int) -> Scheme:
+    if operators != 2:
+        raise ValueError(
+            f"scheme: {name!r} is a table for 2 operators, the field has {operators}; for more, take a composition of "
+            "Strang such as 'yoshida4', 'suzuki4', 'kahan-li6' or 'extrapolated-strang4'"
+        )
+    return Scheme(name, stages, order, source)
+
+
+def _even(order: int) -> int:
+    if order < 4 or order % 2:
+        raise ValueError(f"order: got {order}, expected an even number, at least 4")
+    return order
