@@ -91,7 +91,8 @@ class Solution:
     def costate(self) -> Costate:
         """a(t) = dL/dx(t) as recorded: call it with a time, or use it in ``field.driven_by``.
 
-        With eta = 0 nothing is recorded by the solve, and the recording is made when first asked for.
+        With eta = 0 nothing is recorded by the solve, and the recording is made when first asked for, with the
+        weights of that moment.
 
         Raises:
             AttributeError: if the field has no loss, and so no costate.

@@ -7,14 +7,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from odeadv._solution import Solution, SolveError, Stats, Status
+from odeadv._state import aside
 from odeadv.costate import Costate, RecordedCostate, SummedCostate, record
-from odeadv.fields import AdversarialField, Operator, Piecewise, VectorField, as_field
+from odeadv.fields import AdversarialField, Forcing, Jump, Operator, Piecewise, VectorField, as_field
+from odeadv.fields._field import number
 from odeadv.fields._operator import Sum, Unrecorded, VectorFunction, clock_dtype
 from odeadv.splitting import (
     Exact,
@@ -66,17 +69,18 @@ def solve(
         t_span: ``(t0, t1)``, in either direction; the field's own if not given.
         scheme: a name of `odeadv.schemes` or a `Scheme`; or the name of a sub-step, which then advances the whole
             field without splitting it. A field with one operator is never split.
-        dt: step size, which must divide the span; its sign is ignored.
+        dt: step size, which must divide the span; positive, or of the sign of a span that runs backward.
         steps: number of steps, instead of ``dt``.
         save_at: None keeps the two ends, ``"steps"`` every step, a sequence of times those (cubic Hermite within
-            the step, from two more evaluations of the field).
+            the step, from two more evaluations of the field, without effect on buffers and random state).
         substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
             operator; "euler" for operators not in it, and by default.
         costate: a(t) between recorded nodes, ``"linear"`` (Theorem 3.2), ``"hermite"`` (cubic, slopes from Eq. 9)
             or ``"exact"`` (Eq. 9 integrated back from the next node); the scheme's own choice, else linear.
         sweeps: number of recordings, each on the trajectory driven by the one before alone (Picard iteration); 1 is
             the paper's two-stage method.
-        ascent: number of recordings, each on the trajectory driven by the sum of all before (Eq. 3).
+        ascent: number of recordings, each on the trajectory driven by the sum of all before (Eq. 3). Both are for
+            fields with a loss.
         differentiate_costate: let gradients through the costate too, instead of treating it as a constant.
         throw: raise if the solve fails; otherwise see ``status`` of what is returned.
 
@@ -93,9 +97,9 @@ def solve(
     """
     field = as_field(field)
     method = _method(field, scheme, substep, costate)
-    passes, adding = _recordings(sweeps, ascent)
+    passes, adding = _recordings(field, sweeps, ascent)
     grid = _grid(field, t_span, dt, steps)
-    times = _save_times(save_at, grid)
+    times = _save_times(field, save_at, grid)
     x = _initial_state(field, x0)
 
     stats = Stats(steps=len(grid), evaluations=dict.fromkeys(field.operators, 0))
@@ -113,14 +117,14 @@ def solve(
         final = stepper.march(x, grid)
         xs = [x, final]
     else:
-        final, xs = _run(stepper, x, grid, times)
+        final, xs = _run(stepper, x, grid, times, field)
     output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
     _count(stats, stepper, a)
 
     solution = Solution(
         torch.tensor(times, dtype=clock_dtype(x.dtype), device=x.device),
         torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs),
-        status=_status(final, loss),
+        status=_status(final, loss, *xs),
         stats=stats,
         scheme=method.name,
         output=output,
@@ -143,14 +147,16 @@ class _Method:
     costate: CostateKind
 
     def stepper(self, field: VectorField) -> Stepper:
-        """What advances those operators of ``field`` that act; neighbouring stages merge where others vanish."""
-        active = [i for i, operator in enumerate(field.operators.values()) if operator.acts]
+        """What advances those operators of ``field`` that act; one that is left alone acts in a single stage."""
+        active = [i for i, term in enumerate(field.operators.values()) if term.acts]
         names = [list(field.operators)[i] for i in active]
         operators = [field.operators[name] for name in names]
         substeps = [self.substeps[name] for name in names]
+        if len(active) == 1:
+            return Stepper(operators, substeps)
         if self.scheme is None:
             return Stepper([Sum(operators)], substeps[:1])
-        return Stepper(operators, substeps, self.scheme.restricted_to(active))
+        return Stepper(operators, substeps, self.scheme.compositions)
 
 
 def _record(
@@ -180,7 +186,7 @@ def _record(
 def _count(stats: Stats, stepper: Stepper, a: Costate | None) -> None:
     """Move what ``stepper`` and the evaluations of ``a`` between nodes cost into ``stats``."""
     names = list(stats.evaluations)
-    counted = list(zip(names, stepper.tallies, strict=False))
+    counted = list(zip(names, stepper.counted, strict=False))
     parts = a.parts if isinstance(a, SummedCostate) else (a,) if isinstance(a, RecordedCostate) else ()
     counted += [(names[0], part.tally) for part in parts]
     for name, tally in counted:
@@ -189,7 +195,9 @@ def _count(stats: Stats, stepper: Stepper, a: Costate | None) -> None:
         tally.evaluations = tally.vjps = 0
 
 
-def _run(stepper: Stepper, x0: Tensor, grid: Grid, times: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+def _run(
+    stepper: Stepper, x0: Tensor, grid: Grid, times: Sequence[float], field: VectorField
+) -> tuple[Tensor, list[Tensor]]:
     """The final state, and the states at ``times``, which are in the order of the solve."""
     x = x0
     saved: list[Tensor] = []
@@ -197,27 +205,26 @@ def _run(stepper: Stepper, x0: Tensor, grid: Grid, times: Sequence[float]) -> tu
     for step in grid:
         before, x = x, stepper.advance(x, step)
         while len(saved) < len(times) and sign * times[len(saved)] <= sign * step.t1:
-            saved.append(_within(stepper, step, before, x, times[len(saved)]))
+            saved.append(_within(stepper, step, before, x, times[len(saved)], field))
     return x, saved
 
 
-def _within(stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float) -> Tensor:
+def _within(stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float, field: VectorField) -> Tensor:
     """Dense output: the ends themselves, a cubic Hermite polynomial between them."""
     if t == step.t0:
         return before
     if t == step.t1:
         return after
     s = (t - step.t0) / step.h
-    left, right = stepper.velocity(before, step.t0, step), stepper.velocity(after, step.t1, step)
+    with aside(field.modules, before.device):
+        left, right = stepper.velocity(before, step.t0, step), stepper.velocity(after, step.t1, step)
     value = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))
     return torch.add(value, s * (1.0 - s) ** 2 * left - s * s * (1.0 - s) * right, alpha=step.h)
 
 
-def _status(final: Tensor, loss: Tensor | None) -> Status:
-    finite = final.isfinite().all()
-    if loss is not None:
-        finite = finite & loss.isfinite()
-    return Status.SUCCESS if bool(finite) else Status.NON_FINITE
+def _status(*values: Tensor | None) -> Status:
+    finite = [value.isfinite().all() for value in values if value is not None]
+    return Status.SUCCESS if bool(torch.stack(finite).all()) else Status.NON_FINITE
 
 
 def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps | None, costate: CostateKind | None) -> _Method:
@@ -231,17 +238,24 @@ def _method(field: VectorField, scheme: str | Scheme, substep: SubSteps | None, 
                 f"({', '.join(field.operators)})"
             )
         name, table = scheme.name, scheme
-    elif isinstance(scheme, str) and scheme.strip().lower() in substep_names():
+    elif isinstance(scheme, str) and (scheme in substep_names() or scheme.startswith("torchdiffeq:")):
         if substep not in (None, scheme):
             raise ValueError(
                 f"scheme: {scheme!r} is itself a sub-step and does not split; give it as substep, or leave substep out"
             )
-        name, table, substep = scheme.strip().lower(), None, scheme
+        name, table, substep = scheme, None, scheme
     else:
         table = schemes.get(scheme, max(2, count))
         name = table.name
-    if table is None and count > 1 and isinstance(get_substep(str(substep)), Exact):
-        raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
+    acting = 1 if isinstance(field, AdversarialField) and field.eta == 0.0 else count
+    if table is None and acting > 1:
+        if name == "exact":
+            raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
+        if _jumps(field):
+            raise ValueError(
+                f"scheme: {name!r} does not split, but the field jumps from {_jumps(field)[0][0]:g} to "
+                f"{_jumps(field)[0][1]:g}; use a splitting scheme such as 'lie' or 'strang'"
+            )
     kind = costate if costate is not None else (table.costate if table else None) or "linear"
     if kind not in ("linear", "hermite", "exact"):
         raise ValueError(f"costate: got {kind!r}, expected 'linear', 'hermite' or 'exact'")
@@ -284,7 +298,10 @@ def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
         chosen = dict.fromkeys(field.operators, get_substep(substep))
     for name, method in chosen.items():
         operator = field.operators[name]
-        if isinstance(method, Exact) and operator.flow is None and not isinstance(operator, Piecewise | Unrecorded):
+        known = isinstance(operator, Forcing | Unrecorded) or all(
+            isinstance(part, Jump) or part.flow is not None for part in operator.pieces or (operator,)
+        )
+        if isinstance(method, Exact) and not known:
             raise ValueError(
                 f"substep: 'exact' is asked for operator {name!r}, which has no flow; give "
                 f"odeadv.Operator(f, flow=...) or another sub-step ({', '.join(substep_names())})"
@@ -292,17 +309,27 @@ def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
     return chosen
 
 
-def _recordings(sweeps: int | None, ascent: int | None) -> tuple[int, bool]:
+def _recordings(field: VectorField, sweeps: int | None, ascent: int | None) -> tuple[int, bool]:
     if sweeps is not None and ascent is not None:
         raise ValueError(f"sweeps, ascent: got {sweeps!r} and {ascent!r}, expected one of the two")
     for name, value in (("sweeps", sweeps), ("ascent", ascent)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, expected a whole number of recordings, at least 1")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1 recording")
-    return sweeps or ascent or 1, ascent is not None
+        if value is not None:
+            if not isinstance(field, AdversarialField):
+                raise ValueError(f"{name}: got {value!r} for a field without a loss, expected an AdversarialField")
+            return _count_of(name, value, "recordings"), name == "ascent"
+    return 1, False
+
+
+def _count_of(name: str, value: Any, what: str) -> int:
+    try:
+        count = math.nan if isinstance(value, bool) else index(value)
+    except TypeError:
+        count = math.nan
+    if not isinstance(count, int):
+        raise TypeError(f"{name}: got {value!r}, expected a whole number of {what}, at least 1")
+    if count < 1:
+        raise ValueError(f"{name}: got {count}, expected at least 1")
+    return count
 
 
 def _grid(field: VectorField, t_span: tuple[float, float] | None, dt: float | None, steps: int | None) -> Grid:
@@ -316,53 +343,43 @@ def _grid(field: VectorField, t_span: tuple[float, float] | None, dt: float | No
         if dt is None and steps is None:
             raise ValueError("dt: neither dt nor steps is given, and the field carries none; give one of the two")
     if dt is not None:
-        dt = _finite("dt", dt)
+        dt = number("dt", dt)
         if dt == 0.0:
             raise ValueError("dt: got 0, expected a step size different from 0")
         if math.copysign(1.0, dt) < 0.0 and span[1] > span[0]:
             raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
-    elif isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: got {steps!r}, expected a whole number of steps, at least 1")
-    elif steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")
-    jumps = [
-        jump for operator in field.operators.values() if isinstance(operator, Piecewise) for jump in operator.jumps
-    ]
+    else:
+        steps = _count_of("steps", steps, "steps")
+    jumps = _jumps(field)
     inside = [(start, stop) for start, stop in jumps if start < max(span) and stop > min(span)]
     grid = make_grid(span, dt, steps, inside)
-    for operator in field.operators.values():
-        if isinstance(operator, Piecewise):
+    for term in field.operators.values():
+        if isinstance(term, Piecewise):
             for step in grid:
-                operator.on(step.t0, step.t1)
+                term.on(step.t0, step.t1)
     return grid
+
+
+def _jumps(field: VectorField) -> list[tuple[float, float]]:
+    return [jump for term in field.operators.values() if isinstance(term, Piecewise) for jump in term.jumps]
 
 
 def _span(t_span: Any) -> tuple[float, float]:
     if t_span is None:
         raise ValueError("t_span: not given, and the field carries none; give (t0, t1)")
     try:
-        ends = tuple(t_span)
+        ends = () if isinstance(t_span, str) else tuple(t_span)
     except TypeError:
         raise TypeError(f"t_span: got {type(t_span).__name__}, expected two times (t0, t1)") from None
     if len(ends) != 2:
         raise ValueError(f"t_span: got {len(ends)} values, expected two times (t0, t1); use save_at for times between")
-    t0, t1 = _finite("t_span", ends[0]), _finite("t_span", ends[1])
+    t0, t1 = number("t_span", ends[0]), number("t_span", ends[1])
     if t0 == t1:
         raise ValueError(f"t_span: got ({t0:g}, {t1:g}), expected two different times")
     return t0, t1
 
 
-def _finite(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: got {value!r}, expected a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {number}, expected a finite number")
-    return number
-
-
-def _save_times(save_at: SaveAt, grid: Grid) -> tuple[float, ...]:
+def _save_times(field: VectorField, save_at: SaveAt, grid: Grid) -> tuple[float, ...]:
     if save_at is None:
         return grid.times[0], grid.times[-1]
     if isinstance(save_at, str):
@@ -370,34 +387,24 @@ def _save_times(save_at: SaveAt, grid: Grid) -> tuple[float, ...]:
             raise ValueError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times")
         return grid.times
     try:
-        times = tuple(_finite("save_at", t) for t in save_at)
+        times = tuple(grid.snap(number("save_at", t)) for t in save_at)
     except TypeError:
         raise TypeError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times") from None
     if not times:
         raise ValueError("save_at: got no times, expected at least one (None keeps the two ends)")
-    times = tuple(_on_node(t, grid) for t in times)
     sign = 1.0 if grid.h > 0 else -1.0
     if any(sign * b < sign * a for a, b in pairwise(times)):
         raise ValueError(
             f"save_at: the times must be in the order of the solve, {grid.times[0]:g} to {grid.times[-1]:g}"
         )
+    for t in times:
+        grid.locate(t, "save_at")
+        for start, stop in _jumps(field):
+            if start < t < stop:
+                raise ValueError(
+                    f"save_at: got {t:g}, but the field jumps from {start:g} to {stop:g} and has no state in between"
+                )
     return times
-
-
-def _on_node(t: float, grid: Grid) -> float:
-    """``t``, or the node it differs from by rounding only.
-
-    Raises:
-        ValueError: if ``t`` is outside the span.
-    """
-    for node in (grid.times[0], grid.times[-1]):
-        if math.isclose(t, node, rel_tol=1e-9, abs_tol=1e-9 * abs(grid.h)):
-            return node
-    step = grid[grid.locate(t, "save_at")]
-    for node in (step.t0, step.t1):
-        if math.isclose(t, node, rel_tol=1e-9, abs_tol=1e-9 * abs(grid.h)):
-            return node
-    return t
 
 
 def _initial_state(field: VectorField, x0: Any) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -38,20 +40,62 @@ def untouched(*modules: nn.Module, mode: Mode = "unchanged") -> Iterator[None]:
         yield
     finally:
         for part, training, buffers in saved:
-            part._buffers.clear()
-            part._buffers.update(buffers)
+            for name, buffer in buffers.items():
+                part._buffers[name] = buffer
             part.training = training
 
 
 @contextlib.contextmanager
-def recording(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Differentiate inside, whatever the caller's grad mode; buffers and random state come back as they were."""
-    index = device.index if device.index is not None else (torch.cuda.current_device() if device.type == "cuda" else 0)
-    cuda = [index] if device.type == "cuda" else []
-    with (
-        untouched(*modules),
-        torch.random.fork_rng(devices=cuda),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+def aside(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Evaluate inside without effect: buffers of ``modules`` and the global random state come back as they were."""
+    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    with untouched(*modules), torch.random.fork_rng(devices=cuda):
         yield
+
+
+@contextlib.contextmanager
+def recording(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Differentiate inside, whatever the caller's grad mode, and without effect on buffers and random state.
+
+    A `torch.Generator` or a Python attribute that a module keeps to itself is not protected.
+    """
+    # Leaving inference mode comes first: buffers copied within it could not be used for a backward pass.
+    with torch.inference_mode(False), torch.enable_grad(), aside(modules, device):
+        yield
+
+
+def modules_of(*functions: object) -> tuple[nn.Module, ...]:
+    """The modules that ``functions`` run, as far as can be seen.
+
+    Found are modules themselves, bound methods of them, partial functions, what a function closes over or names
+    globally, and objects with a tuple ``modules`` (operators and fields).
+    """
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    waiting = list(functions)
+    while waiting:
+        item = waiting.pop()
+        if item is None or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            found[id(item)] = item
+        elif isinstance(item, functools.partial):
+            waiting += [item.func, *item.args, *item.keywords.values()]
+        elif isinstance(item, types.MethodType):
+            waiting += [item.__self__, item.__func__]
+        elif isinstance(item, types.FunctionType):
+            waiting += _names_in(item)
+        elif isinstance(getattr(item, "modules", None), tuple):
+            waiting += item.modules  # type: ignore[attr-defined]
+    return tuple(found.values())
+
+
+def _names_in(function: types.FunctionType) -> list[object]:
+    """What ``function`` closes over, and the modules among the globals it names."""
+    values: list[object] = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell: defined later
+            values.append(cell.cell_contents)
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return values + [value for value in named if isinstance(value, nn.Module | types.FunctionType | types.MethodType)]

@@ -123,21 +123,11 @@ def test_the_adjoint_of_lie_reverses_it():
     assert schemes.get("lie").adjoint().stages == (Stage(1, 1.0, 0.0, frozen=True), Stage(0, 1.0, 0.0))
 
 
-def test_an_operator_left_alone_acts_for_exactly_one_step():
-    thirds = Scheme("thirds", (*(Stage(0, 1 / 3, k / 3) for k in range(3)), Stage(1, 1.0, 0.0)), 1, "test")
-    assert thirds.restricted_to([0]) == ((1.0, (Stage(0, 1.0, 0.0),)),)
-    assert schemes.get("extrapolated-strang4").restricted_to([0]) == thirds.restricted_to([0])
-
-
-def test_neighbours_merge_where_the_operator_between_them_vanishes():
-    ((factor, merged),) = schemes.get("strang", 3).restricted_to([1, 2])
-    assert factor == 1.0
-    assert merged == (Stage(1, 0.5, 0.0), Stage(0, 1.0, 0.0), Stage(1, 0.5, 0.5))
-
-
 def test_weights_that_do_not_sum_to_one_are_refused():
     with pytest.raises(ValueError, match=r"weights of operator 1 in 'odd' sum to 0\.5"):
         Scheme("odd", (Stage(0, 1.0, 0.0), Stage(1, 0.5, 0.0)), 1, "test").check()
+    with pytest.raises(ValueError, match=r"'negative' has a stage of a negative operator"):
+        Scheme("negative", (Stage(0, 1.0, 0.0), Stage(-1, 1.0, 0.0)), 1, "test").check()
 
 
 def test_unknown_names_list_near_matches():

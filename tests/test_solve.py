@@ -359,7 +359,53 @@ def test_driven_by_the_costate_it_runs_in_torchdiffeq():
     assert torch.allclose(end, linear_one_recording(), atol=1e-6)
 
 
+def test_driven_on_another_grid_and_beyond_the_end():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+
+    def field() -> odeadv.AdversarialField:
+        return odeadv.AdversarialField(lambda t, x: 3 * torch.cos(4 * t) * x, lambda x: 0.5 * (x**2).sum(), eta=ETA)
+
+    recorded = odeadv.solve(field(), X0, (0.0, 2.0), steps=400, scheme="strang-symmetric", substep="rk4")
+    exact = odeadv.solve(field().driven_by(recorded.costate), X0, (0.0, 2.0), scheme="rk4", steps=400).xs[-1]
+    for costate in (recorded.costate, lambda t: recorded.costate(t)):
+        coarse = odeadv.solve(field().driven_by(costate), X0, (0.0, 2.0), scheme="rk4", steps=80).xs[-1]
+        assert torch.allclose(coarse, exact, rtol=1e-3)
+    times = torch.tensor([0.0, 2.0], dtype=torch.float64)
+    adaptive = torchdiffeq.odeint(field().driven_by(recorded.costate), X0, times, method="dopri5", rtol=1e-5)
+    assert torch.allclose(adaptive[-1], exact, rtol=1e-3)
+
+
 # ---- times and output ----
+
+
+def test_times_that_went_through_float32():
+    f, x0 = (lambda t, x: -0.5 * x), X0.float()
+    steps = odeadv.solve(f, x0, (0, 0.3), dt=0.1, save_at="steps")
+    assert torch.equal(odeadv.solve(f, x0, (0, 0.3), dt=0.1, save_at=steps.ts).xs, steps.xs)
+    nodes = odeadv.solve(f, x0, (0, 0.7), dt=0.1, save_at=torch.linspace(0, 0.7, 8))
+    assert nodes.stats.evaluations == {"f": 7}
+    for dt, span in ((torch.tensor(0.1), (0, 1)), (0.1, torch.tensor([0.0, 0.3]))):
+        assert odeadv.solve(f, x0, span, dt=dt).stats.steps in (3, 10)
+    long = odeadv.AdversarialField(lambda t, x: -0.01 * x, lambda x: (x**2).sum(), eta=1e-3)
+    sol = odeadv.solve(long, x0, (0, 100.3), dt=0.1)
+    assert torch.equal(sol.costate(torch.tensor(100.3)), sol.costate(100.3))
+
+
+def test_saving_between_steps_changes_nothing_else():
+    norm, dropout = torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5)
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return dropout(norm(x))
+
+    finals, counts = [], []
+    for save_at in (None, [0.3, 0.7]):
+        norm.reset_running_stats()
+        torch.manual_seed(0)
+        sol = odeadv.solve(f, torch.eye(2), (0.0, 1.0), steps=4, save_at=[*(save_at or []), 1.0])
+        finals.append(sol.xs[-1])
+        counts.append(int(norm.num_batches_tracked))
+    assert torch.equal(finals[0], finals[1])
+    assert counts == [4, 4]
 
 
 def test_saved_times_and_dense_output():
@@ -457,6 +503,64 @@ def test_gradients_reach_parameters_and_no_grad_mode_is_respected():
     assert inferred.status is odeadv.Status.SUCCESS
 
 
+def test_the_value_does_not_depend_on_whether_a_gradient_is_asked_for():
+    field = odeadv.AdversarialField(lambda t, x: torch.sin(x), lambda x: 0.5 * (x**2).sum(), eta=ETA)
+    for recordings in ({}, {"sweeps": 2}, {"ascent": 2}):
+        ends = [
+            odeadv.solve(
+                field, Y0.clone().requires_grad_(asked), (0.0, 1.0), steps=3, differentiate_costate=True, **recordings
+            ).xs[-1]
+            for asked in (False, True)
+        ]
+        assert torch.equal(*ends)
+    x0 = Y0.clone().requires_grad_()
+    anchored = odeadv.AdversarialField(lambda t, x: torch.sin(x), lambda x: ((x - x0) ** 2).sum(), eta=ETA)
+    with_gradient = odeadv.solve(anchored, x0, (0.0, 1.0), steps=3, differentiate_costate=True).xs[-1]
+    assert torch.equal(with_gradient, odeadv.solve(anchored, x0.detach(), (0.0, 1.0), steps=3).xs[-1])
+
+
+class Normed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+normed_global = Normed()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: m,
+        lambda m: m.forward,
+        lambda m: functools.partial(m),
+        lambda m: lambda t, x: m(t, x),
+        lambda m: odeadv.Operator(m),
+        lambda m: odeadv.Operator(lambda t, x: x, flow=lambda t, dt, x: m(t, x)),
+        lambda m: odeadv.SplitField(a=m, b=lambda t, x: -x),
+        lambda m: odeadv.SplitField(a=odeadv.SplitField(a=m, b=lambda t, x: x), b=lambda t, x: -x),
+        lambda m: odeadv.Operator(odeadv.SplitField(a=m, b=lambda t, x: -x)),
+    ],
+)
+def test_modules_are_found_wherever_they_are(wrap):
+    module = Normed()
+    operator = wrap(module)
+    flows = isinstance(operator, odeadv.Operator) and operator.flow is not None
+    field = odeadv.AdversarialField(operator, lambda x: (x**2).sum(), eta=0.1)
+    x0 = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    odeadv.solve(field, x0, (0.0, 1.0), steps=4, scheme="lie", substep={"f": "exact" if flows else "euler"})
+    assert int(module.norm.num_batches_tracked) == 4
+
+
+def test_modules_named_globally_are_found():
+    field = odeadv.AdversarialField(lambda t, x: normed_global(t, x), lambda x: (x**2).sum(), eta=0.1)
+    odeadv.solve(field, torch.eye(3), (0.0, 1.0), steps=4, scheme="lie")
+    assert int(normed_global.norm.num_batches_tracked) == 4
+
+
 def test_the_callers_tensor_is_left_alone():
     x0 = Y0.clone()
     odeadv.solve(linear_field(), x0, (0.0, T), steps=3)
@@ -506,6 +610,24 @@ def test_statistics_count_what_was_done():
     assert sol.stats.vjps == 5 + 5
     assert "strang-midpoint" in repr(sol)
     assert "SUCCESS" in repr(sol)
+
+
+def test_statistics_of_an_unsplit_solve_are_by_operator():
+    field = odeadv.SplitField(a=lambda t, x: -0.4 * x, b=lambda t, x: -0.6 * x)
+    assert odeadv.solve(field, X0, (0.0, 1.0), scheme="rk4", steps=3).stats.evaluations == {"a": 12, "b": 12}
+    sol = odeadv.solve(scalar_field(), X0, (0.0, 1.0), scheme="euler", steps=4, sweeps=2)
+    assert sol.stats.evaluations == {"f": 12, "costate": 8}
+    assert sol.stats.vjps == 8
+
+
+def test_a_saved_state_that_is_not_finite_is_no_success():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return x / (1 - t)
+
+    sol = odeadv.solve(f, X0, (0.0, 1.0), steps=2, save_at=[0.0, 0.7, 1.0], throw=False)
+    assert sol.status is odeadv.Status.NON_FINITE
+    sol = odeadv.solve(lambda t, x: x**2, 5 * X0, (0.0, 3.0), steps=2, substep="torchdiffeq:dopri5", throw=False)
+    assert sol.status is odeadv.Status.NON_FINITE
 
 
 def test_divergence_is_never_a_success():
@@ -575,6 +697,35 @@ def works(**changes):
         ({"save_at": [0.5, 0.2]}, ValueError, r"^save_at: the times must be in the order"),
         ({"save_at": [1.5]}, ValueError, r"^save_at: 1\.5 is outside"),
         ({"save_at": 0.5}, TypeError, r"^save_at: got 0\.5"),
+        ({"sweeps": True}, TypeError, r"^sweeps: got True"),
+        ({"field": decay, "sweeps": 2}, ValueError, r"^sweeps: got 2 for a field without a loss"),
+        ({"steps": None, "dt": "0.5"}, TypeError, r"^dt: got '0\.5'"),
+        ({"steps": None, "dt": 1e-320}, ValueError, r"^dt: 9\.9\d*e-321 would take"),
+        ({"t_span": "01"}, ValueError, r"^t_span: got 0 values"),
+        ({"substep": "torchdiffeq:dopri6"}, ValueError, r"^substep: torchdiffeq has no method 'dopri6'; it has dopri8"),
+        ({"substep": odeadv.TorchDiffEq}, TypeError, r"^substep: got type"),
+        ({"field": lambda t, x: x.mul_(2.0)}, ValueError, r"^f: modifies the state in place"),
+        ({"field": lambda t, x: x.to(torch.complex128)}, TypeError, r"^f: returned torch.complex128 for a state of"),
+        (
+            {"field": odeadv.AdversarialField(decay, lambda x: x.relu_().sum(), eta=1.0)},
+            ValueError,
+            r"^loss: modifies the state in place",
+        ),
+        (
+            {"field": odeadv.AdversarialField(decay, lambda x: x.sum(), eta=1.0, readout=torch.nn.ReLU(inplace=True))},
+            ValueError,
+            r"^readout: modifies the state in place",
+        ),
+        (
+            {"field": odeadv.AdversarialField(decay, lambda x: x.sum() + 0j, eta=1.0)},
+            TypeError,
+            r"^loss: returned torch.complex128, expected a real scalar",
+        ),
+        (
+            {"field": scalar_field().driven_by(lambda t: torch.ones(2, 1))},
+            ValueError,
+            r"^costate: returned shape \(2, 1\) for a state of shape \(1,\)",
+        ),
         ({"field": lambda t, x: x[..., None]}, ValueError, r"^f: returned shape \(1, 1\) for a state of shape \(1,\)"),
         ({"field": lambda t, x: 0.0}, TypeError, r"^f: returned float"),
         (
@@ -615,7 +766,14 @@ def test_errors_name_the_argument(changes, error, message):
     [
         (lambda: odeadv.AdversarialField(3, sum, eta=1), TypeError, r"^f: got int"),
         (lambda: odeadv.AdversarialField(decay, 3, eta=1), TypeError, r"^loss: got int"),
-        (lambda: odeadv.AdversarialField(decay, sum, eta="big"), TypeError, r"^eta: got str"),
+        (lambda: odeadv.AdversarialField(decay, sum, eta="big"), TypeError, r"^eta: got 'big'"),
+        (lambda: odeadv.AdversarialField(decay, sum, eta="0.1"), TypeError, r"^eta: got '0\.1'"),
+        (lambda: odeadv.AdversarialField(decay, sum, eta=True), TypeError, r"^eta: got True"),
+        (
+            lambda: odeadv.AdversarialField(decay, sum, eta=torch.ones((), requires_grad=True)),
+            TypeError,
+            r"^eta: got a tensor that requires a gradient",
+        ),
         (lambda: odeadv.AdversarialField(decay, sum, eta=math.nan), ValueError, r"^eta: got nan"),
         (lambda: odeadv.AdversarialField(decay, sum, eta=1, readout=3), TypeError, r"^readout: got int"),
         (lambda: odeadv.SplitField(a=decay), ValueError, r"^operators: got 1 \(a\)"),

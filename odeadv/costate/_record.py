@@ -23,8 +23,8 @@ def record(
 ) -> RecordedCostate:
     """Solve once and back-propagate the loss, keeping a_n = dL/dx_n at every node of ``grid``.
 
-    Weight gradients are not computed, and buffers (batch-norm statistics), ``.grad`` and random state are left as
-    they were, so that a solve after it sees the same statistics and draws the same noise.
+    Weight gradients are not computed, and buffers (batch-norm statistics), ``.grad`` and the global random state are
+    left as they were, so that a solve after it sees the same statistics and draws the same noise.
 
     Args:
         field: whose ``f``, read-out and loss are used.
@@ -38,9 +38,10 @@ def record(
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
     with recording(field.modules, x0.device):
-        start = x0.clone() if x0.is_inference() else x0
-        if not (differentiate and start.requires_grad):
-            start = start.detach().requires_grad_()
+        # A node of its own, so that dL/dx_0 is taken through the trajectory only, whatever else x0 was used for.
+        start = x0.clone() if x0.is_inference() or differentiate else x0.detach()
+        if not start.requires_grad:
+            start.requires_grad_()
         states = [start, *integrate(stepper, start, grid)]
         _, loss = field.evaluate(states[-1])
         if not loss.requires_grad:
@@ -48,6 +49,7 @@ def record(
                 "loss: does not depend on the state by differentiable operations; expected a function of x"
             )
         nodes = torch.autograd.grad(loss, states, create_graph=differentiate, allow_unused=True, materialize_grads=True)
-    stepper.tallies[0].vjps += stepper.tallies[0].evaluations
+    f = stepper.counted[0]
+    f.vjps += f.evaluations
     kept = states if differentiate else [state.detach() for state in states]
     return RecordedCostate(grid, nodes, kept, field.f, kind, differentiate)

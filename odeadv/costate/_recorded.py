@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,17 +62,27 @@ class RecordedCostate:
         Raises:
             ValueError: if ``t`` is outside the span, or strictly inside a jump of the field.
         """
-        time = self._snap(float(t))
+        time = self.grid.snap(float(t))
         return self._within(self.grid.locate(time))(time)
 
-    def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
-        """a(t) on the step from ``t0`` to ``t1``."""
-        return self._within(self.grid.locate(0.5 * (t0 + t1)))
+    def extrapolated(self, t: float | Tensor) -> Tensor:
+        """a(t), from the first or last step where ``t`` is outside the span."""
+        time = self.grid.snap(float(t))
+        low, high = sorted((self.grid.times[0], self.grid.times[-1]))
+        return self._within(self.grid.locate(min(max(time, low), high)))(time)
 
-    def _snap(self, t: float) -> float:
-        # A time that went through float32 misses its node by rounding.
-        near = min(self.grid.times, key=lambda node: abs(node - t))
-        return near if abs(near - t) <= 1e-6 * abs(self.grid.h) else t
+    def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
+        """a(t) on the step from ``t0`` to ``t1``, one of the grid or a part of one; otherwise a(t) as it is."""
+        low, high = sorted((t0, t1))
+        first, last = sorted((self.grid.times[0], self.grid.times[-1]))
+        middle = 0.5 * (low + high)
+        if first <= middle <= last:
+            n = self.grid.locate(middle)
+            ends = sorted((self.grid.times[n], self.grid.times[n + 1]))
+            slack = 1e-9 * abs(self.grid.h)
+            if ends[0] - slack <= low and high <= ends[1] + slack:
+                return self._within(n)
+        return self.extrapolated
 
     def _within(self, n: int) -> Callable[[float], Tensor]:
         step, before, after = self.grid[n], self.nodes[n], self.nodes[n + 1]
@@ -129,10 +139,18 @@ class SummedCostate:
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """The sum at ``t``; see `RecordedCostate`."""
-        values = [part(t) for part in self.parts]
-        return sum(values[1:], start=values[0])
+        return _total(part(t) for part in self.parts)
+
+    def extrapolated(self, t: float | Tensor) -> Tensor:
+        """The sum at ``t``, outside the span too."""
+        return _total(part.extrapolated(t) for part in self.parts)
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
         """The sum on the step from ``t0`` to ``t1``."""
         values = [part.on(t0, t1) for part in self.parts]
-        return lambda t: sum((value(t) for value in values[1:]), start=values[0](t))
+        return lambda t: _total(value(t) for value in values)
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    first, *others = values
+    return sum(others, start=first)

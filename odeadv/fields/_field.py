@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from odeadv.fields._operator import Forcing, Operator, Unrecorded, VectorFunction
+from odeadv._state import modules_of
+from odeadv.fields._operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, unmodified
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class VectorField:
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that an evaluation of the field runs."""
-        return tuple(module for operator in self.operators.values() for module in operator.modules)
+        return modules_of(*self.operators.values())
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """The whole right-hand side, all operators added up. ``x``: the state; returns its shape."""
@@ -97,13 +98,14 @@ class AdversarialField(VectorField):
     ``"f"`` and ``"costate"``.
 
     Args:
-        f: ``f(t, x)``, an `Operator`, or another field.
+        f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
         loss: ``loss(output)``, a scalar tensor, of the final state (or of ``readout`` of it).
-        eta: strength, any finite number; eta > 0 pushes the loss up. It scales the gradient of ``loss`` as it is:
-            with a mean over a batch, eta / batch_size is what is invariant.
+        eta: strength, any finite number; eta > 0 pushes the loss up (down where time runs backward, for then the
+            equation's right-hand side is subtracted). It scales the gradient of ``loss`` as it is: with a mean over a
+            batch, eta / batch_size is what is invariant.
         readout: map from the final state to the output (logits of a network); the state itself if not given.
         x0, t_span, dt, steps: the problem, if the field is to carry it.
-        modules: modules that ``f``, ``readout`` or ``loss`` run without being modules themselves.
+        modules: modules that ``f``, ``readout`` or ``loss`` run and that cannot be found from them, see `Operator`.
 
     Raises:
         TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` not a number.
@@ -127,12 +129,13 @@ class AdversarialField(VectorField):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(x) returning a scalar tensor")
         if readout is not None and not callable(readout):
             raise TypeError(f"readout: got {type(readout).__name__}, expected a callable readout(x) or None")
-        self.eta = _number("eta", eta)
+        self.eta = number("eta", eta)
         self.loss = loss
         self.readout = readout
-        self._modules = tuple(modules) + tuple(part for part in (loss, readout) if isinstance(part, nn.Module))
-        inner = f.modules if isinstance(f, VectorField) else ()
-        operator = f if isinstance(f, Operator) else _named_operator("f", f, inner)
+        self._modules = modules_of(loss, readout, *modules)
+        operator = (
+            f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
+        )
         super().__init__({"f": operator, "costate": Unrecorded()}, Problem(x0, t_span, dt, steps))
 
     @property
@@ -143,16 +146,17 @@ class AdversarialField(VectorField):
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that an evaluation of the field, its read-out or its loss runs."""
-        return self.f.modules + self._modules
+        return modules_of(self.f, *self._modules)
 
     def driven_by(self, costate: Any) -> VectorField:
         """The field with dL/dx(t) given: a plain field f + eta * costate(t), usable in any ODE solver.
 
         Args:
-            costate: a function of a float time, such as the ``costate`` of a solution; if it has a method
-                ``on(t0, t1)``, the solver uses that to restrict it to a step.
+            costate: a function of a float time, such as the ``costate`` of a solution, which is then extrapolated a
+                little beyond its span, since adaptive solvers overshoot the end.
         """
-        forcing = Forcing(costate, scale=self.eta, on=getattr(costate, "on", None))
+        value = getattr(costate, "extrapolated", costate)
+        forcing = Forcing(value, scale=self.eta, on=getattr(costate, "on", None))
         return VectorField({"f": self.f, "costate": forcing}, self.problem)
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +165,12 @@ class AdversarialField(VectorField):
         Raises:
             TypeError, ValueError: if the loss is not a scalar tensor.
         """
-        output = x if self.readout is None else self.readout(x)
-        loss = self.loss(output)
+        output = x
+        if self.readout is not None:
+            with unmodified("readout", x):
+                output = self.readout(x)
+        with unmodified("loss", output):
+            loss = self.loss(output)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss: returned {type(loss).__name__}, expected a scalar tensor")
         if loss.ndim != 0:
@@ -170,6 +178,8 @@ class AdversarialField(VectorField):
                 f"loss: returned shape {tuple(loss.shape)}, expected a scalar; reduce it, e.g. with .mean() over the "
                 "batch (the convention eta refers to)"
             )
+        if loss.is_complex():
+            raise TypeError(f"loss: returned {loss.dtype}, expected a real scalar; take .real or .abs() of it")
         return output, loss
 
     def __repr__(self) -> str:
@@ -188,18 +198,33 @@ def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
     return VectorField({"f": field})
 
 
-def _named_operator(name: str, f: Any, modules: Sequence[nn.Module] = ()) -> Operator:
+def _named_operator(name: str, f: Any) -> Operator:
     if not callable(f):
         raise TypeError(f"{name}: got {type(f).__name__}, expected a callable f(t, x) or an Operator")
-    return Operator(f, modules=modules)
+    return _whole(f) if isinstance(f, VectorField) else Operator(f)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        try:
-            value = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a number") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value}, expected a finite number")
-    return float(value)
+def _whole(field: VectorField) -> Operator:
+    """The operators of ``field`` as one."""
+    operators = tuple(field.operators.values())
+    return operators[0] if len(operators) == 1 else Sum(operators)
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: if it is no number, or a tensor that requires a gradient, which a float would lose.
+        ValueError: if it is not finite.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name}: got a tensor that requires a gradient, expected a number; none would reach it")
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if math.isnan(number) and not (isinstance(value, float | Tensor)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {number}, expected a finite number")
+    return number

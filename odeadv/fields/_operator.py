@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from odeadv._state import modules_of
 
 VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,7 +32,7 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
     """``value``, what the user's function ``name`` returned, if it is a tensor of the shape of the state ``x``.
 
     Raises:
-        TypeError: if it is not a tensor.
+        TypeError: if it is not a tensor, or of a dtype that would change the state's.
         ValueError: if its shape differs.
     """
     if not isinstance(value, Tensor):
@@ -38,7 +41,28 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: returned shape {tuple(value.shape)} for a state of shape {tuple(x.shape)}, expected the same"
         )
+    if value.dtype != x.dtype and x.dtype not in (torch.float16, torch.bfloat16):
+        # A state of low precision may be promoted, as autocast does; any other would change its dtype on the way.
+        promoted = torch.promote_types(value.dtype, x.dtype)
+        if promoted != x.dtype:
+            raise TypeError(
+                f"{name}: returned {value.dtype} for a state of {x.dtype}; convert x0 to {promoted}, or the result to "
+                f"{x.dtype}"
+            )
     return value
+
+
+@contextlib.contextmanager
+def unmodified(name: str, x: Tensor) -> Iterator[None]:
+    """Refuse a user's function ``name`` that writes to the state ``x``, whose old value is still needed.
+
+    Raises:
+        ValueError: if the tensor was modified in place.
+    """
+    before = None if x.is_inference() else x._version
+    yield
+    if before is not None and x._version != before:
+        raise ValueError(f"{name}: modifies the state in place; return a new tensor (for a module, inplace=False)")
 
 
 class Tally:
@@ -58,8 +82,8 @@ class Operator:
         f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state; returns a tensor of the shape of ``x``.
         flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``; ``t`` and
             ``dt`` are 0-d tensors and ``dt`` may be negative. Used by the sub-step ``"exact"``.
-        modules: modules that ``f`` runs, so that a recording pass can protect their buffers; ``f`` itself is found
-            without being named when it is an `torch.nn.Module`.
+        modules: modules that ``f`` or ``flow`` runs, so that a recording pass can protect their buffers. A module, a
+            bound method of one, and what a function closes over or names globally are found without being named.
         reversible: False for diffusion and the like, which cannot be run backward; a scheme with negative weights
             for it then gives a warning.
 
@@ -84,7 +108,7 @@ class Operator:
         self.f = f
         self.flow = flow
         self.reversible = reversible
-        self.modules: tuple[nn.Module, ...] = ((f,) if isinstance(f, nn.Module) else ()) + tuple(modules)
+        self.modules: tuple[nn.Module, ...] = modules_of(f, flow, *modules)
 
     @property
     def acts(self) -> bool:
@@ -102,7 +126,9 @@ class Operator:
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
         tally.evaluations += 1
-        return same_shape("f", self.f(as_time(t, x), x), x)
+        with unmodified("f", x):
+            value = self.f(as_time(t, x), x)
+        return same_shape("f", value, x)
 
 
 class Forcing(Operator):
@@ -133,7 +159,7 @@ class Forcing(Operator):
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """The forcing at ``t``, at full precision of the time."""
         tally.evaluations += 1
-        return self.scale * self.value(t)
+        return self.scale * same_shape("costate", self.value(t), x)
 
 
 class Unrecorded(Operator):
@@ -162,9 +188,13 @@ class Sum(Operator):
         ValueError: on a step where one of them jumps.
     """
 
-    def __init__(self, operators: Sequence[Operator]) -> None:
-        super().__init__(lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)))
+    def __init__(self, operators: Sequence[Operator], tallies: tuple[Tally, ...] | None = None) -> None:
+        super().__init__(
+            lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
+            modules=modules_of(*operators),
+        )
         self.operators = tuple(operators)
+        self.tallies = tuple(Tally() for _ in operators) if tallies is None else tallies
 
     def on(self, t0: float, t1: float) -> Sum:
         """The sum of the operators as they are on the step."""
@@ -177,11 +207,11 @@ class Sum(Operator):
                     "scheme such as 'lie' or 'strang'"
                 )
             parts.append(part)
-        return Sum(parts)
+        return Sum(parts, self.tallies)
 
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
-        """All velocities added up, each counted."""
-        values = [operator.velocity(t, x, tally) for operator in self.operators]
+        """All velocities added up, each counted in its own tally; ``tally`` is not used."""
+        values = [op.velocity(t, x, own) for op, own in zip(self.operators, self.tallies, strict=True)]
         return sum(values[1:], start=values[0])
 
 
@@ -197,7 +227,13 @@ class Jump:
         if not callable(map):
             raise TypeError(f"map: got {type(map).__name__}, expected a callable map(x)")
         self.map = map
-        self.modules = ((map,) if isinstance(map, nn.Module) else ()) + tuple(modules)
+        self.modules = modules_of(map, *modules)
+
+    def across(self, x: Tensor, tally: Tally) -> Tensor:
+        """The state at the end of the interval, counted."""
+        tally.evaluations += 1
+        with unmodified("map", x):
+            return self.map(x)
 
 
 class Piecewise(Operator):
@@ -224,8 +260,7 @@ class Piecewise(Operator):
             )
         if any(b <= a for a, b in pairwise(self.edges)):
             raise ValueError(f"edges: got {self.edges}, expected increasing times")
-        modules = tuple(module for piece in self.pieces for module in piece.modules)
-        super().__init__(self._evaluate, modules=modules)
+        super().__init__(self._evaluate, modules=modules_of(*self.pieces))
 
     @property
     def jumps(self) -> tuple[tuple[float, float], ...]:

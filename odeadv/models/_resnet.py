@@ -101,6 +101,10 @@ class PreActResNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if not all(isinstance(value, int) for value in (depth, width, num_classes)):
+            raise TypeError(f"depth, width, num_classes: got {depth!r}, {width!r}, {num_classes!r}, expected integers")
+        if len(mean) != len(std):
+            raise ValueError(f"mean, std: got {len(mean)} and {len(std)} values, expected one an image channel each")
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, ..., 56, ...")
         if width < 1 or num_classes < 1:
@@ -157,11 +161,19 @@ class PreActResNet(nn.Module):
             eta: strength of the costate.
 
         Raises:
+            TypeError: if images are not floating-point, or labels not int64.
             ValueError: if the images' channels or the labels do not fit.
         """
         channels = self.stem.conv.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, {channels}, height, width)")
+        if not images.is_floating_point():
+            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels: got {got}, expected a tensor of int64 class numbers")
+        if not len(images):
+            raise ValueError("images: got none, expected at least one")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({len(images)},), one an image")
         if (

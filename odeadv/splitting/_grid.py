@@ -7,6 +7,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+MOST_STEPS = 1e8
+
 
 @dataclass(frozen=True)
 class Step:
@@ -40,6 +42,14 @@ class Grid:
         t0, t1 = self.times[index], self.times[index + 1]
         return Step(t0, t1, self.h if abs(t1 - t0) < 1.5 * abs(self.h) else t1 - t0)
 
+    def snap(self, t: float) -> float:
+        """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do)."""
+        sign = 1.0 if self.h > 0 else -1.0
+        after = bisect_right(self.times, sign * t, key=lambda time: sign * time)
+        tolerance = min(max(1e-6 * abs(self.h), 2.0**-22 * abs(t)), 0.1 * abs(self.h))
+        near = [node for node in self.times[max(after - 1, 0) : after + 1] if abs(node - t) <= tolerance]
+        return near[0] if near else t
+
     def locate(self, t: float, name: str = "t") -> int:
         """The number of the step that contains ``t`` (the later one at an inner node).
 
@@ -61,7 +71,7 @@ def make_grid(
 
     Args:
         t_span: start and end; the end may lie before the start.
-        dt: size of a step; its sign is ignored, the span's counts.
+        dt: size of a step, without the sign of the span.
         steps: number of steps.
         jumps: intervals that are one step each whatever ``dt`` is.
 
@@ -73,9 +83,11 @@ def make_grid(
     span = t1 - t0
     if steps is None:
         assert dt is not None
-        count = abs(span / dt)
+        count = abs(span) / max(abs(dt), 1e-300)
+        if count > MOST_STEPS:
+            raise ValueError(f"dt: {dt:g} would take {count:.3g} steps from {t0:g} to {t1:g}, expected a larger one")
         steps = round(count)
-        if steps < 1 or not math.isclose(count, steps, rel_tol=1e-9):
+        if steps < 1 or not math.isclose(count, steps, rel_tol=1e-6):
             fewer, more = max(1, math.floor(count)), max(1, math.floor(count)) + 1
             raise ValueError(
                 f"dt: {dt:g} does not divide the span from {t0:g} to {t1:g}; the nearest that do are "

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Jump, Operator, Tally
+from odeadv.fields._operator import Jump, Operator, Sum, Tally
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, SubStep
@@ -37,6 +37,12 @@ class Stepper:
         if not self.tallies:
             self.tallies = [Tally() for _ in self.operators]
         self._rows = [(factor, _with_own_clocks(stages)) for factor, stages in self.compositions]
+
+    @property
+    def counted(self) -> Sequence[Tally]:
+        """The tallies of the terms of the field, those within a sum included."""
+        (first, *others) = self.operators
+        return first.tallies if isinstance(first, Sum) and not others else self.tallies
 
     def advance(self, x: Tensor, step: Step) -> Tensor:
         """The state at the end of ``step`` from the state ``x`` at its beginning."""
@@ -71,7 +77,6 @@ class Stepper:
         for step, following in pairwise(grid):
             x = self._through(x, step, self._flowing(step), rows[1:-1])
             x = self._outer(outer, x, step.time(1.0 - tail), step.h * tail + following.h * head)
-            step = following
         step = grid[len(grid) - 1]
         x = self._through(x, step, self._flowing(step), rows[1:-1])
         return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
@@ -131,8 +136,7 @@ class Stepper:
             if isinstance(operator, Jump):
                 passed += stage.weight
                 if not jumped and passed >= 0.5 - 1e-12:
-                    x, jumped = operator.map(x), True
-                    tally.evaluations += 1
+                    x, jumped = operator.across(x, tally), True
             else:
                 end = step.t1 if jumped else step.t0
                 clock = Clock(end, end, step.time(own))

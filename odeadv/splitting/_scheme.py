@@ -108,6 +108,8 @@ class Scheme:
         """
         if not math.isclose(math.fsum(factor for factor, _ in self.compositions), 1.0, abs_tol=1e-12):
             raise ValueError(f"scheme: the factors of the mixture {self.name!r} do not sum to 1")
+        if any(stage.operator < 0 for _, stages in self.compositions for stage in stages):
+            raise ValueError(f"scheme: {self.name!r} has a stage of a negative operator, expected 0 or more")
         for _, stages in self.compositions:
             for operator in range(self.operators):
                 total = math.fsum(stage.weight for stage in stages if stage.operator == operator)
@@ -115,22 +117,6 @@ class Scheme:
                     raise ValueError(
                         f"scheme: the weights of operator {operator} in {self.name!r} sum to {total!r}, expected 1"
                     )
-
-    def restricted_to(self, active: Sequence[int]) -> tuple[tuple[float, Composition], ...]:
-        """The compositions of the operators in ``active`` only, renumbered, neighbours of the same operator merged.
-
-        An operator that is left alone acts in one stage of weight exactly 1, so that a field whose other terms
-        vanish is advanced bit for bit as if it had never been split.
-        """
-        if len(active) == 1:
-            return ((1.0, (Stage(0, 1.0, 0.0),)),)
-        if len(active) == self.operators:
-            return self.compositions
-        number = {operator: i for i, operator in enumerate(active)}
-        return tuple(
-            (factor, merged(replace(s, operator=number[s.operator]) for s in stages if s.operator in number))
-            for factor, stages in self.compositions
-        )
 
     def __str__(self) -> str:
         rows = [f"{self.name}: order {self.order}{', symmetric' if self.symmetric else ''} ({self.source})"]

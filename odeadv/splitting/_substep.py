@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Forcing, Operator, Tally, as_time, same_shape
+from odeadv.fields._operator import Forcing, Operator, Tally, as_time, same_shape, unmodified
 
 
 class Clock(NamedTuple):
@@ -102,7 +102,9 @@ class Exact:
         if operator.flow is None:
             raise ValueError("substep: 'exact' needs the operator's flow; give Operator(f, flow=...) or another method")
         tally.evaluations += 1
-        return same_shape("flow", operator.flow(as_time(clock.own, x), as_time(h, x), x), x)
+        with unmodified("flow", x):
+            moved = operator.flow(as_time(clock.own, x), as_time(h, x), x)
+        return same_shape("flow", moved, x)
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,15 @@ class TorchDiffEq:
         from torchdiffeq import odeint
 
         def scaled(s: Tensor, y: Tensor) -> Tensor:
-            return h * operator.velocity(clock.at(float(s)), y, tally)
+            return h * operator.velocity(clock.at(float(s.detach())), y, tally)
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
-        path: Tensor = odeint(
-            scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=dict(self.options)
-        )
+        try:
+            path: Tensor = odeint(
+                scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=dict(self.options)
+            )
+        except AssertionError:  # torchdiffeq's way to say that its step size went to zero
+            return torch.full_like(x, torch.nan)
         return path[-1]
 
 
@@ -157,7 +162,7 @@ def _quadrature(
     for time, weight in totals.items():
         if weight:
             tally.evaluations += 1
-            x = torch.add(x, operator.value(time), alpha=operator.scale * h * weight)
+            x = torch.add(x, same_shape("costate", operator.value(time), x), alpha=operator.scale * h * weight)
     return x
 
 
@@ -190,7 +195,12 @@ def get_substep(substep: str | SubStep) -> SubStep:
     if isinstance(substep, str):
         key = substep.strip().lower()
         if key.startswith("torchdiffeq:"):
-            return TorchDiffEq(key.removeprefix("torchdiffeq:"))
+            method = key.removeprefix("torchdiffeq:")
+            from torchdiffeq._impl.odeint import SOLVERS
+
+            if method not in SOLVERS:
+                raise ValueError(f"substep: torchdiffeq has no method {method!r}; it has {', '.join(SOLVERS)}")
+            return TorchDiffEq(method)
         if key not in _NAMED:
             near = difflib.get_close_matches(key, _NAMED, n=2)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
@@ -198,7 +208,7 @@ def get_substep(substep: str | SubStep) -> SubStep:
                 f"substep: {substep!r} is not known; {hint}Known: {', '.join(_NAMED)}, and torchdiffeq:METHOD"
             )
         return _NAMED[key]
-    if not callable(getattr(substep, "advance", None)):
+    if isinstance(substep, type) or not callable(getattr(substep, "advance", None)):
         raise TypeError(
             f"substep: got {type(substep).__name__}, expected a name, a sub-step such as odeadv.TorchDiffEq('dopri5'), "
             "or a dict of them by operator"
