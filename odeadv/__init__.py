@@ -6,16 +6,20 @@ robust accuracy. Training, data and plotting are imported only when used.
 """
 
 from odeadv import attacks, models
+from odeadv._arguments import AccuracyWarning
 from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._solve import AccuracyWarning, solve
+from odeadv._solve import solve
 from odeadv._version import __version__
+from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
 from odeadv.fields import AdversarialField, Operator, SplitField, VectorField
-from odeadv.splitting import Scheme, Stage, TorchDiffEq, schemes, substep_names
+from odeadv.splitting import Adaptive, Scheme, Stage, TorchDiffEq, schemes, substep_names
 
 __all__ = [
     "AccuracyWarning",
+    "Adaptive",
     "AdversarialField",
+    "Converge",
     "Operator",
     "Scheme",
     "Solution",

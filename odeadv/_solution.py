@@ -15,7 +15,11 @@ class Status(Enum):
     """How a solve ended; ``status.message`` says it in words."""
 
     SUCCESS = "the solve reached the end of its span"
-    NON_FINITE = "the final state or its loss is NaN or infinite"
+    NON_FINITE = "a state or the loss is NaN or infinite"
+    NOT_CONVERGED = "the sweeps over the costate did not converge"
+    STEP_TOO_SMALL = "the tolerances would need steps below the smallest one, so the solve ends early"
+    TOO_MANY_STEPS = "the tolerances would need more steps than allowed, so the solve ends early"
+    UNKNOWN = "inside a torch.func transform states cannot be looked at, so nothing is known of their values"
 
     @property
     def message(self) -> str:
@@ -32,22 +36,39 @@ class Stats:
         recordings: recording passes before it.
         evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
         vjps: vector-Jacobian products of f: back-propagations through its evaluations, and those between nodes.
+        rejected: trial steps that did not meet the tolerances, with adaptive steps.
+        residuals: relative changes of the sweeps, with ``sweeps="converge"``.
     """
 
     steps: int = 0
     recordings: int = 0
     evaluations: dict[str, int] = field(default_factory=dict)
     vjps: int = 0
+    rejected: int = 0
+    residuals: list[float] = field(default_factory=list)
+
+
+HINTS = {
+    Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
+    Status.NOT_CONVERGED: "plain sweeps diverge from eta * I = 1 on: take a smaller eta, or Anderson acceleration "
+    "(odeadv.Converge(memory=5)), or pass throw=False to get the last sweep",
+    Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",
+    Status.TOO_MANY_STEPS: "loosen rtol or atol, or allow more (odeadv.Adaptive(most=...)); throw=False returns the "
+    "part solved",
+}
 
 
 class SolveError(RuntimeError):
     """A solve that did not succeed; ``solution`` holds what it had come to."""
 
     def __init__(self, solution: Solution) -> None:
-        super().__init__(
-            f"solve: {solution.status.message} (scheme {solution.scheme!r}, {solution.stats.steps} steps); take more "
-            "steps or a smaller eta, or pass throw=False to get the solution as it is"
-        )
+        stats = solution.stats
+        cost = f"scheme {solution.scheme!r}, {stats.steps} steps to t = {solution.ts[-1].item():g}"
+        if stats.residuals:
+            cost += (
+                f", residuals {stats.residuals[0]:.2g} to {stats.residuals[-1]:.2g} in {len(stats.residuals)} sweeps"
+            )
+        super().__init__(f"solve: {solution.status.message} ({cost}); {HINTS[solution.status]}")
         self.solution = solution
 
 

@@ -64,6 +64,11 @@ def recording(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
         yield
 
 
+def inside_transform() -> bool:
+    """Whether the caller runs inside a torch.func transform (vmap, grad, jvp, ...), where leaves cannot be made."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def modules_of(*functions: object) -> tuple[nn.Module, ...]:
     """The modules that ``functions`` run, as far as can be seen.
 

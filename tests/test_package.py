@@ -14,7 +14,7 @@ LAYERS = (
     ("fields",),
     ("splitting",),
     ("costate",),
-    ("_solution",),
+    ("_solution", "_arguments"),
     ("_solve",),
     ("diagnostics",),
     ("models", "attacks", "data"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from odeadv._state import recording
+from odeadv._state import inside_transform, recording
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
 from odeadv.splitting import Grid, Stepper, integrate
@@ -20,6 +23,7 @@ def record(
     *,
     kind: CostateKind = "linear",
     differentiate: bool = False,
+    checkpoints: int | None = None,
 ) -> RecordedCostate:
     """Solve once and back-propagate the loss, keeping a_n = dL/dx_n at every node of ``grid``.
 
@@ -33,23 +37,95 @@ def record(
         stepper: what to advance the trajectory with: ``f`` alone, or ``f`` driven by an earlier recording.
         kind: how the result is evaluated between nodes.
         differentiate: keep the recording in the autograd graph.
+        checkpoints: keep the autograd graph of one of so many segments of the grid at a time, and run each segment
+            again when its turn comes; None keeps the whole graph. The result is the same bit for bit.
 
     Raises:
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
+    states: Sequence[Tensor]
+    nodes: Sequence[Tensor]
     with recording(field.modules, x0.device):
-        # A node of its own, so that dL/dx_0 is taken through the trajectory only, whatever else x0 was used for.
-        start = x0.clone() if x0.is_inference() or differentiate else x0.detach()
-        if not start.requires_grad:
-            start.requires_grad_()
-        states = [start, *integrate(stepper, start, grid)]
-        _, loss = field.evaluate(states[-1])
-        if not loss.requires_grad:
-            raise ValueError(
-                "loss: does not depend on the state by differentiable operations; expected a function of x"
+        if inside_transform():
+            states, nodes = _by_transform(field, x0 if differentiate else x0.detach(), grid, stepper)
+        elif checkpoints is None:
+            # A node of its own, so that dL/dx_0 is taken through the trajectory only, whatever else x0 was used for.
+            start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
+            states = [start, *integrate(stepper, start, grid)]
+            nodes = torch.autograd.grad(
+                _loss(field, states[-1]), states, create_graph=differentiate, allow_unused=True, materialize_grads=True
             )
-        nodes = torch.autograd.grad(loss, states, create_graph=differentiate, allow_unused=True, materialize_grads=True)
+        else:
+            states, nodes = _in_segments(field, x0, grid, stepper, checkpoints)
     f = stepper.counted[0]
-    f.vjps += f.evaluations
-    kept = states if differentiate else [state.detach() for state in states]
-    return RecordedCostate(grid, nodes, kept, field.f, kind, differentiate)
+    f.vjps += f.evaluations if checkpoints is None else f.evaluations // 2
+    if not differentiate:
+        states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
+    return RecordedCostate(grid, nodes, states, field.f, kind, differentiate)
+
+
+def _loss(field: AdversarialField, final: Tensor) -> Tensor:
+    _, loss = field.evaluate(final)
+    if not loss.requires_grad:
+        raise ValueError("loss: does not depend on the state by differentiable operations; expected a function of x")
+    return loss
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.requires_grad_()
+
+
+def _by_transform(
+    field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """States and costates at the nodes by `torch.func.vjp`, with respect to an offset added at each of them."""
+
+    def run(*offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        states = [x0 + offsets[0]]
+        for step, offset in zip(grid, offsets[1:], strict=True):
+            states.append(stepper.advance(states[-1], step) + offset)
+        return field.evaluate(states[-1])[1], states
+
+    loss, pull, states = torch.func.vjp(  # type: ignore[misc]  # with has_aux there are three
+        run, *(torch.zeros_like(x0) for _ in grid.times), has_aux=True
+    )
+    return states, pull(torch.ones_like(loss))
+
+
+def _in_segments(
+    field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper, count: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """States and costates at the nodes, with the graph of one segment alive at a time."""
+    ends = sorted({round(i * len(grid) / count) for i in range(count + 1)})
+    states = [x0.clone() if x0.is_inference() else x0.detach()]
+    random = {}
+    with torch.no_grad():
+        for n in range(len(grid)):
+            if n in ends:
+                random[n] = _random_state(x0.device)
+            states.append(stepper.advance(states[-1], grid[n]))
+    nodes = [torch.empty(0)] * len(states)
+    for first, last in reversed(list(pairwise(ends))):
+        _set_random_state(random[first], x0.device)
+        inner = [_leaf(states[first].detach())]
+        for n in range(first, last):
+            inner.append(stepper.advance(inner[-1], grid[n]))
+        from_loss = last == len(grid)
+        nodes[first : last + 1] = torch.autograd.grad(
+            _loss(field, inner[-1]) if from_loss else inner[-1],
+            inner,
+            None if from_loss else nodes[last],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return states, nodes
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odeadv._state import recording
+from odeadv._state import inside_transform, recording
 from odeadv.fields._operator import Jump, Operator, Tally
 from odeadv.splitting import Grid
 from odeadv.splitting._scheme import CostateKind
@@ -79,7 +79,7 @@ class RecordedCostate:
         if first <= middle <= last:
             n = self.grid.locate(middle)
             ends = sorted((self.grid.times[n], self.grid.times[n + 1]))
-            slack = 1e-9 * abs(self.grid.h)
+            slack = 1e-9 * (ends[1] - ends[0])
             if ends[0] - slack <= low and high <= ends[1] + slack:
                 return self._within(n)
         return self.extrapolated
@@ -120,6 +120,9 @@ class RecordedCostate:
         """(df/dx)^T a at (t, x)."""
         self.tally.vjps += 1
         with recording(operator.modules, x.device):
+            if inside_transform():
+                pulled: Tensor = torch.func.vjp(lambda y: operator.velocity(t, y, self.tally), x)[1](a)[0]
+                return pulled if self.differentiate else pulled.detach()
             if not self.differentiate or not x.requires_grad:
                 x = x.detach().requires_grad_()
             velocity = operator.velocity(t, x, self.tally)

@@ -92,6 +92,7 @@ class Operator:
     """
 
     pieces: Sequence[Operator | Jump] = ()
+    edges: Sequence[float] = ()
 
     def __init__(
         self,

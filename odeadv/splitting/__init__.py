@@ -5,21 +5,26 @@ sub-step says how one operator is advanced over such a stage. Knows fields, but 
 """
 
 from odeadv.splitting import _registry as schemes
+from odeadv.splitting._adaptive import Adaptive, Outcome, Search, choose_grid
 from odeadv.splitting._grid import Grid, Step, make_grid
 from odeadv.splitting._integrate import Stepper, integrate
 from odeadv.splitting._scheme import Scheme, Stage
 from odeadv.splitting._substep import Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
 
 __all__ = [
+    "Adaptive",
     "Exact",
     "Grid",
+    "Outcome",
     "RungeKutta",
     "Scheme",
+    "Search",
     "Stage",
     "Step",
     "Stepper",
     "SubStep",
     "TorchDiffEq",
+    "choose_grid",
     "get_substep",
     "integrate",
     "make_grid",

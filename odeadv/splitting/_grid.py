@@ -27,10 +27,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Grid:
-    """Times ``t_0 ... t_N``, increasing or decreasing, a signed distance ``h`` apart (but for jumps)."""
+    """Times ``t_0 ... t_N``, increasing or decreasing.
+
+    Attributes:
+        times: the nodes.
+        h: their signed distance where the steps are equal (but for jumps); None where they are not.
+    """
 
     times: tuple[float, ...]
-    h: float
+    h: float | None = None
+
+    @property
+    def sign(self) -> float:
+        """1 forward in time, -1 backward."""
+        return 1.0 if self.times[-1] >= self.times[0] else -1.0
 
     def __len__(self) -> int:
         return len(self.times) - 1
@@ -40,13 +50,15 @@ class Grid:
 
     def __getitem__(self, index: int) -> Step:
         t0, t1 = self.times[index], self.times[index + 1]
-        return Step(t0, t1, self.h if abs(t1 - t0) < 1.5 * abs(self.h) else t1 - t0)
+        equal = self.h is not None and abs(t1 - t0) < 1.5 * abs(self.h)
+        return Step(t0, t1, self.h if equal and self.h is not None else t1 - t0)
 
     def snap(self, t: float) -> float:
         """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do)."""
-        sign = 1.0 if self.h > 0 else -1.0
-        after = bisect_right(self.times, sign * t, key=lambda time: sign * time)
-        tolerance = min(max(1e-6 * abs(self.h), 2.0**-22 * abs(t)), 0.1 * abs(self.h))
+        after = bisect_right(self.times, self.sign * t, key=lambda time: self.sign * time)
+        n = min(max(after - 1, 0), len(self) - 1)
+        step = abs(self.times[n + 1] - self.times[n]) if len(self) else 1.0
+        tolerance = min(max(1e-6 * step, 2.0**-22 * abs(t)), 0.1 * step)
         near = [node for node in self.times[max(after - 1, 0) : after + 1] if abs(node - t) <= tolerance]
         return near[0] if near else t
 
@@ -56,8 +68,7 @@ class Grid:
         Raises:
             ValueError: naming ``name``, if ``t`` is outside the grid.
         """
-        first, last = self.times[0], self.times[-1]
-        sign = 1.0 if last >= first else -1.0
+        first, last, sign = self.times[0], self.times[-1], self.sign
         if not sign * first <= sign * t <= sign * last:
             raise ValueError(f"{name}: {t:g} is outside the solved span, {first:g} to {last:g}")
         after = bisect_right(self.times, sign * t, key=lambda time: sign * time)

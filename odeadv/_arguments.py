@@ -1,0 +1,360 @@
+"""What `solve` was asked for, checked and made into objects before any work is done."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
+from typing import Any, Literal
+
+from torch import Tensor
+
+from odeadv.costate import Converge, Recordings
+from odeadv.fields import AdversarialField, Forcing, Jump, Piecewise, VectorField
+from odeadv.fields._field import number
+from odeadv.fields._operator import Sum, Unrecorded
+from odeadv.splitting import (
+    Adaptive,
+    Exact,
+    Grid,
+    Scheme,
+    Stepper,
+    SubStep,
+    get_substep,
+    make_grid,
+    schemes,
+    substep_names,
+)
+from odeadv.splitting._scheme import CostateKind
+
+SubSteps = str | SubStep | Mapping[str, str | SubStep]
+SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
+
+
+class AccuracyWarning(UserWarning):
+    """A choice of `solve` keeps the scheme from its order, or may not be stable."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """The three orthogonal choices, checked against the field: composition, sub-steps, costate evaluation."""
+
+    name: str
+    scheme: Scheme | None
+    substeps: Mapping[str, SubStep]
+    costate: CostateKind
+
+    @property
+    def order(self) -> float:
+        """The order to be expected: the lowest of composition and sub-steps."""
+        orders = [substep.order for substep in self.substeps.values()]
+        return min(orders if self.scheme is None else [self.scheme.order, *orders])
+
+    def stepper(self, field: VectorField) -> Stepper:
+        """What advances those operators of ``field`` that act; one that is left alone acts in a single stage."""
+        active = [i for i, term in enumerate(field.operators.values()) if term.acts]
+        names = [list(field.operators)[i] for i in active]
+        operators = [field.operators[name] for name in names]
+        substeps = [self.substeps[name] for name in names]
+        if len(active) == 1:
+            return Stepper(operators, substeps)
+        if self.scheme is None:
+            return Stepper([Sum(operators)], substeps[:1])
+        return Stepper(operators, substeps, self.scheme.compositions)
+
+
+def read_method(
+    field: VectorField, scheme: str | Scheme, substep: SubSteps | None, costate: CostateKind | None
+) -> Method:
+    """The three orthogonal choices, as objects.
+
+    Raises:
+        TypeError, ValueError: naming ``scheme``, ``substep`` or ``costate``.
+    """
+    count = len(field.operators)
+    table: Scheme | None
+    if isinstance(scheme, Scheme):
+        scheme.check()
+        if count > 1 and scheme.operators != count:
+            raise ValueError(
+                f"scheme: {scheme.name!r} splits {scheme.operators} operators, the field has {count} "
+                f"({', '.join(field.operators)})"
+            )
+        name, table = scheme.name, scheme
+    elif isinstance(scheme, str) and (scheme in substep_names() or scheme.startswith("torchdiffeq:")):
+        if substep not in (None, scheme):
+            raise ValueError(
+                f"scheme: {scheme!r} is itself a sub-step and does not split; give it as substep, or leave substep out"
+            )
+        name, table, substep = scheme, None, scheme
+    else:
+        table = schemes.get(scheme, max(2, count))
+        name = table.name
+    acting = 1 if isinstance(field, AdversarialField) and field.eta == 0.0 else count
+    if table is None and acting > 1:
+        if name == "exact":
+            raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
+        if _jumps(field):
+            raise ValueError(
+                f"scheme: {name!r} does not split, but the field jumps from {_jumps(field)[0][0]:g} to "
+                f"{_jumps(field)[0][1]:g}; use a splitting scheme such as 'lie' or 'strang'"
+            )
+    kind = costate if costate is not None else (table.costate if table else None) or "linear"
+    if kind not in ("linear", "hermite", "exact"):
+        raise ValueError(f"costate: got {kind!r}, expected 'linear', 'hermite' or 'exact'")
+    substeps = _substeps(field, "euler" if substep is None else substep)
+    if table is not None and count > 1:
+        _warn(field, table, substeps, chosen=substep is not None)
+    return Method(name, table, substeps, kind)
+
+
+def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *, chosen: bool) -> None:
+    """Say where the sub-steps or the operators do not allow what the scheme promises."""
+    low = [f"{name!r} by {method.name!r}" for name, method in substeps.items() if method.order < scheme.order]
+    if low and (chosen or scheme.order > 2):
+        warnings.warn(
+            f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), and lowers "
+            "the order of the whole; give substep=",
+            AccuracyWarning,
+            stacklevel=4,
+        )
+    names = list(field.operators)
+    back = [names[i] for i in scheme.goes_back if not field.operators[names[i]].reversible]
+    if back:
+        warnings.warn(
+            f"scheme: {scheme.name!r} runs the irreversible operator {back[0]!r} backward; take one without negative "
+            "weights, such as 'strang' or 'extrapolated-strang4'",
+            AccuracyWarning,
+            stacklevel=4,
+        )
+
+
+def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
+    if isinstance(substep, Mapping):
+        unknown = [name for name in substep if name not in field.operators]
+        if unknown:
+            raise ValueError(
+                f"substep: no operator is called {unknown[0]!r}; the field has {', '.join(map(repr, field.operators))}"
+            )
+        chosen = {name: get_substep(substep.get(name, "euler")) for name in field.operators}
+    else:
+        chosen = dict.fromkeys(field.operators, get_substep(substep))
+    for name, method in chosen.items():
+        operator = field.operators[name]
+        known = isinstance(operator, Forcing | Unrecorded) or all(
+            isinstance(part, Jump) or part.flow is not None for part in operator.pieces or (operator,)
+        )
+        if isinstance(method, Exact) and not known:
+            raise ValueError(
+                f"substep: 'exact' is asked for operator {name!r}, which has no flow; give "
+                f"odeadv.Operator(f, flow=...) or another sub-step ({', '.join(substep_names())})"
+            )
+    return chosen
+
+
+def read_recordings(field: VectorField, sweeps: int | str | Converge | None, ascent: int | None) -> Recordings:
+    """How often to record.
+
+    Raises:
+        TypeError, ValueError: naming ``sweeps`` or ``ascent``.
+    """
+    if sweeps is not None and ascent is not None:
+        raise ValueError(f"sweeps, ascent: got {sweeps!r} and {ascent!r}, expected one of the two")
+    for name, value in (("sweeps", sweeps), ("ascent", ascent)):
+        if value is None:
+            continue
+        if not isinstance(field, AdversarialField):
+            raise ValueError(f"{name}: got {value!r} for a field without a loss, expected an AdversarialField")
+        if name == "sweeps" and isinstance(value, str | Converge):
+            if isinstance(value, str) and value != "converge":
+                raise ValueError(f"sweeps: got {value!r}, expected a number, 'converge' or odeadv.Converge(...)")
+            return Recordings(converge=Converge() if isinstance(value, str) else value)
+        return Recordings(_count_of(name, value, "recordings"), adding=name == "ascent")
+    return Recordings()
+
+
+def _count_of(name: str, value: Any, what: str) -> int:
+    try:
+        count = math.nan if isinstance(value, bool) else index(value)
+    except TypeError:
+        count = math.nan
+    if not isinstance(count, int):
+        raise TypeError(f"{name}: got {value!r}, expected a whole number of {what}, at least 1")
+    if count < 1:
+        raise ValueError(f"{name}: got {count}, expected at least 1")
+    return count
+
+
+@dataclass(frozen=True)
+class Times:
+    """When to step: a grid, or a span and the tolerances by which to find one.
+
+    Attributes:
+        span: start and end.
+        grid: the steps, if they are fixed.
+        adaptive: how to find them, if not.
+    """
+
+    span: tuple[float, float]
+    grid: Grid | None = None
+    adaptive: Adaptive | None = None
+
+
+def read_times(
+    field: VectorField,
+    t_span: tuple[float, float] | None,
+    dt: float | str | Adaptive | None,
+    steps: int | None,
+    rtol: float | None,
+    atol: float | None,
+) -> Times:
+    """The steps to take.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    span = _span(field.problem.t_span if t_span is None else t_span)
+    if dt is not None and steps is not None:
+        raise ValueError(f"dt, steps: got dt={dt!r} and steps={steps!r}, expected one of the two")
+    if dt is None and steps is None:
+        dt, steps = field.problem.dt, field.problem.steps
+        if dt is not None and steps is not None:
+            raise ValueError("dt, steps: the field carries both, expected one of the two")
+        if dt is None and steps is None:
+            raise ValueError("dt: neither dt nor steps is given, and the field carries none; give one of the two")
+    if isinstance(dt, Adaptive) or dt == "adaptive":
+        return _adaptive_times(field, span, dt, rtol, atol)
+    if rtol is not None or atol is not None:
+        raise ValueError(f"rtol, atol: got {rtol!r} and {atol!r} for fixed steps, expected dt='adaptive' with them")
+    if dt is not None:
+        dt = number("dt", dt)
+        if dt == 0.0:
+            raise ValueError("dt: got 0, expected a step size different from 0")
+        if math.copysign(1.0, dt) < 0.0 and span[1] > span[0]:
+            raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
+    else:
+        steps = _count_of("steps", steps, "steps")
+    inside = [(start, stop) for start, stop in _jumps(field) if start < max(span) and stop > min(span)]
+    grid = make_grid(span, dt, steps, inside)
+    for term in field.operators.values():
+        if isinstance(term, Piecewise):
+            for step in grid:
+                term.on(step.t0, step.t1)
+    return Times(span, grid)
+
+
+def _adaptive_times(
+    field: VectorField, span: tuple[float, float], dt: str | Adaptive, rtol: float | None, atol: float | None
+) -> Times:
+    if _jumps(field):
+        raise ValueError("dt: adaptive steps need a field without jumps; a network is solved with dt = 1 or 1/k")
+    if isinstance(dt, Adaptive):
+        if rtol is not None or atol is not None:
+            raise ValueError("rtol, atol: given beside dt=odeadv.Adaptive(...), expected them within it")
+        return Times(span, adaptive=dt)
+    default = Adaptive()
+    return Times(
+        span,
+        adaptive=Adaptive(
+            rtol=default.rtol if rtol is None else number("rtol", rtol),
+            atol=default.atol if atol is None else number("atol", atol),
+        ),
+    )
+
+
+def _jumps(field: VectorField) -> list[tuple[float, float]]:
+    return [jump for term in field.operators.values() if isinstance(term, Piecewise) for jump in term.jumps]
+
+
+def _span(t_span: Any) -> tuple[float, float]:
+    if t_span is None:
+        raise ValueError("t_span: not given, and the field carries none; give (t0, t1)")
+    try:
+        ends = () if isinstance(t_span, str) else tuple(t_span)
+    except TypeError:
+        raise TypeError(f"t_span: got {type(t_span).__name__}, expected two times (t0, t1)") from None
+    if len(ends) != 2:
+        raise ValueError(f"t_span: got {len(ends)} values, expected two times (t0, t1); use save_at for times between")
+    t0, t1 = number("t_span", ends[0]), number("t_span", ends[1])
+    if t0 == t1:
+        raise ValueError(f"t_span: got ({t0:g}, {t1:g}), expected two different times")
+    return t0, t1
+
+
+def read_save_times(field: VectorField, save_at: SaveAt, span: tuple[float, float]) -> tuple[float, ...] | None:
+    """The times to save at; None for the two ends or every step.
+
+    Raises:
+        TypeError, ValueError: naming ``save_at``.
+    """
+    if save_at is None:
+        return None
+    if isinstance(save_at, str):
+        if save_at != "steps":
+            raise ValueError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times")
+        return None
+    whole = Grid(span)
+    try:
+        times = tuple(whole.snap(number("save_at", t)) for t in save_at)
+    except TypeError:
+        raise TypeError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times") from None
+    if not times:
+        raise ValueError("save_at: got no times, expected at least one (None keeps the two ends)")
+    if any(whole.sign * b < whole.sign * a for a, b in pairwise(times)):
+        raise ValueError(f"save_at: the times must be in the order of the solve, {span[0]:g} to {span[1]:g}")
+    for t in times:
+        whole.locate(t, "save_at")
+        for start, stop in _jumps(field):
+            if start < t < stop:
+                raise ValueError(
+                    f"save_at: got {t:g}, but the field jumps from {start:g} to {stop:g} and has no state in between"
+                )
+    return times
+
+
+def read_checkpoints(field: VectorField, checkpoints: int | None, differentiate: bool, plan: Recordings) -> int | None:
+    """The number of segments of a recording.
+
+    Raises:
+        TypeError, ValueError: naming ``checkpoints`` or ``differentiate_costate``.
+    """
+    if differentiate and plan.converge is not None:
+        raise ValueError(
+            "differentiate_costate: cannot be combined with sweeps='converge', whose iterations are not in the graph; "
+            "give a number of sweeps"
+        )
+    if checkpoints is None:
+        return None
+    if differentiate:
+        raise ValueError(
+            "checkpoints, differentiate_costate: the costate's graph is not kept with checkpoints; drop one"
+        )
+    if not isinstance(field, AdversarialField):
+        raise ValueError(f"checkpoints: got {checkpoints!r} for a field without a loss, expected an AdversarialField")
+    return _count_of("checkpoints", checkpoints, "segments")
+
+
+def read_initial_state(field: VectorField, x0: Any) -> Tensor:
+    """The initial state.
+
+    Raises:
+        TypeError, ValueError: naming ``x0``.
+    """
+    given: Tensor | Callable[[], Tensor] | None = field.problem.x0 if x0 is None else x0
+    if given is None:
+        raise ValueError("x0: not given, and the field carries none; give the initial state")
+    state = given if isinstance(given, Tensor) else given() if callable(given) else given
+    if not isinstance(state, Tensor):
+        raise TypeError(f"x0: got {type(state).__name__}, expected a tensor")
+    if not (state.is_floating_point() or state.is_complex()):
+        raise TypeError(f"x0: got dtype {state.dtype}, expected a floating or complex dtype; convert with x0.double()")
+    try:
+        finite = bool(state.isfinite().all())
+    except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
+        finite = True
+    if not finite:
+        raise ValueError("x0: contains NaN or infinite values, expected finite ones")
+    return state

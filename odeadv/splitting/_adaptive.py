@@ -1,0 +1,139 @@
+"""Adaptive steps: a grid on which the estimated local errors meet a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from odeadv.splitting._grid import Grid, Step
+from odeadv.splitting._integrate import Stepper
+
+SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Tolerances of adaptive steps, in the weighted root-mean-square norm of Hairer, Norsett & Wanner (II.4).
+
+    A trial step of size h is compared with two of size h/2 (step doubling); the two are kept, so the error that is
+    controlled is theirs. A PI controller chooses the next h. Errors are controlled step by step, not over the span.
+
+    Attributes:
+        rtol: relative tolerance of a step.
+        atol: absolute tolerance of a step.
+        first: size of the first trial; by default a hundredth of the span.
+        smallest: give up below this; by default the span's rounding.
+        most: trial steps at the most, rejected ones included.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    rtol: float = 1e-4
+    atol: float = 1e-6
+    first: float | None = None
+    smallest: float | None = None
+    most: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number, at least 0")
+        if self.rtol == 0 and self.atol == 0:
+            raise ValueError("rtol, atol: got 0 and 0, expected one of them above 0")
+        for name in ("first", "smallest"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: got {value!r}, expected a number above 0, or None")
+        if self.most < 1:
+            raise ValueError(f"most: got {self.most!r}, expected at least 1")
+
+
+class Outcome(Enum):
+    """How a search for steps ended."""
+
+    DONE = "done"
+    TOO_SMALL = "too small"
+    TOO_MANY = "too many"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A grid, and how it was found."""
+
+    grid: Grid
+    outcome: Outcome
+    rejected: int
+
+
+def choose_grid(
+    stepper: Stepper,
+    x0: Tensor,
+    t_span: tuple[float, float],
+    settings: Adaptive,
+    order: float,
+    edges: Sequence[float] = (),
+) -> Search:
+    """Find steps over ``t_span`` with which ``stepper`` meets the tolerances; they end on ``edges``.
+
+    Args:
+        stepper: advances the state; its tallies count the trials.
+        x0: initial state.
+        t_span: start and end, in either direction.
+        settings: tolerances.
+        order: of the method, so that the error of a step goes as h to the power order + 1; infinite for exact flows.
+        edges: times inside the span where a step must end.
+
+    Returns:
+        The grid, which ends early if the search failed.
+    """
+    t, end = t_span
+    sign = 1.0 if end > t else -1.0
+    stops = [*sorted((e for e in edges if sign * t < sign * e < sign * end), key=lambda e: sign * e), end]
+    smallest = settings.smallest or 1e-13 * max(abs(t), abs(end))
+    size = settings.first or abs(end - t) / 100
+    times, x, rejected, previous = [t], x0, 0, 1.0
+    order = min(order, 20.0)
+    power = 1.0 / (order + 1.0)
+    with torch.no_grad():
+        for _ in range(settings.most):
+            left = abs(stops[0] - t)
+            # A step that nearly reaches the stop takes it; one that would leave less than itself takes half.
+            trial = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
+            target = stops[0] if trial == left else t + sign * trial
+            middle = t + 0.5 * (target - t)
+            whole = stepper.advance(x, _step(t, target))
+            halves = stepper.advance(stepper.advance(x, _step(t, middle)), _step(middle, target))
+            error = _norm(halves - whole, x, halves, settings) / (2.0**order - 1.0)
+            if error <= 1.0:
+                times += [middle, target]
+                t, x = target, halves
+                factor = SAFETY * max(error, 1e-10) ** (-0.7 * power) * previous ** (0.4 * power)
+                grown = trial * min(GROW, max(SHRINK, factor))
+                size = max(size, grown) if trial == left else grown
+                previous = max(error, 1e-4)
+                if trial == left:
+                    stops.pop(0)
+                if not stops:
+                    return Search(Grid(tuple(times)), Outcome.DONE, rejected)
+            else:
+                rejected += 1
+                factor = SAFETY * error**-power if error < float("inf") else SHRINK
+                size = trial * min(1.0, max(SHRINK, factor))
+            if size < smallest:
+                return Search(Grid(tuple(times)), Outcome.TOO_SMALL, rejected)
+    return Search(Grid(tuple(times)), Outcome.TOO_MANY, rejected)
+
+
+def _norm(error: Tensor, x: Tensor, y: Tensor, settings: Adaptive) -> float:
+    scale = settings.atol + settings.rtol * torch.maximum(x.abs(), y.abs())
+    value = float((error.abs() / scale).square().mean().sqrt())
+    return value if value == value else float("inf")
+
+
+def _step(t0: float, t1: float) -> Step:
+    return Step(t0, t1, t1 - t0)

@@ -1,0 +1,123 @@
+"""Adaptive steps: tolerances met, rejected steps, failures that leave the last good state."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import odeadv
+
+X0 = torch.tensor([1.0, -0.5], dtype=torch.float64)
+B = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+C = torch.tensor([[0.2, 0.6], [0.1, -0.5]], dtype=torch.float64)
+
+
+def split() -> odeadv.SplitField:
+    return odeadv.SplitField(
+        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+        stretch=odeadv.Operator(lambda t, x: C @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(C * dt) @ x),
+    )
+
+
+@pytest.mark.parametrize("span", [(0.0, 3.0), (3.0, 0.0)])
+@pytest.mark.parametrize("scheme", ["strang", "aks3", "blanes-moan4"])
+def test_the_error_follows_the_tolerance(scheme, span):
+    exact = torch.linalg.matrix_exp((B + C) * (span[1] - span[0])) @ X0
+    errors, steps = [], []
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        sol = odeadv.solve(
+            split(), X0, span, scheme=scheme, substep="exact", dt="adaptive", rtol=tolerance, atol=tolerance
+        )
+        errors.append(float((sol.xs[-1] - exact).norm()))
+        steps.append(sol.stats.steps)
+        assert errors[-1] < tolerance * sol.stats.steps  # the error of a step is what is controlled
+        assert sol.ts.tolist() == list(span)
+    assert errors[2] < errors[1] < errors[0]
+    assert steps[0] < steps[1] < steps[2]
+
+
+def test_steps_follow_the_solution_and_rejections_are_counted():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return -50.0 * torch.exp(-200 * (t - 0.7) ** 2) * x
+
+    sol = odeadv.solve(f, X0, (0.0, 1.0), substep="midpoint", dt="adaptive", rtol=1e-5, atol=1e-9, save_at="steps")
+    sizes = sol.ts.diff()
+    assert float(sizes.max() / sizes.min()) > 10
+    assert float(sol.ts[sizes.argmin()]) == pytest.approx(0.7, abs=0.2)
+    assert sol.stats.rejected > 0
+    area = 50 * math.sqrt(math.pi / 200) * 0.5 * (math.erf(0.3 * math.sqrt(200)) + math.erf(0.7 * math.sqrt(200)))
+    assert torch.allclose(sol.xs[-1], X0 * math.exp(-area), rtol=2e-3)
+
+
+def test_an_adversarial_field_with_adaptive_steps():
+    lam, eta, end = -0.7, 0.3, 1.5
+    integral = (math.exp(2 * lam * end) - 1) / (2 * lam)
+    field = odeadv.AdversarialField(lambda t, x: lam * x, lambda x: 0.5 * (x**2).sum(), eta=eta)
+    sol = odeadv.solve(
+        field, X0, (0.0, end), scheme="strang-symmetric", substep="rk4", costate="hermite", dt="adaptive", rtol=1e-7,
+        atol=1e-9,
+    )  # fmt: skip
+    assert torch.allclose(sol.xs[-1], X0 * math.exp(lam * end) * (1 + eta * integral), rtol=1e-5)
+    assert sol.loss.isfinite()
+
+
+def test_gradients_are_those_of_the_steps_taken():
+    x0 = X0.clone().requires_grad_()
+    settings = odeadv.Adaptive(rtol=1e-6, atol=1e-8)
+    sol = odeadv.solve(split(), x0, (0.0, 1.0), scheme="strang", substep="exact", dt=settings)
+    (gradient,) = torch.autograd.grad(sol.xs[-1].sum(), x0)
+    assert torch.allclose(gradient, torch.linalg.matrix_exp(B + C).T @ torch.ones(2, dtype=B.dtype), atol=1e-4)
+
+
+def test_a_blow_up_leaves_the_last_good_state():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return x**2
+
+    problem = {"x0": X0.abs(), "t_span": (0.0, 2.0), "substep": "rk4", "dt": odeadv.Adaptive(smallest=1e-7)}
+    with pytest.raises(odeadv.SolveError, match=r"below the smallest one.* to t = (0\.99|1)"):
+        odeadv.solve(f, **problem)
+    sol = odeadv.solve(f, **problem, throw=False)
+    assert sol.status is odeadv.Status.STEP_TOO_SMALL
+    assert 0.99 < float(sol.ts[-1]) < 1.01
+    assert bool(sol.xs.isfinite().all())
+    few = odeadv.solve(f, X0, (0.0, 0.9), dt=odeadv.Adaptive(rtol=1e-9, most=5), throw=False)
+    assert few.status is odeadv.Status.TOO_MANY_STEPS
+    never = odeadv.solve(lambda t, x: x * math.nan, X0, (0.0, 1.0), dt="adaptive", throw=False, save_at="steps")
+    assert never.status is odeadv.Status.STEP_TOO_SMALL
+    assert torch.equal(never.xs[0], X0)
+    assert len(never.ts) == 1
+
+
+def test_saved_times_and_gaps_in_a_piecewise_field():
+    from odeadv.fields import Piecewise
+
+    pieces = Piecewise([odeadv.Operator(lambda t, x: x), odeadv.Operator(lambda t, x: -3.0 * x)], (0.0, 0.4, 1.0))
+    sol = odeadv.solve(
+        pieces, X0, (0.0, 1.0), substep="rk4", dt="adaptive", rtol=1e-8, atol=1e-10, save_at=[0.2, 0.4, 0.77, 1.0]
+    )
+    exact = [math.exp(0.2), math.exp(0.4), math.exp(0.4 - 3 * 0.37), math.exp(0.4 - 1.8)]
+    assert torch.allclose(sol.xs, torch.tensor(exact, dtype=X0.dtype)[:, None] * X0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 3, "rtol": 1e-3}, r"^rtol, atol: got 0\.001 and None for fixed steps"),
+        ({"dt": "adaptive", "rtol": -1.0}, r"^rtol: got -1\.0"),
+        ({"dt": "adaptive", "rtol": 0.0, "atol": 0.0}, r"^rtol, atol: got 0 and 0"),
+        ({"dt": "adaptive", "steps": 3}, r"^dt, steps: got dt='adaptive' and steps=3"),
+    ],
+)
+def test_bad_tolerances(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        odeadv.solve(split(), X0, (0.0, 1.0), **arguments)
+    with pytest.raises(ValueError, match=r"^first: got -1\.0"):
+        odeadv.Adaptive(first=-1.0)
+    with pytest.raises(ValueError, match=r"^most: got 0"):
+        odeadv.Adaptive(most=0)
+    with pytest.raises(ValueError, match=r"^rtol, atol: given beside dt=odeadv.Adaptive"):
+        odeadv.solve(split(), X0, (0.0, 1.0), dt=odeadv.Adaptive(), rtol=1e-3)
+    net = odeadv.models.preact_resnet(8, 2)
+    with pytest.raises(ValueError, match=r"^dt: adaptive steps need a field without jumps"):
+        odeadv.solve(net.field(torch.rand(1, 3, 8, 8), torch.tensor([0])), dt="adaptive")
