@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from odeadv._state import modules_of
-from odeadv.fields._operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, unmodified
+from odeadv.fields._operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, check_unmodified, version
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,12 @@ class AdversarialField(VectorField):
         """
         output = x
         if self.readout is not None:
-            with unmodified("readout", x):
-                output = self.readout(x)
-        with unmodified("loss", output):
-            loss = self.loss(output)
+            before = version(x)
+            output = self.readout(x)
+            check_unmodified("readout", x, before)
+        before = version(output)
+        loss = self.loss(output)
+        check_unmodified("loss", output, before)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss: returned {type(loss).__name__}, expected a scalar tensor")
         if loss.ndim != 0:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -25,7 +24,7 @@ def clock_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def as_time(value: float, like: Tensor) -> Tensor:
     """The time ``value`` as a 0-d tensor on the device of the state ``like``."""
-    return torch.tensor(value, dtype=clock_dtype(like.dtype), device=like.device)
+    return torch.scalar_tensor(value, dtype=clock_dtype(like.dtype), device=like.device)
 
 
 def same_shape(name: str, value: object, x: Tensor) -> Tensor:
@@ -52,16 +51,18 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
     return value
 
 
-@contextlib.contextmanager
-def unmodified(name: str, x: Tensor) -> Iterator[None]:
-    """Refuse a user's function ``name`` that writes to the state ``x``, whose old value is still needed.
+def version(x: Tensor) -> int:
+    """How often ``x`` has been written to; -1 in inference mode, which does not count."""
+    return -1 if x.is_inference() else x._version
+
+
+def check_unmodified(name: str, x: Tensor, before: int) -> None:
+    """Refuse a user's function ``name`` that wrote to the state ``x``, whose old value is still needed.
 
     Raises:
-        ValueError: if the tensor was modified in place.
+        ValueError: if the `version` of ``x`` is not ``before`` any more.
     """
-    before = None if x.is_inference() else x._version
-    yield
-    if before is not None and x._version != before:
+    if before >= 0 and x._version != before:
         raise ValueError(f"{name}: modifies the state in place; return a new tensor (for a module, inplace=False)")
 
 
@@ -127,8 +128,9 @@ class Operator:
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
         tally.evaluations += 1
-        with unmodified("f", x):
-            value = self.f(as_time(t, x), x)
+        before = version(x)
+        value = self.f(as_time(t, x), x)
+        check_unmodified("f", x, before)
         return same_shape("f", value, x)
 
 
@@ -233,8 +235,10 @@ class Jump:
     def across(self, x: Tensor, tally: Tally) -> Tensor:
         """The state at the end of the interval, counted."""
         tally.evaluations += 1
-        with unmodified("map", x):
-            return self.map(x)
+        before = version(x)
+        end = self.map(x)
+        check_unmodified("map", x, before)
+        return end
 
 
 class Piecewise(Operator):

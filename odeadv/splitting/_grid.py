@@ -6,12 +6,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MOST_STEPS = 1e8
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of signed length ``h`` from ``t0`` to ``t1`` (``h`` is free of the rounding of their difference)."""
 
     t0: float

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Forcing, Operator, Tally, as_time, same_shape, unmodified
+from odeadv.fields._operator import Forcing, Operator, Tally, as_time, check_unmodified, same_shape, version
 
 
 class Clock(NamedTuple):
@@ -102,8 +102,9 @@ class Exact:
         if operator.flow is None:
             raise ValueError("substep: 'exact' needs the operator's flow; give Operator(f, flow=...) or another method")
         tally.evaluations += 1
-        with unmodified("flow", x):
-            moved = operator.flow(as_time(clock.own, x), as_time(h, x), x)
+        before = version(x)
+        moved = operator.flow(as_time(clock.own, x), as_time(h, x), x)
+        check_unmodified("flow", x, before)
         return same_shape("flow", moved, x)
 
 
