@@ -13,13 +13,14 @@ from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
 from odeadv.fields import AdversarialField, Operator, SplitField, VectorField
-from odeadv.splitting import Adaptive, Scheme, Stage, TorchDiffEq, schemes, substep_names
+from odeadv.splitting import Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
 
 __all__ = [
     "AccuracyWarning",
     "Adaptive",
     "AdversarialField",
     "Converge",
+    "Nested",
     "Operator",
     "Scheme",
     "Solution",

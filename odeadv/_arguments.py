@@ -15,7 +15,7 @@ from torch import Tensor
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, Forcing, Jump, Piecewise, VectorField
 from odeadv.fields._field import number
-from odeadv.fields._operator import Sum, Unrecorded
+from odeadv.fields._operator import Sum, Tally, Unrecorded
 from odeadv.splitting import (
     Adaptive,
     Exact,
@@ -62,7 +62,7 @@ class Method:
         if len(active) == 1:
             return Stepper(operators, substeps)
         if self.scheme is None:
-            return Stepper([Sum(operators)], substeps[:1])
+            return Stepper([Sum(operators, names, [Tally() for _ in operators])], substeps[:1])
         return Stepper(operators, substeps, self.scheme.compositions)
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from odeadv.costate import Costate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Status(Enum):
@@ -123,6 +128,36 @@ class Solution:
                 raise AttributeError("costate: the field has no loss; solve an odeadv.AdversarialField to get one")
             self._costate = self._record()
         return self._costate
+
+    def plot(self, most: int = 8) -> Figure:
+        """Draw the saved states against time, and the costate at those times below, a few components of each.
+
+        Args:
+            most: components drawn at the most, the first ones of the flattened state.
+
+        Returns:
+            A `matplotlib.figure.Figure`, not shown and not known to pyplot: ``figure.savefig("solution.png")``.
+
+        Raises:
+            ValueError: if the state changes its shape, as a network's does.
+        """
+        from matplotlib.figure import Figure
+
+        if not isinstance(self.xs, Tensor):
+            raise ValueError("plot: the state changes its shape, so its components cannot be followed")
+        times = self.ts.tolist()
+        rows = [("x", self.xs.detach().reshape(len(times), -1)[:, :most])]
+        if self._costate is not None:
+            costates = [self._costate(t).detach().reshape(-1)[:most] for t in times]
+            rows.append(("dL/dx", torch.stack(costates)))
+        figure = Figure(figsize=(6.0, 2.6 * len(rows)), layout="constrained")
+        for axes, (label, values) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+            real = values.real if values.is_complex() else values
+            axes.plot(times, real.to(torch.float64).cpu().numpy(), marker="." if len(times) < 50 else None)
+            axes.set_ylabel(label)
+        axes.set_xlabel("t")
+        figure.suptitle(f"{self.scheme}, {self.stats.steps} steps")
+        return figure
 
     def __repr__(self) -> str:
         shape = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else f"{len(self.xs)} tensors"

@@ -620,6 +620,56 @@ def test_statistics_of_an_unsplit_solve_are_by_operator():
     assert sol.stats.vjps == 8
 
 
+def test_statistics_of_a_field_within_a_field():
+    inner = odeadv.SplitField(a=lambda t, x: -0.4 * x, b=lambda t, x: -0.6 * x)
+    field = odeadv.AdversarialField(inner, lambda x: (x**2).sum(), eta=0.1)
+    for _ in range(2):
+        sol = odeadv.solve(field, X0, (0.0, 1.0), steps=5, scheme="lie")
+        assert sol.stats.evaluations == {"f": 10, "costate": 5}
+        assert sol.stats.vjps == 5
+
+
+@pytest.mark.parametrize(("inner", "order"), [("lie", 1), ("strang", 2), ("blanes-moan4", 4)])
+def test_a_split_field_within_a_split_field(inner, order):
+    two = odeadv.SplitField(
+        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+        stretch=lambda t, x: (1 + t) * (C @ x),
+    )
+    field = odeadv.SplitField(pair=two, decay=odeadv.Operator(lambda t, x: -x, flow=lambda t, dt, x: x * (-dt).exp()))
+    exact = exact_flows_reference() * math.exp(-1.0)
+    nested = odeadv.Nested(inner, substep={"rotate": "exact", "stretch": "rk4"})
+
+    def error(steps: int) -> float:
+        sol = odeadv.solve(
+            field, Z0, (0.0, 1.0), scheme="strang", steps=steps, substep={"pair": nested, "decay": "exact"}
+        )
+        return float((sol.xs[-1] - exact).norm())
+
+    assert nested.order == order
+    assert measured_order(error, (8, 16, 32)) == pytest.approx(order, abs=0.15)
+    twice = odeadv.Nested(inner, substep={"rotate": "exact", "stretch": "rk4"}, steps=2)
+    halves = odeadv.solve(field, Z0, (0.0, 1.0), steps=4, substep={"pair": twice, "decay": "exact"}).xs[-1]
+    assert float((halves - exact).norm()) < error(4)
+
+
+def test_nested_says_what_it_needs():
+    field = odeadv.SplitField(pair=odeadv.SplitField(a=decay, b=decay), c=decay)
+    with pytest.raises(ValueError, match=r"^substep: no inner operator is called 'd'; it has 'a', 'b'"):
+        odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"pair": odeadv.Nested(substep={"d": "rk4"})})
+    with pytest.raises(ValueError, match=r"^substep: Nested is for an operator that is a SplitField"):
+        odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"c": odeadv.Nested()})
+
+
+def test_plot_draws_states_and_costate(tmp_path):
+    sol = odeadv.solve(linear_field(), Y0, (0.0, T), steps=8, save_at="steps")
+    figure = sol.plot(most=2)
+    figure.savefig(tmp_path / "solution.png")
+    states, costates = figure.axes
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    assert states.lines[1].get_ydata()[3] == float(sol.xs[3, 1])
+    assert costates.lines[0].get_ydata()[0] == float(sol.costate(0.0)[0])
+
+
 def test_a_saved_state_that_is_not_finite_is_no_success():
     def f(t: Tensor, x: Tensor) -> Tensor:
         return x / (1 - t)

@@ -209,7 +209,7 @@ def _named_operator(name: str, f: Any) -> Operator:
 def _whole(field: VectorField) -> Operator:
     """The operators of ``field`` as one."""
     operators = tuple(field.operators.values())
-    return operators[0] if len(operators) == 1 else Sum(operators)
+    return operators[0] if len(operators) == 1 else Sum(operators, tuple(field.operators))
 
 
 def number(name: str, value: Any) -> float:

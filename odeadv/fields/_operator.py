@@ -185,22 +185,31 @@ class Unrecorded(Operator):
 
 
 class Sum(Operator):
-    """Several operators as one, for solving a field without splitting it.
+    """Several operators as one: a field as a term of another, or one that is solved without splitting it.
 
-    Raises:
-        ValueError: on a step where one of them jumps.
+    Args:
+        operators: the terms.
+        names: their names.
+        tallies: where the evaluations of each are counted; without them, an evaluation of the sum counts as one.
     """
 
-    def __init__(self, operators: Sequence[Operator], tallies: tuple[Tally, ...] | None = None) -> None:
+    def __init__(
+        self, operators: Sequence[Operator], names: Sequence[str] = (), tallies: Sequence[Tally] | None = None
+    ) -> None:
         super().__init__(
             lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
             modules=modules_of(*operators),
         )
         self.operators = tuple(operators)
-        self.tallies = tuple(Tally() for _ in operators) if tallies is None else tallies
+        self.names = tuple(names)
+        self.tallies = tallies
 
     def on(self, t0: float, t1: float) -> Sum:
-        """The sum of the operators as they are on the step."""
+        """The sum of the operators as they are on the step.
+
+        Raises:
+            ValueError: where one of them jumps.
+        """
         parts = []
         for operator in self.operators:
             part = operator.on(t0, t1)
@@ -210,11 +219,14 @@ class Sum(Operator):
                     "scheme such as 'lie' or 'strang'"
                 )
             parts.append(part)
-        return Sum(parts, self.tallies)
+        return Sum(parts, self.names, self.tallies)
 
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
-        """All velocities added up, each counted in its own tally; ``tally`` is not used."""
-        values = [op.velocity(t, x, own) for op, own in zip(self.operators, self.tallies, strict=True)]
+        """All velocities added up."""
+        if self.tallies is None:
+            tally.evaluations += 1
+        tallies = [Tally() for _ in self.operators] if self.tallies is None else self.tallies
+        values = [op.velocity(t, x, own) for op, own in zip(self.operators, tallies, strict=True)]
         return sum(values[1:], start=values[0])
 
 

@@ -8,6 +8,7 @@ from odeadv.splitting import _registry as schemes
 from odeadv.splitting._adaptive import Adaptive, Outcome, Search, choose_grid
 from odeadv.splitting._grid import Grid, Step, make_grid
 from odeadv.splitting._integrate import Stepper, integrate
+from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import Scheme, Stage
 from odeadv.splitting._substep import Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
 
@@ -15,6 +16,7 @@ __all__ = [
     "Adaptive",
     "Exact",
     "Grid",
+    "Nested",
     "Outcome",
     "RungeKutta",
     "Scheme",

@@ -43,8 +43,8 @@ class Stepper:
     @property
     def counted(self) -> Sequence[Tally]:
         """The tallies of the terms of the field, those within a sum included."""
-        (first, *others) = self.operators
-        return first.tallies if isinstance(first, Sum) and not others else self.tallies
+        first = self.operators[0]
+        return first.tallies if isinstance(first, Sum) and first.tallies is not None else self.tallies
 
     def advance(self, x: Tensor, step: Step) -> Tensor:
         """The state at the end of ``step`` from the state ``x`` at its beginning."""
