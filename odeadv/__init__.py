@@ -7,6 +7,7 @@ robust accuracy. Training, data and plotting are imported only when used.
 
 from odeadv import attacks, models
 from odeadv._arguments import AccuracyWarning
+from odeadv._compile import compile_solver
 from odeadv._solution import Solution, SolveError, Stats, Status
 from odeadv._solve import solve
 from odeadv._version import __version__
@@ -33,6 +34,7 @@ __all__ = [
     "VectorField",
     "__version__",
     "attacks",
+    "compile_solver",
     "evaluate",
     "models",
     "schemes",

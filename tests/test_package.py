@@ -15,7 +15,7 @@ LAYERS = (
     ("splitting",),
     ("costate",),
     ("_solution", "_arguments"),
-    ("_solve",),
+    ("_solve", "_compile"),
     ("diagnostics",),
     ("models", "attacks", "data"),
     ("evaluation",),

@@ -16,14 +16,18 @@ VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+_CLOCKS = {torch.float64: torch.float64, torch.complex128: torch.float64}
+
+
 def clock_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of times beside a state of ``dtype``: its real type, but at least float32."""
-    real = dtype.to_real()
-    return torch.float32 if real in (torch.float16, torch.bfloat16) else real
+    return _CLOCKS.get(dtype, torch.float32)
 
 
-def as_time(value: float, like: Tensor) -> Tensor:
-    """The time ``value`` as a 0-d tensor on the device of the state ``like``."""
+def as_time(value: float | Tensor, like: Tensor) -> Tensor:
+    """The time ``value`` as a 0-d tensor on the device of the state ``like``; a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
     return torch.scalar_tensor(value, dtype=clock_dtype(like.dtype), device=like.device)
 
 
@@ -52,8 +56,8 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
 
 
 def version(x: Tensor) -> int:
-    """How often ``x`` has been written to; -1 in inference mode, which does not count."""
-    return -1 if x.is_inference() else x._version
+    """How often ``x`` has been written to; -1 in inference mode and under torch.compile, where it is not known."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def check_unmodified(name: str, x: Tensor, before: int) -> None:
@@ -74,6 +78,11 @@ class Tally:
     def __init__(self) -> None:
         self.evaluations = 0
         self.vjps = 0
+
+    def evaluated(self) -> None:
+        """Count one evaluation (but not the tracing of one by torch.compile, whose graph would depend on the count)."""
+        if not torch.compiler.is_compiling():
+            self.evaluations += 1
 
 
 class Operator:
@@ -127,7 +136,7 @@ class Operator:
 
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
-        tally.evaluations += 1
+        tally.evaluated()
         before = version(x)
         value = self.f(as_time(t, x), x)
         check_unmodified("f", x, before)
@@ -161,7 +170,7 @@ class Forcing(Operator):
 
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """The forcing at ``t``, at full precision of the time."""
-        tally.evaluations += 1
+        tally.evaluated()
         return self.scale * same_shape("costate", self.value(t), x)
 
 
@@ -224,7 +233,7 @@ class Sum(Operator):
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """All velocities added up."""
         if self.tallies is None:
-            tally.evaluations += 1
+            tally.evaluated()
         tallies = [Tally() for _ in self.operators] if self.tallies is None else self.tallies
         values = [op.velocity(t, x, own) for op, own in zip(self.operators, tallies, strict=True)]
         return sum(values[1:], start=values[0])
@@ -246,7 +255,7 @@ class Jump:
 
     def across(self, x: Tensor, tally: Tally) -> Tensor:
         """The state at the end of the interval, counted."""
-        tally.evaluations += 1
+        tally.evaluated()
         before = version(x)
         end = self.map(x)
         check_unmodified("map", x, before)

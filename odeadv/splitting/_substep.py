@@ -101,7 +101,7 @@ class Exact:
             return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, tally)
         if operator.flow is None:
             raise ValueError("substep: 'exact' needs the operator's flow; give Operator(f, flow=...) or another method")
-        tally.evaluations += 1
+        tally.evaluated()
         before = version(x)
         moved = operator.flow(as_time(clock.own, x), as_time(h, x), x)
         check_unmodified("flow", x, before)
@@ -162,7 +162,7 @@ def _quadrature(
         totals[time] = totals.get(time, 0.0) + weight
     for time, weight in totals.items():
         if weight:
-            tally.evaluations += 1
+            tally.evaluated()
             x = torch.add(x, same_shape("costate", operator.value(time), x), alpha=operator.scale * h * weight)
     return x
 
