@@ -113,7 +113,16 @@ def read_method(
 
 def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *, chosen: bool) -> None:
     """Say where the sub-steps or the operators do not allow what the scheme promises."""
-    low = [f"{name!r} by {method.name!r}" for name, method in substeps.items() if method.order < scheme.order]
+    still = {
+        name
+        for i, (name, term) in enumerate(field.operators.items())
+        if isinstance(term, Forcing | Unrecorded) and scheme.freezes(i)
+    }
+    low = [
+        f"{name!r} by {method.name!r}"
+        for name, method in substeps.items()
+        if method.order < scheme.order and name not in still  # with its clock frozen, a costate is a constant
+    ]
     if low and (chosen or scheme.order > 2):
         warnings.warn(
             f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), and lowers "

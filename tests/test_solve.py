@@ -226,6 +226,14 @@ def test_what_keeps_a_scheme_from_its_order_is_said(scheme, substep, reversible,
     assert all(re.search(message, str(w.message)) and w.filename == __file__ for w in caught)
 
 
+@pytest.mark.parametrize(("scheme", "warns"), [("strang-symmetric", False), ("strang", True)])
+def test_a_costate_with_a_frozen_clock_needs_no_better_than_euler(scheme, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        odeadv.solve(linear_field(), Y0, (0.0, T), scheme=scheme, steps=2, substep={"f": "midpoint"})
+    assert [w.category for w in caught] == ([odeadv.AccuracyWarning] if warns else [])
+
+
 @pytest.mark.parametrize("scheme", [n for n in odeadv.schemes.names() if odeadv.schemes.get(n).symmetric])
 def test_symmetric_schemes_are_inverted_by_stepping_back(scheme):
     field = exact_flows()

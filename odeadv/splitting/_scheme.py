@@ -88,17 +88,18 @@ class Scheme:
         back = {stage.operator for _, stages in self.compositions for stage in stages if stage.weight < 0}
         return tuple(sorted(back))
 
+    def freezes(self, operator: int) -> bool:
+        """Whether the clock of ``operator`` stands still in all of its stages."""
+        return all(s.frozen for _, stages in self.compositions for s in stages if s.operator == operator)
+
     def adjoint(self) -> Scheme:
         """The adjoint Phi*(h) = Phi(-h)^{-1}: the stages in reverse, their clocks reflected in the step.
 
-        Raises:
-            ValueError: for a mixture, whose adjoint is not a composition.
+        For a mixture, the mixture of the tables' adjoints, which has the same order but is not the inverse.
         """
-        if self.mixture:
-            raise ValueError(f"scheme: {self.name!r} is a mixture of compositions, whose adjoint is not one")
-        stages = tuple(replace(stage, start=1.0 - stage.stop) for stage in reversed(self.stages))
         name = self.name.removesuffix("*") if self.name.endswith("*") else self.name + "*"
-        return replace(self, name=name, stages=stages)
+        mixture = tuple((factor, _reflected(stages)) for factor, stages in self.mixture)
+        return replace(self, name=name, stages=_reflected(self.stages), mixture=mixture)
 
     def check(self) -> None:
         """Verify that every operator acts for one step in all, and that factors sum to 1.
@@ -146,6 +147,10 @@ def _continues(first: Stage, second: Stage) -> bool:
         and not (first.frozen or second.frozen)
         and math.isclose(first.stop, second.start, abs_tol=1e-12)
     )
+
+
+def _reflected(stages: Composition) -> Composition:
+    return tuple(replace(stage, start=1.0 - stage.stop) for stage in reversed(stages))
 
 
 def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
