@@ -29,7 +29,7 @@ def test_import_is_light():
         "import sys, odeadv; heavy = {'torchvision', 'torchdiffeq', 'matplotlib', 'sklearn', 'scipy', 'PIL'} & "
         "set(sys.modules); sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 def test_imports_go_one_way():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,50 +68,8 @@ def render(table: Table, records: Sequence[Record]) -> str:
         values = zip(*(_accuracies(run) for run in runs), strict=True)
         lines.append(_line([row.label, f"here, {_seeds(runs)}", *(_mean(value) for value in values)]))
     lines += _paired(rows, by_method, paper, columns)
-    lines += [
-        "",
-        "## Worst so far",
-        "",
-        "A stricter count, not comparable with the one above: an example is lost as soon as the clean image or any "
-        "iterate is misclassified. The paper does not give it.",
-        "",
-        *_header(["Method", *columns[1:-1]]),
-    ]
-    for row in rows:
-        worst = [
-            [100 * attack["worst_so_far_accuracy"] for attack in run["evaluation"]["attacks"]]
-            for run in by_method[row.method]
-        ]
-        lines.append(_line([row.label, *(_mean(value) for value in zip(*worst, strict=True))]))
-    lines += [
-        "",
-        "## Runs",
-        "",
-        "Training figures of the last epoch are those of the passes trained on (perturbed ones for LAD and LAD-SM). "
-        "Wall times are as the runs happened to go, not a benchmark.",
-        "",
-        *_header(["Run", "eta", "training loss", "training accuracy", "training, s", "evaluation, s", "threads"]),
-    ]
-    for row in rows:
-        for run in by_method[row.method]:
-            training, last = run["config"]["training"], run["epochs"][-1]
-            cells = [
-                f"{row.label}, seed {training['seed']}",
-                f"{training['eta']:g}",
-                f"{last['loss']:.4f}",
-                f"{100 * last['accuracy']:.2f}",
-                f"{run['seconds']['training']:.0f}",
-                f"{run['seconds']['evaluation']:.0f}",
-                str(run["machine"]["threads"]),
-            ]
-            lines.append(_line(cells))
-    versions = sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in records})
-    data = records[0]["data"]
-    lines += [
-        "",
-        f"Data: {config['dataset']} ({data['source']}), {data['train_images']} training and {data['test_images']} test "
-        f"images, fingerprint {data['fingerprint']}. Versions: {'; '.join(versions)}.",
-    ]
+    lines += _worst_so_far(rows, by_method, columns[1:-1])
+    lines += _runs(rows, by_method)
     return "\n".join(lines) + "\n"
 
 
@@ -202,6 +161,60 @@ def _paired(
     return lines
 
 
+def _worst_so_far(rows: Sequence[Row], by_method: Mapping[str, Sequence[Record]], columns: Sequence[str]) -> list[str]:
+    """The stricter count, in a table of its own."""
+    lines = [
+        "",
+        "## Worst so far",
+        "",
+        "A stricter count, not comparable with the one above: an example is lost as soon as the clean image or any "
+        "iterate is misclassified. The paper does not give it.",
+        "",
+        *_header(["Method", *columns]),
+    ]
+    for row in rows:
+        worst = [
+            [100 * attack["worst_so_far_accuracy"] for attack in run["evaluation"]["attacks"]]
+            for run in by_method[row.method]
+        ]
+        lines.append(_line([row.label, *(_mean(value) for value in zip(*worst, strict=True))]))
+    return lines
+
+
+def _runs(rows: Sequence[Row], by_method: Mapping[str, Sequence[Record]]) -> list[str]:
+    """One line a run, and what they have in common."""
+    lines = [
+        "",
+        "## Runs",
+        "",
+        "Training figures of the last epoch are those of the passes trained on (perturbed ones for LAD and LAD-SM). "
+        "Wall times are as the runs happened to go, not a benchmark.",
+        "",
+        *_header(["Run", "eta", "training loss", "training accuracy", "training, s", "evaluation, s", "threads"]),
+    ]
+    records = [(row, run) for row in rows for run in by_method[row.method]]
+    for row, run in records:
+        training, last = run["config"]["training"], run["epochs"][-1]
+        cells = [
+            f"{row.label}, seed {training['seed']}",
+            f"{training['eta']:g}",
+            f"{last['loss']:.4f}",
+            f"{100 * last['accuracy']:.2f}",
+            f"{run['seconds']['training']:.0f}",
+            f"{run['seconds']['evaluation']:.0f}",
+            str(run["machine"]["threads"]),
+        ]
+        lines.append(_line(cells))
+    versions = sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for _, run in records})
+    config, data = records[0][1]["config"], records[0][1]["data"]
+    lines += [
+        "",
+        f"Data: {config['dataset']} ({data['source']}), {data['train_images']} training and {data['test_images']} test "
+        f"images, fingerprint {data['fingerprint']}. Versions: {'; '.join(versions)}.",
+    ]
+    return lines
+
+
 def _accuracies(record: Record) -> list[float]:
     evaluation = record["evaluation"]
     robust = [attack["robust_accuracy"] for attack in evaluation["attacks"]]
@@ -256,7 +269,8 @@ def _plot(table: Table, records: Sequence[Record], path: Path) -> None:
     axes.set_xticks(range(len(labels)), labels)
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, %")
-    axes.set_title(f"{table.title}, {records[0]['config']['dataset']}\n{_differences(table, records)}", fontsize=9)
+    about = textwrap.fill(_differences(table, records), 120)
+    axes.set_title(f"{table.title}, {records[0]['config']['dataset']}\n{about}", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, metadata={"Software": None})

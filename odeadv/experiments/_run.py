@@ -159,20 +159,17 @@ def _finished(path: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 class _Progress:
-    """Lines about a run: one an epoch, and on a terminal one that is overwritten within it."""
+    """Lines about a run: one an epoch, and within it one that is overwritten (on a terminal) or one a minute."""
 
     def __init__(self, label: str, epochs: int, log: TextIO) -> None:
         self.label, self.epochs, self.log = label, epochs, log
         self.began = time.perf_counter()
         self.live = log.isatty()
-        self.shown = 0.0
+        self.shown = self.began
 
     def step(self, epoch: int, step: int, steps: int) -> None:
-        now = time.perf_counter()
-        if self.live and now - self.shown > 0.5:
-            self.shown = now
-            share = (epoch - 1 + step / steps) / self.epochs
-            self._overwrite(f"epoch {epoch}/{self.epochs}, step {step}/{steps}, {self._left(share)}")
+        share = (epoch - 1 + step / steps) / self.epochs
+        self._now_and_then(f"epoch {epoch}/{self.epochs}, step {step}/{steps}", share)
 
     def epoch(self, result: EpochResult) -> None:
         self._line(
@@ -183,14 +180,16 @@ class _Progress:
             self.began = time.perf_counter()
 
     def evaluated(self, done: int, total: int) -> None:
-        now = time.perf_counter()
         if done == total:
-            self._line(f"evaluated in {now - self.began:.0f} s")
-        elif self.live and now - self.shown > 0.5:
+            self._line(f"evaluated in {time.perf_counter() - self.began:.0f} s")
+        else:
+            self._now_and_then(f"evaluating, batch {done}/{total}", done / total)
+
+    def _now_and_then(self, text: str, share: float) -> None:
+        now = time.perf_counter()
+        if now - self.shown > (0.5 if self.live else 60.0):
             self.shown = now
-            self._overwrite(f"evaluating, batch {done}/{total}, {self._left(done / total)}")
-        elif not self.live and done % max(1, total // 4) == 0:
-            self._line(f"evaluating, batch {done}/{total}, {self._left(done / total)}")
+            (self._overwrite if self.live else self._line)(f"{text}, {self._left(share)}")
 
     def _left(self, share: float) -> str:
         seconds = (time.perf_counter() - self.began) * (1.0 - share) / share
