@@ -20,13 +20,13 @@ parser.add_argument("--dataset", choices=data.names(), help="instead of the pres
 parser.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data set")
 parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
 parser.add_argument("--methods", nargs="+", choices=experiments.TABLE1.methods, help="some of the rows")
-parser.add_argument("--out", type=Path, help="folder for the results (default: runs/table1-PRESET)")
+parser.add_argument("--out", type=Path, help="folder for the results (default: runs/table1-DATASET-PRESET)")
 parser.add_argument("--render", action="store_true", help="only make the table and plot again from the JSON in --out")
 
 
 def main() -> None:
     args = parser.parse_args()
-    out = args.out or Path("runs") / f"table1-{args.preset}"
+    out = args.out or Path("runs") / f"table1-{args.dataset or experiments.PRESETS[args.preset].dataset}-{args.preset}"
     if not args.render:
         runs = experiments.configurations(
             experiments.TABLE1,
@@ -42,7 +42,10 @@ def main() -> None:
         for number, config in enumerate(runs, start=1):
             label = f"[{number}/{len(runs)} {config.method}, seed {config.training.seed}]"
             experiments.run(config, images, out, label=label)
-    print(experiments.write_report(experiments.TABLE1, out))
+    try:
+        print(experiments.write_report(experiments.TABLE1, out))
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from odeadv.costate import Converge, Recordings
-from odeadv.fields import AdversarialField, Forcing, Jump, Piecewise, VectorField
+from odeadv.fields import AdversarialField, Forcing, Jump, VectorField
 from odeadv.fields._field import number
 from odeadv.fields._operator import Sum, Tally, Unrecorded
 from odeadv.splitting import (
@@ -47,11 +47,10 @@ class Method:
     substeps: Mapping[str, SubStep]
     costate: CostateKind
 
-    @property
-    def order(self) -> float:
-        """The order to be expected: the lowest of composition and sub-steps."""
-        orders = [substep.order for substep in self.substeps.values()]
-        return min(orders if self.scheme is None else [self.scheme.order, *orders])
+    def order(self, field: VectorField) -> float:
+        """The order to be expected on ``field``: the lowest of sub-steps and, if it is split, composition."""
+        orders = [self.substeps[name].order for name, term in field.operators.items() if term.acts]
+        return min(orders if self.scheme is None or len(orders) == 1 else [self.scheme.order, *orders])
 
     def stepper(self, field: VectorField) -> Stepper:
         """What advances those operators of ``field`` that act; one that is left alone acts in a single stage."""
@@ -234,7 +233,7 @@ def read_times(
             raise ValueError("dt, steps: the field carries both, expected one of the two")
         if dt is None and steps is None:
             raise ValueError("dt: neither dt nor steps is given, and the field carries none; give one of the two")
-    if isinstance(dt, Adaptive) or dt == "adaptive":
+    if isinstance(dt, Adaptive) or (isinstance(dt, str) and dt == "adaptive"):
         return _adaptive_times(field, span, dt, rtol, atol)
     if rtol is not None or atol is not None:
         raise ValueError(f"rtol, atol: got {rtol!r} and {atol!r} for fixed steps, expected dt='adaptive' with them")
@@ -249,7 +248,7 @@ def read_times(
     inside = [(start, stop) for start, stop in _jumps(field) if start < max(span) and stop > min(span)]
     grid = make_grid(span, dt, steps, inside)
     for term in field.operators.values():
-        if isinstance(term, Piecewise):
+        if term.edges:
             for step in grid:
                 term.on(step.t0, step.t1)
     return Times(span, grid)
@@ -275,7 +274,7 @@ def _adaptive_times(
 
 
 def _jumps(field: VectorField) -> list[tuple[float, float]]:
-    return [jump for term in field.operators.values() if isinstance(term, Piecewise) for jump in term.jumps]
+    return [jump for term in field.operators.values() for jump in term.jumps]
 
 
 def _span(t_span: Any) -> tuple[float, float]:

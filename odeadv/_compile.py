@@ -13,7 +13,7 @@ from odeadv._solution import Solution, SolveError, Stats, Status
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
 from odeadv.fields._operator import VectorFunction, clock_dtype
-from odeadv.splitting import Scheme, Step
+from odeadv.splitting import Scheme, Step, TorchDiffEq
 
 
 def compile_solver(
@@ -45,8 +45,11 @@ def compile_solver(
         raise ValueError(
             "field: an AdversarialField cannot be compiled step by step; compile the functions it is made of"
         )
-    if any(operator.pieces for operator in field.operators.values()):
-        raise ValueError("field: a piecewise field differs from step to step and cannot be compiled as one graph")
+    if not all(operator.constant for operator in field.operators.values()):
+        raise ValueError(
+            "field: a piecewise field, or one driven by a recorded costate, differs from step to step and cannot be "
+            "compiled as one graph"
+        )
     return CompiledSolver(field, number("dt", dt), scheme, substep, options)
 
 
@@ -61,18 +64,25 @@ class CompiledSolver:
         substep: SubSteps | None,
         options: dict[str, Any],
     ) -> None:
+        if dt == 0.0:
+            raise ValueError("dt: got 0, expected a step size different from 0")
         self.field, self.dt = field, dt
         self.method = read_method(field, scheme, substep, None)
         self._options = {"fullgraph": True, **options}
-        self._steps: dict[float, Callable[[Tensor, Tensor], Tensor]] = {}
+        if any(isinstance(method, TorchDiffEq) for method in self.method.substeps.values()):
+            raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
+        self._steps: dict[tuple[object, ...], Callable[[Tensor, Tensor], Tensor]] = {}
 
     def __call__(self, x0: Tensor, t_span: tuple[float, float], *, throw: bool = True) -> Solution:
-        """Solve from ``x0`` over ``t_span``, which ``dt`` must divide; see `odeadv.solve`."""
+        """Solve from ``x0`` over ``t_span``, which ``dt`` must divide; see `odeadv.solve`.
+
+        Evaluations are not counted.
+        """
         grid = read_times(self.field, t_span, self.dt, None, None, None).grid
         x = read_initial_state(self.field, x0)
         assert grid is not None
         assert grid.h is not None
-        step = self._step(grid.h)
+        step = self._step(grid.h, x)
         xs = [x]
         clock = torch.tensor(grid.times, dtype=clock_dtype(x.dtype), device=x.device)
         for t in clock[:-1].unbind():
@@ -89,13 +99,24 @@ class CompiledSolver:
             raise SolveError(solution)
         return solution
 
-    def _step(self, h: float) -> Callable[[Tensor, Tensor], Tensor]:
-        if h not in self._steps:
+    def _step(self, h: float, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        key = (
+            h,
+            x.dtype,
+            x.ndim,
+            x.device,
+            x.requires_grad,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )
+        if key not in self._steps:
             stepper = self.method.stepper(self.field)
 
             def step(x: Tensor, t: Tensor) -> Tensor:
                 # Times are tensors here, so that one graph serves every step.
                 return stepper.advance(x, Step(t, t + h, h))  # type: ignore[arg-type]
 
-            self._steps[h] = torch.compile(step, **self._options)
-        return self._steps[h]
+            # torch.compile allows only a few graphs for one code object, which all solvers would share.
+            step.__code__ = step.__code__.replace(co_name=f"step_{len(self._steps)}")
+            self._steps[key] = torch.compile(step, **self._options)
+        return self._steps[key]

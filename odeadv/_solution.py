@@ -55,8 +55,8 @@ class Stats:
 
 HINTS = {
     Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
-    Status.NOT_CONVERGED: "plain sweeps diverge from eta * I = 1 on: take a smaller eta, or Anderson acceleration "
-    "(odeadv.Converge(memory=5)), or pass throw=False to get the last sweep",
+    Status.NOT_CONVERGED: "plain sweeps diverge from eta * I = 1 on, and there is no fixed point at it: take a smaller "
+    "eta, or more memory for the acceleration (odeadv.Converge(memory=20)), or pass throw=False to get the last sweep",
     Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",
     Status.TOO_MANY_STEPS: "loosen rtol or atol, or allow more (odeadv.Adaptive(most=...)); throw=False returns the "
     "part solved",

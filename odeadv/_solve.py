@@ -85,7 +85,7 @@ def solve(
         ascent: number of recordings, each on the trajectory driven by the sum of all before (Eq. 3). Both are for
             fields with a loss.
         checkpoints: keep the graph of one of so many segments of a recording at a time and recompute it when its turn
-            comes: less memory, one more evaluation of f a step, the same result bit for bit.
+            comes: less memory, every step of a recording run twice, the same result bit for bit.
         differentiate_costate: let gradients through the costate too, instead of treating it as a constant.
         throw: raise if the solve fails; otherwise see ``status`` of what is returned.
 
@@ -115,17 +115,17 @@ def solve(
 
     driven: VectorField = field
     a: Costate | None = None
-    if isinstance(field, AdversarialField) and field.eta != 0.0:
+    if isinstance(field, AdversarialField) and field.eta != 0.0 and work.reaches_the_end(field):
         a = record()
         driven = field.driven_by(a)
     grid = work.grid(driven)
     stepper = method.stepper(driven)
-    if save_at is None:
+    if save_at is None and len(grid):
         ts: Sequence[float] = (grid.times[0], grid.times[-1])
-        xs = [x, stepper.march(x, grid)]
-        final = xs[-1]
+        final = stepper.march(x, grid)
+        xs = [x, final]
     else:
-        ts = grid.times if save_times is None else [grid.snap(t) for t in save_times]
+        ts = grid.times if save_times is None else _reached(save_times, grid, work.status)
         final, xs = _run(stepper, x, grid, ts, driven)
     output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
     work.count(stepper, a)
@@ -157,16 +157,28 @@ class _Work:
     x0: Tensor
     stats: Stats
     status: Status = Status.SUCCESS
+    _first: Grid | None = None
+
+    def reaches_the_end(self, field: VectorField) -> bool:
+        """Whether there are steps for ``field`` to the end of the span; if not, nothing can be recorded."""
+        self.grid(field)
+        return self.status is Status.SUCCESS
 
     def grid(self, field: VectorField) -> Grid:
         """The steps for ``field``: those given, or found so that they meet the tolerances."""
         if self.times.grid is not None:
             return self.times.grid
+        if field is self.field and self._first is not None:
+            return self._first
         assert self.times.adaptive is not None
         stepper = self.method.stepper(field)
         edges = [edge for operator in field.operators.values() for edge in operator.edges]
         with aside(field.modules, self.x0.device):
-            search = choose_grid(stepper, self.x0, self.times.span, self.times.adaptive, self.method.order, edges)
+            search = choose_grid(
+                stepper, self.x0, self.times.span, self.times.adaptive, self.method.order(field), edges
+            )
+        if field is self.field:
+            self._first = search.grid
         self.count(stepper, None)
         self.stats.rejected += search.rejected
         if search.outcome is not Outcome.DONE:
@@ -179,7 +191,7 @@ class _Work:
         sweeping = Sweeping(
             field=self.field,
             x0=self.x0,
-            grid=self.grid(self.field),
+            grid=self.grid,
             stepper=self.method.stepper,
             kind=self.method.costate,
             differentiate=differentiate,
@@ -216,12 +228,19 @@ def _run(
     x = x0
     saved: list[Tensor] = []
     if not len(grid):
-        return x, [x]
+        return x, [x] * len(times)
     for step in grid:
         before, x = x, stepper.advance(x, step)
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
             saved.append(_within(stepper, step, before, x, times[len(saved)], field))
     return x, saved
+
+
+def _reached(times: Sequence[float], grid: Grid, status: Status) -> list[float]:
+    """The times to save at; where the solve ended early, those it has reached and its end."""
+    if status in (Status.STEP_TOO_SMALL, Status.TOO_MANY_STEPS):
+        return [*(t for t in times if grid.sign * t < grid.sign * grid.times[-1]), grid.times[-1]]
+    return [grid.snap(t) for t in times]
 
 
 def _within(stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float, field: VectorField) -> Tensor:

@@ -89,6 +89,69 @@ def test_a_blow_up_leaves_the_last_good_state():
     assert len(never.ts) == 1
 
 
+def test_a_search_that_fails_early_still_gives_what_it_has():
+    def square(t: Tensor, x: Tensor) -> Tensor:
+        return x**2
+
+    sol = odeadv.solve(
+        square, X0.abs(), (0.0, 2.0), substep="rk4", dt=odeadv.Adaptive(smallest=1e-6), save_at=[0.5, 1.5], throw=False
+    )
+    assert sol.status is odeadv.Status.STEP_TOO_SMALL
+    assert sol.ts[0] == 0.5
+    assert len(sol.ts) == 2
+    assert float(sol.ts[1]) == pytest.approx(1.0, abs=1e-3)
+    nan = odeadv.Operator(lambda t, x: x * math.nan, flow=lambda t, dt, x: x * math.nan)
+    adversarial = odeadv.AdversarialField(nan, lambda x: (x**2).sum(), eta=0.1)
+    for field, arguments in (
+        (odeadv.SplitField(a=nan, b=nan), {"substep": "exact"}),
+        (adversarial, {}),
+        (nan, {"save_at": [1.5, 2.0]}),
+    ):
+        sol = odeadv.solve(field, X0, (0.0, 2.0), dt="adaptive", throw=False, **arguments)
+        assert sol.status is odeadv.Status.STEP_TOO_SMALL
+        assert sol.ts.tolist() == [0.0]
+        assert torch.equal(sol.xs[0], X0)
+
+
+def test_the_order_of_a_field_that_is_not_split_is_that_of_its_substep():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return torch.cos(5 * t) * x
+
+    steps = {
+        scheme: odeadv.solve(f, X0, (0.0, 2.0), scheme=scheme, substep="rk4", dt="adaptive", rtol=1e-7).stats.steps
+        for scheme in ("lie", "strang", "rk4")
+    }
+    assert len(set(steps.values())) == 1
+    coarse = odeadv.solve(f, X0, (0.0, 2.0), scheme="torchdiffeq:euler", dt="adaptive", rtol=1e-4)
+    assert coarse.stats.steps == odeadv.solve(f, X0, (0.0, 2.0), scheme="euler", dt="adaptive", rtol=1e-4).stats.steps
+
+
+def test_every_recording_has_steps_of_its_own():
+    field = odeadv.AdversarialField(lambda t, x: torch.sin(4 * x), lambda x: 0.5 * (x**2).sum(), eta=3.0)
+    method = {"substep": "rk4", "scheme": "strang-symmetric", "costate": "hermite", "sweeps": 2}
+    exact = odeadv.solve(field, X0, (0.0, 2.0), steps=4000, **method).xs[-1]
+    found = odeadv.solve(field, X0, (0.0, 2.0), dt="adaptive", rtol=1e-6, atol=1e-8, **method).xs[-1]
+    assert float((found - exact).norm() / exact.norm()) < 3e-4
+
+
+def test_a_component_that_is_exactly_zero_needs_no_absolute_tolerance():
+    x0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    sol = odeadv.solve(lambda t, x: -x, x0, (0.0, 1.0), substep="rk4", dt="adaptive", rtol=1e-8, atol=0.0)
+    assert torch.allclose(sol.xs[-1], x0 * math.exp(-1.0), rtol=1e-6)
+
+
+def test_pieces_within_a_field_within_a_field():
+    from odeadv.fields import Piecewise
+
+    pieces = Piecewise([odeadv.Operator(lambda t, x: x), odeadv.Operator(lambda t, x: -3.0 * x)], (0.0, 0.4, 1.0))
+    inner = odeadv.SplitField(p=pieces, q=lambda t, x: 0.0 * x)
+    field = odeadv.AdversarialField(inner, lambda x: (x**2).sum(), eta=0.0)
+    sol = odeadv.solve(field, X0, (0.0, 1.0), dt="adaptive", rtol=1e-8, atol=1e-10, substep="rk4")
+    assert torch.allclose(sol.xs[-1], X0 * math.exp(0.4 - 1.8), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^dt: the step from 0\.25 to 0\.5 does not lie within one piece"):
+        odeadv.solve(field, X0, (0.0, 1.0), dt=0.25)
+
+
 def test_saved_times_and_gaps_in_a_piecewise_field():
     from odeadv.fields import Piecewise
 
@@ -114,6 +177,8 @@ def test_bad_tolerances(arguments, message):
         odeadv.solve(split(), X0, (0.0, 1.0), **arguments)
     with pytest.raises(ValueError, match=r"^first: got -1\.0"):
         odeadv.Adaptive(first=-1.0)
+    with pytest.raises(ValueError, match=r"^first: got 0\.01, expected at least smallest"):
+        odeadv.Adaptive(first=0.01, smallest=0.1)
     with pytest.raises(ValueError, match=r"^most: got 0"):
         odeadv.Adaptive(most=0)
     with pytest.raises(ValueError, match=r"^rtol, atol: given beside dt=odeadv.Adaptive"):

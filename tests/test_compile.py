@@ -52,6 +52,33 @@ def test_gradients_pass_through_the_compiled_steps():
     assert torch.allclose(compiled, eager, rtol=1e-12)
 
 
+def test_many_solvers_and_many_kinds_of_state():
+    torch._dynamo.reset()
+    for k in range(10):
+        solver = odeadv.compile_solver(lambda t, x, k=k: -0.1 * k * x, dt=0.5, backend="eager")
+        assert torch.allclose(solver(X0, (0.0, 1.0)).xs[-1], X0 * (1 - 0.05 * k) ** 2)
+    solver = odeadv.compile_solver(lambda t, x: torch.sin(t) * x, dt=0.5, backend="eager")
+    for x0 in (X0, X0[:3], X0.float(), X0.to(torch.complex64), X0.reshape(2, 3), X0.reshape(1, 2, 3)):
+        for asked in (False, True):
+            start = x0.clone().requires_grad_(asked)
+            expected = odeadv.solve(lambda t, x: torch.sin(t) * x, start, (0.0, 1.0), dt=0.5).xs[-1]
+            assert torch.allclose(solver(start, (0.0, 1.0)).xs[-1], expected)
+
+
+def test_fields_within_fields_compile():
+    torch._dynamo.reset()
+    inner = odeadv.SplitField(p=lambda t, x: -0.1 * x, q=lambda t, x: 0.2 * x)
+    nested = odeadv.SplitField(pair=inner, other=lambda t, x: torch.sin(x))
+    for field, arguments in (
+        (inner, {"scheme": "rk4"}),
+        (nested, {"substep": {"pair": odeadv.Nested("strang"), "other": "midpoint"}}),
+        (nested, {"substep": "midpoint"}),
+    ):
+        compiled = odeadv.compile_solver(field, dt=0.25, backend="eager", **arguments)(X0, (0.0, 1.0))
+        eager = odeadv.solve(field, X0, (0.0, 1.0), dt=0.25, **arguments)
+        assert torch.allclose(compiled.xs[-1], eager.xs[-1], rtol=1e-12)
+
+
 def test_what_cannot_be_compiled_is_said():
     adversarial = odeadv.AdversarialField(lambda t, x: -x, lambda x: (x**2).sum(), eta=0.1)
     with pytest.raises(ValueError, match=r"^field: an AdversarialField cannot be compiled"):
@@ -61,6 +88,10 @@ def test_what_cannot_be_compiled_is_said():
     pieces = Piecewise([odeadv.Operator(lambda t, x: x)], (0.0, 1.0))
     with pytest.raises(ValueError, match=r"^field: a piecewise field"):
         odeadv.compile_solver(pieces, dt=0.1)
+    with pytest.raises(ValueError, match=r"^dt: got 0"):
+        odeadv.compile_solver(lambda t, x: -x, dt=0.0)
+    with pytest.raises(ValueError, match=r"^substep: torchdiffeq's methods"):
+        odeadv.compile_solver(lambda t, x: -x, dt=0.1, substep="torchdiffeq:rk4")
     solver = odeadv.compile_solver(lambda t, x: -x, dt=0.3, backend="eager")
     with pytest.raises(ValueError, match=r"^dt: 0\.3 does not divide"):
         solver(X0, (0.0, 1.0))

@@ -660,12 +660,39 @@ def test_a_split_field_within_a_split_field(inner, order):
     assert float((halves - exact).norm()) < error(4)
 
 
+@pytest.mark.parametrize("outer", ["strang-symmetric", "strang"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nested_exact_flows_keep_their_own_clock(outer, steps):
+    def wave(t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
+        return x * torch.exp((torch.sin(3 * (t + dt)) - torch.sin(3 * t)) / 3)
+
+    inner = odeadv.SplitField(
+        wave=odeadv.Operator(lambda t, x: torch.cos(3 * t) * x, flow=wave),
+        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+    )
+    field = odeadv.SplitField(stretch=lambda t, x: C @ x, inner=inner)
+    exact = odeadv.solve(field, Z0, (0.0, 1.0), scheme="rk4", steps=500).xs[-1]
+
+    def error(n: int) -> float:
+        substep = {"stretch": "rk4", "inner": odeadv.Nested(substep="exact", steps=steps)}
+        return float(
+            (odeadv.solve(field, Z0, (0.0, 1.0), scheme=outer, steps=n, substep=substep).xs[-1] - exact).norm()
+        )
+
+    assert measured_order(error) == pytest.approx(2, abs=0.12)
+
+
 def test_nested_says_what_it_needs():
+    with pytest.raises(ValueError, match=r"^steps: got 0"):
+        odeadv.Nested(steps=0)
     field = odeadv.SplitField(pair=odeadv.SplitField(a=decay, b=decay), c=decay)
     with pytest.raises(ValueError, match=r"^substep: no inner operator is called 'd'; it has 'a', 'b'"):
         odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"pair": odeadv.Nested(substep={"d": "rk4"})})
     with pytest.raises(ValueError, match=r"^substep: Nested is for an operator that is a SplitField"):
         odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"c": odeadv.Nested()})
+    three = odeadv.Nested(odeadv.schemes.get("lie", 3))
+    with pytest.raises(ValueError, match=r"^scheme: 'lie' splits 3 operators, the inner field has 2"):
+        odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"pair": three})
 
 
 def test_plot_draws_states_and_costate(tmp_path):

@@ -61,6 +61,15 @@ def test_plain_sweeps_that_diverge_are_reported_and_acceleration_solves_them():
     assert torch.allclose(accelerated.xs[-1], X0 * math.exp(LAM * T) / (1 - 1.7), rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_there_is_no_fixed_point_none_is_returned(dtype):
+    h = T / 4
+    integral = sum(h * (1 + h * LAM) ** (2 * (3 - n)) for n in range(4))  # the discrete I of Lie with Euler
+    field = scalar_field(1.0 / integral)
+    sol = odeadv.solve(field, X0.to(dtype), (0.0, T), steps=4, scheme="lie", sweeps="converge", throw=False)
+    assert sol.status is not odeadv.Status.SUCCESS
+
+
 @pytest.mark.parametrize("eta", [0.2, 0.6, 1.5])
 def test_the_fixed_point_of_a_linear_system_and_its_order(eta):
     exact = fixed_point_of_linear_problem(eta)
@@ -111,6 +120,8 @@ def test_complex_states_and_float32_converge():
         (lambda: odeadv.Converge(rtol=0.0), r"^rtol: got 0\.0"),
         (lambda: odeadv.Converge(most=1), r"^most, memory: got 1 and 5"),
         (lambda: odeadv.Converge(memory=-1), r"^most, memory: got 50 and -1"),
+        (lambda: odeadv.Converge(most=2.5), r"^most, memory: got 2\.5 and 5"),
+        (lambda: odeadv.Converge(rtol=math.inf), r"^rtol: got inf"),
         (lambda: odeadv.solve(scalar_field(0.1), X0, (0, T), steps=2, sweeps="forever"), r"^sweeps: got 'forever'"),
         (
             lambda: odeadv.solve(scalar_field(0.1), X0, (0, T), steps=2, sweeps="converge", differentiate_costate=True),

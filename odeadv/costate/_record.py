@@ -38,11 +38,13 @@ def record(
         kind: how the result is evaluated between nodes.
         differentiate: keep the recording in the autograd graph.
         checkpoints: keep the autograd graph of one of so many segments of the grid at a time, and run each segment
-            again when its turn comes; None keeps the whole graph. The result is the same bit for bit.
+            again when its turn comes; None keeps the whole graph, as do torch.func transforms. The result is the
+            same bit for bit.
 
     Raises:
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
+    again = checkpoints is not None and not inside_transform()
     states: Sequence[Tensor]
     nodes: Sequence[Tensor]
     with recording(field.modules, x0.device):
@@ -58,7 +60,7 @@ def record(
         else:
             states, nodes = _in_segments(field, x0, grid, stepper, checkpoints)
     f = stepper.counted[0]
-    f.vjps += f.evaluations if checkpoints is None else f.evaluations // 2
+    f.vjps += f.evaluations // 2 if again else f.evaluations
     if not differentiate:
         states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
     return RecordedCostate(grid, nodes, states, field.f, kind, differentiate)

@@ -12,6 +12,7 @@ from torch import Tensor
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.fields import AdversarialField, VectorField
+from odeadv.fields._field import number
 from odeadv.splitting import Grid, Stepper
 from odeadv.splitting._scheme import CostateKind
 
@@ -24,8 +25,9 @@ class Converge:
 
     The fixed point solves the two-point boundary-value problem dx/dt = f + eta a, da/dt = -(df/dx)^T a. Plain sweeps
     contract by about eta * I (spec: I the growth of the costate's effect over the span) and diverge from
-    eta * I = 1 on; Anderson acceleration reaches fixed points beyond, where they exist, which are then stationary
-    points of the control problem but no limits of sweeps.
+    eta * I = 1 on; Anderson acceleration reaches fixed points beyond, where they exist and ``memory`` is at least the
+    number of directions that do not contract. They are then stationary points of the control problem but no limits of
+    sweeps. Near eta * I = 1 there is none; iterates that grow out of proportion are not taken for one.
 
     Attributes:
         rtol: stop when the change of a sweep, relative to the costate, is below this; by default the two-thirds power
@@ -42,10 +44,12 @@ class Converge:
     memory: int = 5
 
     def __post_init__(self) -> None:
-        if self.rtol is not None and not self.rtol > 0:
-            raise ValueError(f"rtol: got {self.rtol!r}, expected a number above 0, or None")
-        if self.most < 2 or self.memory < 0:
-            raise ValueError(f"most, memory: got {self.most!r} and {self.memory!r}, expected at least 2 and 0")
+        if self.rtol is not None and not 0 < number("rtol", self.rtol) < 1:
+            raise ValueError(f"rtol: got {self.rtol!r}, expected a number between 0 and 1, or None")
+        if not (isinstance(self.most, int) and isinstance(self.memory, int) and self.most >= 2 and self.memory >= 0):
+            raise ValueError(
+                f"most, memory: got {self.most!r} and {self.memory!r}, expected whole numbers, at least 2 and 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Sweeping:
     Attributes:
         field: the field whose costate is recorded.
         x0: initial state.
-        grid: nodes of the recordings.
+        grid: makes the nodes of a recording, for the field that it runs along.
         stepper: makes what advances a field.
         kind: evaluation between nodes.
         differentiate: keep recordings in the autograd graph.
@@ -80,7 +84,7 @@ class Sweeping:
 
     field: AdversarialField
     x0: Tensor
-    grid: Grid
+    grid: Callable[[VectorField], Grid]
     stepper: Callable[[VectorField], Stepper]
     kind: CostateKind
     differentiate: bool
@@ -101,12 +105,13 @@ class Sweeping:
         assert drive is not None
         return drive
 
-    def _record(self, drive: Costate | None) -> RecordedCostate:
-        stepper = self.stepper(self.field if drive is None else self.field.driven_by(drive))
+    def _record(self, drive: Costate | None, grid: Grid | None = None) -> RecordedCostate:
+        along = self.field if drive is None else self.field.driven_by(drive)
+        stepper = self.stepper(along)
         result = record(
             self.field,
             self.x0,
-            self.grid,
+            self.grid(along) if grid is None else grid,
             stepper,
             kind=self.kind,
             differentiate=self.differentiate,
@@ -119,12 +124,12 @@ class Sweeping:
         """Fixed-point iteration on the nodes, accelerated: u -> the costate recorded on the trajectory driven by u."""
         recorded = self._record(None)
         image = _flat(recorded)
-        rtol = settings.rtol or torch.finfo(image.dtype).eps ** (2.0 / 3.0)
-        u = image
+        rtol = settings.rtol or torch.finfo(recorded.nodes[0].dtype).eps ** (2.0 / 3.0)
+        u, first = image, image.norm().item()
         history: list[tuple[Tensor, Tensor]] = []
         self.converged = False
         while len(self.residuals) + 1 < settings.most:
-            last, recorded = recorded, self._record(_like(recorded, u))
+            last, recorded = recorded, self._record(_like(recorded, u), recorded.grid)
             image = _flat(recorded)
             change = image - u
             scale = image.norm().item()
@@ -132,7 +137,7 @@ class Sweeping:
             self.residuals.append(residual)
             if not residual < GROWTH:
                 return last
-            if residual <= rtol:
+            if residual <= rtol and scale <= max(first, 1e-300) * rtol**-0.5:
                 self.converged = True
                 break
             history = [*history, (change, image)][-settings.memory - 1 :]

@@ -18,7 +18,8 @@ from torch import nn
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which replaces ``path`` when the body ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    # Where a file of another format ends up is told by its name, which savefig goes by: keep the suffix.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.stem}-", suffix=path.suffix)
     os.close(handle)
     partial = Path(name)
     try:

@@ -67,7 +67,7 @@ def render(table: Table, records: Sequence[Record]) -> str:
             lines.append(_line([row.label, "paper", *(f"{value:.2f}" for value in figures.values())]))
         values = zip(*(_accuracies(run) for run in runs), strict=True)
         lines.append(_line([row.label, f"here, {_seeds(runs)}", *(_mean(value) for value in values)]))
-    lines += _paired(rows, by_method, paper, columns)
+    lines += _paired(table.rows[0], rows, by_method, paper, columns)
     lines += _worst_so_far(rows, by_method, columns[1:-1])
     lines += _runs(rows, by_method)
     return "\n".join(lines) + "\n"
@@ -83,6 +83,7 @@ def _grouped(table: Table, records: Sequence[Record]) -> dict[str, list[Record]]
                 f"records: {record['config']['method']} seed {record['config']['training']['seed']} was run at another "
                 "size or on other data than the first record; keep one table's runs in one folder"
             )
+    _check_methods(table, records)
     found = {
         method: sorted(
             (record for record in records if record["config"]["method"] == method),
@@ -97,6 +98,21 @@ def _shared(record: Record) -> dict[str, Any]:
     config = dict(record["config"])
     training = {k: v for k, v in config.pop("training").items() if k not in ("seed", "scheme", "eta")}
     return {**config, **training, "method": None, "fingerprint": record["data"]["fingerprint"]}
+
+
+def _check_methods(table: Table, records: Sequence[Record]) -> None:
+    """One configuration a method, one record a seed, no method that is not a row."""
+    seen: dict[str, tuple[Any, Any]] = {}
+    runs: set[tuple[str, int]] = set()
+    for record in records:
+        method, training = record["config"]["method"], record["config"]["training"]
+        table.row(method)
+        defence = (training["scheme"], training["eta"])
+        if seen.setdefault(method, defence) != defence:
+            raise ValueError(f"records: {method} was run with (scheme, eta) = {seen[method]} and with {defence}")
+        if (method, training["seed"]) in runs:
+            raise ValueError(f"records: {method} seed {training['seed']} is there twice")
+        runs.add((method, training["seed"]))
 
 
 def _differences(table: Table, records: Sequence[Record]) -> str:
@@ -115,6 +131,17 @@ def _differences(table: Table, records: Sequence[Record]) -> str:
     for name, label in (("epochs", "epochs"), ("batch_size", "images a batch"), ("precision", "training")):
         if here[name] != getattr(there, name):
             parts.append(f"{here[name]} instead of {getattr(there, name)} {label}")
+    for name in ("lr", "momentum", "weight_decay"):
+        if here[name] != getattr(there, name):
+            parts.append(f"{name} {here[name]:g} instead of {getattr(there, name):g}")
+    if [m / here["epochs"] for m in here["milestones"]] != [m / there.epochs for m in there.milestones]:
+        parts.append(f"learning rate drops after {', '.join(map(str, here['milestones']))} epochs")
+    if config["protocol"] != paper[0].protocol:
+        parts.append(f"evaluated by {config['protocol']}")
+    etas = {run.method: run.training.eta for run in paper}
+    for method, eta in sorted({(r["config"]["method"], r["config"]["training"]["eta"]) for r in records}):
+        if eta != etas[method]:
+            parts.append(f"eta {eta:g} instead of {etas[method]:g} for {table.row(method).label}")
     for name in ("train_images", "test_images"):
         if config[name] is not None:
             parts.append(f"{config[name]} {name.replace('_', ' ')}")
@@ -127,14 +154,15 @@ def _differences(table: Table, records: Sequence[Record]) -> str:
 
 
 def _paired(
+    table_base: Row,
     rows: Sequence[Row],
     by_method: Mapping[str, Sequence[Record]],
     paper: Mapping[str, Mapping[str, float]],
     columns: Sequence[str],
 ) -> list[str]:
     """Differences to the first row, seed by seed."""
-    base, others = rows[0], rows[1:]
-    if not others:
+    base, others = table_base, [row for row in rows if row is not table_base]
+    if table_base.method not in by_method or not others:
         return []
     lines = [
         "",

@@ -81,11 +81,12 @@ def run(
     """
     log = log or sys.stderr
     path = out / config.file_name
-    done = _finished(path, config)
+    data = data.subset(config.train_images, config.test_images)
+    fingerprint = data.fingerprint()
+    done = _finished(path, config, fingerprint)
     if done is not None:
         print(f"{label} already there: {path}", file=log, flush=True)
         return done
-    data = data.subset(config.train_images, config.test_images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = preact_resnet(
         config.depth,
@@ -111,7 +112,7 @@ def run(
             "source": data.source,
             "train_images": len(data.train_images),
             "test_images": len(data.test_images),
-            "fingerprint": data.fingerprint(),
+            "fingerprint": fingerprint,
         },
         "versions": {
             "odeadv": odeadv.__version__,
@@ -137,23 +138,29 @@ def load_records(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a JSON file that is not a record of a run.
     """
-    records = []
-    for path in sorted(folder.glob("*-seed*.json")):
+    return [_read(path) for path in sorted(folder.glob("*-seed*.json")) if not path.name.startswith(".")]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema is {record.get('schema')!r}, expected {SCHEMA!r}")
-        records.append(record)
-    return records
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); remove it to run it again") from None
+    schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
+    return dict(record)
 
 
-def _finished(path: Path, config: RunConfig) -> dict[str, Any] | None:
+def _finished(path: Path, config: RunConfig, fingerprint: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("key") != config.key:
+    record = _read(path)
+    if (record["key"], record["data"]["fingerprint"]) != (config.key, fingerprint):
         raise FileExistsError(
-            f"out: {path} holds a run of another configuration (key {record.get('key')}, this one is {config.key}); "
-            "give another folder, or remove the file"
+            f"out: {path} holds a run of another configuration or on other data (key {record['key']}, data "
+            f"{record['data']['fingerprint']}; these are {config.key}, {fingerprint}); give another folder, or remove "
+            "the file"
         )
     return record
 

@@ -155,9 +155,11 @@ def configurations(
         ValueError: for a method that is not a row.
     """
     dataset = dataset or preset.dataset
+    if dataset not in ETA:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(ETA)}")
     rows = [table.row(method) for method in methods or table.methods]
     epochs = preset.epochs if isinstance(preset.epochs, int) else preset.epochs[dataset]
-    eta = preset.eta if isinstance(preset.eta, float) else preset.eta[dataset]
+    eta = preset.eta[dataset] if isinstance(preset.eta, Mapping) else float(preset.eta)
     return [
         RunConfig(
             table=table.name,

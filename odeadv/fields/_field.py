@@ -222,10 +222,10 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name}: got a tensor that requires a gradient, expected a number; none would reach it")
     try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+        number = None if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if math.isnan(number) and not (isinstance(value, float | Tensor)):
+        number = None
+    if number is None:
         raise TypeError(f"{name}: got {value!r}, expected a number")
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {number}, expected a finite number")

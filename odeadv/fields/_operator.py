@@ -126,6 +126,16 @@ class Operator:
         """Whether the operator can be evaluated; only a costate that has not been recorded cannot."""
         return True
 
+    @property
+    def constant(self) -> bool:
+        """Whether `on` gives the operator itself on every step."""
+        return True
+
+    @property
+    def jumps(self) -> tuple[tuple[float, float], ...]:
+        """The intervals on which the state jumps."""
+        return ()
+
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """Evaluate dx/dt at time ``t`` and state ``x``."""
         return self.f(t, x)
@@ -163,6 +173,11 @@ class Forcing(Operator):
         self.value = value
         self.scale = scale
         self._on = on
+
+    @property
+    def constant(self) -> bool:
+        """See `Operator.constant`."""
+        return self._on is None
 
     def on(self, t0: float, t1: float) -> Forcing:
         """The forcing on one step."""
@@ -212,6 +227,17 @@ class Sum(Operator):
         self.operators = tuple(operators)
         self.names = tuple(names)
         self.tallies = tallies
+        self.edges = tuple(sorted({edge for operator in operators for edge in operator.edges}))
+
+    @property
+    def constant(self) -> bool:
+        """See `Operator.constant`."""
+        return all(operator.constant for operator in self.operators)
+
+    @property
+    def jumps(self) -> tuple[tuple[float, float], ...]:
+        """See `Operator.jumps`."""
+        return tuple(jump for operator in self.operators for jump in operator.jumps)
 
     def on(self, t0: float, t1: float) -> Sum:
         """The sum of the operators as they are on the step.
@@ -219,6 +245,8 @@ class Sum(Operator):
         Raises:
             ValueError: where one of them jumps.
         """
+        if self.constant:
+            return self
         parts = []
         for operator in self.operators:
             part = operator.on(t0, t1)
@@ -287,6 +315,11 @@ class Piecewise(Operator):
         if any(b <= a for a, b in pairwise(self.edges)):
             raise ValueError(f"edges: got {self.edges}, expected increasing times")
         super().__init__(self._evaluate, modules=modules_of(*self.pieces))
+
+    @property
+    def constant(self) -> bool:
+        """See `Operator.constant`."""
+        return False
 
     @property
     def jumps(self) -> tuple[tuple[float, float], ...]:

@@ -26,7 +26,7 @@ class Adaptive:
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
         first: size of the first trial; by default a hundredth of the span.
-        smallest: give up below this; by default the span's rounding.
+        smallest: give up below this; by default 1e-13 of the largest time.
         most: trial steps at the most, rejected ones included.
 
     Raises:
@@ -49,8 +49,10 @@ class Adaptive:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: got {value!r}, expected a number above 0, or None")
-        if self.most < 1:
-            raise ValueError(f"most: got {self.most!r}, expected at least 1")
+        if self.first and self.smallest and self.first < self.smallest:
+            raise ValueError(f"first: got {self.first!r}, expected at least smallest, {self.smallest!r}")
+        if not isinstance(self.most, int) or self.most < 1:
+            raise ValueError(f"most: got {self.most!r}, expected a whole number, at least 1")
 
 
 class Outcome(Enum):
@@ -131,7 +133,8 @@ def choose_grid(
 
 def _norm(error: Tensor, x: Tensor, y: Tensor, settings: Adaptive) -> float:
     scale = settings.atol + settings.rtol * torch.maximum(x.abs(), y.abs())
-    value = float((error.abs() / scale).square().mean().sqrt())
+    ratio = torch.where(error == 0, torch.zeros_like(scale), error.abs() / scale)
+    value = float(ratio.square().mean().sqrt()) if ratio.numel() else 0.0
     return value if value == value else float("inf")
 
 

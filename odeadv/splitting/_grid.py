@@ -12,17 +12,25 @@ MOST_STEPS = 1e8
 
 
 class Step(NamedTuple):
-    """One step of signed length ``h`` from ``t0`` to ``t1`` (``h`` is free of the rounding of their difference)."""
+    """One step of signed length ``h`` from ``t0`` to ``t1`` (``h`` is free of the rounding of their difference).
+
+    ``own`` is where the operators' own clocks begin, if not at ``t0``: within a stage whose clock is frozen.
+    """
 
     t0: float
     t1: float
     h: float
+    own: float | None = None
 
     def time(self, fraction: float) -> float:
         """The time at ``fraction`` of the step; the ends exactly."""
         if fraction == 0.0:
             return self.t0
         return self.t1 if fraction == 1.0 else self.t0 + fraction * (self.t1 - self.t0)
+
+    def own_time(self, fraction: float) -> float:
+        """The time at ``fraction`` of the step on the operators' own clocks."""
+        return self.time(fraction) if self.own is None else self.own + fraction * self.h
 
 
 @dataclass(frozen=True)

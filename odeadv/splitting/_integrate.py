@@ -38,7 +38,7 @@ class Stepper:
             self.tallies = [Tally() for _ in self.operators]
         self._rows = [(factor, _with_own_clocks(stages)) for factor, stages in self.compositions]
         # Operators that are the same on every step need not be asked for each of them.
-        self._constant = all(type(operator).on is Operator.on for operator in self.operators)
+        self._constant = all(operator.constant for operator in self.operators)
 
     @property
     def counted(self) -> Sequence[Tally]:
@@ -69,7 +69,7 @@ class Stepper:
         That is done for exact flows only, where it changes the result by rounding alone: Strang then costs one flow
         of the outer operator a step instead of two.
         """
-        if not self._joins():
+        if not len(grid) or not self._joins():
             for step in grid:
                 x = self.advance(x, step)
             return x
@@ -103,7 +103,7 @@ class Stepper:
 
     def _joins(self) -> bool:
         """Whether the last stage of a step and the first of the next are the same exact flow."""
-        if len(self._rows) > 1 or any(operator.pieces for operator in self.operators):
+        if len(self._rows) > 1 or any(operator.edges for operator in self.operators):
             return False
         ((_, rows),) = self._rows
         (first, _), (last, own) = rows[0], rows[-1]
@@ -122,7 +122,7 @@ class Stepper:
         """A step on which every operator is an ODE."""
         for stage, own in rows:
             i = stage.operator
-            clock = Clock(step.time(stage.start), step.time(stage.stop), step.time(own))
+            clock = Clock(step.time(stage.start), step.time(stage.stop), step.own_time(own))
             x = self.substeps[i].advance(local[i], clock, step.h * stage.weight, x, self.tallies[i])
         return x
 
@@ -143,7 +143,7 @@ class Stepper:
                     x, jumped = operator.across(x, tally), True
             else:
                 end = step.t1 if jumped else step.t0
-                clock = Clock(end, end, step.time(own))
+                clock = Clock(end, end, step.own_time(own))
                 x = self.substeps[stage.operator].advance(operator, clock, step.h * stage.weight, x, tally)
         return x
 

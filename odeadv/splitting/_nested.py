@@ -23,11 +23,20 @@ class Nested:
         scheme: name or `Scheme` for the inner operators.
         substep: how each of them is advanced: one for all, or a dict by their names.
         steps: equal inner steps a stage.
+
+    Raises:
+        ValueError: if ``steps`` is not a whole number from 1 on, or the scheme is inconsistent.
     """
 
     scheme: str | Scheme = "strang"
     substep: str | SubStep | Mapping[str, str | SubStep] = "midpoint"
     steps: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps: got {self.steps!r}, expected a whole number, at least 1")
+        if isinstance(self.scheme, Scheme):
+            self.scheme.check()
 
     @property
     def name(self) -> str:
@@ -60,10 +69,14 @@ class Nested:
         else:
             substeps = [get_substep(self.substep)] * len(names)
         scheme = schemes.get(self.scheme, len(names)) if isinstance(self.scheme, str) else self.scheme
+        if scheme.operators != len(names):
+            raise ValueError(
+                f"scheme: {scheme.name!r} splits {scheme.operators} operators, the inner field has {len(names)}"
+            )
         stepper = Stepper(operator.operators, substeps, scheme.compositions, [tally] * len(names))
         running = clock.stop - clock.start
         for k in range(self.steps):
             begin = clock.start + running * (k / self.steps)
             end = clock.stop if k == self.steps - 1 else clock.start + running * ((k + 1) / self.steps)
-            x = stepper.advance(x, Step(begin, end, h / self.steps))
+            x = stepper.advance(x, Step(begin, end, h / self.steps, clock.own + k * h / self.steps))
         return x

@@ -167,6 +167,9 @@ def _quadrature(
     return x
 
 
+# Adaptive methods follow their tolerances instead.
+_FIXED_ORDERS = {"euler": 1.0, "midpoint": 2.0, "heun2": 2.0, "heun3": 3.0, "rk4": 4.0}
+
 _NAMED: dict[str, SubStep] = {
     method.name: method
     for method in (
@@ -201,7 +204,7 @@ def get_substep(substep: str | SubStep) -> SubStep:
 
             if method not in SOLVERS:
                 raise ValueError(f"substep: torchdiffeq has no method {method!r}; it has {', '.join(SOLVERS)}")
-            return TorchDiffEq(method)
+            return TorchDiffEq(method, order=_FIXED_ORDERS.get(method, float("inf")))
         if key not in _NAMED:
             near = difflib.get_close_matches(key, _NAMED, n=2)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
