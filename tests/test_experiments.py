@@ -112,6 +112,49 @@ def test_records_that_do_not_belong_together_are_refused(finished):
         render(TABLE1, [])
 
 
+def test_what_would_be_pooled_wrongly_is_refused(finished):
+    records = load_records(finished)
+    other_eta = json.loads(json.dumps(records))
+    other_eta[0]["config"]["training"]["eta"] = 5.0
+    with pytest.raises(ValueError, match=r"^records: lad was run with \(scheme, eta\)"):
+        render(TABLE1, other_eta)
+    with pytest.raises(ValueError, match=r"^records: lad seed 0 is there twice"):
+        render(TABLE1, [*records, records[0]])
+    unknown = json.loads(json.dumps(records[:1]))
+    unknown[0]["config"]["method"] = "pgd"
+    with pytest.raises(ValueError, match=r"'pgd' is not a row of table1"):
+        render(TABLE1, unknown)
+    changed = json.loads(json.dumps(records))
+    for record in changed:
+        record["config"]["training"]["lr"] = 0.01
+        if record["config"]["method"] == "lad":
+            record["config"]["training"]["eta"] = 7.0
+    first = render(TABLE1, changed).splitlines()[0]
+    assert "lr 0.01 instead of 0.1" in first
+    assert "eta 7 instead of 50 for natural + LAD" in first
+    without_baseline = [r for r in records if r["config"]["method"] != "natural"]
+    assert "Difference" not in render(TABLE1, without_baseline)
+
+
+def test_other_data_under_the_same_name_is_another_run(finished):
+    data = tiny_data()
+    other = dataclasses.replace(data, train_images=255 - data.train_images)
+    with pytest.raises(FileExistsError, match=r"on other data"):
+        run(tiny_runs()[0], other, finished, log=io.StringIO())
+
+
+def test_leftovers_of_an_interrupted_write_do_no_harm(finished):
+    leftover = finished / ".tmp-cifar10-lad-seed0-x.json"
+    leftover.write_text("")
+    assert len(load_records(finished)) == 6
+    leftover.unlink()
+    broken = finished / "cifar10-lad-seed9.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=r"seed9\.json: is not JSON"):
+        load_records(finished)
+    broken.unlink()
+
+
 def test_the_papers_preset_is_appendix_b():
     runs = configurations(TABLE1, PRESETS["paper"])
     assert len(runs) == 9
@@ -126,6 +169,8 @@ def test_the_papers_preset_is_appendix_b():
     assert [(c.training.epochs, c.training.milestones, c.training.eta) for c in cifar100] == [(300, (150, 225), 1000.0)]
     with pytest.raises(ValueError, match="methods: 'pgd' is not a row of table1; it has natural, lad, lad-sm"):
         configurations(TABLE1, PRESETS["paper"], methods=["pgd"])
+    with pytest.raises(ValueError, match=r"^dataset: got 'svhn'"):
+        configurations(TABLE1, PRESETS["paper"], dataset="svhn")
 
 
 def test_a_configuration_has_one_key():
@@ -137,6 +182,14 @@ def test_a_configuration_has_one_key():
 @pytest.mark.parametrize("page", sorted(RESULTS.rglob("table1.md")), ids=lambda page: page.parent.name)
 def test_committed_tables_are_those_of_their_json(page):
     assert page.read_text(encoding="utf-8") == render(TABLE1, load_records(page.parent))
+
+
+def test_the_page_of_benchmarks_is_that_of_their_json(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.__main__ import page
+
+    folder = RESULTS / "benchmarks"
+    assert (folder / "README.md").read_text(encoding="utf-8") == page(folder)
 
 
 def test_the_example_explains_itself_and_names_missing_data(tmp_path):

@@ -1,0 +1,54 @@
+"""The README does what it says: its programs run, their output is the one shown, its table is the report's."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run_programs(text: str) -> tuple[list[str], str]:
+    """What each Python block of a page prints, run one after the other, and the output the page shows."""
+    (shown,) = re.findall(r"```text\n(.*?)```", text, re.S)
+    names: dict[str, object] = {}
+    printed = []
+    for program in re.findall(r"```python\n(.*?)```", text, re.S):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(program, names)
+        printed.append(output.getvalue())
+    return printed, shown
+
+
+def test_the_programs_of_the_readme_print_what_is_shown():
+    printed, shown = run_programs(README)
+    assert printed[0] == shown
+    assert "average of the attacks" in printed[1]
+
+
+def test_the_programs_of_the_tutorial_print_what_is_shown():
+    printed, shown = run_programs((ROOT / "docs" / "reaction_diffusion.md").read_text(encoding="utf-8"))
+    assert "".join(printed) == shown
+
+
+@pytest.mark.parametrize("command", ["table1", "test"])
+def test_each_command_is_one_line(command):
+    (block,) = re.findall(rf"<!-- command: {command} -->\n```sh\n(.*?)```", README, re.S)
+    assert len(block.splitlines()) == 1
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_table_is_the_reports():
+    ((folder, table),) = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.S)
+    report = (ROOT / folder / "table1.md").read_text(encoding="utf-8")
+    first, *_ = report.split("\n## ")
+    lines = [line for line in first.splitlines() if not line.startswith("# ")]
+    assert table.split() == "\n".join(lines).split()
