@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odeadv._arguments import SubSteps, read_initial_state, read_method, read_times
 from odeadv._solution import Solution, SolveError, Stats, Status
+from odeadv._solve import _last_good
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
 from odeadv.fields._operator import VectorFunction, clock_dtype
@@ -94,6 +95,7 @@ class CompiledSolver:
             status=Status.SUCCESS if bool(x.isfinite().all()) else Status.NON_FINITE,
             stats=Stats(steps=len(grid)),
             scheme=self.method.name,
+            last_good=lambda: _last_good(self.method.stepper(self.field), x0, grid, self.field),
         )
         if throw and solution.status is not Status.SUCCESS:
             raise SolveError(solution)

@@ -41,6 +41,8 @@ class Stats:
         recordings: recording passes before it.
         evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
         vjps: vector-Jacobian products of f: back-propagations through its evaluations, and those between nodes.
+        states_held: tensors of the state's size alive at the same time, at the most: states and costates at the nodes
+            of recordings, and saved states. What autograd keeps within a step is not in it.
         rejected: trial steps that did not meet the tolerances, with adaptive steps.
         residuals: relative changes of the sweeps, with ``sweeps="converge"``.
     """
@@ -49,6 +51,7 @@ class Stats:
     recordings: int = 0
     evaluations: dict[str, int] = field(default_factory=dict)
     vjps: int = 0
+    states_held: int = 0
     rejected: int = 0
     residuals: list[float] = field(default_factory=list)
 
@@ -102,6 +105,7 @@ class Solution:
         loss: Tensor | None = None,
         costate: Costate | None = None,
         record: Callable[[], Costate] | None = None,
+        last_good: Callable[[], tuple[float, Tensor]] | None = None,
     ) -> None:
         self.ts = ts
         self.xs = xs
@@ -112,6 +116,7 @@ class Solution:
         self.loss = loss
         self._costate = costate
         self._record = record
+        self._last_good = last_good
 
     @property
     def costate(self) -> Costate:
@@ -128,6 +133,15 @@ class Solution:
                 raise AttributeError("costate: the field has no loss; solve an odeadv.AdversarialField to get one")
             self._costate = self._record()
         return self._costate
+
+    @property
+    def last_good(self) -> tuple[float, Tensor]:
+        """The last time that a step ended on, and its state, at which everything was still finite.
+
+        The final ones after a success. After a failure the steps are run again, without effect, to find them.
+        """
+        assert self._last_good is not None
+        return self._last_good()
 
     def plot(self, most: int = 8) -> Figure:
         """Draw the saved states against time, and the costate at those times below, a few components of each.

@@ -130,6 +130,7 @@ def solve(
     output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
     work.count(stepper, a)
     work.stats.steps = len(grid)
+    work.stats.states_held = max(work.stats.states_held, held(a) + len(xs))
 
     solution = Solution(
         torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
@@ -141,6 +142,7 @@ def solve(
         loss=loss,
         costate=a,
         record=record if isinstance(field, AdversarialField) else None,
+        last_good=lambda: _last_good(method.stepper(driven), x, grid, driven),
     )
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
         raise SolveError(solution)
@@ -207,6 +209,8 @@ class _Work:
     def count_recording(self, stepper: Stepper, drive: Costate | None) -> None:
         """Count one recording and what it cost."""
         self.stats.recordings += 1
+        nodes = len(self.grid(self.field).times)
+        self.stats.states_held = max(self.stats.states_held, held(drive) + 2 * nodes)
         self.count(stepper, drive)
 
     def count(self, stepper: Stepper, a: Costate | None) -> None:
@@ -219,6 +223,24 @@ class _Work:
             self.stats.evaluations[name] += tally.evaluations
             self.stats.vjps += tally.vjps
             tally.evaluations = tally.vjps = 0
+
+
+def held(a: Costate | None) -> int:
+    """How many states and costates ``a`` keeps."""
+    parts = a.parts if isinstance(a, SummedCostate) else (a,) if isinstance(a, RecordedCostate) else ()
+    return sum(len(part.nodes) + len(part.states) for part in parts)
+
+
+def _last_good(stepper: Stepper, x0: Tensor, grid: Grid, field: VectorField) -> tuple[float, Tensor]:
+    """The end of the last step up to which all states are finite, by running them again."""
+    t, x = grid.times[0], x0.detach()
+    with aside(field.modules, x0.device), torch.no_grad():
+        for step in grid:
+            y = stepper.advance(x, step)
+            if not bool(y.isfinite().all()):
+                break
+            t, x = step.t1, y
+    return t, x
 
 
 def _run(

@@ -43,9 +43,11 @@ def test_order_in_high_precision_on_non_commuting_operators(name, operators, adj
     scheme = schemes.get(name, operators)
     scheme = scheme.adjoint() if adjoint else scheme
     with mpmath.workdps(40):
-        h = mpmath.mpf(2) ** -{1: 6, 2: 6, 3: 5, 4: 4, 6: 3, 8: 2}[scheme.order]
+        # Factors of a mixture are rounded to float64, which ends the eighth order at larger steps.
+        halvings = {1: 7, 2: 7, 3: 6, 4: 5, 6: 4, 8: 2 if scheme.mixture else 3}[scheme.order]
+        h = mpmath.mpf(2) ** -halvings
         slope = mpmath.log(one_step_error(scheme, h) / one_step_error(scheme, h / 2), 2)
-    assert float(slope) - 1 == pytest.approx(scheme.order, abs=0.15)
+    assert float(slope) - 1 == pytest.approx(scheme.order, abs=0.1)
 
 
 @pytest.mark.parametrize(("name", "operators"), [*ALL, *((name, 5) for name in schemes.names(5))])

@@ -715,6 +715,39 @@ def test_a_saved_state_that_is_not_finite_is_no_success():
     assert sol.status is odeadv.Status.NON_FINITE
 
 
+def test_the_last_good_state_of_a_solve_that_failed():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return x / (0.5 - t)  # infinite at the sixth of ten steps
+
+    sol = odeadv.solve(f, X0, (0.0, 1.0), steps=10, throw=False)
+    t, x = sol.last_good
+    assert t == pytest.approx(0.5)
+    assert torch.equal(x, odeadv.solve(f, X0, (0.0, 0.5), steps=5).xs[-1])
+    good = odeadv.solve(f, X0, (0.0, 0.4), steps=4)
+    assert good.last_good[0] == pytest.approx(0.4)
+    assert torch.equal(good.last_good[1], good.xs[-1])
+    with pytest.raises(odeadv.SolveError) as caught:
+        odeadv.solve(f, X0, (0.0, 1.0), steps=10)
+    assert caught.value.solution.last_good[0] == t
+
+
+def test_states_held():
+    plain = odeadv.solve(lambda t, x: -x, X0, (0.0, 1.0), steps=50)
+    assert plain.stats.states_held == 2
+    assert odeadv.solve(lambda t, x: -x, X0, (0.0, 1.0), steps=50, save_at="steps").stats.states_held == 51
+    linear, exact = (odeadv.solve(scalar_field(), X0, (0.0, T), steps=50, costate=kind) for kind in ("linear", "exact"))
+    assert linear.stats.states_held == exact.stats.states_held - 2 == 2 * 51
+    assert len(linear.costate.states) == 0
+    assert odeadv.solve(scalar_field(), X0, (0.0, T), steps=50, ascent=3).stats.states_held == 51 * (2 + 2)
+
+
+def test_a_split_field_runs_unchanged_in_torchdiffeq():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    end = torchdiffeq.odeint(exact_flows(), Z0, times, method="dopri8", rtol=1e-11, atol=1e-12)[-1]
+    assert torch.allclose(end, exact_flows_reference(), rtol=1e-9)
+
+
 def test_divergence_is_never_a_success():
     def f(t: Tensor, x: Tensor) -> Tensor:
         return 1e200 * x**3

@@ -61,6 +61,8 @@ def record(
             states, nodes = _in_segments(field, x0, grid, stepper, checkpoints)
     f = stepper.counted[0]
     f.vjps += f.evaluations // 2 if again else f.evaluations
+    if kind == "linear":
+        states = ()  # nothing between the nodes needs them
     if not differentiate:
         states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
     return RecordedCostate(grid, nodes, states, field.f, kind, differentiate)

@@ -38,7 +38,7 @@ class RecordedCostate:
     Attributes:
         grid: the times t_n.
         nodes: a(t_n), N + 1 tensors shaped like the states.
-        states: x(t_n) of the trajectory it was recorded on.
+        states: x(t_n) of the trajectory it was recorded on; not kept for ``"linear"``.
         operator: f, whose Jacobian Eq. 9 needs.
         kind: the evaluation between nodes.
         tally: counts the vector-Jacobian products made between nodes.
