@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
 from typing import Any, Literal
@@ -51,6 +51,28 @@ class Method:
         """The order to be expected on ``field``: the lowest of sub-steps and, if it is split, composition."""
         orders = [self.substeps[name].order for name, term in field.operators.items() if term.acts]
         return min(orders if self.scheme is None or len(orders) == 1 else [self.scheme.order, *orders])
+
+    def mirror(self, field: VectorField) -> Stepper | None:
+        """What advances ``field`` by the adjoint scheme; None where nothing is split.
+
+        Raises:
+            ValueError: if the scheme's and its adjoint's errors do not make an estimate.
+        """
+        acting = [self.substeps[name] for name, term in field.operators.items() if term.acts]
+        if self.scheme is None or len(acting) == 1:
+            return None
+        if self.scheme.order % 2 == 0 or self.scheme.mixture:
+            raise ValueError(
+                "estimate: 'palindromic' needs a scheme of odd order, such as 'lie', 'ruth3' or 'aks3', and "
+                f"{self.name!r} has order {self.scheme.order}; take 'doubling'"
+            )
+        low = [substep.name for substep in acting if substep.order <= self.scheme.order]
+        if low:
+            raise ValueError(
+                f"estimate: 'palindromic' does not see the error of sub-steps, so they must be of a higher order than "
+                f"{self.name!r}, and {low[0]!r} is not; give substep=, or take 'doubling'"
+            )
+        return replace(self, scheme=self.scheme.adjoint()).stepper(field)
 
     def stepper(self, field: VectorField) -> Stepper:
         """What advances those operators of ``field`` that act; one that is left alone acts in a single stage."""

@@ -175,10 +175,13 @@ class _Work:
         assert self.times.adaptive is not None
         stepper = self.method.stepper(field)
         edges = [edge for operator in field.operators.values() for edge in operator.edges]
+        settings = self.times.adaptive
+        mirror = self.method.mirror(field) if settings.estimate == "palindromic" else None
         with aside(field.modules, self.x0.device):
-            search = choose_grid(
-                stepper, self.x0, self.times.span, self.times.adaptive, self.method.order(field), edges
-            )
+            order = self.method.order(field)
+            search = choose_grid(stepper, self.x0, self.times.span, settings, order, edges, mirror)
+        if mirror is not None:
+            self.count(mirror, None)
         if field is self.field:
             self._first = search.grid
         self.count(stepper, None)

@@ -37,6 +37,33 @@ def test_the_error_follows_the_tolerance(scheme, span):
     assert steps[0] < steps[1] < steps[2]
 
 
+@pytest.mark.parametrize("scheme", ["lie", "ruth3", "aks3"])
+def test_palindromic_pairs_estimate_the_error_too(scheme):
+    exact = torch.linalg.matrix_exp((B + C) * 2.0) @ X0
+    method = {"scheme": scheme, "substep": "exact"}
+    for tolerance in (1e-4, 1e-6):
+        settings = odeadv.Adaptive(rtol=tolerance, atol=tolerance, estimate="palindromic")
+        sol = odeadv.solve(split(), X0, (0.0, 2.0), dt=settings, save_at="steps", **method)
+        assert float((sol.xs[-1] - exact).norm()) < tolerance * sol.stats.steps
+        n = sol.stats.steps // 2  # the estimate of a step against its true error
+        h = float(sol.ts[n + 1] - sol.ts[n])
+        step = odeadv.solve(split(), sol.xs[n], (0.0, h), steps=1, **method).xs[-1]
+        adjoint = odeadv.schemes.get(scheme).adjoint()
+        back = odeadv.solve(split(), sol.xs[n], (0.0, h), scheme=adjoint, steps=1, substep="exact").xs[-1]
+        true = step - torch.linalg.matrix_exp((B + C) * h) @ sol.xs[n]
+        assert float((0.5 * (step - back) - true).norm()) < 0.2 * float(true.norm())
+
+
+def test_what_palindromic_pairs_need():
+    settings = odeadv.Adaptive(estimate="palindromic")
+    with pytest.raises(ValueError, match=r"^estimate: 'palindromic' needs a scheme of odd order"):
+        odeadv.solve(split(), X0, (0.0, 1.0), scheme="strang", substep="exact", dt=settings)
+    with pytest.raises(ValueError, match=r"^estimate: 'palindromic' does not see the error of sub-steps"):
+        odeadv.solve(split(), X0, (0.0, 1.0), scheme="lie", dt=settings)
+    with pytest.raises(ValueError, match=r"^estimate: got 'milne'"):
+        odeadv.Adaptive(estimate="milne")
+
+
 def test_steps_follow_the_solution_and_rejections_are_counted():
     def f(t: Tensor, x: Tensor) -> Tensor:
         return -50.0 * torch.exp(-200 * (t - 0.7) ** 2) * x

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
 class Adaptive:
     """Tolerances of adaptive steps, in the weighted root-mean-square norm of Hairer, Norsett & Wanner (II.4).
 
-    A trial step of size h is compared with two of size h/2 (step doubling); the two are kept, so the error that is
-    controlled is theirs. A PI controller chooses the next h. Errors are controlled step by step, not over the span.
+    By ``"doubling"``, a trial step of size h is compared with two of size h/2; the two are kept, so the error that is
+    controlled is theirs. By ``"palindromic"`` pairs, a step of a scheme of odd order is compared with one of its
+    adjoint, whose leading error has the opposite sign (Auzinger, Hofstaetter, Ketcheson & Koch 2017, BIT 57): two steps
+    a trial instead of three, blind to the errors of sub-steps, which must therefore be of higher order. A PI
+    controller chooses the next h. Errors are controlled step by step, not over the span.
 
     Attributes:
         rtol: relative tolerance of a step.
@@ -28,6 +32,7 @@ class Adaptive:
         first: size of the first trial; by default a hundredth of the span.
         smallest: give up below this; by default 1e-13 of the largest time.
         most: trial steps at the most, rejected ones included.
+        estimate: how the error of a step is estimated.
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -38,8 +43,11 @@ class Adaptive:
     first: float | None = None
     smallest: float | None = None
     most: int = 100_000
+    estimate: Literal["doubling", "palindromic"] = "doubling"
 
     def __post_init__(self) -> None:
+        if self.estimate not in ("doubling", "palindromic"):
+            raise ValueError(f"estimate: got {self.estimate!r}, expected 'doubling' or 'palindromic'")
         for name in ("rtol", "atol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number, at least 0")
@@ -79,6 +87,7 @@ def choose_grid(
     settings: Adaptive,
     order: float,
     edges: Sequence[float] = (),
+    mirror: Stepper | None = None,
 ) -> Search:
     """Find steps over ``t_span`` with which ``stepper`` meets the tolerances; they end on ``edges``.
 
@@ -89,6 +98,7 @@ def choose_grid(
         settings: tolerances.
         order: of the method, so that the error of a step goes as h to the power order + 1; infinite for exact flows.
         edges: times inside the span where a step must end.
+        mirror: advances by the adjoint scheme, for estimates by palindromic pairs; step doubling without it.
 
     Returns:
         The grid, which ends early if the search failed.
@@ -107,13 +117,11 @@ def choose_grid(
             # A step that nearly reaches the stop takes it; one that would leave less than itself takes half.
             trial = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
             target = stops[0] if trial == left else t + sign * trial
-            middle = t + 0.5 * (target - t)
-            whole = stepper.advance(x, _step(t, target))
-            halves = stepper.advance(stepper.advance(x, _step(t, middle)), _step(middle, target))
-            error = _norm(halves - whole, x, halves, settings) / (2.0**order - 1.0)
+            ends, y, difference = _trial(stepper, mirror, x, t, target, order)
+            error = _norm(difference, x, y, settings)
             if error <= 1.0:
-                times += [middle, target]
-                t, x = target, halves
+                times += ends
+                t, x = target, y
                 factor = SAFETY * max(error, 1e-10) ** (-0.7 * power) * previous ** (0.4 * power)
                 grown = trial * min(GROW, max(SHRINK, factor))
                 size = max(size, grown) if trial == left else grown
@@ -129,6 +137,18 @@ def choose_grid(
             if size < smallest:
                 return Search(Grid(tuple(times)), Outcome.TOO_SMALL, rejected)
     return Search(Grid(tuple(times)), Outcome.TOO_MANY, rejected)
+
+
+def _trial(
+    stepper: Stepper, mirror: Stepper | None, x: Tensor, t: float, target: float, order: float
+) -> tuple[list[float], Tensor, Tensor]:
+    """The ends of the steps tried from ``t`` to ``target``, the state they lead to, and the estimate of its error."""
+    whole = stepper.advance(x, _step(t, target))
+    if mirror is not None:
+        return [target], whole, 0.5 * (whole - mirror.advance(x, _step(t, target)))
+    middle = t + 0.5 * (target - t)
+    halves = stepper.advance(stepper.advance(x, _step(t, middle)), _step(middle, target))
+    return [middle, target], halves, (halves - whole) / (2.0**order - 1.0)
 
 
 def _norm(error: Tensor, x: Tensor, y: Tensor, settings: Adaptive) -> float:

@@ -112,7 +112,7 @@ def aks3(operators: int = 2) -> Scheme:
     """A third-order scheme of three stages each, the same read backward with the operators exchanged."""
     first, middle = 0.268330095781759925, -0.187991618799159782
     last = 1.0 - first - middle
-    source = "Auzinger, Koch & Thalhammer, coefficients of various splitting methods, 'AKS 3'"
+    source = "Auzinger, Hofstaetter, Ketcheson & Koch (2017), BIT 57, and their collection of coefficients, AKS 3"
     return _table("aks3", alternating(0, (first, last, middle, middle, last, first)), 3, source, operators)
 
 
