@@ -73,8 +73,9 @@ def solve(
         steps: number of steps, instead of ``dt``.
         rtol: relative tolerance of an adaptive step, 1e-4 by default.
         atol: absolute tolerance of an adaptive step, 1e-6 by default.
-        save_at: None keeps the two ends, ``"steps"`` every step, a sequence of times those (cubic Hermite within
-            the step, from two more evaluations of the field, without effect on buffers and random state).
+        save_at: None keeps the two ends, ``"steps"`` every step, a sequence of times those: within a step by a cubic
+            Hermite polynomial from two more evaluations of the field, for methods of order above four by a part of
+            the step; without effect on buffers and random state.
         substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
             operator; "euler" for operators not in it, and by default.
         costate: a(t) between recorded nodes, ``"linear"`` (Theorem 3.2), ``"hermite"`` (cubic, slopes from Eq. 9)
@@ -126,7 +127,7 @@ def solve(
         xs = [x, final]
     else:
         ts = grid.times if save_times is None else _reached(save_times, grid, work.status)
-        final, xs = _run(stepper, x, grid, ts, driven)
+        final, xs = _run(stepper, x, grid, ts, driven, method.order(driven))
     output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
     work.count(stepper, a)
     work.stats.steps = len(grid)
@@ -247,7 +248,7 @@ def _last_good(stepper: Stepper, x0: Tensor, grid: Grid, field: VectorField) -> 
 
 
 def _run(
-    stepper: Stepper, x0: Tensor, grid: Grid, times: Sequence[float], field: VectorField
+    stepper: Stepper, x0: Tensor, grid: Grid, times: Sequence[float], field: VectorField, order: float
 ) -> tuple[Tensor, list[Tensor]]:
     """The final state, and the states at ``times``, which are in the order of the solve."""
     x = x0
@@ -257,7 +258,7 @@ def _run(
     for step in grid:
         before, x = x, stepper.advance(x, step)
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
-            saved.append(_within(stepper, step, before, x, times[len(saved)], field))
+            saved.append(_within(stepper, step, before, x, times[len(saved)], field, order))
     return x, saved
 
 
@@ -268,13 +269,21 @@ def _reached(times: Sequence[float], grid: Grid, status: Status) -> list[float]:
     return [grid.snap(t) for t in times]
 
 
-def _within(stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float, field: VectorField) -> Tensor:
-    """Dense output: the ends themselves, a cubic Hermite polynomial between them."""
+def _within(
+    stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float, field: VectorField, order: float
+) -> Tensor:
+    """Dense output of the scheme's order: the ends themselves, a cubic Hermite polynomial or a part of a step between.
+
+    The polynomial's error is of fourth order; where that is not enough, the step is taken again up to ``t`` only.
+    """
     if t == step.t0:
         return before
     if t == step.t1:
         return after
     s = (t - step.t0) / step.h
+    if order > 4:
+        with aside(field.modules, before.device):
+            return stepper.advance(before, Step(step.t0, t, t - step.t0))
     with aside(field.modules, before.device):
         left, right = stepper.velocity(before, step.t0, step), stepper.velocity(after, step.t1, step)
     value = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))

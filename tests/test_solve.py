@@ -441,6 +441,18 @@ def test_dense_output_is_of_fourth_order(span):
     assert measured_order(error, (4, 8, 16, 32)) == pytest.approx(4, abs=0.3)
 
 
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize(("scheme", "order"), [("strang", 2), ("blanes-moan4", 4), ("blanes-moan6", 6)])
+def test_dense_output_is_of_the_schemes_order(scheme, order, span):
+    def error(steps: int) -> float:
+        t = 0.5 + 0.3 / steps
+        solve = functools.partial(odeadv.solve, exact_flows(), Z0, substep="exact")
+        found = solve(span, scheme=scheme, steps=steps, save_at=[t]).xs[0]
+        return float((found - solve((span[0], t), scheme="kahan-li8", steps=24).xs[-1]).norm())
+
+    assert measured_order(error, (4, 8, 16) if order > 4 else (8, 16, 32)) == pytest.approx(order, abs=0.3)
+
+
 def test_backward_in_time_undoes_forward():
     def f(t: Tensor, x: Tensor) -> Tensor:
         return torch.cos(t) * x
