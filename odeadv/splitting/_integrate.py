@@ -121,9 +121,11 @@ class Stepper:
     def _through(self, x: Tensor, step: Step, local: Sequence[Operator], rows: Sequence[tuple[Stage, float]]) -> Tensor:
         """A step on which every operator is an ODE."""
         for stage, own in rows:
-            i = stage.operator
-            clock = Clock(step.time(stage.start), step.time(stage.stop), step.own_time(own))
-            x = self.substeps[i].advance(local[i], clock, step.h * stage.weight, x, self.tallies[i])
+            i, start = stage.operator, step.time(stage.start)
+            stop = start if stage.frozen else step.time(stage.stop)
+            origin = start if own == stage.start and step.own is None else step.own_time(own)
+            h = step.h * stage.weight
+            x = self.substeps[i].advance(local[i], Clock(start, stop, origin), h, x, self.tallies[i])
         return x
 
     def _across_jump(

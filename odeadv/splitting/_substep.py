@@ -64,20 +64,28 @@ class RungeKutta:
     matrix: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        # The tableau without its zeros: nodes with their rows, and weights, each coefficient with its column.
+        rows = [[(j, a) for j, a in enumerate(row) if a] for row in self.matrix]
+        weights = [(j, b) for j, b in enumerate(self.weights) if b]
+        object.__setattr__(self, "_nonzero", (list(zip(self.nodes, rows, strict=True)), weights))
+
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
         """See `SubStep.advance`."""
         if isinstance(operator, Forcing):
             return _quadrature(operator, self.nodes, self.weights, clock, h, x, tally)
+        stages: list[tuple[float, list[tuple[int, float]]]]
+        weights: list[tuple[int, float]]
+        stages, weights = self._nonzero  # type: ignore[attr-defined]
+        start, length = clock.start, clock.stop - clock.start
         slopes: list[Tensor] = []
-        for node, row in zip(self.nodes, self.matrix, strict=True):
+        for node, row in stages:
             y = x
-            for slope, coefficient in zip(slopes, row, strict=True):
-                if coefficient:
-                    y = torch.add(y, slope, alpha=h * coefficient)
-            slopes.append(operator.velocity(clock.at(node), y, tally))
-        for slope, weight in zip(slopes, self.weights, strict=True):
-            if weight:
-                x = torch.add(x, slope, alpha=h * weight)
+            for j, coefficient in row:
+                y = torch.add(y, slopes[j], alpha=h * coefficient)
+            slopes.append(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, tally))
+        for j, weight in weights:
+            x = torch.add(x, slopes[j], alpha=h * weight)
         return x
 
 
