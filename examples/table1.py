@@ -41,7 +41,10 @@ def main() -> None:
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         for number, config in enumerate(runs, start=1):
             label = f"[{number}/{len(runs)} {config.method}, seed {config.training.seed}]"
-            experiments.run(config, images, out, label=label)
+            try:
+                experiments.run(config, images, out, label=label)
+            except (ValueError, FileExistsError) as error:
+                parser.exit(2, f"{parser.prog}: error: {error}\n")
     try:
         print(experiments.write_report(experiments.TABLE1, out))
     except ValueError as error:

@@ -131,7 +131,7 @@ def solve(
     output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
     work.count(stepper, a)
     work.stats.steps = len(grid)
-    work.stats.states_held = max(work.stats.states_held, held(a) + len(xs))
+    work.stats.states_held = max(work.stats.states_held, _held(a) + len(xs))
 
     solution = Solution(
         torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
@@ -214,25 +214,28 @@ class _Work:
         """Count one recording and what it cost."""
         self.stats.recordings += 1
         nodes = len(self.grid(self.field).times)
-        self.stats.states_held = max(self.stats.states_held, held(drive) + 2 * nodes)
+        self.stats.states_held = max(self.stats.states_held, _held(drive) + 2 * nodes)
         self.count(stepper, drive)
 
     def count(self, stepper: Stepper, a: Costate | None) -> None:
         """Move what ``stepper`` and the evaluations of ``a`` between nodes cost into the statistics."""
         names = list(self.stats.evaluations)
         counted = list(zip(names, stepper.counted, strict=False))
-        parts = a.parts if isinstance(a, SummedCostate) else (a,) if isinstance(a, RecordedCostate) else ()
-        counted += [(names[0], part.tally) for part in parts]
+        counted += [(names[0], part.tally) for part in _parts(a)]
         for name, tally in counted:
             self.stats.evaluations[name] += tally.evaluations
             self.stats.vjps += tally.vjps
             tally.evaluations = tally.vjps = 0
 
 
-def held(a: Costate | None) -> int:
+def _parts(a: Costate | None) -> Sequence[RecordedCostate]:
+    """The recordings that ``a`` is made of."""
+    return a.parts if isinstance(a, SummedCostate) else (a,) if isinstance(a, RecordedCostate) else ()
+
+
+def _held(a: Costate | None) -> int:
     """How many states and costates ``a`` keeps."""
-    parts = a.parts if isinstance(a, SummedCostate) else (a,) if isinstance(a, RecordedCostate) else ()
-    return sum(len(part.nodes) + len(part.states) for part in parts)
+    return sum(len(part.nodes) + len(part.states) for part in _parts(a))
 
 
 def _last_good(stepper: Stepper, x0: Tensor, grid: Grid, field: VectorField) -> tuple[float, Tensor]:

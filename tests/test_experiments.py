@@ -203,3 +203,12 @@ def test_the_example_explains_itself_and_names_missing_data(tmp_path):
     assert failed.returncode != 0
     assert failed.stderr.splitlines()[-1].startswith("table1.py: error: ")
     assert "Traceback" not in failed.stderr
+
+
+def test_the_example_refuses_a_folder_of_other_runs(finished, tmp_path):
+    for path in finished.glob("*.json"):
+        (tmp_path / path.name.replace("cifar10", "digits")).write_text(path.read_text())
+    example = [sys.executable, str(ROOT / "examples" / "table1.py"), "--out", str(tmp_path)]
+    failed = subprocess.run(example, capture_output=True, text=True, check=False, timeout=120)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("table1.py: error: out: ")

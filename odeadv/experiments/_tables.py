@@ -121,7 +121,7 @@ PRESETS = {
         ),
         Preset(
             "cpu", "cifar10", 8, 16, None, None, 8, ETA, "bf16", (0, 1, 2),
-            "the whole data set on two cores: ResNet-8, 8 epochs, three seeds; under two hours",
+            "the whole data set on two cores: ResNet-8, 8 epochs, three seeds; one to two hours",
         ),
         Preset(
             "paper", "cifar10", 56, 16, None, None, {"cifar10": 160, "cifar100": 300, "digits": 160, "folder": 160},
