@@ -9,7 +9,7 @@ from odeadv import attacks, models
 from odeadv._arguments import AccuracyWarning
 from odeadv._compile import compile_solver
 from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._solve import solve
+from odeadv._solve import driven, solve
 from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "attacks",
     "compile_solver",
+    "driven",
     "evaluate",
     "models",
     "schemes",

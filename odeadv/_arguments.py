@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from odeadv._state import decides
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, Forcing, Jump, VectorField
 from odeadv.fields._field import number
@@ -52,26 +53,13 @@ class Method:
         orders = [self.substeps[name].order for name, term in field.operators.items() if term.acts]
         return min(orders if self.scheme is None or len(orders) == 1 else [self.scheme.order, *orders])
 
-    def mirror(self, field: VectorField) -> Stepper | None:
-        """What advances ``field`` by the adjoint scheme; None where nothing is split.
+    def splits(self, field: VectorField) -> bool:
+        """Whether ``field`` is solved by the composition: not where a single operator acts."""
+        return self.scheme is not None and sum(term.acts for term in field.operators.values()) > 1
 
-        Raises:
-            ValueError: if the scheme's and its adjoint's errors do not make an estimate.
-        """
-        acting = [self.substeps[name] for name, term in field.operators.items() if term.acts]
-        if self.scheme is None or len(acting) == 1:
-            return None
-        if self.scheme.order % 2 == 0 or self.scheme.mixture:
-            raise ValueError(
-                "estimate: 'palindromic' needs a scheme of odd order, such as 'lie', 'ruth3' or 'aks3', and "
-                f"{self.name!r} has order {self.scheme.order}; take 'doubling'"
-            )
-        low = [substep.name for substep in acting if substep.order <= self.scheme.order]
-        if low:
-            raise ValueError(
-                f"estimate: 'palindromic' does not see the error of sub-steps, so they must be of a higher order than "
-                f"{self.name!r}, and {low[0]!r} is not; give substep=, or take 'doubling'"
-            )
+    def mirror(self, field: VectorField) -> Stepper:
+        """What advances ``field`` by the adjoint scheme."""
+        assert self.scheme is not None
         return replace(self, scheme=self.scheme.adjoint()).stepper(field)
 
     def stepper(self, field: VectorField) -> Stepper:
@@ -99,12 +87,7 @@ def read_method(
     table: Scheme | None
     if isinstance(scheme, Scheme):
         scheme.check()
-        if count > 1 and scheme.operators != count:
-            raise ValueError(
-                f"scheme: {scheme.name!r} splits {scheme.operators} operators, the field has {count} "
-                f"({', '.join(field.operators)})"
-            )
-        name, table = scheme.name, scheme
+        name, table = scheme.name, scheme.numbered(list(field.operators)) if count > 1 else scheme
     elif isinstance(scheme, str) and (scheme in substep_names() or scheme.startswith("torchdiffeq:")):
         if substep not in (None, scheme):
             raise ValueError(
@@ -126,6 +109,12 @@ def read_method(
     kind = costate if costate is not None else (table.costate if table else None) or "linear"
     if kind not in ("linear", "hermite", "exact"):
         raise ValueError(f"costate: got {kind!r}, expected 'linear', 'hermite' or 'exact'")
+    if kind != "linear" and isinstance(field, AdversarialField) and field.transforms:
+        asked = repr(kind) if costate is not None else f"{kind!r} by scheme {name!r}"
+        raise ValueError(
+            f"costate: got {asked} for a transformed field, whose costate does not follow Eq. 9 between nodes; "
+            "expected costate='linear'"
+        )
     substeps = _substeps(field, "euler" if substep is None else substep)
     if table is not None and count > 1:
         _warn(field, table, substeps, chosen=substep is not None)
@@ -149,16 +138,16 @@ def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *
             f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), and lowers "
             "the order of the whole; give substep=",
             AccuracyWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     names = list(field.operators)
-    back = [names[i] for i in scheme.goes_back if not field.operators[names[i]].reversible]
+    back = [names[int(i)] for i in scheme.goes_back if not field.operators[names[int(i)]].reversible]
     if back:
         warnings.warn(
             f"scheme: {scheme.name!r} runs the irreversible operator {back[0]!r} backward; take one without negative "
             "weights, such as 'strang' or 'extrapolated-strang4'",
             AccuracyWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -293,6 +282,47 @@ def _adaptive_times(
             atol=default.atol if atol is None else number("atol", atol),
         ),
     )
+
+
+def check_estimate(field: VectorField, method: Method, times: Times) -> None:
+    """Refuse an estimate of errors that the method does not allow, before a recording is made under it.
+
+    Raises:
+        ValueError: naming ``estimate``.
+    """
+    idle = isinstance(field, AdversarialField) and field.eta == 0.0
+    scheme = method.scheme
+    if times.adaptive is None or scheme is None or len(field.operators) == 1 or idle:
+        return
+    if times.adaptive.estimate == "embedded" and not scheme.embedded:
+        raise ValueError(
+            "estimate: 'embedded' needs a scheme with an embedded one, such as 'averaged-lie' or "
+            f"'extrapolated-strang4', and {method.name!r} has none; take 'doubling'"
+        )
+    if times.adaptive.estimate == "palindromic":
+        if scheme.order % 2 == 0 or scheme.mixture:
+            raise ValueError(
+                "estimate: 'palindromic' needs a scheme of odd order, such as 'lie', 'ruth3' or 'aks3', and "
+                f"{method.name!r} has order {scheme.order}; take 'doubling'"
+            )
+        low = [substep.name for substep in method.substeps.values() if substep.order <= scheme.order]
+        if low:
+            raise ValueError(
+                f"estimate: 'palindromic' does not see the error of sub-steps, so they must be of a higher order than "
+                f"{method.name!r}, and {low[0]!r} is not; give substep=, or take 'doubling'"
+            )
+
+
+def check_decisions(x0: Tensor, plan: Recordings, times: Times) -> None:
+    """Refuse what goes on as the values of states decide, where they cannot be looked at.
+
+    Raises:
+        ValueError: naming ``dt`` or ``sweeps``, inside torch.func.vmap.
+    """
+    if times.adaptive is not None:
+        decides(x0.isfinite().all(), "dt: adaptive")
+    if plan.converge is not None:
+        decides(x0.isfinite().all(), "sweeps: 'converge'")
 
 
 def _jumps(field: VectorField) -> list[tuple[float, float]]:

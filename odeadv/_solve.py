@@ -1,4 +1,4 @@
-"""`solve`: records the costate if there is one, and runs the composition over the steps."""
+"""`solve`: records the costate if there is one, and runs the composition over the steps; `driven`: only records it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from odeadv._arguments import (
     SaveAt,
     SubSteps,
     Times,
+    check_decisions,
+    check_estimate,
     read_checkpoints,
     read_initial_state,
     read_method,
@@ -26,7 +28,7 @@ from odeadv._state import aside
 from odeadv.costate import Converge, Costate, RecordedCostate, Recordings, SummedCostate, Sweeping
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._operator import VectorFunction, clock_dtype
-from odeadv.splitting import Adaptive, Grid, Outcome, Scheme, Step, Stepper, choose_grid
+from odeadv.splitting import Adaptive, Grid, Outcome, Scheme, Step, Stepper, choose_grid, embedded, palindromic
 from odeadv.splitting._scheme import CostateKind
 
 _OUTCOMES = {
@@ -101,23 +103,17 @@ def solve(
         AccuracyWarning: if a sub-step that was chosen has a lower order than the scheme, or a scheme of order above
             two is left with Euler; or if a scheme runs an operator backward that is declared irreversible.
     """
-    field = as_field(field)
-    method = read_method(field, scheme, substep, costate)
-    plan = read_recordings(field, sweeps, ascent)
-    times = read_times(field, t_span, dt, steps, rtol, atol)
-    save_times = read_save_times(field, save_at, times.span)
-    segments = read_checkpoints(field, checkpoints, differentiate_costate, plan)
-    x = read_initial_state(field, x0)
-
-    work = _Work(field, method, times, x, Stats(evaluations=dict.fromkeys(field.operators, 0)))
-
-    def record() -> Costate:
-        return work.record(plan, differentiate_costate, segments)
+    work = _read(
+        as_field(field), x0, t_span, scheme, dt, steps, rtol, atol, substep, costate, sweeps, ascent, checkpoints,
+        differentiate_costate,
+    )  # fmt: skip
+    field, method, x = work.field, work.method, work.x0
+    save_times = read_save_times(field, save_at, work.times.span)
 
     driven: VectorField = field
     a: Costate | None = None
     if isinstance(field, AdversarialField) and field.eta != 0.0 and work.reaches_the_end(field):
-        a = record()
+        a = work.record()
         driven = field.driven_by(a)
     grid = work.grid(driven)
     stepper = method.stepper(driven)
@@ -133,21 +129,116 @@ def solve(
     work.stats.steps = len(grid)
     work.stats.states_held = max(work.stats.states_held, _held(a) + len(xs))
 
+    saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
     solution = Solution(
         torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
-        torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs),
-        status=_status(work.status, final, loss, *xs),
+        saved,
+        status=_status(work.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved)),
         stats=work.stats,
         scheme=method.name,
         output=output,
         loss=loss,
         costate=a,
-        record=record if isinstance(field, AdversarialField) else None,
+        record=work.record if isinstance(field, AdversarialField) else None,
         last_good=lambda: _last_good(method.stepper(driven), x, grid, driven),
     )
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
         raise SolveError(solution)
     return solution
+
+
+def driven(
+    field: AdversarialField,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    scheme: str | Scheme = "strang",
+    dt: float | Literal["adaptive"] | Adaptive | None = None,
+    steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    substep: SubSteps | None = None,
+    costate: CostateKind | None = None,
+    sweeps: int | Literal["converge"] | Converge | None = None,
+    ascent: int | None = None,
+    checkpoints: int | None = None,
+    differentiate_costate: bool = False,
+) -> VectorField:
+    """Record the costate of ``field`` on its problem, and return the plain field f + eta * a(t), for any ODE solver.
+
+    ``torchdiffeq.odeint(odeadv.driven(field, x0, (0.0, 1.0), steps=100), x0, ts)``. Nothing but the recordings is
+    computed; they belong to this ``x0`` and ``t_span`` and to the weights of this moment.
+
+    Args:
+        field: an `AdversarialField`.
+        x0: initial state of the recordings' trajectories, which the costate then belongs to.
+        t_span: the time span of those; an adaptive solver that oversteps it gets extrapolated values.
+        scheme: how trajectories after the first recording are solved, see `solve`; the first is f's alone.
+        dt: step size, see `solve`.
+        steps: number of steps, instead of ``dt``.
+        rtol: see `solve`.
+        atol: see `solve`.
+        substep: see `solve`; with one recording, only that of f matters.
+        costate: a(t) between the recorded nodes, see `solve`.
+        sweeps: see `solve`.
+        ascent: see `solve`.
+        checkpoints: see `solve`.
+        differentiate_costate: see `solve`.
+
+    Returns:
+        A `VectorField`; f alone with eta = 0.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if a recording fails.
+    """
+    if not isinstance(field, AdversarialField):
+        raise TypeError(
+            f"field: got {type(field).__name__}, expected an AdversarialField; other fields need no driving"
+        )
+    work = _read(
+        field, x0, t_span, scheme, dt, steps, rtol, atol, substep, costate, sweeps, ascent, checkpoints,
+        differentiate_costate,
+    )  # fmt: skip
+    if field.eta == 0.0:
+        return VectorField({"f": field.f}, field.problem)
+    a = work.record() if work.reaches_the_end(field) else None
+    status = _status(work.status, *(node for part in _parts(a) for node in part.nodes))
+    if a is None or status not in (Status.SUCCESS, Status.UNKNOWN):
+        start = torch.tensor(work.times.span[:1], dtype=clock_dtype(work.x0.dtype))
+        raise SolveError(
+            Solution(start, work.x0[None], status=status, stats=work.stats, scheme=work.method.name, costate=a)
+        )
+    return field.driven_by(a)
+
+
+def _read(
+    field: VectorField,
+    x0: Tensor | None,
+    t_span: tuple[float, float] | None,
+    scheme: str | Scheme,
+    dt: float | str | Adaptive | None,
+    steps: int | None,
+    rtol: float | None,
+    atol: float | None,
+    substep: SubSteps | None,
+    costate: CostateKind | None,
+    sweeps: int | str | Converge | None,
+    ascent: int | None,
+    checkpoints: int | None,
+    differentiate: bool,
+) -> _Work:
+    """The arguments of `solve`, checked."""
+    method = read_method(field, scheme, substep, costate)
+    plan = read_recordings(field, sweeps, ascent)
+    times = read_times(field, t_span, dt, steps, rtol, atol)
+    segments = read_checkpoints(field, checkpoints, differentiate, plan)
+    check_estimate(field, method, times)
+    x = read_initial_state(field, x0)
+    check_decisions(x, plan, times)
+    return _Work(
+        field, method, times, x, Stats(evaluations=dict.fromkeys(field.operators, 0)), plan, differentiate, segments
+    )
 
 
 @dataclass
@@ -159,6 +250,9 @@ class _Work:
     times: Times
     x0: Tensor
     stats: Stats
+    plan: Recordings
+    differentiate: bool
+    checkpoints: int | None
     status: Status = Status.SUCCESS
     _first: Grid | None = None
 
@@ -177,10 +271,16 @@ class _Work:
         stepper = self.method.stepper(field)
         edges = [edge for operator in field.operators.values() for edge in operator.edges]
         settings = self.times.adaptive
-        mirror = self.method.mirror(field) if settings.estimate == "palindromic" else None
+        order, mirror, trial = self.method.order(field), None, None
+        if self.method.splits(field) and settings.estimate == "palindromic":
+            mirror = self.method.mirror(field)
+            trial = palindromic(stepper, mirror)
+        elif self.method.splits(field) and settings.estimate == "embedded":
+            assert self.method.scheme is not None
+            order = min(order, self.method.scheme.embedded_order)
+            trial = embedded(stepper, self.method.scheme.embedded)
         with aside(field.modules, self.x0.device):
-            order = self.method.order(field)
-            search = choose_grid(stepper, self.x0, self.times.span, settings, order, edges, mirror)
+            search = choose_grid(stepper, self.x0, self.times.span, settings, order, edges, trial)
         if mirror is not None:
             self.count(mirror, None)
         if field is self.field:
@@ -191,8 +291,8 @@ class _Work:
             self.status = _OUTCOMES[search.outcome]
         return search.grid
 
-    def record(self, plan: Recordings, differentiate: bool, checkpoints: int | None) -> Costate:
-        """The costate, by the recordings of ``plan``."""
+    def record(self) -> Costate:
+        """The costate, by the recordings of the plan."""
         assert isinstance(self.field, AdversarialField)
         sweeping = Sweeping(
             field=self.field,
@@ -200,11 +300,11 @@ class _Work:
             grid=self.grid,
             stepper=self.method.stepper,
             kind=self.method.costate,
-            differentiate=differentiate,
+            differentiate=self.differentiate,
             counted=self.count_recording,
-            checkpoints=checkpoints,
+            checkpoints=self.checkpoints,
         )
-        a = sweeping.run(plan)
+        a = sweeping.run(self.plan)
         self.stats.residuals += sweeping.residuals
         if not sweeping.converged:
             self.status = Status.NOT_CONVERGED
@@ -258,8 +358,8 @@ def _run(
     saved: list[Tensor] = []
     if not len(grid):
         return x, [x] * len(times)
-    for step in grid:
-        before, x = x, stepper.advance(x, step)
+    for step, end in zip(grid, stepper.states(x, grid), strict=True):
+        before, x = x, end
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
             saved.append(_within(stepper, step, before, x, times[len(saved)], field, order))
     return x, saved

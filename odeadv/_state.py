@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Mode = Literal["eval", "train", "unchanged"]
 
@@ -67,6 +67,23 @@ def recording(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
 def inside_transform() -> bool:
     """Whether the caller runs inside a torch.func transform (vmap, grad, jvp, ...), where leaves cannot be made."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def decides(value: Tensor, argument: str) -> float:
+    """``value`` as a float that decides how the solve goes on, as ``argument`` asks for.
+
+    Raises:
+        ValueError: naming ``argument``, inside torch.func.vmap, which has no such values.
+    """
+    try:
+        return float(value)
+    except RuntimeError:
+        if not inside_transform():
+            raise
+    raise ValueError(
+        f"{argument} decides by the values of states, which torch.func.vmap does not allow; give a number, or make the "
+        "batch a dimension of the state instead"
+    )
 
 
 def modules_of(*functions: object) -> tuple[nn.Module, ...]:

@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def measured_order(error: Callable[[int], float], steps: Sequence[int] = (16, 32, 64, 128)) -> float:

@@ -5,7 +5,9 @@ import random
 
 import mpmath
 import pytest
+import torch
 
+import odeadv
 from odeadv import Scheme, Stage, schemes
 
 ALL = [(name, operators) for operators in (2, 3) for name in schemes.names(operators)]
@@ -48,6 +50,19 @@ def test_order_in_high_precision_on_non_commuting_operators(name, operators, adj
         h = mpmath.mpf(2) ** -halvings
         slope = mpmath.log(one_step_error(scheme, h) / one_step_error(scheme, h / 2), 2)
     assert float(slope) - 1 == pytest.approx(scheme.order, abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "operators"), [key for key in ALL if schemes.get(*key).embedded])
+def test_order_of_the_embedded_scheme(name, operators):
+    scheme = schemes.get(name, operators)
+    kept = [(f, stages) for f, (_, stages) in zip(scheme.embedded, scheme.mixture, strict=True) if f]
+    inner = Scheme("embedded", (), scheme.embedded_order, "test", mixture=tuple(kept))
+    inner.check()
+    assert scheme.embedded_order < scheme.order
+    with mpmath.workdps(40):
+        h = mpmath.mpf(2) ** -{1: 7, 2: 7, 4: 5, 6: 3}[inner.order]
+        slope = mpmath.log(one_step_error(inner, h) / one_step_error(inner, h / 2), 2)
+    assert float(slope) - 1 == pytest.approx(inner.order, abs=0.1)
 
 
 @pytest.mark.parametrize(("name", "operators"), [*ALL, *((name, 5) for name in schemes.names(5))])
@@ -147,3 +162,101 @@ def test_a_scheme_is_a_table_or_a_mixture_of_tables():
         Scheme("none", (), 1, "test")
     with pytest.raises(ValueError, match=r"factors of the mixture 'half' do not sum to 1"):
         Scheme("half", (), 1, "test", mixture=((0.5, table),)).check()
+
+
+# ---- names for operators ----
+
+NAMED = Scheme("mine", (Stage("wave", 0.5), Stage("decay", 1.0), Stage("wave", 0.5)), 2, "test")
+
+
+def test_stages_may_name_their_operators_and_leave_out_their_clocks():
+    assert NAMED.stages == (Stage("wave", 0.5, 0.0), Stage("decay", 1.0, 0.0), Stage("wave", 0.5, 0.5))
+    NAMED.check()
+    assert (NAMED.operators, NAMED.symmetric, NAMED.goes_back) == (2, True, ())
+    assert NAMED.adjoint().stages == NAMED.stages
+    assert NAMED.numbered(["decay", "wave"]).stages == schemes.get("strang").stages
+    assert NAMED.numbered(["wave", "decay"]).stages == (Stage(0, 0.5, 0.0), Stage(1, 1.0, 0.0), Stage(0, 0.5, 0.5))
+    assert Scheme("back", (Stage("a", 1.0), Stage("b", 2.0), Stage("b", -1.0)), 1, "test").goes_back == ("b",)
+    numbers = Scheme("numbers", [Stage(1, 0.5), Stage(0, 1.0), Stage(1, 0.5)], 2, "test")
+    assert numbers.stages == schemes.get("strang").stages
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_named_scheme_solves_the_field_with_these_names(mixed):
+    a = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    x0 = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+    def wave(t, x):
+        return torch.cos(t) * (a @ x)
+
+    def decay(t, x):
+        return -t * x
+
+    scheme = NAMED
+    if mixed:
+        other = tuple(Stage({"wave": "decay", "decay": "wave"}[s.operator], s.weight) for s in NAMED.stages)
+        scheme = Scheme("both", (), 2, "test", mixture=((0.5, NAMED.stages), (0.5, other)))
+    by_name = schemes.get("averaged-strang" if mixed else "strang")
+    for operators in ({"decay": decay, "wave": wave}, {"wave": wave, "decay": decay}):
+        found = odeadv.solve(
+            odeadv.SplitField(**operators), x0, (0.0, 1.0), scheme=scheme, steps=4, substep="midpoint"
+        ).xs
+        expected = odeadv.solve(
+            odeadv.SplitField(decay=decay, wave=wave), x0, (0.0, 1.0), scheme=by_name, steps=4, substep="midpoint"
+        ).xs
+        assert torch.allclose(found, expected, rtol=1e-14, atol=0) if mixed else torch.equal(found, expected)
+    pair = odeadv.SplitField(outer=odeadv.SplitField(wave=wave, decay=decay), rest=lambda t, x: 0.1 * x)
+    ends = [
+        odeadv.solve(pair, x0, (0.0, 1.0), steps=2, substep={"outer": odeadv.Nested(inner), "rest": "midpoint"}).xs
+        for inner in (NAMED, NAMED.numbered(["wave", "decay"]))
+    ]
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: NAMED.numbered(["waves", "decay"]),
+            r"^scheme: 'mine' has a stage of 'wave', but the field has 'waves', 'decay'; did you mean 'waves'\?",
+        ),
+        (
+            lambda: NAMED.numbered(["wave", "decay", "noise"]),
+            r"^scheme: 'mine' has no stage of 'noise', but the field has 'wave', 'decay', 'noise'",
+        ),
+        (
+            lambda: odeadv.solve(odeadv.SplitField(a=min, b=min), scheme=NAMED),
+            r"^scheme: 'mine' has a stage of 'wave', but the field has 'a', 'b'$",
+        ),
+        (
+            lambda: Scheme("x", (Stage("a", 1.0), Stage(1, 1.0)), 1, "test"),
+            r"^stages: 'x' has names for some operators and numbers for others",
+        ),
+        (
+            lambda: Scheme("x", (Stage("a", 1.0), Stage("b", 1.0, frozen=True)), 1, "test"),
+            r"^start: a stage of 'b' in 'x' is frozen and needs one",
+        ),
+        (
+            lambda: Scheme("x", (Stage("a", 1.0), Stage("b", 0.5)), 1, "test").check(),
+            r"^scheme: the weights of operator 'b' in 'x' sum to 0\.5",
+        ),
+    ],
+)
+def test_names_that_do_not_fit_are_said(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_table_can_show_the_names_of_a_field():
+    field = odeadv.SplitField(reaction=min, diffusion=min)
+    table = schemes.get("strang").table(field).splitlines()
+    assert [line.split()[0] for line in table[2:]] == ["diffusion", "reaction", "diffusion"]
+    assert len({line.index("0.5 ") for line in table[2:5:2]}) == 1
+    assert schemes.get("strang").table(["reaction", "diffusion"]).splitlines() == table
+    assert [line.split()[0] for line in str(NAMED).splitlines()[2:]] == ["wave", "decay", "wave"]
+    with pytest.raises(ValueError, match=r"^scheme: 'strang' splits 2 operators, the field has 1 \(f\)"):
+        schemes.get("strang").table(["f"])
+    mixed = schemes.get("averaged-strang")
+    assert mixed.stages == ()
+    assert ".compositions" in repr(mixed)
+    assert repr(schemes.get("strang")) == "Scheme('strang', order 2, 2 operators, 3 stages)"

@@ -315,6 +315,58 @@ def test_lie_and_strang_are_eq_5_and_eq_8_on_a_toy():
             assert torch.equal(sol.costate(n * dt), a[n])
 
 
+class Asked(odeadv.Operator):
+    """Keeps the steps from being prepared beforehand: the loop has to ask it each time."""
+
+    def velocity(self, t, x, tally):
+        return super().velocity(t, x, tally)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("substep", ["euler", "midpoint", "heun", "rk4"])
+@pytest.mark.parametrize("scheme", ["lie", "strang", "strang-symmetric", "blanes-moan4", "averaged-lie"])
+def test_steps_prepared_beforehand_are_the_same_steps(scheme, substep, dtype):
+    """Values, the times that operators see and counts, bit for bit; over many steps, backward, and adaptive ones."""
+
+    def solved(kind: type, span: tuple[float, float], **arguments) -> tuple[list, odeadv.Solution]:
+        seen = []
+
+        def f(t: Tensor, x: Tensor) -> Tensor:
+            seen.append((t.dtype, t.ndim, t.item()))
+            return torch.cos(t) * x
+
+        field = odeadv.SplitField(a=kind(f), b=kind(lambda t, x: x * x * t - x))
+        x0 = torch.linspace(-1, 1, 3).to(dtype)
+        return seen, odeadv.solve(field, x0, span, scheme=scheme, substep=substep, **arguments)
+
+    for span, arguments in (
+        ((0.1, 1.3), {"steps": 300}),
+        ((1.0, 0.0), {"steps": 7, "save_at": "steps"}),
+        ((0.0, 1.0), {"steps": 7, "save_at": [0.3, 0.5, 1.0]}),
+        ((0.0, 1.0), {"dt": "adaptive", "rtol": 1e-3}),
+    ):
+        seen, prepared = solved(odeadv.Operator, span, **arguments)
+        expected, asked = solved(Asked, span, **arguments)
+        assert seen == expected
+        assert torch.equal(prepared.xs, asked.xs)
+        assert prepared.stats == asked.stats
+
+
+@pytest.mark.parametrize("substep", ["euler", "rk4"])
+def test_prepared_steps_check_what_operators_return(substep):
+    def writes(t: Tensor, x: Tensor) -> Tensor:
+        return x.mul_(2.0) if t > 0.5 else -x
+
+    for f, error, message in (
+        (writes, ValueError, r"^f: modifies the state in place"),
+        (lambda t, x: x[..., None] if t > 0.5 else -x, ValueError, r"^f: returned shape \(1, 1\)"),
+        (lambda t, x: None if t > 0.5 else -x, TypeError, r"^f: returned NoneType"),
+        (lambda t, x: x + 1j if t > 0.5 else -x, TypeError, r"^f: returned torch.complex128"),
+    ):
+        with pytest.raises(error, match=message):
+            odeadv.solve(f, X0, (0.0, 1.0), steps=4, substep=substep)
+
+
 # ---- the costate between its nodes ----
 
 
@@ -365,6 +417,54 @@ def test_driven_by_the_costate_it_runs_in_torchdiffeq():
     times = torch.tensor([0.0, T], dtype=torch.float64)
     end = torchdiffeq.odeint(field, Y0, times, method="rk4", options={"step_size": T / 100})[-1]
     assert torch.allclose(end, linear_one_recording(), atol=1e-6)
+
+
+@pytest.mark.parametrize("recordings", [{}, {"sweeps": 2}, {"ascent": 2}, {"sweeps": "converge"}, {"checkpoints": 4}])
+def test_an_adversarial_field_in_torchdiffeq_by_one_call(recordings):
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    arguments = {"substep": "rk4", "scheme": "strang-symmetric", "costate": "hermite", "steps": 100, **recordings}
+    field = odeadv.driven(linear_field(), Y0, (0.0, T), **arguments)
+    times = torch.tensor([0.0, T], dtype=torch.float64)
+    end = torchdiffeq.odeint(field, Y0, times, method="dopri5", rtol=1e-8, atol=1e-10)[-1]
+    sol = odeadv.solve(linear_field(), Y0, (0.0, T), **arguments)
+    assert float((end - sol.xs[-1]).norm() / end.norm()) < 1e-4
+    if recordings in ({}, {"checkpoints": 4}):
+        assert torch.allclose(end, linear_one_recording(), atol=1e-6)
+    same = odeadv.solve(field, Y0, (0.0, T), steps=100, scheme="strang-symmetric", substep="rk4")
+    assert torch.equal(same.xs[-1], sol.xs[-1])
+
+
+def test_driven_records_and_does_nothing_else():
+    module = Normed()
+    calls = []
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        calls.append(float(t))
+        return module(t, x)
+
+    field = odeadv.AdversarialField(f, lambda x: (x**3).sum(), eta=0.1, x0=torch.eye(3), t_span=(0.0, 1.0), steps=4)
+    before = torch.get_rng_state()
+    odeadv.driven(field)
+    assert len(calls) == 4
+    assert int(module.norm.num_batches_tracked) == 0
+    assert torch.equal(before, torch.get_rng_state())
+    still = odeadv.driven(scalar_field(0.0), X0, (0.0, 1.0), steps=4)
+    assert torch.equal(still(torch.tensor(0.3), X0), LAM * X0)
+
+
+def test_driven_refuses_what_solve_refuses():
+    with pytest.raises(TypeError, match=r"^field: got SplitField, expected an AdversarialField"):
+        odeadv.driven(exact_flows(), Z0, (0.0, 1.0), steps=4)
+    with pytest.raises(ValueError, match=r"^t_span: not given"):
+        odeadv.driven(scalar_field())
+    with pytest.raises(ValueError, match=r"^x0: not given"):
+        odeadv.driven(scalar_field(), t_span=(0.0, 1.0), steps=3)
+    with pytest.raises(odeadv.SolveError, match="did not converge"):
+        odeadv.driven(scalar_field(3.0), X0, (0.0, T), steps=8, sweeps=odeadv.Converge(memory=0))
+    with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
+        odeadv.driven(odeadv.AdversarialField(lambda t, x: x**9, sum_of_squares, 1.0), 99 * X0, (0.0, 9.0), steps=9)
+    with pytest.raises(odeadv.SolveError, match="smallest one"):
+        odeadv.driven(odeadv.AdversarialField(lambda t, x: x**2, sum_of_squares, 1.0), X0, (0.0, 9.0), dt="adaptive")
 
 
 def test_driven_on_another_grid_and_beyond_the_end():
@@ -703,7 +803,7 @@ def test_nested_says_what_it_needs():
     with pytest.raises(ValueError, match=r"^substep: Nested is for an operator that is a SplitField"):
         odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"c": odeadv.Nested()})
     three = odeadv.Nested(odeadv.schemes.get("lie", 3))
-    with pytest.raises(ValueError, match=r"^scheme: 'lie' splits 3 operators, the inner field has 2"):
+    with pytest.raises(ValueError, match=r"^scheme: 'lie' splits 3 operators, the field has 2 \(a, b\)"):
         odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"pair": three})
 
 
@@ -776,6 +876,10 @@ def test_divergence_is_never_a_success():
 
 
 # ---- errors: one line, naming the argument, before work ----
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    return (x**2).sum()
 
 
 def decay(t: Tensor, x: Tensor) -> Tensor:
@@ -918,5 +1022,5 @@ def test_bad_fields_are_refused_when_made(make, error, message):
 
 
 def test_an_adversarial_field_outside_solve_says_what_to_do():
-    with pytest.raises(TypeError, match=r"driven_by\(solution\.costate\)"):
+    with pytest.raises(TypeError, match=r"odeadv\.driven\(field, .*field\.driven_by\(solution\.costate\)"):
         scalar_field()(torch.tensor(0.0), X0)

@@ -228,6 +228,22 @@ def test_func_grad_and_jvp_agree_with_autograd(differentiate):
     assert torch.allclose(jacobian, forward, rtol=1e-12)
 
 
+def test_sweeps_to_convergence_inside_torch_func():
+    def end(x0: Tensor, f=lambda t, x: LAM * x) -> Tensor:
+        field = odeadv.AdversarialField(f, lambda x: 0.5 * (x**2).sum(), eta=0.1)
+        return odeadv.solve(field, x0, (0.0, T), steps=4, scheme="lie", sweeps="converge").xs[-1]
+
+    def never(t: Tensor, x: Tensor) -> Tensor:
+        raise AssertionError
+
+    message = r"^sweeps: 'converge' decides by the values of states, which torch\.func\.vmap does not allow; give a num"
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(lambda x0: end(x0, never))(X0.repeat(3, 1))
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(lambda rate: end(X0, lambda t, x: rate * x))(torch.ones(3, dtype=X0.dtype))
+    assert torch.allclose(torch.func.vjp(end, X0)[0], end(X0), rtol=1e-12)
+
+
 def test_second_derivatives():
     field = odeadv.AdversarialField(lambda t, x: torch.tanh(A @ x), lambda x: 0.5 * x @ Q @ x, eta=0.3)
 
@@ -235,3 +251,180 @@ def test_second_derivatives():
         return odeadv.solve(field, x0, (0.0, 1.0), steps=2, scheme="strang", differentiate_costate=True).xs[-1]
 
     assert torch.autograd.gradgradcheck(end, (Y0.clone().requires_grad_(),))
+
+
+# ---- recorded nodes ----
+
+
+def test_the_recorded_nodes_are_there():
+    field = odeadv.AdversarialField(lambda t, x: torch.tanh(A @ x), lambda x: 0.5 * x @ Q @ x, eta=0.3)
+    one = odeadv.solve(field, Y0, (0.0, T), steps=4)
+    states = odeadv.solve(field.f, Y0, (0.0, T), steps=4, save_at="steps").xs
+    kept = odeadv.solve(field, Y0, (0.0, T), steps=4, costate="hermite").costate
+    assert all(torch.equal(a, b) for a, b in zip(kept.states, states, strict=True))
+    for costate in (one.costate, odeadv.solve(field, Y0, (0.0, T), steps=4, ascent=3).costate):
+        assert costate.grid.times == (0.0, 0.375, 0.75, 1.125, 1.5)
+        for t, node in zip(costate.grid.times, costate.nodes, strict=True):
+            assert torch.equal(costate(t), node)
+    assert torch.allclose(one.costate.nodes[-1], Q @ states[-1], rtol=1e-14)
+    adaptive = odeadv.solve(field, Y0, (0.0, T), dt="adaptive", ascent=2).costate
+    with pytest.raises(AttributeError, match=r"^grid: the recordings have steps of their own; look at each of `parts`"):
+        adaptive.nodes  # noqa: B018
+    assert len(adaptive.parts[1].nodes) == len(adaptive.parts[1].grid.times)
+
+
+# ---- transformed recordings ----
+
+
+def toy(eta: float = 0.3) -> odeadv.AdversarialField:
+    return odeadv.AdversarialField(lambda t, x: torch.tanh(x @ A), lambda x: 0.5 * ((x @ Q) * x).sum(), eta=eta)
+
+
+BATCH = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("recordings", [{}, {"sweeps": 2}, {"ascent": 2}, {"checkpoints": 2}, {"sweeps": "converge"}])
+@pytest.mark.parametrize("scheme", [*odeadv.schemes.names(), "rk4"])
+@pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
+def test_a_transform_that_changes_nothing_changes_nothing(scheme, recordings):
+    if recordings.get("sweeps") == "converge" and scheme not in ("lie", "strang"):
+        return
+    problem = {"x0": BATCH, "t_span": (0.0, 1.0), "steps": 3, "scheme": scheme, "costate": "linear", **recordings}
+    plain = odeadv.solve(toy(), **problem)
+    same = odeadv.solve(toy().transformed(lambda nodes: nodes), **problem)
+    assert torch.equal(plain.xs, same.xs)
+    assert torch.equal(plain.costate(0.4), same.costate(0.4))
+    assert plain.stats == same.stats
+
+
+@pytest.mark.parametrize("checkpoints", [None, 2])
+def test_a_transform_stands_between_recording_and_drive(checkpoints):
+    """Each variant against Eq. 5 by hand, with the recorded gradients replaced as the variant says."""
+    steps, dt, eta = 4, 0.25, 0.3
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn(BATCH.shape, dtype=BATCH.dtype, generator=generator) for _ in range(steps + 1)]
+
+    def equal_norm(nodes):
+        again = torch.Generator().manual_seed(3)
+        drawn = [torch.randn(node.shape, dtype=node.dtype, generator=again) for node in nodes]
+        return [r * (node.norm() / r.norm()) for r, node in zip(drawn, nodes, strict=True)]
+
+    variants = {
+        "noise": (equal_norm, lambda a, n: noise[n] * (a[n].norm() / noise[n].norm())),
+        "shuffled": (lambda nodes: [node.roll(1, 0) for node in nodes], lambda a, n: a[n].roll(1, 0)),
+        "one only": (
+            lambda nodes: [node if n == 1 else torch.zeros_like(node) for n, node in enumerate(nodes)],
+            lambda a, n: a[n] if n == 1 else torch.zeros_like(a[n]),
+        ),
+    }
+    xs = [BATCH.clone().requires_grad_()]
+    for _ in range(steps):
+        xs.append(xs[-1] + dt * torch.tanh(xs[-1] @ A))
+    a = torch.autograd.grad(0.5 * ((xs[-1] @ Q) * xs[-1]).sum(), xs)
+    for transform, drive in variants.values():
+        x = BATCH
+        for n in range(steps):
+            x = x + dt * torch.tanh(x @ A)
+            x = x + dt * eta * drive(a, n + 1)
+        field = toy(eta).transformed(transform)
+        sol = odeadv.solve(field, BATCH, (0.0, 1.0), dt=dt, scheme="lie", checkpoints=checkpoints)
+        assert torch.allclose(sol.xs[-1], x, rtol=0, atol=1e-14)
+        assert torch.allclose(sol.costate.nodes[2], drive(a, 2), rtol=0, atol=1e-14)
+        assert torch.equal(
+            odeadv.solve(field.driven_by(sol.costate), BATCH, (0.0, 1.0), dt=dt, scheme="lie").xs, sol.xs
+        )
+
+
+@pytest.mark.parametrize("recordings", [{"sweeps": 3}, {"ascent": 3}])
+def test_every_recording_is_transformed_once(recordings):
+    calls = []
+
+    def scaled(nodes):
+        calls.append(len(nodes))
+        return [2.0 * node for node in nodes]
+
+    eta, problem = 0.1, {"x0": BATCH, "t_span": (0.0, 1.0), "steps": 5}
+    doubled = odeadv.solve(toy(eta).transformed(scaled), **problem, **recordings)
+    assert calls == [6, 6, 6]
+    assert torch.allclose(doubled.xs, odeadv.solve(toy(2 * eta), **problem, **recordings).xs, rtol=1e-13)
+    twice = odeadv.solve(toy(eta / 2).transformed(scaled).transformed(scaled), **problem, **recordings)
+    assert torch.allclose(doubled.xs, twice.xs, rtol=1e-13)
+    converged = odeadv.solve(toy(eta).transformed(scaled), **problem, sweeps="converge")
+    assert torch.allclose(converged.xs, odeadv.solve(toy(2 * eta), **problem, sweeps="converge").xs, rtol=1e-9)
+
+
+def test_a_transformed_field_at_eta_zero_is_the_unsplit_solve():
+    def never(nodes):
+        raise AssertionError
+
+    plain = odeadv.solve(lambda t, x: torch.tanh(x @ A), BATCH, (0.0, 1.0), steps=5)
+    assert torch.equal(plain.xs, odeadv.solve(toy(0.0).transformed(never), BATCH, (0.0, 1.0), steps=5).xs)
+
+
+def test_gradients_around_and_through_a_transform():
+    x0 = BATCH.clone().requires_grad_()
+    field = toy().transformed(lambda nodes: [node.roll(1, 0) * node.sum() for node in nodes])
+    problem = {"t_span": (0.0, 1.0), "steps": 3, "scheme": "lie"}
+    held = odeadv.solve(field, x0, **problem)
+    assert not held.costate.nodes[0].requires_grad
+
+    def end(x: Tensor) -> Tensor:
+        return odeadv.solve(field, x, **problem, differentiate_costate=True).xs[-1]
+
+    assert torch.equal(end(x0), held.xs[-1])
+    assert torch.autograd.gradcheck(end, (x0,))
+    with torch.inference_mode():
+        assert torch.equal(
+            odeadv.solve(field, BATCH.clone(), **problem, sweeps=2).xs.isfinite().all(), torch.tensor(True)
+        )
+
+
+def test_transforms_leave_the_random_state_and_the_noise_alone():
+    module = Noisy()
+    x0 = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    field = odeadv.AdversarialField(module, lambda x: (x**3).mean(), eta=3.0)
+    results = []
+    for variant in (field, field.transformed(lambda nodes: [node + 0.0 * torch.randn_like(node) for node in nodes])):
+        torch.manual_seed(1)
+        module.norm.reset_running_stats()
+        sol = odeadv.solve(variant, x0, (0.0, 1.0), steps=4, sweeps=2)
+        results.append([sol.xs[-1], module.norm.running_mean.clone(), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_transform_of_a_network_keeps_the_shape_of_every_layer():
+    net = odeadv.models.preact_resnet(8, 4)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    field = net.field(images, torch.tensor([0, 1, 2]), eta=5.0).transformed(lambda a: [node.flip(0) for node in a])
+    flipped = odeadv.solve(field, scheme="strang")
+    recorded = odeadv.solve(net.field(images, torch.tensor([0, 1, 2]), eta=5.0), scheme="strang").costate.nodes
+    assert all(torch.allclose(a, b.flip(0), atol=1e-7) for a, b in zip(flipped.costate.nodes, recorded, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("transform", "error", "message"),
+    [
+        (3, TypeError, r"^transform: got int, expected a callable"),
+        (lambda nodes: None, TypeError, r"^transform: returned NoneType, expected a sequence of 3 tensors"),
+        (lambda nodes: nodes[1:], ValueError, r"^transform: returned 2 tensors, expected 3, one a node"),
+        (lambda nodes: [0.0] * 3, TypeError, r"^transform: returned float for node 0"),
+        (lambda nodes: [n[:2] for n in nodes], ValueError, r"^transform: returned .*\(2, 3\) on cpu for node 0, exp"),
+        (lambda nodes: [n.float() for n in nodes], ValueError, r"^transform: returned torch\.float32 .*float64 of sh"),
+        (lambda nodes: [n.mul_(2.0) for n in nodes], ValueError, r"^transform: modifies the recorded nodes in place"),
+    ],
+)
+def test_what_a_transform_must_return(transform, error, message):
+    with pytest.raises(error, match=message):
+        odeadv.solve(toy().transformed(transform), BATCH, (0.0, 1.0), steps=2)
+
+
+def test_a_transformed_costate_is_linear_between_nodes():
+    field = toy().transformed(lambda nodes: nodes)
+    for arguments, message in (
+        ({"costate": "hermite"}, "'hermite' for"),
+        ({"costate": "exact"}, "'exact' for"),
+        ({"scheme": "strang-midpoint"}, "'exact' by scheme 'strang-midpoint' for"),
+    ):
+        with pytest.raises(ValueError, match=f"^costate: got {message} a transformed field.* costate='linear'"):
+            odeadv.solve(field, BATCH, (0.0, 1.0), steps=2, **arguments)
+    assert "transformed" in repr(field)

@@ -11,7 +11,8 @@ from torch import Tensor
 from odeadv._state import inside_transform, recording
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
-from odeadv.splitting import Grid, Stepper, integrate
+from odeadv.fields._operator import version
+from odeadv.splitting import Grid, Stepper
 from odeadv.splitting._scheme import CostateKind
 
 
@@ -26,6 +27,8 @@ def record(
     checkpoints: int | None = None,
 ) -> RecordedCostate:
     """Solve once and back-propagate the loss, keeping a_n = dL/dx_n at every node of ``grid``.
+
+    The nodes then pass through the field's transforms, if it has any.
 
     Weight gradients are not computed, and buffers (batch-norm statistics), ``.grad`` and the global random state are
     left as they were, so that a solve after it sees the same statistics and draws the same noise.
@@ -42,6 +45,7 @@ def record(
             same bit for bit.
 
     Raises:
+        TypeError, ValueError: if a transform of the field returns what cannot take the place of the nodes.
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
     again = checkpoints is not None and not inside_transform()
@@ -53,7 +57,7 @@ def record(
         elif checkpoints is None:
             # A node of its own, so that dL/dx_0 is taken through the trajectory only, whatever else x0 was used for.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
-            states = [start, *integrate(stepper, start, grid)]
+            states = [start, *stepper.states(start, grid)]
             nodes = torch.autograd.grad(
                 _loss(field, states[-1]), states, create_graph=differentiate, allow_unused=True, materialize_grads=True
             )
@@ -65,6 +69,8 @@ def record(
         states = ()  # nothing between the nodes needs them
     if not differentiate:
         states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
+    if field.transforms:
+        nodes = _transformed(field, nodes, x0.device, differentiate)
     return RecordedCostate(grid, nodes, states, field.f, kind, differentiate)
 
 
@@ -123,6 +129,41 @@ def _in_segments(
             materialize_grads=True,
         )
     return states, nodes
+
+
+def _transformed(
+    field: AdversarialField, nodes: Sequence[Tensor], device: torch.device, differentiate: bool
+) -> Sequence[Tensor]:
+    """``nodes`` after the field's transforms, checked to be what can drive in their place."""
+    with recording(field.modules, device), torch.set_grad_enabled(differentiate):
+        for transform in field.transforms:
+            before = [version(node) for node in nodes]
+            given = transform(tuple(nodes))
+            if any(v >= 0 and node._version != v for v, node in zip(before, nodes, strict=True)):
+                raise ValueError("transform: modifies the recorded nodes in place; return new tensors")
+            try:
+                values = list(given)
+            except TypeError:
+                raise TypeError(
+                    f"transform: returned {type(given).__name__}, expected a sequence of {len(nodes)} tensors"
+                ) from None
+            if len(values) != len(nodes):
+                raise ValueError(f"transform: returned {len(values)} tensors, expected {len(nodes)}, one a node")
+            for n, (value, node) in enumerate(zip(values, nodes, strict=True)):
+                _check_node(n, value, node)
+            nodes = values
+    return nodes if differentiate else [node.detach() for node in nodes]
+
+
+def _check_node(n: int, value: object, node: Tensor) -> None:
+    expected = f"{node.dtype} of shape {tuple(node.shape)} on {node.device}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"transform: returned {type(value).__name__} for node {n}, expected a tensor, {expected}")
+    if (value.shape, value.dtype, value.device) != (node.shape, node.dtype, node.device):
+        raise ValueError(
+            f"transform: returned {value.dtype} of shape {tuple(value.shape)} on {value.device} for node {n}, "
+            f"expected {expected}"
+        )
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,16 @@ from odeadv.splitting._scheme import CostateKind
 class Costate(Protocol):
     """A function of time, a(t), that can be restricted to a step of its grid."""
 
+    @property
+    def grid(self) -> Grid:
+        """The times t_n at which it was recorded, as ``grid.times``."""
+        ...
+
+    @property
+    def nodes(self) -> Sequence[Tensor]:
+        """a(t_n), one tensor a time of the grid."""
+        ...
+
     def __call__(self, t: float) -> Tensor:
         """a(t), of the shape of the state at ``t``."""
         ...
@@ -136,9 +146,33 @@ class RecordedCostate:
 
 @dataclass(frozen=True)
 class SummedCostate:
-    """The sum of several recordings, what ``ascent=M`` adds up (Eq. 3)."""
+    """The sum of several recordings, what ``ascent=M`` adds up (Eq. 3).
+
+    Attributes:
+        parts: the recordings.
+    """
 
     parts: Sequence[RecordedCostate]
+
+    @property
+    def grid(self) -> Grid:
+        """The times of the recordings, if they are the same for all of them.
+
+        Raises:
+            AttributeError: if they differ, as with adaptive steps.
+        """
+        first = self.parts[0].grid
+        if any(part.grid != first for part in self.parts):
+            raise AttributeError("grid: the recordings have steps of their own; look at each of `parts`")
+        return first
+
+    @property
+    def nodes(self) -> Sequence[Tensor]:
+        """The sums at the times of ``grid``; raises as that does."""
+        count = len(self.grid.times)
+        return [_total(part.nodes[n] for part in self.parts) for n in range(count)]
+
+    # for nodes in zip(*(part.nodes for part in self.parts), strict=True)]
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """The sum at ``t``; see `RecordedCostate`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from odeadv._state import decides
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.fields import AdversarialField, VectorField
@@ -125,7 +126,7 @@ class Sweeping:
         recorded = self._record(None)
         image = _flat(recorded)
         rtol = settings.rtol or torch.finfo(recorded.nodes[0].dtype).eps ** (2.0 / 3.0)
-        u, first = image, image.norm().item()
+        u, first = image, decides(image.norm(), "sweeps: 'converge'")
         history: list[tuple[Tensor, Tensor]] = []
         self.converged = False
         while len(self.residuals) + 1 < settings.most:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from odeadv._state import modules_of
 from odeadv.fields._operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, check_unmodified, version
+
+NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,9 @@ class AdversarialField(VectorField):
         x0, t_span, dt, steps: the problem, if the field is to carry it.
         modules: modules that ``f``, ``readout`` or ``loss`` run and that cannot be found from them, see `Operator`.
 
+    Attributes:
+        transforms: what `transformed` has put between a recording and the drive, in turn.
+
     Raises:
         TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` not a number.
         ValueError: if ``eta`` is not finite.
@@ -132,6 +138,7 @@ class AdversarialField(VectorField):
         self.eta = number("eta", eta)
         self.loss = loss
         self.readout = readout
+        self.transforms: tuple[NodeTransform, ...] = ()
         self._modules = modules_of(loss, readout, *modules)
         operator = (
             f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
@@ -147,6 +154,28 @@ class AdversarialField(VectorField):
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that an evaluation of the field, its read-out or its loss runs."""
         return modules_of(self.f, *self._modules)
+
+    def transformed(self, transform: NodeTransform) -> AdversarialField:
+        """The same field, whose costate passes through ``transform`` after each recording, before it drives.
+
+        For ablations: noise of the same norm, gradients shuffled across the batch, the first node only. With several
+        recordings (``sweeps``, ``ascent``) each is transformed once. ``sol.costate`` is then the transformed one. A
+        second transform acts on the result of the first.
+
+        Args:
+            transform: ``transform(nodes)``, from the N + 1 recorded a(t_n), each of the shape of the state at t_n, to
+                as many tensors of the same shapes, dtypes and devices. Without gradients, unless the costate is
+                differentiated. The global random state is put back after it: draw from a generator of your own.
+
+        Raises:
+            TypeError: if ``transform`` is not callable.
+        """
+        if not callable(transform):
+            raise TypeError(f"transform: got {type(transform).__name__}, expected a callable transform(nodes)")
+        field = copy.copy(self)
+        field.transforms = (*self.transforms, transform)
+        field._modules = modules_of(*self._modules, transform)
+        return field
 
     def driven_by(self, costate: Any) -> VectorField:
         """The field with dL/dx(t) given: a plain field f + eta * costate(t), usable in any ODE solver.
@@ -185,7 +214,7 @@ class AdversarialField(VectorField):
         return output, loss
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(f, costate, eta={self.eta:g})"
+        return f"{type(self).__name__}(f, costate, eta={self.eta:g}{', transformed' if self.transforms else ''})"
 
 
 def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -68,6 +69,18 @@ def check_unmodified(name: str, x: Tensor, before: int) -> None:
     """
     if before >= 0 and x._version != before:
         raise ValueError(f"{name}: modifies the state in place; return a new tensor (for a module, inplace=False)")
+
+
+def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
+    """``f(t, x)``, refused if it writes to ``x`` or is not of its shape; not for torch.compile, see `version`."""
+    # What `version`, `check_unmodified` and `same_shape` do, written out: calls are most of what a step costs.
+    before = -1 if x.is_inference() else x._version
+    value = f(t, x)
+    if before >= 0 and x._version != before:
+        check_unmodified("f", x, before)
+    if isinstance(value, Tensor) and value.dtype is x.dtype and value.shape == x.shape:
+        return value
+    return same_shape("f", value, x)
 
 
 class Tally:
@@ -148,15 +161,8 @@ class Operator:
         """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
         if torch.compiler.is_compiling():
             return same_shape("f", self.f(as_time(t, x), x), x)
-        # What `evaluated`, `version` and `same_shape` do, written out: calls are most of what a step costs.
         tally.evaluations += 1
-        before = -1 if x.is_inference() else x._version
-        value = self.f(as_time(t, x), x)
-        if before >= 0 and x._version != before:
-            check_unmodified("f", x, before)
-        if isinstance(value, Tensor) and value.dtype is x.dtype and value.shape == x.shape:
-            return value
-        return same_shape("f", value, x)
+        return checked(self.f, as_time(t, x), x)
 
 
 class Forcing(Operator):
@@ -175,7 +181,7 @@ class Forcing(Operator):
         scale: float = 1.0,
         on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
     ) -> None:
-        super().__init__(lambda t, x: scale * value(float(t)))
+        super().__init__(self._at, modules=modules_of(value))
         self.value = value
         self.scale = scale
         self._on = on
@@ -187,12 +193,19 @@ class Forcing(Operator):
 
     def on(self, t0: float, t1: float) -> Forcing:
         """The forcing on one step."""
-        return self if self._on is None else Forcing(self._on(t0, t1), scale=self.scale)
+        if self._on is None:
+            return self
+        local = copy.copy(self)  # what `__init__` looks up is the same on every step
+        local.value, local._on, local.f = self._on(t0, t1), None, local._at
+        return local
 
     def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
         """The forcing at ``t``, at full precision of the time."""
         tally.evaluated()
         return self.scale * same_shape("costate", self.value(t), x)
+
+    def _at(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.scale * self.value(float(t))
 
 
 class Unrecorded(Operator):
@@ -210,7 +223,8 @@ class Unrecorded(Operator):
     def _refuse(t: Tensor, x: Tensor) -> Tensor:
         raise TypeError(
             "field: dL/dx(t) of an AdversarialField is not known before a costate is recorded; use "
-            "odeadv.solve(field, ...), or field.driven_by(solution.costate) in another solver"
+            "odeadv.solve(field, ...), or in another solver odeadv.driven(field, x0, t_span, steps=...), which records "
+            "it, or field.driven_by(solution.costate)"
         )
 
 

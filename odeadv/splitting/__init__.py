@@ -5,9 +5,9 @@ sub-step says how one operator is advanced over such a stage. Knows fields, but 
 """
 
 from odeadv.splitting import _registry as schemes
-from odeadv.splitting._adaptive import Adaptive, Outcome, Search, choose_grid
+from odeadv.splitting._adaptive import Adaptive, Outcome, Search, choose_grid, embedded, palindromic
 from odeadv.splitting._grid import Grid, Step, make_grid
-from odeadv.splitting._integrate import Stepper, integrate
+from odeadv.splitting._integrate import Stepper
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import Scheme, Stage
 from odeadv.splitting._substep import Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
@@ -27,9 +27,10 @@ __all__ = [
     "SubStep",
     "TorchDiffEq",
     "choose_grid",
+    "embedded",
     "get_substep",
-    "integrate",
     "make_grid",
+    "palindromic",
     "schemes",
     "substep_names",
 ]

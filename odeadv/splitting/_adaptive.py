@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -10,10 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from odeadv._state import decides
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._integrate import Stepper
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
+
+# The ends of the steps that a trial consists of, the state they lead to, and the estimate of its error.
+Tried = tuple[list[float], Tensor, Tensor]
+Trial = Callable[[Tensor, float, float], Tried]
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,11 @@ class Adaptive:
     By ``"doubling"``, a trial step of size h is compared with two of size h/2; the two are kept, so the error that is
     controlled is theirs. By ``"palindromic"`` pairs, a step of a scheme of odd order is compared with one of its
     adjoint, whose leading error has the opposite sign (Auzinger, Hofstaetter, Ketcheson & Koch 2017, BIT 57): two steps
-    a trial instead of three, blind to the errors of sub-steps, which must therefore be of higher order. A PI
-    controller chooses the next h. Errors are controlled step by step, not over the span.
+    a trial instead of three, blind to the errors of sub-steps, which must therefore be of higher order. By
+    ``"embedded"`` pairs, the result of an averaged or extrapolated scheme is compared with that of lower order which
+    the same tables make with other factors (Hairer, Norsett & Wanner II.9): one step a trial, and the error that is
+    controlled is that of the lower order. A PI controller chooses the next h. Errors are controlled step by step, not
+    over the span.
 
     Attributes:
         rtol: relative tolerance of a step.
@@ -43,11 +51,11 @@ class Adaptive:
     first: float | None = None
     smallest: float | None = None
     most: int = 100_000
-    estimate: Literal["doubling", "palindromic"] = "doubling"
+    estimate: Literal["doubling", "palindromic", "embedded"] = "doubling"
 
     def __post_init__(self) -> None:
-        if self.estimate not in ("doubling", "palindromic"):
-            raise ValueError(f"estimate: got {self.estimate!r}, expected 'doubling' or 'palindromic'")
+        if self.estimate not in ("doubling", "palindromic", "embedded"):
+            raise ValueError(f"estimate: got {self.estimate!r}, expected 'doubling', 'palindromic' or 'embedded'")
         for name in ("rtol", "atol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number, at least 0")
@@ -87,7 +95,7 @@ def choose_grid(
     settings: Adaptive,
     order: float,
     edges: Sequence[float] = (),
-    mirror: Stepper | None = None,
+    trial: Trial | None = None,
 ) -> Search:
     """Find steps over ``t_span`` with which ``stepper`` meets the tolerances; they end on ``edges``.
 
@@ -96,9 +104,9 @@ def choose_grid(
         x0: initial state.
         t_span: start and end, in either direction.
         settings: tolerances.
-        order: of the method, so that the error of a step goes as h to the power order + 1; infinite for exact flows.
+        order: of what is estimated, so that it goes as h to the power order + 1; infinite for exact flows.
         edges: times inside the span where a step must end.
-        mirror: advances by the adjoint scheme, for estimates by palindromic pairs; step doubling without it.
+        trial: how a step is tried, `doubling` if not given.
 
     Returns:
         The grid, which ends early if the search failed.
@@ -110,51 +118,71 @@ def choose_grid(
     size = settings.first or abs(end - t) / 100
     times, x, rejected, previous = [t], x0, 0, 1.0
     order = min(order, 20.0)
+    attempt = trial or doubling(stepper, order)
     power = 1.0 / (order + 1.0)
     with torch.no_grad():
         for _ in range(settings.most):
             left = abs(stops[0] - t)
             # A step that nearly reaches the stop takes it; one that would leave less than itself takes half.
-            trial = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
-            target = stops[0] if trial == left else t + sign * trial
-            ends, y, difference = _trial(stepper, mirror, x, t, target, order)
+            tried = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
+            target = stops[0] if tried == left else t + sign * tried
+            ends, y, difference = attempt(x, t, target)
             error = _norm(difference, x, y, settings)
             if error <= 1.0:
                 times += ends
                 t, x = target, y
                 factor = SAFETY * max(error, 1e-10) ** (-0.7 * power) * previous ** (0.4 * power)
-                grown = trial * min(GROW, max(SHRINK, factor))
-                size = max(size, grown) if trial == left else grown
+                grown = tried * min(GROW, max(SHRINK, factor))
+                size = max(size, grown) if tried == left else grown
                 previous = max(error, 1e-4)
-                if trial == left:
+                if tried == left:
                     stops.pop(0)
                 if not stops:
                     return Search(Grid(tuple(times)), Outcome.DONE, rejected)
             else:
                 rejected += 1
                 factor = SAFETY * error**-power if error < float("inf") else SHRINK
-                size = trial * min(1.0, max(SHRINK, factor))
+                size = tried * min(1.0, max(SHRINK, factor))
             if size < smallest:
                 return Search(Grid(tuple(times)), Outcome.TOO_SMALL, rejected)
     return Search(Grid(tuple(times)), Outcome.TOO_MANY, rejected)
 
 
-def _trial(
-    stepper: Stepper, mirror: Stepper | None, x: Tensor, t: float, target: float, order: float
-) -> tuple[list[float], Tensor, Tensor]:
-    """The ends of the steps tried from ``t`` to ``target``, the state they lead to, and the estimate of its error."""
-    whole = stepper.advance(x, _step(t, target))
-    if mirror is not None:
+def doubling(stepper: Stepper, order: float) -> Trial:
+    """One step compared with two of half the size, which are kept."""
+
+    def trial(x: Tensor, t: float, target: float) -> Tried:
+        whole = stepper.advance(x, _step(t, target))
+        middle = t + 0.5 * (target - t)
+        halves = stepper.advance(stepper.advance(x, _step(t, middle)), _step(middle, target))
+        return [middle, target], halves, (halves - whole) / (2.0**order - 1.0)
+
+    return trial
+
+
+def palindromic(stepper: Stepper, mirror: Stepper) -> Trial:
+    """A step compared with one by the adjoint scheme, ``mirror``."""
+
+    def trial(x: Tensor, t: float, target: float) -> Tried:
+        whole = stepper.advance(x, _step(t, target))
         return [target], whole, 0.5 * (whole - mirror.advance(x, _step(t, target)))
-    middle = t + 0.5 * (target - t)
-    halves = stepper.advance(stepper.advance(x, _step(t, middle)), _step(middle, target))
-    return [middle, target], halves, (halves - whole) / (2.0**order - 1.0)
+
+    return trial
+
+
+def embedded(stepper: Stepper, others: Sequence[float]) -> Trial:
+    """A step compared with what the same tables make with the factors ``others``."""
+
+    def trial(x: Tensor, t: float, target: float) -> Tried:
+        return [target], *stepper.advance_with(others, x, _step(t, target))
+
+    return trial
 
 
 def _norm(error: Tensor, x: Tensor, y: Tensor, settings: Adaptive) -> float:
     scale = settings.atol + settings.rtol * torch.maximum(x.abs(), y.abs())
     ratio = torch.where(error == 0, torch.zeros_like(scale), error.abs() / scale)
-    value = float(ratio.square().mean().sqrt()) if ratio.numel() else 0.0
+    value = decides(ratio.square().mean().sqrt(), "dt: adaptive") if ratio.numel() else 0.0
     return value if value == value else float("inf")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
@@ -54,10 +54,15 @@ class Grid:
     def __len__(self) -> int:
         return len(self.times) - 1
 
-    def __iter__(self) -> Iterator[Step]:
+    @property
+    def sizes(self) -> Iterable[float]:
+        """The signed lengths of the steps."""
         if self.h is not None and abs(len(self) * self.h - (self.times[-1] - self.times[0])) < 0.5 * abs(self.h):
-            return map(Step, self.times, self.times[1:], repeat(self.h))  # no jump among them
-        return (self[index] for index in range(len(self)))
+            return repeat(self.h, len(self))  # no jump among them
+        return (self[index].h for index in range(len(self)))
+
+    def __iter__(self) -> Iterator[Step]:
+        return map(Step, self.times, self.times[1:], self.sizes)
 
     def __getitem__(self, index: int) -> Step:
         t0, t1 = self.times[index], self.times[index + 1]

@@ -43,16 +43,24 @@ def suzuki(order: int, operators: int = 2) -> Scheme:
 def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
     """Richardson extrapolation of Strang's splitting with 1, 2, ... sub-steps: no operator ever runs backward.
 
+    Embedded is the extrapolation without the step of one sub-step, of order ``order - 2``.
+
     Raises:
         ValueError: if ``order`` is not an even number from 4 on.
     """
     counts = range(1, _even(order) // 2 + 1)
-    mixture = []
-    for count in counts:
-        factor = math.prod(count**2 / (count**2 - other**2) for other in counts if other != count)
-        mixture.append((factor, repeated(strang(operators).stages, (1.0 / count,) * count)))
+    tables = (repeated(strang(operators).stages, (1.0 / count,) * count) for count in counts)
+    mixture = tuple(zip(_extrapolating(counts), tables, strict=True))
     source = "Hairer, Norsett & Wanner (1993), Solving ODEs I, II.9; Chin (2010), Celest. Mech. Dyn. Astr. 106"
-    return Scheme(f"extrapolated-strang{order}", (), order, source, mixture=tuple(mixture))
+    embedded = (0.0, *_extrapolating(counts[1:]))
+    return Scheme(
+        f"extrapolated-strang{order}", (), order, source, mixture=mixture, embedded=embedded, embedded_order=order - 2
+    )
+
+
+def _extrapolating(counts: Sequence[int]) -> list[float]:
+    """Factors with which results of so many sub-steps each add up to one without their leading even errors."""
+    return [math.prod(n**2 / (n**2 - other**2) for other in counts if other != n) for n in counts]
 
 
 def yoshida6(operators: int = 2) -> Scheme:

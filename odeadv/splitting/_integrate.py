@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Jump, Operator, Sum, Tally
+from odeadv.fields._operator import Jump, Operator, Sum, Tally, clock_dtype
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._scheme import Composition, Stage
-from odeadv.splitting._substep import Clock, Exact, SubStep
+from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
 
+BATCH = 256  # steps whose evaluation times are made at once
 WHOLE: tuple[tuple[float, Composition], ...] = ((1.0, (Stage(0, 1.0, 0.0),)),)
+
+
+class Row(NamedTuple):
+    """A `Stage` as the loop needs it; ``own`` is the time on its operator's own clock, where it begins."""
+
+    operator: int
+    weight: float
+    start: float
+    stop: float
+    frozen: bool
+    own: float
 
 
 @dataclass
@@ -36,9 +49,10 @@ class Stepper:
     def __post_init__(self) -> None:
         if not self.tallies:
             self.tallies = [Tally() for _ in self.operators]
-        self._rows = [(factor, _with_own_clocks(stages)) for factor, stages in self.compositions]
+        self._rows = [(factor, _rows(stages)) for factor, stages in self.compositions]
         # Operators that are the same on every step need not be asked for each of them.
         self._constant = all(operator.constant for operator in self.operators)
+        self._prepared = self._methods_to_prepare()
 
     @property
     def counted(self) -> Sequence[Tally]:
@@ -50,32 +64,67 @@ class Stepper:
         """The state at the end of ``step`` from the state ``x`` at its beginning."""
         if self._constant and len(self._rows) == 1:
             return self._through(x, step, self.operators, self._rows[0][1])
+        return self._mixed([factor for factor, _ in self._rows], self._ends(x, step))
+
+    def advance_with(self, others: Sequence[float], x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """What `advance` gives, and its difference from the result with the factors ``others`` for the tables."""
+        factors = [factor for factor, _ in self._rows]
+        ends = self._ends(x, step, every=True)
+        differences = [factor - other for factor, other in zip(factors, others, strict=True)]
+        return self._mixed(factors, ends), self._mixed(differences, ends)
+
+    def _ends(self, x: Tensor, step: Step, *, every: bool = False) -> list[Tensor | None]:
+        """What each table comes to; None for those with factor 0, unless ``every`` one is asked for."""
         local = [operator.on(step.t0, step.t1) for operator in self.operators]
         flowing = [operator for operator in local if not isinstance(operator, Jump)]
+        rows = [rows if factor or every else None for factor, rows in self._rows]
         if len(flowing) == len(local):
-            ends = [self._through(x, step, flowing, rows) for _, rows in self._rows]
-        else:
-            ends = [self._across_jump(x, step, local, rows) for _, rows in self._rows]
-        if len(ends) == 1:
-            return ends[0]
-        total = ends[0] * self._rows[0][0]
-        for (factor, _), end in zip(self._rows[1:], ends[1:], strict=True):
+            return [None if table is None else self._through(x, step, flowing, table) for table in rows]
+        return [None if table is None else self._across_jump(x, step, local, table) for table in rows]
+
+    @staticmethod
+    def _mixed(factors: Sequence[float], ends: Sequence[Tensor | None]) -> Tensor:
+        """The sum of the ``factors`` times ``ends``."""
+        acting = [(factor, end) for factor, end in zip(factors, ends, strict=True) if factor and end is not None]
+        (factor, end), *others = acting
+        total = end if factor == 1.0 else end * factor
+        for factor, end in others:
             total = torch.add(total, end, alpha=factor)
         return total
+
+    def states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
+        """The states at ``t_1 ... t_N`` from ``x`` at ``t_0``, one at a time."""
+        if not self._prepared or torch.compiler.is_compiling():
+            for step in grid:
+                x = self.advance(x, step)
+                yield x
+            return
+        ((_, rows),) = self._rows
+        methods = [self._prepared[row.operator] for row in rows]
+        parts = [(self._prepared[row.operator].bound(self.operators[row.operator].f), row.weight) for row in rows]
+        sizes = iter(grid.sizes)
+        for first in range(0, len(grid), BATCH):
+            ends = grid.times[first : first + BATCH + 1]
+            times = _evaluation_times(ends, rows, methods, x)
+            for row, method in zip(rows, methods, strict=True):
+                self.tallies[row.operator].evaluations += (len(ends) - 1) * len(method.nodes)
+            for h in islice(sizes, len(ends) - 1):
+                for advance, weight in parts:
+                    x = advance(x, h * weight, times)
+                yield x
 
     def march(self, x: Tensor, grid: Grid) -> Tensor:
         """The state at the end of ``grid``; stages that continue one another across steps are made one.
 
-        That is done for exact flows only, where it changes the result by rounding alone: Strang then costs one flow
+        Joining is done for exact flows only, where it changes the result by rounding alone: Strang then costs one flow
         of the outer operator a step instead of two.
         """
         if not len(grid) or not self._joins():
-            for step in grid:
-                x = self.advance(x, step)
+            for end in self.states(x, grid):
+                x = end
             return x
         ((_, rows),) = self._rows
-        outer = rows[0][0].operator
-        head, tail = rows[0][0].weight, rows[-1][0].weight
+        outer, head, tail = rows[0].operator, rows[0].weight, rows[-1].weight
         step = grid[0]
         x = self._outer(outer, x, step.t0, step.h * head)
         for step, following in pairwise(grid):
@@ -101,13 +150,19 @@ class Stepper:
             values.append(local.velocity(t, x, tally))
         return sum(values[1:], start=values[0])
 
+    def _methods_to_prepare(self) -> list[RungeKutta]:
+        """The sub-steps, if all that they do on a step but its times and states is known beforehand; none if not."""
+        plain = self._constant and all(type(operator).velocity is Operator.velocity for operator in self.operators)
+        methods = [method for method in self.substeps if type(method) is RungeKutta]
+        return methods if plain and len(self._rows) == 1 and len(methods) == len(self.substeps) else []
+
     def _joins(self) -> bool:
         """Whether the last stage of a step and the first of the next are the same exact flow."""
         if len(self._rows) > 1 or any(operator.edges for operator in self.operators):
             return False
         ((_, rows),) = self._rows
-        (first, _), (last, own) = rows[0], rows[-1]
-        contiguous = not (first.frozen or last.frozen) and abs(own + last.weight - 1.0) < 1e-12
+        first, last = rows[0], rows[-1]
+        contiguous = not (first.frozen or last.frozen) and abs(last.own + last.weight - 1.0) < 1e-12
         exact = isinstance(self.substeps[first.operator], Exact) and self.operators[first.operator].flow is not None
         return len(rows) > 1 and first.operator == last.operator and contiguous and exact
 
@@ -118,52 +173,60 @@ class Stepper:
     def _outer(self, i: int, x: Tensor, t: float, h: float) -> Tensor:
         return self.substeps[i].advance(self.operators[i], Clock(t, t + h, t), h, x, self.tallies[i])
 
-    def _through(self, x: Tensor, step: Step, local: Sequence[Operator], rows: Sequence[tuple[Stage, float]]) -> Tensor:
+    def _through(self, x: Tensor, step: Step, local: Sequence[Operator], rows: Sequence[Row]) -> Tensor:
         """A step on which every operator is an ODE."""
-        for stage, own in rows:
-            i, start = stage.operator, step.time(stage.start)
-            stop = start if stage.frozen else step.time(stage.stop)
-            origin = start if own == stage.start and step.own is None else step.own_time(own)
-            h = step.h * stage.weight
+        for i, weight, begin, end, frozen, own in rows:
+            start = step.time(begin)
+            stop = start if frozen else step.time(end)
+            origin = start if own == begin and step.own is None else step.own_time(own)
+            h = step.h * weight
             x = self.substeps[i].advance(local[i], Clock(start, stop, origin), h, x, self.tallies[i])
         return x
 
-    def _across_jump(
-        self, x: Tensor, step: Step, local: Sequence[Operator | Jump], rows: Sequence[tuple[Stage, float]]
-    ) -> Tensor:
+    def _across_jump(self, x: Tensor, step: Step, local: Sequence[Operator | Jump], rows: Sequence[Row]) -> Tensor:
         """A jump takes the place of its operator's stages; the others act before it at t0, after it at t1.
 
         It takes place where its operator would have passed the middle of the step.
         """
         jumped, passed = False, 0.0
-        for stage, own in rows:
-            operator = local[stage.operator]
-            tally = self.tallies[stage.operator]
+        for row in rows:
+            operator = local[row.operator]
+            tally = self.tallies[row.operator]
             if isinstance(operator, Jump):
-                passed += stage.weight
+                passed += row.weight
                 if not jumped and passed >= 0.5 - 1e-12:
                     x, jumped = operator.across(x, tally), True
             else:
                 end = step.t1 if jumped else step.t0
-                clock = Clock(end, end, step.own_time(own))
-                x = self.substeps[stage.operator].advance(operator, clock, step.h * stage.weight, x, tally)
+                clock = Clock(end, end, step.own_time(row.own))
+                x = self.substeps[row.operator].advance(operator, clock, step.h * row.weight, x, tally)
         return x
 
 
-def integrate(stepper: Stepper, x0: Tensor, grid: Grid) -> Iterator[Tensor]:
-    """The states at ``t_1 ... t_N`` from ``x0`` at ``t_0``, one at a time."""
-    x = x0
-    for step in grid:
-        x = stepper.advance(x, step)
-        yield x
+def _evaluation_times(
+    ends: Sequence[float], rows: Sequence[Row], methods: Sequence[RungeKutta], x: Tensor
+) -> Iterator[Tensor]:
+    """The times at which ``methods`` evaluate on the steps between ``ends``, in their order, made as one tensor."""
+    nodes = torch.tensor(ends, dtype=torch.float64, device="cpu")
+    step = Step(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # all steps as one, by the same arithmetic
+    columns = []
+    for row, method in zip(rows, methods, strict=True):
+        start = step.time(row.start)
+        clock = Clock(start, start if row.frozen else step.time(row.stop), start)
+        columns += [clock.at(node) for node in method.nodes]
+    table: Tensor = torch.stack(columns, dim=1)  # type: ignore[arg-type]
+    return iter(table.to(x.device, clock_dtype(x.dtype)).flatten().unbind())
 
 
-def _with_own_clocks(stages: Composition) -> list[tuple[Stage, float]]:
-    """Each stage with the time on its operator's own clock, the sum of the operator's earlier weights."""
+def _rows(stages: Composition) -> list[Row]:
+    """The stages with the time on each operator's own clock, the sum of its earlier weights."""
     acted: dict[int, float] = {}
     rows = []
     for stage in stages:
-        own = acted.get(stage.operator, 0.0)
-        rows.append((stage, own))
-        acted[stage.operator] = own + stage.weight
+        i = stage.operator
+        if isinstance(i, str):
+            raise TypeError(f"compositions: got a stage of {i!r}, expected numbers; see Scheme.numbered")
+        own = acted.get(i, 0.0)
+        rows.append(Row(i, stage.weight, stage.start, stage.stop, stage.frozen, own))
+        acted[i] = own + stage.weight
     return rows

@@ -45,10 +45,14 @@ def strang_symmetric(operators: int = 2) -> Scheme:
 
 
 def averaged_lie(operators: int = 2) -> Scheme:
-    """The mean of Lie-Trotter and its reverse, each operator on its own clock; the two can run in parallel."""
+    """The mean of Lie-Trotter and its reverse, each operator on its own clock; the two can run in parallel.
+
+    Lie-Trotter itself, of order one, is embedded.
+    """
     forward = tuple(Stage(operator, 1.0, 0.0) for operator in range(operators))
     source = "Strang (1963), Arch. Rational Mech. Anal. 12 (symmetrically weighted sequential splitting)"
-    return Scheme("averaged-lie", (), 2, source, mixture=((0.5, forward), (0.5, forward[::-1])))
+    mixture = ((0.5, forward), (0.5, forward[::-1]))
+    return Scheme("averaged-lie", (), 2, source, mixture=mixture, embedded=(1.0, 0.0), embedded_order=1)
 
 
 def averaged_strang(operators: int = 2) -> Scheme:

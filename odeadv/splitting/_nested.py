@@ -69,10 +69,7 @@ class Nested:
         else:
             substeps = [get_substep(self.substep)] * len(names)
         scheme = schemes.get(self.scheme, len(names)) if isinstance(self.scheme, str) else self.scheme
-        if scheme.operators != len(names):
-            raise ValueError(
-                f"scheme: {scheme.name!r} splits {scheme.operators} operators, the inner field has {len(names)}"
-            )
+        scheme = scheme.numbered(names)
         stepper = Stepper(operator.operators, substeps, scheme.compositions, [tally] * len(names))
         running = clock.stop - clock.start
         for k in range(self.steps):

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Forcing, Operator, Tally, as_time, check_unmodified, same_shape, version
+from odeadv.fields._operator import (
+    Forcing,
+    Operator,
+    Tally,
+    VectorFunction,
+    as_time,
+    check_unmodified,
+    checked,
+    same_shape,
+    version,
+)
+
+Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
 
 
 class Clock(NamedTuple):
@@ -88,6 +100,30 @@ class RungeKutta:
             x = torch.add(x, slopes[j], alpha=h * weight)
         return x
 
+    def bound(self, f: VectorFunction) -> Bound:
+        """`advance` along ``f``, with what is the same on every step looked up: ``bound(x, h, times)``.
+
+        ``times`` gives the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau.
+        """
+        stages: list[tuple[float, list[tuple[int, float]]]]
+        weights: list[tuple[int, float]]
+        stages, weights = self._nonzero  # type: ignore[attr-defined]
+        if len(stages) == 1 and weights == [(0, 1.0)]:  # Euler: loops of one turn are not free
+            return lambda x, h, times: x.add(checked(f, next(times), x), alpha=h)
+
+        def advance(x: Tensor, h: float, times: Iterator[Tensor]) -> Tensor:
+            slopes: list[Tensor] = []
+            for _, row in stages:
+                y = x
+                for j, coefficient in row:
+                    y = y.add(slopes[j], alpha=h * coefficient)
+                slopes.append(checked(f, next(times), y))
+            for j, weight in weights:
+                x = x.add(slopes[j], alpha=h * weight)
+            return x
+
+        return advance
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -164,7 +200,7 @@ def _quadrature(
     x: Tensor,
     tally: Tally,
 ) -> Tensor:
-    totals: dict[float, float] = {}
+    totals: dict[float, float] = {}  # nodes that fall on the same time are one, as all do where the clock is frozen
     for node, weight in zip(nodes, weights, strict=True):
         time = clock.at(node)
         totals[time] = totals.get(time, 0.0) + weight
