@@ -1,9 +1,36 @@
-"""Residual networks that are fields: an ordinary module outside, dx/dt = f(t, x) with dt = 1 inside.
+"""Networks that are fields: an ordinary module outside, dx/dt = f(t, x) inside.
 
 ``net(images)`` maps images in [0, 1] to logits; ``net.field(images, labels, eta)`` is the same network as an
-`odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. Uses fields only.
+`odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. Uses the solver and what is below it.
 """
 
-from odeadv.models._resnet import PreActBlock, PreActResNet, Stem, preact_resnet, resnet20, resnet56
+from odeadv.models._damping import Damp, Damping, LambdaDamp
+from odeadv.models._network import Network, Stem
+from odeadv.models._noise import Averaged, Noise, averaged
+from odeadv.models._ode import ConvField, OdeNet, ode_net
+from odeadv.models._refine import Refined, refine
+from odeadv.models._registry import build, names
+from odeadv.models._resnet import PreActBlock, PreActResNet, preact_resnet, resnet20, resnet56
 
-__all__ = ["PreActBlock", "PreActResNet", "Stem", "preact_resnet", "resnet20", "resnet56"]
+__all__ = [
+    "Averaged",
+    "ConvField",
+    "Damp",
+    "Damping",
+    "LambdaDamp",
+    "Network",
+    "Noise",
+    "OdeNet",
+    "PreActBlock",
+    "PreActResNet",
+    "Refined",
+    "Stem",
+    "averaged",
+    "build",
+    "names",
+    "ode_net",
+    "preact_resnet",
+    "refine",
+    "resnet20",
+    "resnet56",
+]

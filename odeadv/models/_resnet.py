@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from odeadv.fields import AdversarialField, Jump, Operator, Piecewise
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-
-
-class Stem(nn.Module):
-    """Normalisation and the first convolution: images in [0, 1] to the state x_0.
-
-    Args:
-        width: channels of the state.
-        mean, std: per-channel constants in [0, 1], part of the model so that attacks work on pixels.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        self.conv = _conv(len(mean), width, 3, 1)
-
-    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
-        """x_0 of ``images``."""
-        x: Tensor = self.conv((images - self.mean) / self.std)
-        return x
+from odeadv.fields import Jump, Operator, Piecewise
+from odeadv.models._damping import Damping, DampingKind, make_damping
+from odeadv.models._network import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    FieldNetwork,
+    Stem,
+    check_sizes,
+    check_statistics,
+    conv,
+    initialise,
+)
+from odeadv.models._noise import NoiseKind, make_noise, noises_of, read_noise
 
 
 class PreActBlock(nn.Module):
@@ -48,33 +35,59 @@ class PreActBlock(nn.Module):
     Args:
         channels_in, channels_out: channels before and after.
         stride: of the first convolution and the projection.
+        damping: takes the place of f by a field damped in x, see `odeadv.models.Damping`; not on a jump.
+        noise: standard deviation of the noise added to the sum in training; 0 for none.
+        noise_kind: whether that is ``"absolute"`` or ``"relative"`` to the sum's own.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        stride: int = 1,
+        *,
+        damping: DampingKind | None = None,
+        noise: float = 0.0,
+        noise_kind: NoiseKind = "absolute",
+    ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
-        self.conv1 = _conv(channels_in, channels_out, 3, stride)
+        self.conv1 = conv(channels_in, channels_out, 3, stride)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.conv2 = _conv(channels_out, channels_out, 3, 1)
+        self.conv2 = conv(channels_out, channels_out, 3, 1)
         self.shortcut: nn.Module | None = None
         if stride != 1 or channels_in != channels_out:
             self.shortcut = nn.Sequential(
-                nn.BatchNorm2d(channels_in), nn.ReLU(inplace=True), _conv(channels_in, channels_out, 1, stride)
+                nn.BatchNorm2d(channels_in), nn.ReLU(inplace=True), conv(channels_in, channels_out, 1, stride)
             )
+            if damping is not None:
+                raise ValueError(f"damping: got {damping!r} for a block that changes the state's shape, expected None")
+        self.damping = make_damping(damping)
+        self.noise = make_noise(*read_noise(noise, noise_kind))
 
     def residual(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """f(x), the velocity of the state where the block is an ODE step."""
+        """f(x), damped if the block is: the velocity of the state, but for noise, where the block is an ODE step."""
         y = self.conv1(F.relu(self.bn1(x), inplace=True))
         z: Tensor = self.conv2(F.relu(self.bn2(y), inplace=True))
-        return z
+        return z if self.damping is None else self.damping(z, x)
+
+    def velocity(self, x: Float[Tensor, "n c h w"], dt: float = 1.0) -> Float[Tensor, "n c h w"]:
+        """`residual`, with the noise of one step of ``dt`` where there is noise."""
+        return self._noised(x, self.residual(x), dt)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """The next state."""
         y: Tensor = x if self.shortcut is None else self.shortcut(x)
-        return y + self.residual(x)
+        return y + self._noised(y, self.residual(x), 1.0)
+
+    def _noised(self, x: Tensor, f: Tensor, dt: float) -> Tensor:
+        if self.noise is None or not self.noise.active:
+            return f
+        noise: Tensor = self.noise(x, f, dt)
+        return f + noise
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(FieldNetwork):
     """Pre-activated ResNet: a stem, three stages of n blocks, and a head; images in [0, 1] to logits.
 
     ``head(blocks(stem(images)))`` is ``net(images)`` exactly; block ``k`` is the step from t = k to k + 1.
@@ -84,10 +97,17 @@ class PreActResNet(nn.Module):
         width: channels of the first stage; the later ones have 2 and 4 times as many.
         num_classes: number of logits.
         mean, std: normalisation constants per image channel.
-        generator: source of the initial weights; the global random state if not given.
+        damping: ``"damp"`` (In-ResNet) or ``"lambda-damp"`` (lambda-In-ResNet) of all blocks but the first and the
+            two jumps (Yang et al. 2020, see `odeadv.models.Damping`).
+        noise: standard deviation of Gaussian noise added after every residual sum while training (Wang et al. 2019,
+            see `odeadv.models.Noise`); True for 0.1.
+        noise_kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum.
+        generator: source of the initial weights; the global random state if not given. The weights do not depend
+            on ``damping``, whose scalars are drawn last.
 
     Raises:
-        ValueError: if ``depth`` is not 6n + 2, or ``width`` or ``num_classes`` is below 1.
+        TypeError: if an integer is asked for and not given.
+        ValueError: if ``depth`` is not 6n + 2, ``width`` or ``num_classes`` is below 1, or a name is not known.
     """
 
     def __init__(
@@ -98,18 +118,32 @@ class PreActResNet(nn.Module):
         *,
         mean: Sequence[float] = CIFAR10_MEAN,
         std: Sequence[float] = CIFAR10_STD,
+        damping: DampingKind | None = None,
+        noise: float | bool = 0.0,
+        noise_kind: NoiseKind = "absolute",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if not all(isinstance(value, int) for value in (depth, width, num_classes)):
             raise TypeError(f"depth, width, num_classes: got {depth!r}, {width!r}, {num_classes!r}, expected integers")
-        if len(mean) != len(std):
-            raise ValueError(f"mean, std: got {len(mean)} and {len(std)} values, expected one an image channel each")
+        check_statistics(mean, std)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, ..., 56, ...")
-        if width < 1 or num_classes < 1:
-            raise ValueError(f"width, num_classes: got {width} and {num_classes}, expected at least 1 each")
+        check_sizes(width=width, num_classes=num_classes)
+        make_damping(damping)
+        strength, noise_kind = read_noise(noise, noise_kind)
         self.depth, self.width, self.num_classes = depth, width, num_classes
+        self._config = {
+            "name": "preact_resnet",
+            "depth": depth,
+            "width": width,
+            "num_classes": num_classes,
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+            "damping": damping,
+            "noise": strength,
+            "noise_kind": noise_kind,
+        }
         with contextlib.nullcontext() if generator is None else torch.random.fork_rng(devices=[]):
             self.stem = Stem(width, mean, std)
             widths = [width, 2 * width, 4 * width]
@@ -118,7 +152,16 @@ class PreActResNet(nn.Module):
             channels = width
             for stage, wide in enumerate(widths):
                 for i in range(per_stage):
-                    blocks.append(PreActBlock(channels, wide, stride=2 if stage and not i else 1))
+                    blocks.append(
+                        PreActBlock(
+                            channels,
+                            wide,
+                            stride=2 if stage and not i else 1,
+                            damping=damping if i else None,
+                            noise=strength,
+                            noise_kind=noise_kind,
+                        )
+                    )
                     channels = wide
             self.blocks = nn.ModuleList(blocks)
             self.head = nn.Sequential(
@@ -128,17 +171,11 @@ class PreActResNet(nn.Module):
                 nn.Flatten(),
                 nn.Linear(channels, num_classes),
             )
-        self._initialise(generator)
-
-    def _initialise(self, generator: torch.Generator | None) -> None:
+        self.t_span, self.dt = (0.0, float(len(blocks))), 1.0
+        initialise(self, generator)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out), generator=generator)
-            elif isinstance(module, nn.Linear):
-                bound = 1.0 / math.sqrt(module.in_features)
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.zeros_(module.bias)
+            if isinstance(module, Damping):
+                module.initialise(generator)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
         """Logits of ``images``, which lie in [0, 1]."""
@@ -148,66 +185,38 @@ class PreActResNet(nn.Module):
         logits: Tensor = self.head(x)
         return logits
 
-    def field(self, images: Float[Tensor, "n 3 h w"], labels: Int[Tensor, " n"], eta: float = 0.0) -> AdversarialField:
-        """The network as the field of Eq. 7, carrying its problem: x0 = stem(images), t from 0 to N, dt = 1.
+    def dynamics(self, dt: float) -> Operator:
+        """Block k on [k, k + 1], for steps of ``dt``."""
+        return Piecewise([_piece(block, dt) for block in self.blocks], range(len(self.blocks) + 1))
 
-        The loss is the cross-entropy of the head's logits, averaged over the batch. eta scales the gradient of that
-        mean, so eta / batch_size is what is invariant: the paper's eta = 50 (CIFAR-10) and 1000 (CIFAR-100) belong
-        to batches of 128. ``odeadv.solve(net.field(images, labels, eta), scheme="lie")`` is Eq. 5.
-
-        Args:
-            images: in [0, 1].
-            labels: class numbers.
-            eta: strength of the costate.
+    def noisy_inference(self, on: bool = True) -> PreActResNet:
+        """Switch the noise in evaluation mode on or off; returns the network.
 
         Raises:
-            TypeError: if images are not floating-point, or labels not int64.
-            ValueError: if the images' channels or the labels do not fit.
+            ValueError: if the network was made without noise.
         """
-        channels = self.stem.conv.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, {channels}, height, width)")
-        if not images.is_floating_point():
-            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels: got {got}, expected a tensor of int64 class numbers")
-        if not len(images):
-            raise ValueError("images: got none, expected at least one")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({len(images)},), one an image")
-        if (
-            labels.device.type == "cpu"
-            and len(labels)
-            and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
-        ):
-            raise ValueError(
-                f"labels: got classes {int(labels.min())} to {int(labels.max())}, expected 0 to {self.num_classes - 1}"
-            )
-        return AdversarialField(
-            Piecewise([_piece(block) for block in self.blocks], range(len(self.blocks) + 1)),
-            lambda logits: F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels),
-            eta,
-            readout=self.head,
-            x0=lambda: self.stem(images),
-            t_span=(0.0, float(len(self.blocks))),
-            dt=1.0,
-        )
+        for noise in noises_of(self):
+            noise.at_inference = on
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `odeadv.models.build` makes an equal architecture."""
+        return copy.deepcopy(self._config)
 
     def extra_repr(self) -> str:
         """The arguments that made it."""
-        return f"depth={self.depth}, width={self.width}, num_classes={self.num_classes}"
+        shown = f"depth={self.depth}, width={self.width}, num_classes={self.num_classes}"
+        damping, noise, kind = (self._config[name] for name in ("damping", "noise", "noise_kind"))
+        shown += f", damping={damping!r}" if damping else ""
+        return shown + (f", noise={noise:g}, noise_kind={kind!r}" if noise else "")
 
 
-def _piece(block: nn.Module) -> Operator | Jump:
+def _piece(block: nn.Module, dt: float) -> Operator | Jump:
     assert isinstance(block, PreActBlock)
     if block.shortcut is not None:
         return Jump(block)
-    return Operator(lambda t, x: block.residual(x), modules=(block,))
-
-
-def _conv(channels_in: int, channels_out: int, size: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, size, stride=stride, padding=size // 2, bias=False)
+    return Operator(lambda t, x: block.velocity(x, dt), modules=(block,))
 
 
 def preact_resnet(
@@ -217,10 +226,23 @@ def preact_resnet(
     *,
     mean: Sequence[float] = CIFAR10_MEAN,
     std: Sequence[float] = CIFAR10_STD,
+    damping: DampingKind | None = None,
+    noise: float | bool = 0.0,
+    noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
     """A `PreActResNet`; see there."""
-    return PreActResNet(depth, width, num_classes, mean=mean, std=std, generator=generator)
+    return PreActResNet(
+        depth,
+        width,
+        num_classes,
+        mean=mean,
+        std=std,
+        damping=damping,
+        noise=noise,
+        noise_kind=noise_kind,
+        generator=generator,
+    )
 
 
 def resnet20(
@@ -228,10 +250,23 @@ def resnet20(
     *,
     mean: Sequence[float] = CIFAR10_MEAN,
     std: Sequence[float] = CIFAR10_STD,
+    damping: DampingKind | None = None,
+    noise: float | bool = 0.0,
+    noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
     """`preact_resnet` of depth 20 and width 16."""
-    return PreActResNet(20, 16, num_classes, mean=mean, std=std, generator=generator)
+    return PreActResNet(
+        20,
+        16,
+        num_classes,
+        mean=mean,
+        std=std,
+        damping=damping,
+        noise=noise,
+        noise_kind=noise_kind,
+        generator=generator,
+    )
 
 
 def resnet56(
@@ -239,7 +274,20 @@ def resnet56(
     *,
     mean: Sequence[float] = CIFAR10_MEAN,
     std: Sequence[float] = CIFAR10_STD,
+    damping: DampingKind | None = None,
+    noise: float | bool = 0.0,
+    noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
     """`preact_resnet` of depth 56 and width 16: 27 blocks, the paper's network."""
-    return PreActResNet(56, 16, num_classes, mean=mean, std=std, generator=generator)
+    return PreActResNet(
+        56,
+        16,
+        num_classes,
+        mean=mean,
+        std=std,
+        damping=damping,
+        noise=noise,
+        noise_kind=noise_kind,
+        generator=generator,
+    )

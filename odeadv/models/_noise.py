@@ -1,0 +1,197 @@
+"""Gaussian noise on the state of a residual network (Wang et al. 2019, arXiv:1811.10745), and averaging over it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from odeadv._state import untouched
+
+NoiseKind = Literal["absolute", "relative"]
+DEFAULT_STD = 0.1
+
+
+class Noise(nn.Module):
+    """The diffusion term of a block: noise on the residual sum x + dt f(x), drawn from torch's global random state.
+
+    Like dropout: on in training mode, off in evaluation mode unless `at_inference` is set; and a recording pass, which
+    puts the random state back, sees the noise that the pass after it sees.
+
+    Args:
+        std: standard deviation over a unit of time, ``"absolute"``, or ``"relative"`` to that of the sum, taken over
+            the whole batch tensor as a constant.
+        kind: which of the two.
+
+    Attributes:
+        at_inference: whether the noise is on in evaluation mode too.
+    """
+
+    def __init__(self, std: float, kind: NoiseKind) -> None:
+        super().__init__()
+        self.std, self.kind = std, kind
+        self.at_inference = False
+
+    @property
+    def active(self) -> bool:
+        """Whether there is noise now."""
+        return self.training or self.at_inference
+
+    def forward(
+        self, x: Float[Tensor, "n c h w"], f: Float[Tensor, "n c h w"], dt: float = 1.0
+    ) -> Float[Tensor, "n c h w"]:
+        """What to add to the velocity ``f`` at ``x``, so that an Euler step of ``dt`` adds std sqrt(dt) N(0, 1)."""
+        # Drawn contiguously in at least float32: several times faster, and the same numbers whatever f's layout.
+        drawn = torch.randn(f.shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
+        with torch.no_grad():
+            scale = self.std / math.sqrt(dt)
+            drawn *= scale if self.kind == "absolute" else scale * torch.add(x, f, alpha=dt).to(drawn.dtype).std()
+            return torch.empty_like(f).copy_(drawn)
+
+    def extra_repr(self) -> str:
+        """The arguments that made it."""
+        return f"std={self.std:g}, kind={self.kind!r}"
+
+
+def make_noise(std: float, kind: NoiseKind) -> Noise | None:
+    """The noise of one block, None if ``std`` is 0."""
+    return Noise(std, kind) if std else None
+
+
+def read_noise(noise: float | bool, kind: str) -> tuple[float, NoiseKind]:
+    """Standard deviation and kind; True is the paper's 0.1.
+
+    Raises:
+        TypeError, ValueError: naming ``noise`` or ``noise_kind``.
+    """
+    if kind not in ("absolute", "relative"):
+        raise ValueError(f"noise_kind: got {kind!r}, expected 'absolute' or 'relative'")
+    if not isinstance(noise, bool | int | float):
+        raise TypeError(f"noise: got {type(noise).__name__}, expected a standard deviation, or True for {DEFAULT_STD}")
+    std = DEFAULT_STD if noise is True else float(noise)
+    if not math.isfinite(std) or std < 0:
+        raise ValueError(f"noise: got {noise!r}, expected a finite standard deviation, at least 0")
+    return std, kind  # type: ignore[return-value]  # checked above
+
+
+def noises_of(net: nn.Module) -> list[Noise]:
+    """The noises in ``net``.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    found = [module for module in net.modules() if isinstance(module, Noise)]
+    if not found:
+        raise ValueError("net: has no noise to draw; make it with noise=0.1")
+    return found
+
+
+def averaged(
+    net: nn.Module,
+    passes: int = 100,
+    generator: torch.Generator | int | None = None,
+    *,
+    recompute: bool = True,
+) -> Averaged:
+    """``net`` with noise at inference: logits averaged over ``passes`` noisy forward passes. See `Averaged`."""
+    return Averaged(net, passes, generator, recompute=recompute)
+
+
+class Averaged(nn.Module):
+    """Images to logits, the mean over noisy forward passes of ``net`` in evaluation mode.
+
+    Differentiable, so an attack on it attacks the mean over the noise (EOT, Athalye et al. 2018, arXiv:1707.07397).
+    Modes, statistics and the global random state are as before; the weights are shared with ``net``.
+
+    Args:
+        net: a network made with ``noise``.
+        passes: how many.
+        generator: a seed, None being 0: every call draws the same noise for images of the same shape, so that this is
+            a function of the batch, which an attack can follow. Or a CPU generator: every call draws new noise, and
+            the same sequence of calls is repeated by an equal generator.
+        recompute: where gradients are asked for, keep no pass's graph and run each again in the backward pass:
+            memory of one pass instead of all, for a third more time. Logits and gradients are the same.
+
+    Raises:
+        TypeError: if ``passes`` is not an integer, or ``generator`` none of these.
+        ValueError: if ``net`` has no noise, or ``passes`` is below 1.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        passes: int = 100,
+        generator: torch.Generator | int | None = None,
+        *,
+        recompute: bool = True,
+    ) -> None:
+        super().__init__()
+        noises_of(net)
+        if not isinstance(passes, int) or isinstance(passes, bool):
+            raise TypeError(f"passes: got {passes!r}, expected a whole number of forward passes")
+        if passes < 1:
+            raise ValueError(f"passes: got {passes}, expected at least 1")
+        if not isinstance(generator, torch.Generator | int | None) or isinstance(generator, bool):
+            raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator, a seed or None")
+        self.net, self.passes, self.recompute = net, passes, recompute
+        self.generator = 0 if generator is None else generator
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        count: int = self.net.num_classes  # type: ignore[assignment]
+        return count
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
+        """Mean logits of ``images``, which lie in [0, 1]."""
+        given = self.generator
+        source = given if isinstance(given, torch.Generator) else torch.Generator().manual_seed(given)
+        seeds = torch.randint(2**62, (self.passes,), generator=source).tolist()
+        total: Tensor | None = None
+        for seed in seeds:
+            if self.recompute and torch.is_grad_enabled():
+                logits = checkpoint(self._once, images, seed, use_reentrant=False, preserve_rng_state=False)
+            else:
+                logits = self._once(images, seed)
+            total = logits if total is None else total + logits
+        assert total is not None
+        return total / self.passes
+
+    def _once(self, images: Tensor, seed: int) -> Tensor:
+        with untouched(self.net, mode="eval"), noisy(self.net), _seeded(seed, images.device):
+            logits: Tensor = self.net(images)
+        return logits
+
+    def extra_repr(self) -> str:
+        """The arguments that made it."""
+        return f"passes={self.passes}"
+
+
+@contextlib.contextmanager
+def noisy(net: nn.Module) -> Iterator[None]:
+    """Noise on inside, whatever the mode of ``net``."""
+    before = [(noise, noise.at_inference) for noise in noises_of(net)]
+    try:
+        for noise, _ in before:
+            noise.at_inference = True
+        yield
+    finally:
+        for noise, on in before:
+            noise.at_inference = on
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global random state of the CPU and of ``device`` seeded inside, and put back."""
+    cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield

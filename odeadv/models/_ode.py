@@ -1,0 +1,226 @@
+"""A network of continuous depth: a time-dependent convolutional field between a stem and a head.
+
+Neural ODEs: Chen et al. 2018 (arXiv:1806.07366), whose field (GroupNorm, and t as one more channel of every
+convolution) this is. It cannot separate what a homeomorphism cannot (Dupont et al. 2019, arXiv:1904.01681); stages
+joined by jumps, or more channels than the images have, lift that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from odeadv.fields import Jump, Operator, Piecewise
+from odeadv.models._network import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    FieldNetwork,
+    Stem,
+    check_sizes,
+    check_statistics,
+    conv,
+    final_state,
+    initialise,
+    plain_substep,
+    read_substep,
+)
+from odeadv.splitting import TorchDiffEq
+
+
+class ConvField(nn.Module):
+    """f(t, x): GN-ReLU-conv3x3-GN-ReLU-conv3x3-GN, t being one more input channel of both convolutions.
+
+    Callable as ``f(t, x)``, so it runs in any ODE solver.
+
+    Args:
+        channels: of the state.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(channels), conv(channels + 1, channels, 3, 1)
+        self.norm2, self.conv2 = _norm(channels), conv(channels + 1, channels, 3, 1)
+        self.norm3 = _norm(channels)
+
+    def forward(self, t: Float[Tensor, ""], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """dx/dt at time ``t``."""
+        y = self.conv1(_with_time(t, F.relu(self.norm1(x))))
+        z = self.conv2(_with_time(t, F.relu(self.norm2(y))))
+        velocity: Tensor = self.norm3(z)
+        return velocity
+
+
+class Downsample(nn.Module):
+    """Twice the channels on half the grid: a residual block with a projection, the jump between two segments.
+
+    Args:
+        channels: before; twice as many after.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(channels), conv(channels, 2 * channels, 3, 2)
+        self.norm2, self.conv2 = _norm(2 * channels), conv(2 * channels, 2 * channels, 3, 1)
+        self.shortcut = conv(channels, 2 * channels, 1, 2)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
+        """The state at the beginning of the next segment."""
+        y = F.relu(self.norm1(x))
+        z: Tensor = self.shortcut(y) + self.conv2(F.relu(self.norm2(self.conv1(y))))
+        return z
+
+
+class OdeNet(FieldNetwork):
+    """Images to head(x(T)), x the solution of dx/dt = f(t, x) from stem(images).
+
+    ``stages`` segments of length ``t_end``, each with a `ConvField` f on a clock of its own from 0 to ``t_end``; a jump
+    between two of them halves the grid and doubles the channels, and takes one step of time, t_end / steps. No part
+    depends on the batch: there are no running statistics.
+
+    ``net(images)`` is the solve by ``substep``; ``net.field`` is Eq. 7 on the same steps, so what trains a residual
+    network trains this one: ``odeadv.solve(net.field(images, labels, eta), scheme="lie", **net.solve_options)``.
+
+    Args:
+        width: channels of the first segment.
+        num_classes: number of logits.
+        stages: number of segments.
+        steps: steps a segment, the nodes of the costate among them.
+        substep: what advances f within a step: a name (`odeadv.substep_names`; ``"torchdiffeq:METHOD"`` too), an
+            `odeadv.TorchDiffEq`, or a dict of its arguments.
+        t_end: length of a segment.
+        mean, std: normalisation constants per image channel.
+        generator: source of the initial weights; the global random state if not given.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        width: int = 16,
+        num_classes: int = 10,
+        *,
+        stages: int = 3,
+        steps: int = 4,
+        substep: str | TorchDiffEq | Mapping[str, Any] = "rk4",
+        t_end: float = 1.0,
+        mean: Sequence[float] = CIFAR10_MEAN,
+        std: Sequence[float] = CIFAR10_STD,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(width=width, num_classes=num_classes, stages=stages, steps=steps)
+        check_statistics(mean, std)
+        if not isinstance(t_end, int | float) or not math.isfinite(t_end) or t_end <= 0:
+            raise ValueError(f"t_end: got {t_end!r}, expected a finite length of time above 0")
+        self.substep = read_substep(substep)
+        self.width, self.num_classes = width, num_classes
+        self.t_end, self.steps = float(t_end), steps
+        self.dt = self.t_end / steps
+        # In whole steps first, so that the ends are where the grid has them.
+        self.t_span = (0.0, self.dt * (stages * steps + stages - 1))
+        self._config = {
+            "name": "ode_net",
+            "width": width,
+            "num_classes": num_classes,
+            "stages": stages,
+            "steps": steps,
+            "substep": plain_substep(self.substep),
+            "t_end": self.t_end,
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+        }
+        with contextlib.nullcontext() if generator is None else torch.random.fork_rng(devices=[]):
+            self.stem = Stem(width, mean, std)
+            widths = [width * 2**stage for stage in range(stages)]
+            self.segments = nn.ModuleList(ConvField(channels) for channels in widths)
+            self.jumps = nn.ModuleList(Downsample(channels) for channels in widths[:-1])
+            self.head = nn.Sequential(
+                _norm(widths[-1]),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(widths[-1], num_classes),
+            )
+        initialise(self, generator)
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
+        """Logits of ``images``, which lie in [0, 1].
+
+        Raises:
+            odeadv.SolveError: if the state becomes NaN or infinite.
+        """
+        logits: Tensor = self.head(final_state(self, images, self.dt, self.substep))
+        return logits
+
+    def dynamics(self, dt: float) -> Operator:
+        """The segments, each on a clock of its own, and the jumps between them."""
+        if not self.jumps:
+            return Operator(self.segments[0])
+        pieces: list[Operator | Jump] = []
+        edges = [0.0]
+        for stage, segment in enumerate(self.segments):
+            if stage:
+                pieces.append(Jump(self.jumps[stage - 1]))
+                edges.append(self.dt * (stage * (self.steps + 1)))
+            pieces.append(_from(edges[-1], segment))
+            edges.append(self.dt * (stage * (self.steps + 1) + self.steps))
+        return Piecewise(pieces, edges)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `odeadv.models.build` makes an equal architecture."""
+        return copy.deepcopy(self._config)
+
+    def extra_repr(self) -> str:
+        """The arguments that made it."""
+        config = self._config
+        return ", ".join(f"{name}={config[name]!r}" for name in ("steps", "substep", "t_end"))
+
+
+def ode_net(
+    width: int = 16,
+    num_classes: int = 10,
+    *,
+    stages: int = 3,
+    steps: int = 4,
+    substep: str | TorchDiffEq | Mapping[str, Any] = "rk4",
+    t_end: float = 1.0,
+    mean: Sequence[float] = CIFAR10_MEAN,
+    std: Sequence[float] = CIFAR10_STD,
+    generator: torch.Generator | None = None,
+) -> OdeNet:
+    """An `OdeNet`; see there."""
+    return OdeNet(
+        width,
+        num_classes,
+        stages=stages,
+        steps=steps,
+        substep=substep,
+        t_end=t_end,
+        mean=mean,
+        std=std,
+        generator=generator,
+    )
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def _with_time(t: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([x, t.to(x.dtype).expand(x.shape[0], 1, *x.shape[2:])], dim=1)
+
+
+def _from(start: float, segment: nn.Module) -> Operator:
+    if start == 0.0:
+        return Operator(segment)
+    return Operator(lambda t, x: segment(t - start, x), modules=(segment,))
