@@ -5,7 +5,7 @@
 robust accuracy. Training, data and plotting are imported only when used.
 """
 
-from odeadv import attacks, models
+from odeadv import attacks, diagnostics, models
 from odeadv._arguments import AccuracyWarning
 from odeadv._compile import compile_solver
 from odeadv._solution import Solution, SolveError, Stats, Status
@@ -35,6 +35,7 @@ __all__ = [
     "__version__",
     "attacks",
     "compile_solver",
+    "diagnostics",
     "driven",
     "evaluate",
     "models",

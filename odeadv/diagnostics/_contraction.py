@@ -1,0 +1,156 @@
+"""How fast sweeps over the costate contract: eta * I, by power iteration on the linearised sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from odeadv._arguments import read_initial_state, read_method, read_times
+from odeadv._solution import Solution, SolveError, Stats, Status
+from odeadv._state import recording
+from odeadv.costate import record
+from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
+from odeadv.diagnostics._path import AnyField, needs_loss, norm, quotient, with_strength
+from odeadv.diagnostics._result import Result, style
+from odeadv.splitting import Scheme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Contraction(Result):
+    """By what factor a sweep changes errors of the costate that drives it.
+
+    Attributes:
+        factor: |eta| times ``reach``: below 1 plain sweeps converge at that rate, above they diverge.
+        eigenvalue: the same with a sign: negative where the loss is concave in that direction (sweeps then alternate).
+        reach: I, the factor per unit of eta: the largest curvature of the loss as a function of the forcing.
+        change: ||Phi(u) - u|| / ||Phi(u)||, Phi one sweep and u the recording that drives the two-stage method: what a
+            second sweep would change.
+        eta: strength of the field.
+        iterations: of the power method.
+        converged: whether they ended with an eigenvalue within the tolerance.
+        estimates: the estimates of ``factor`` from iteration to iteration, in turn.
+    """
+
+    factor: float
+    eigenvalue: float
+    reach: float
+    change: float
+    eta: float
+    iterations: int
+    converged: bool
+    estimates: list[float]
+
+    heading: ClassVar[str] = "Contraction of the sweeps"
+    reading: ClassVar[str] = "Far below 1, two stages are close to the true equation; above 1, plain sweeps diverge."
+
+    def summary(self) -> dict[str, float]:
+        """The few numbers that tell most."""
+        return {
+            "eta I": self.factor,
+            "with its sign": self.eigenvalue,
+            "a second sweep changes the costate by": self.change,
+            "iterations": float(self.iterations),
+        }
+
+    def _draw(self, axes: Axes, label: str) -> None:
+        counts = range(1, len(self.estimates) + 1)
+        axes.plot(counts, self.estimates, marker=".", label=label or f"$|\\eta| I$ = {self.factor:.3g}")
+        axes.axhline(1.0, color="0.5", linewidth=0.8, linestyle="--")
+        style(axes, x="power iteration", y="estimate", title="Contraction of a sweep", log=True)
+
+
+def contraction(
+    field: AnyField,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    dt: float | None = None,
+    steps: int | None = None,
+    substep: Any = None,
+    scheme: str | Scheme = "strang",
+    rtol: float = 1e-2,
+    most: int = 100,
+    generator: torch.Generator | None = None,
+) -> Contraction:
+    """Estimate eta * I: the spectral radius of a sweep's derivative, at the recording that drives two stages.
+
+    A sweep Phi takes a costate u to the one recorded on the trajectory driven by eta u. Its derivative is eta times
+    the Hessian of the loss with respect to the forcing, so a vector-Jacobian product through the recording, one
+    backward pass, is an iteration of the power method. The costate between nodes is linear. For f = lambda x and
+    L = x(T)^2 / 2, I = (exp(2 lambda T) - 1) / (2 lambda).
+
+    The graph of a recording and of its derivative is held: several times the memory of a training step.
+    Transforms of the costate do not act.
+
+    Args:
+        field: an `AdversarialField`; with eta = 0 the factor is 0 and ``reach`` that of the unperturbed trajectory.
+        x0: initial state, as in `odeadv.solve`; the field's own if not given.
+        t_span: start and end time, likewise.
+        dt: step size, likewise; or give ``steps``.
+        steps: number of steps.
+        substep: how each operator is advanced; a network's ``solve_options`` has it.
+        scheme: of the sweeps' trajectories.
+        rtol: stop when an eigenvalue is known to be as close as this, relatively.
+        most: iterations at the most.
+        generator: of the starting direction; one of seed 0 if not given.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if a recording is not finite.
+    """
+    adversarial = needs_loss("contraction", field)
+    check_iteration(rtol, most)
+    eta, unit = adversarial.eta, with_strength(adversarial, 1.0)
+    method = read_method(unit, scheme, substep, "linear")
+    grid = read_times(unit, t_span, dt, steps, None, None).grid
+    if grid is None:
+        raise ValueError(f"dt: got {dt!r}, expected a step size: sweeps that adapt their steps are not differentiable")
+    with torch.inference_mode(False), torch.no_grad():
+        start = read_initial_state(unit, x0).detach().clone()
+    estimates: list[float] = []
+    with recording(unit.modules, start.device):
+        first = record(unit, start, grid, method.stepper(unit))
+        base, split = _joined(first.nodes)
+
+        def sweep(forcing: Tensor) -> Tensor:
+            along = unit.driven_by(replace(first, nodes=split(forcing), differentiate=True))
+            return _joined(record(unit, start, grid, method.stepper(along), differentiate=True).nodes)[0]
+
+        linear = Linearised(sweep, eta * base)
+        if not bool(linear.value.isfinite().all()):
+            times = torch.tensor(grid.times[:1], dtype=torch.float64)
+            raise SolveError(Solution(times, start[None], status=Status.NON_FINITE, stats=Stats(), scheme=method.name))
+
+        def apply(v: Tensor) -> Tensor:
+            image = linear.vjp(v)
+            estimates.append(abs(eta) * norm(image))
+            return image
+
+        found = largest(apply, random_like(base, generator), rtol=rtol, most=most)
+    return Contraction(
+        factor=abs(eta) * found.modulus,
+        eigenvalue=eta * found.rayleigh,
+        reach=found.modulus,
+        change=quotient(norm(linear.value - base), norm(linear.value)),
+        eta=eta,
+        iterations=found.iterations,
+        converged=found.converged,
+        estimates=estimates,
+    )
+
+
+def _joined(nodes: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """The nodes as one vector, and what takes such a vector apart again."""
+    shapes, counts = [node.shape for node in nodes], [node.numel() for node in nodes]
+
+    def split(joined: Tensor) -> list[Tensor]:
+        return [part.reshape(shape) for part, shape in zip(torch.split(joined, counts), shapes, strict=True)]
+
+    return torch.cat([node.reshape(-1) for node in nodes]), split

@@ -1,0 +1,299 @@
+"""The Hamiltonian along a solution, the energy its perturbation spends, and what that buys."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from odeadv._arguments import AccuracyWarning
+from odeadv._solution import Solution
+from odeadv._solve import driven, solve
+from odeadv._state import aside
+from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, quotient, walk
+from odeadv.diagnostics._result import Result, style
+from odeadv.fields import Jump, Operator
+from odeadv.fields._operator import Tally
+from odeadv.splitting import Scheme, SubStep, get_substep
+from odeadv.splitting._substep import Clock
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Hamiltonian(Result):
+    """H = a . f(t, x) + (eta / 2) |a|^2 at both ends of each layer that is an ODE step.
+
+    Attributes:
+        layers: numbers of the layers; jumps are left out.
+        starts, stops: times of their ends.
+        values: H at the beginning of each layer, with the f of that layer.
+        ends: H at its end, with the same f.
+        layer_drift: ``ends`` - ``values``.
+        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|; with pieces, between which H changes as f
+            does, the largest |``layer_drift``|.
+        relative_drift: ``drift`` over the largest |H|.
+        eta: strength of the field.
+    """
+
+    layers: list[int]
+    starts: list[float]
+    stops: list[float]
+    values: list[float]
+    ends: list[float]
+    layer_drift: list[float]
+    drift: float
+    relative_drift: float
+    eta: float
+
+    heading: ClassVar[str] = "Hamiltonian"
+    reading: ClassVar[str] = (
+        "Constant within a layer for exact dynamics; the drift is the error of steps and of the costate's recording."
+    )
+
+    def summary(self) -> dict[str, float]:
+        """The few numbers that tell most."""
+        return {
+            "relative drift": self.relative_drift,
+            "drift": self.drift,
+        }
+
+    def _draw(self, axes: Axes, label: str) -> None:
+        times = [t for pair in zip(self.starts, self.stops, strict=True) for t in (*pair, float("nan"))]
+        levels = [h for pair in zip(self.values, self.ends, strict=True) for h in (*pair, float("nan"))]
+        axes.plot(times, levels, marker=".", label=label)
+        style(axes, x="t (layer)", y="H", title="Hamiltonian: level within a layer for exact dynamics")
+
+
+def hamiltonian(
+    field: AnyField,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    solution: Solution | None = None,
+    dt: float | None = None,
+    steps: int | None = None,
+    substep: Any = None,
+    scheme: str | Scheme = "strang",
+    sweeps: Any = None,
+) -> Hamiltonian:
+    """The Hamiltonian of Pontryagin's principle along a solution, and its drift: an accuracy check for free.
+
+    H is constant along the exact solution of Eq. 7 and 9 where f does not depend on time, so with
+    ``sweeps="converge"`` its drift is the error of the scheme. With one recording a is not the costate of the
+    trajectory that it drives, so a part of the drift stays however fine the steps are.
+
+    Args:
+        field: an `AdversarialField`.
+        x0: initial state, as in `odeadv.solve`; the field's own if not given.
+        t_span: start and end time, likewise.
+        solution: a solution of ``field`` with ``save_at="steps"``, instead of a solve here.
+        dt: step size, likewise; or give ``steps``.
+        steps: number of steps.
+        substep: how each operator is advanced; a network's ``solve_options`` has it.
+        scheme: of the perturbed trajectory.
+        sweeps: recordings, as in `odeadv.solve`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if the solve fails.
+    """
+    adversarial = needs_loss("hamiltonian", field)
+    if solution is not None:
+        if any(value is not None for value in (x0, t_span, dt, steps, substep, sweeps)):
+            raise ValueError("solution: given beside x0, t_span, dt, steps, substep or sweeps, expected it alone")
+        if len(solution.ts) != solution.stats.steps + 1:
+            raise ValueError(
+                f"solution: has {len(solution.ts)} states of {solution.stats.steps + 1}, expected one that was solved "
+                "with save_at='steps'"
+            )
+        return hamiltonian_of(path_of(solution, adversarial))
+    return hamiltonian_of(
+        walk(adversarial, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
+    )
+
+
+def hamiltonian_of(path: Path) -> Hamiltonian:
+    """H along a path with costates."""
+    layers, starts, stops, values, ends = [], [], [], [], []
+    with path.quiet():
+        for layer in path.layers():
+            if isinstance(layer.piece, Jump):
+                continue
+            assert layer.a is not None
+            assert layer.a_end is not None
+            layers.append(layer.index)
+            starts.append(layer.step.t0)
+            stops.append(layer.step.t1)
+            values.append(_level(path, layer.a, layer.velocity()))
+            ends.append(_level(path, layer.a_end, layer.velocity(layer.end, layer.step.t1)))
+    layer_drift = [end - value for value, end in zip(values, ends, strict=True)]
+    pieces = bool(path.operator.edges)
+    changes = layer_drift if pieces or not values else [level - values[0] for level in (*values, ends[-1])]
+    drift = max(map(abs, changes), default=0.0)
+    return Hamiltonian(
+        layers=layers,
+        starts=starts,
+        stops=stops,
+        values=values,
+        ends=ends,
+        layer_drift=layer_drift,
+        drift=drift,
+        relative_drift=quotient(drift, max(map(abs, (*values, *ends)), default=0.0)),
+        eta=path.eta,
+    )
+
+
+def _level(path: Path, a: Tensor, f: Tensor) -> float:
+    return inner(a, f) + 0.5 * path.eta * norm(a) ** 2
+
+
+@dataclass(frozen=True)
+class Energy(Result):
+    """What the perturbation spends, (1 / (2 eta)) * integral |eta a|^2 dt, and how far it raises the loss, by scheme.
+
+    Attributes:
+        plain_loss: loss without the perturbation.
+        energy: (eta / 2) * integral |a|^2 dt of the recording by the trapezoidal rule on its nodes: the equation's own.
+        schemes: names of the schemes.
+        spent: the same as each scheme applies it: every stage that moves the state by d in a time h costs
+            |d|^2 / (2 eta h).
+        losses: loss after each scheme.
+        loss_rise: ``losses`` - ``plain_loss``.
+        loss_per_energy: ``loss_rise`` / ``spent``; 2 for a small eta, since the loss rises by eta * integral |a|^2 dt
+            to first order, twice the energy.
+        eta: strength of the field.
+    """
+
+    plain_loss: float
+    energy: float
+    schemes: list[str]
+    spent: list[float]
+    losses: list[float]
+    loss_rise: list[float]
+    loss_per_energy: list[float]
+    eta: float
+
+    heading: ClassVar[str] = "Energy of the perturbation"
+    reading: ClassVar[str] = "How much the loss rises for each unit that the perturbation spends; 2 for a weak one."
+
+    def summary(self) -> dict[str, float]:
+        """The few numbers that tell most."""
+        return {
+            "plain loss": self.plain_loss,
+            "energy": self.energy,
+            **{
+                f"rise per energy, {name}": value
+                for name, value in zip(self.schemes, self.loss_per_energy, strict=True)
+            },
+        }
+
+    def _draw(self, axes: Axes, label: str) -> None:
+        axes.plot(self.schemes, self.loss_per_energy, marker="o", linestyle="", label=label)
+        axes.tick_params(axis="x", rotation=20)
+        style(axes, x="", y="rise of the loss per energy", title="What a unit of energy buys")
+
+
+def energy(
+    field: AnyField,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    schemes: Sequence[str | Scheme] = ("lie", "strang", "strang-midpoint", "strang-symmetric"),
+    dt: float | None = None,
+    steps: int | None = None,
+    substep: Any = None,
+    sweeps: Any = None,
+) -> Energy:
+    """Energy spent and loss gained by each scheme, on the same problem and steps.
+
+    Args:
+        field: an `AdversarialField` with eta not 0.
+        x0: initial state, as in `odeadv.solve`; the field's own if not given.
+        t_span: start and end time, likewise.
+        schemes: the schemes to compare.
+        dt: step size, likewise; or give ``steps``.
+        steps: number of steps.
+        substep: how each operator is advanced; a network's ``solve_options`` has it.
+        sweeps: recordings, as in `odeadv.solve`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if a solve fails.
+    """
+    adversarial = needs_loss("energy", field)
+    if adversarial.eta == 0.0:
+        raise ValueError(
+            "field: got one with eta = 0, whose perturbation spends nothing; expected eta different from 0"
+        )
+    if isinstance(schemes, str | Scheme) or not schemes:
+        raise ValueError(f"schemes: got {schemes!r}, expected a sequence of at least one")
+    plain = walk(adversarial, x0, t_span, dt=dt, steps=steps, substep=substep)
+    return energy_of(plain, adversarial, x0, t_span, schemes, dt, steps, substep, sweeps)
+
+
+def energy_of(
+    plain: Path,
+    field: Any,
+    x0: Tensor | None,
+    t_span: tuple[float, float] | None,
+    names: Sequence[str | Scheme],
+    dt: float | None,
+    steps: int | None,
+    substep: Any,
+    sweeps: Any,
+) -> Energy:
+    """`energy`, with the unperturbed path known."""
+    eta, plain_loss = field.eta, plain.loss()
+    given = substep if isinstance(substep, Mapping) else dict.fromkeys(("f", "costate"), substep or "euler")
+    spent, losses = [], []
+    for scheme in names:
+        meter = _Meter(get_substep(given.get("costate", "euler")), eta)
+        with torch.inference_mode(False), torch.no_grad(), aside(field.modules, plain.states[0].device):
+            along = driven(field, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
+            with warnings.catch_warnings():  # `driven` has warned of a choice of sub-steps, if there was one
+                warnings.simplefilter("ignore", AccuracyWarning)
+                metered = {"f": given.get("f", "euler"), "costate": meter}
+                final = solve(along, x0, t_span, dt=dt, steps=steps, substep=metered, scheme=scheme).xs[-1]
+            losses.append(float(field.evaluate(final)[1]))
+        spent.append(meter.spent)
+    rise = [loss - plain_loss for loss in losses]
+    return Energy(
+        plain_loss=plain_loss,
+        energy=_trapezoid(plain),
+        schemes=[scheme if isinstance(scheme, str) else scheme.name for scheme in names],
+        spent=spent,
+        losses=losses,
+        loss_rise=rise,
+        loss_per_energy=[quotient(up, cost) for up, cost in zip(rise, spent, strict=True)],
+        eta=eta,
+    )
+
+
+class _Meter:
+    """A sub-step of the costate that adds up the energy of what it does."""
+
+    def __init__(self, method: SubStep, eta: float) -> None:
+        self.method, self.eta = method, eta
+        self.name, self.order = method.name, method.order
+        self.spent = 0.0
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+        """See `odeadv.splitting.SubStep.advance`."""
+        # From 0, for the difference of the states would have lost digits.
+        moved = self.method.advance(operator, clock, h, torch.zeros_like(x), Tally())
+        self.spent += norm(moved) ** 2 / (2.0 * self.eta * h)
+        return self.method.advance(operator, clock, h, x, tally)
+
+
+def _trapezoid(path: Path) -> float:
+    squares = [norm(a) ** 2 for a in path.costates]
+    return (
+        0.5 * path.eta * sum(0.5 * step.h * (a + b) for step, (a, b) in zip(path.grid, pairwise(squares), strict=True))
+    )

@@ -1,0 +1,139 @@
+"""Derivatives of a map at a point as products: J v and J^T a, never J."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeadv.diagnostics._path import Layer, inner, norm
+from odeadv.fields._field import number
+
+
+class Linearised:
+    """``g`` at ``x``: its value, and products with its Jacobian J, all from one evaluation.
+
+    J v is the derivative of J^T w, which is linear in w, with respect to w: two backward passes, through whatever can
+    be differentiated twice, batch norm in training mode included (which forward-mode differentiation refuses).
+    For a complex state J^T is the adjoint of J in the real inner product.
+
+    Args:
+        g: the map, to be evaluated where autograd is on.
+        x: where.
+    """
+
+    def __init__(self, g: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        self._x = x.detach().clone().requires_grad_()
+        self._y = g(self._x)
+        self._probe: Tensor | None = None
+        self._pulled: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """g(x)."""
+        return self._y.detach()
+
+    def vjp(self, a: Tensor) -> Tensor:
+        """J^T a."""
+        if not self._y.requires_grad:
+            return torch.zeros_like(self._x, requires_grad=False)
+        return _grad(self._y, self._x, a)
+
+    def jvp(self, v: Tensor) -> Tensor:
+        """J v."""
+        if not self._y.requires_grad:
+            return torch.zeros_like(self.value)
+        if self._pulled is None:
+            self._probe = torch.zeros_like(self._y, requires_grad=True)
+            self._pulled = _grad(self._y, self._x, self._probe, keep=True)
+        assert self._probe is not None
+        return _grad(self._pulled, self._probe, v) if self._pulled.requires_grad else torch.zeros_like(self.value)
+
+
+def _grad(y: Tensor, x: Tensor, weights: Tensor, *, keep: bool = False) -> Tensor:
+    result: Tensor
+    (result,) = torch.autograd.grad(
+        y, x, weights, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True
+    )
+    return result
+
+
+def time_derivative(layer: Layer, x: Tensor) -> Tensor:
+    """f_t(t_n, x) of a layer that is an ODE step, by autograd; by differences where f reads its time as a number."""
+    state = x.detach()
+    start = torch.as_tensor(layer.step.t0, dtype=_clock(state), device=state.device)
+    t = start.clone().requires_grad_()
+    y = layer.velocity(state, t)
+    if y.requires_grad:
+        probe = torch.zeros_like(y, requires_grad=True)
+        (pulled,) = torch.autograd.grad(y, t, probe, create_graph=True, allow_unused=True)
+        if pulled is not None:
+            return _grad(pulled, probe, torch.ones_like(pulled)) if pulled.requires_grad else torch.zeros_like(state)
+    # Not in the graph of its time: constant in it, or evaluated from a Python number.
+    delta = torch.finfo(start.dtype).eps ** (1.0 / 3.0) * max(1.0, abs(layer.step.t0))
+    delta = min(delta, 0.25 * abs(layer.step.h)) * (1.0 if layer.step.h > 0 else -1.0)
+    first, second = (layer.velocity(state, start + k * delta).detach() for k in (1, 2))
+    here = y.detach()
+    if torch.equal(first, here) and torch.equal(second, here):
+        return torch.zeros_like(here)
+    rate: Tensor = (4.0 * first - 3.0 * here - second) / (2.0 * delta)
+    return rate
+
+
+def _clock(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+class Eigenvalue(NamedTuple):
+    """What `largest` finds.
+
+    Attributes:
+        modulus: its estimate, ||A v|| of the last unit vector v.
+        rayleigh: v . A v, which has the eigenvalue's sign.
+        iterations: products with A made.
+        converged: whether A v is ``rayleigh`` times v to the tolerance.
+    """
+
+    modulus: float
+    rayleigh: float
+    iterations: int
+    converged: bool
+
+
+def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, most: int) -> Eigenvalue:
+    """The largest eigenvalue in modulus of a linear map A that is (nearly) self-adjoint, by power iteration.
+
+    ||A v|| is a lower bound of ||A||. That ||A v - (v . A v) v|| <= rtol ||A v|| ends the iteration: some eigenvalue is
+    then that close. That the estimate has stopped changing would not tell, for it does so at other eigenvectors too.
+    """
+    size = norm(start)
+    v = start / size if size else start
+    modulus = rayleigh = 0.0
+    for count in range(1, most + 1):
+        image = apply(v)
+        modulus, rayleigh = norm(image), inner(v, image)
+        if norm(image - rayleigh * v) <= rtol * modulus:
+            return Eigenvalue(modulus, rayleigh, count, True)
+        v = image / modulus
+    return Eigenvalue(modulus, rayleigh, most, False)
+
+
+def check_iteration(rtol: float, most: int) -> None:
+    """Refuse settings of a power iteration, by name.
+
+    Raises:
+        ValueError: if ``rtol`` is not within (0, 1), or ``most`` no whole number of at least 1.
+    """
+    if not 0.0 < number("rtol", rtol) < 1.0:
+        raise ValueError(f"rtol: got {rtol!r}, expected a number between 0 and 1")
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise ValueError(f"most: got {most!r}, expected a whole number of iterations, at least 1")
+
+
+def random_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers shaped like ``x``, the same on every device; of seed 0 without a generator."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    numbers: Tensor = torch.randn(x.shape, dtype=x.dtype, generator=generator, device=generator.device)
+    return numbers.to(x.device)

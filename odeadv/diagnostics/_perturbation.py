@@ -1,0 +1,117 @@
+"""How strong the perturbation is beside the state: Eq. 16 and its like at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, quotient, walk
+from odeadv.diagnostics._result import Result, style
+from odeadv.fields import Jump
+from odeadv.splitting import get_substep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Perturbation(Result):
+    """The sizes of states and costates along the unperturbed trajectory, all 2-norms over the whole batch tensor.
+
+    Attributes:
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||a(0)||; at a jump its map takes the place of x + f.
+        ts: times of the N + 1 nodes.
+        state_norms: ||x_n||, one a node.
+        costate_norms: ||a_n||, one a node.
+        ratios: Eq. 16 at each of the N layers, ||x_n + f(x_n, t_n)|| / ||a_n||; the first is ``ratio``.
+        relative: |eta| ||a_n|| / ||x_n||, one a node: the size of the perturbation per unit of time.
+        eta: strength of the field.
+        loss: of the final state.
+    """
+
+    ratio: float
+    ts: list[float]
+    state_norms: list[float]
+    costate_norms: list[float]
+    ratios: list[float]
+    relative: list[float]
+    eta: float
+    loss: float
+
+    heading: ClassVar[str] = "Strength of the perturbation (Eq. 16)"
+    reading: ClassVar[str] = (
+        "How large the state is beside its costate: the higher, the weaker the perturbation of a given eta."
+    )
+
+    def summary(self) -> dict[str, float]:
+        """The few numbers that tell most."""
+        return {
+            "Eq. 16 at t = 0": self.ratio,
+            "Eq. 16, lowest of the layers": min(self.ratios),
+            "largest |eta| |a| / |x|": max(self.relative),
+            "loss": self.loss,
+        }
+
+    def _draw(self, axes: Axes, label: str) -> None:
+        axes.plot(self.ts[:-1], self.ratios, marker=".", label=label or "Eq. 16")
+        style(axes, x="t (layer)", y="$\\|x_n + f_n\\| / \\|a_n\\|$", title="Eq. 16 at each layer", log=True)
+
+
+def perturbation(
+    field: AnyField,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    dt: float | None = None,
+    steps: int | None = None,
+    substep: Any = None,
+) -> Perturbation:
+    """Eq. 16 at t = 0 and at each layer, from one recording on the unperturbed trajectory.
+
+    Modules, their modes, buffers and gradients, and the global random state are left as they are. The costate scales
+    with the loss: of a mean over a batch it is as many times smaller.
+
+    Args:
+        field: an `AdversarialField`; its eta may be 0.
+        x0: initial state, as in `odeadv.solve`; the field's own if not given.
+        t_span: start and end time, likewise.
+        dt: step size, likewise; or give ``steps``.
+        steps: number of steps.
+        substep: how f is advanced; a network's ``solve_options`` has it.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if a state, costate or the loss is not finite.
+    """
+    path = walk(needs_loss("perturbation", field), x0, t_span, dt=dt, steps=steps, substep=substep)
+    return perturbation_of(path, substep)
+
+
+def perturbation_of(path: Path, substep: Any = None) -> Perturbation:
+    """Eq. 16 along an unperturbed path with costates, which was solved with ``substep``."""
+    method = substep.get("f", "euler") if isinstance(substep, Mapping) else substep
+    euler = method is None or get_substep(method).name == "euler"
+    state_norms, costate_norms = [norm(x) for x in path.states], [norm(a) for a in path.costates]
+    with path.quiet():
+        after = [norm(_after_one(layer, euler)) for layer in path.layers()]
+    ratios = [quotient(image, a) for image, a in zip(after, costate_norms, strict=False)]
+    return Perturbation(
+        ratio=ratios[0],
+        ts=path.ts,
+        state_norms=state_norms,
+        costate_norms=costate_norms,
+        ratios=ratios,
+        relative=[quotient(abs(path.eta) * a, x) for a, x in zip(costate_norms, state_norms, strict=True)],
+        eta=path.eta,
+        loss=path.loss(),
+    )
+
+
+def _after_one(layer: Layer, euler: bool) -> Tensor:
+    """x_n + f(x_n, t_n): known already where a step of Euler is one unit of time, or where the state jumps."""
+    if isinstance(layer.piece, Jump) or (euler and layer.step.h == 1.0):
+        return layer.end
+    return layer.x + layer.velocity()

@@ -1,0 +1,178 @@
+"""The second-order dynamics of Theorem 3.3, term by term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from odeadv.diagnostics._linear import Linearised, time_derivative
+from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, quotient, walk
+from odeadv.diagnostics._result import Result, median, style
+from odeadv.fields import Jump
+from odeadv.splitting import Scheme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Terms(NamedTuple):
+    """The terms of x'' = J f + f_t + eta (J - J^T) a at one node, tensors of the state's shape.
+
+    Attributes:
+        velocity: f.
+        drift: J f.
+        time: f_t.
+        antisymmetric: eta (J - J^T) a.
+    """
+
+    velocity: Tensor
+    drift: Tensor
+    time: Tensor
+    antisymmetric: Tensor
+
+    @property
+    def acceleration(self) -> Tensor:
+        """The second derivative x'' of the perturbed equation (Eq. 10)."""
+        return self.drift + self.time + self.antisymmetric
+
+
+@dataclass(frozen=True)
+class SecondOrder(Result):
+    """Sizes of the terms of Theorem 3.3, x'' = J f + f_t + eta (J - J^T) a, at each layer that is an ODE step.
+
+    2-norms over the whole batch tensor, at the beginning of the layer.
+
+    Attributes:
+        layers: numbers of those layers; jumps have no velocity and are left out.
+        ts: their times.
+        velocity: ||f||.
+        drift: ||J f||.
+        time: ||f_t||.
+        antisymmetric: ||eta (J - J^T) a||.
+        plain: ||J f + f_t||, x'' without the perturbation.
+        acceleration: ||x''||, all terms added up.
+        antisymmetric_share: ``antisymmetric`` / ``plain``: what the paper calls negligible.
+        perturbation_share: ||eta a|| / ||f||, the same for the first-order term.
+        initial_velocity: ||f(x0, 0)||, of the plain equation (Eq. 15); NaN where a jump comes first.
+        perturbed_initial_velocity: ||f(x0, 0) + eta a(0)|| (Eq. 11).
+        initial_change: ||eta a(0)|| / ||f(x0, 0)||.
+        eta: strength of the field.
+    """
+
+    layers: list[int]
+    ts: list[float]
+    velocity: list[float]
+    drift: list[float]
+    time: list[float]
+    antisymmetric: list[float]
+    plain: list[float]
+    acceleration: list[float]
+    antisymmetric_share: list[float]
+    perturbation_share: list[float]
+    initial_velocity: float
+    perturbed_initial_velocity: float
+    initial_change: float
+    eta: float
+
+    heading: ClassVar[str] = "Second-order dynamics (Theorem 3.3)"
+    reading: ClassVar[str] = (
+        "The antisymmetric term beside J f + f_t: far below 1 where the paper is right to call it negligible."
+    )
+
+    def summary(self) -> dict[str, float]:
+        """The few numbers that tell most."""
+        return {
+            "median share of eta (J - J^T) a": median(self.antisymmetric_share),
+            "largest": max(self.antisymmetric_share, default=float("nan")),
+            "median share of eta a in x'": median(self.perturbation_share),
+            "initial velocity changed by": self.initial_change,
+        }
+
+    def _draw(self, axes: Axes, label: str) -> None:
+        axes.plot(self.ts, self.antisymmetric_share, marker=".", label=label or "second order: antisymmetric term")
+        if not label:
+            axes.plot(self.ts, self.perturbation_share, marker=".", label="first order: $\\eta a$ beside $f$")
+        style(axes, x="t (layer)", y="share", title="Terms of Theorem 3.3 relative to the rest", log=True)
+
+
+def second_order(
+    field: AnyField,
+    x0: Tensor | None = None,
+    t_span: tuple[float, float] | None = None,
+    *,
+    dt: float | None = None,
+    steps: int | None = None,
+    substep: Any = None,
+    scheme: str | Scheme | None = None,
+    sweeps: Any = None,
+) -> SecondOrder:
+    """Theorem 3.3 at each layer, by products with the Jacobian J = df/dx, which is never formed.
+
+    Eq. 9 turns eta a' into -eta J^T a, with J at the state on which a is recorded: where a is that of the unperturbed
+    trajectory, the terms are those of the theorem there; with ``sweeps="converge"`` they are x'' of the true solution.
+
+    Args:
+        field: an `AdversarialField`.
+        x0: initial state, as in `odeadv.solve`; the field's own if not given.
+        t_span: start and end time, likewise.
+        dt: step size, likewise; or give ``steps``.
+        steps: number of steps.
+        substep: how f is advanced; a network's ``solve_options`` has it.
+        scheme: follow the trajectory perturbed by this scheme; the unperturbed one if not given.
+        sweeps: recordings of the perturbed trajectory, as in `odeadv.solve`.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        SolveError: if a solve fails.
+    """
+    path = walk(
+        needs_loss("second_order", field), x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps
+    )
+    return second_order_of(path)
+
+
+def second_order_of(path: Path) -> SecondOrder:
+    """Theorem 3.3 along a path with costates."""
+    names = ("velocity", "drift", "time", "antisymmetric", "plain", "acceleration")
+    columns: dict[str, list[float]] = {name: [] for name in names}
+    layers, ts, pushes = [], [], []
+    initial = [float("nan")] * 2
+    for layer in path.layers():
+        if isinstance(layer.piece, Jump):
+            continue
+        terms = terms_of(path, layer)
+        push = path.eta * path.costates[layer.index]
+        if layer.index == 0:
+            initial = [norm(terms.velocity), norm(terms.velocity + push)]
+        layers.append(layer.index)
+        ts.append(layer.step.t0)
+        pushes.append(norm(push))
+        values = (*terms, terms.drift + terms.time, terms.acceleration)
+        for name, value in zip(names, values, strict=True):
+            columns[name].append(norm(value))
+    return SecondOrder(
+        layers=layers,
+        ts=ts,
+        **columns,
+        antisymmetric_share=_shares(columns["antisymmetric"], columns["plain"]),
+        perturbation_share=_shares(pushes, columns["velocity"]),
+        initial_velocity=initial[0],
+        perturbed_initial_velocity=initial[1],
+        initial_change=quotient(pushes[0], initial[0]) if layers and layers[0] == 0 else float("nan"),
+        eta=path.eta,
+    )
+
+
+def terms_of(path: Path, layer: Layer) -> Terms:
+    """The terms at the beginning of a layer that is an ODE step."""
+    assert layer.a is not None
+    with path.quiet(grad=True):
+        f = Linearised(layer.velocity, layer.x)
+        antisymmetric = path.eta * (f.jvp(layer.a) - f.vjp(layer.a))
+        return Terms(f.value, f.jvp(f.value), time_derivative(layer, layer.x), antisymmetric)
+
+
+def _shares(tops: list[float], bottoms: list[float]) -> list[float]:
+    return [quotient(top, bottom) for top, bottom in zip(tops, bottoms, strict=True)]

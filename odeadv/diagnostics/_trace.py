@@ -1,0 +1,90 @@
+"""Eq. 16 in the course of training: what Figure 2 of the paper is drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field as _field
+from typing import TYPE_CHECKING, Any
+
+from odeadv.diagnostics._perturbation import Perturbation
+from odeadv.diagnostics._result import Result, style
+from odeadv.fields._field import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BAND = (1e5, 2e6)  # between which Figure 2 of the paper lies
+
+
+@dataclass(frozen=True)
+class Trace(Result):
+    """The ratio of Eq. 16 against the epoch (or step), and what else of a `Perturbation` is to be followed.
+
+    ``trace.add(epoch, perturbation(net.field(images, labels, eta)))`` while training; `plot` draws Figure 2.
+
+    Attributes:
+        at: epochs or steps, increasing.
+        ratios: Eq. 16 at t = 0 at each of them.
+        losses: the unperturbed loss, NaN where a bare ratio was given.
+        layers: Eq. 16 at each layer; an empty list where a bare ratio was given.
+        unit: what ``at`` counts, for the picture.
+    """
+
+    at: list[float] = _field(default_factory=list)
+    ratios: list[float] = _field(default_factory=list)
+    losses: list[float] = _field(default_factory=list)
+    layers: list[list[float]] = _field(default_factory=list)
+    unit: str = "epoch"
+
+    def add(self, at: float, value: Perturbation | float) -> None:
+        """Append one measurement.
+
+        Args:
+            at: epoch or step; not before the last one.
+            value: a `Perturbation`, or the ratio alone.
+
+        Raises:
+            TypeError: if they are not numbers.
+            ValueError: if ``at`` goes back.
+        """
+        at = number("at", at)
+        if self.at and at < self.at[-1]:
+            raise ValueError(f"at: got {at:g} after {self.at[-1]:g}, expected an increasing {self.unit}")
+        if isinstance(value, Perturbation):
+            ratio, loss, layers = value.ratio, value.loss, list(value.ratios)
+        else:
+            ratio, loss, layers = float(value), float("nan"), []
+        self.at.append(at)
+        self.ratios.append(ratio)
+        self.losses.append(loss)
+        self.layers.append(layers)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Trace:
+        """The trace whose `to_dict` gave ``values``; what was not finite is a ratio of infinity or a loss of NaN.
+
+        Raises:
+            ValueError: naming what is missing or does not fit.
+        """
+        names = ("at", "ratios", "losses", "layers")
+        missing = [name for name in names if not isinstance(values.get(name), list)]
+        if missing or len({len(values[name]) for name in names}) != 1:
+            raise ValueError(f"values: expected lists of one length called {', '.join(names)}, as `to_dict` makes them")
+        inf = float("inf")
+        return cls(
+            at=[float(value) for value in values["at"]],
+            ratios=[inf if value is None else float(value) for value in values["ratios"]],
+            losses=[float("nan") if value is None else float(value) for value in values["losses"]],
+            layers=[[inf if value is None else float(value) for value in row] for row in values["layers"]],
+            unit=str(values.get("unit", "epoch")),
+        )
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def _draw(self, axes: Axes, label: str) -> None:
+        axes.axhspan(*BAND, color="0.9", zorder=0)
+        axes.plot(self.at, self.ratios, marker="." if len(self.at) < 100 else "", label=label)
+        y = "$\\|x(0) + f(x(0), 0)\\| / \\|a(0)\\|$"
+        style(axes, x=self.unit, y=y, title="Eq. 16 while training (grey: range in the paper's Figure 2)", log=True)
