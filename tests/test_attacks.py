@@ -398,8 +398,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"steps": 0}, ValueError, "steps: got 0, expected an integer >= 1"),
     ({"steps": 2.0}, TypeError, r"steps: got 2\.0, expected an integer >= 1"),
     ({"steps": True}, TypeError, "steps: got True, expected an integer >= 1"),
-    ({"loss": "kl"}, ValueError, "loss: got 'kl', expected 'ce' or a function"),
-    ({"loss": 3}, TypeError, "loss: got 3, expected 'ce' or a function"),
+    ({"loss": "hinge"}, ValueError, "loss: got 'hinge', expected 'ce', 'margin', 'dlr', 'kl' or a function"),
+    ({"loss": 3}, TypeError, "loss: got 3, expected 'ce', 'margin', 'dlr', 'kl' or a function"),
     ({"mode": "test"}, ValueError, "mode: got 'test', expected 'eval', 'train' or 'unchanged'"),
     ({"generator": None}, ValueError, r"generator: got None, expected e\.g\. torch\.Generator\(\)\.manual_seed\(0\)"),
     ({"generator": 0}, ValueError, r"generator: got 0, expected e\.g\. torch\.Generator\(\)\.manual_seed\(0\)"),
@@ -463,7 +463,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 def test_refusals_come_before_any_work(attack: Callable[..., Tensor]) -> None:
     images, labels = batch(n=2)
     more = {} if attack is fgsm else {"alpha": ALPHA, "steps": 1}
-    for name, value in {"eps": -1, "images": images + 1, "labels": labels - 1, "loss": "kl", "mode": "test"}.items():
+    for name, value in {"eps": -1, "images": images + 1, "labels": labels - 1, "loss": "hinge", "mode": "test"}.items():
         given = {"model": Fails(), "images": images, "labels": labels, "eps": EPS} | more | {name: value}
         with pytest.raises(ValueError, match=f"^{name}: "):
             attack(**given)

@@ -1,11 +1,19 @@
-"""L-infinity sign-gradient attacks on images in [0, 1]: `fgsm`, `ifgsm`, `pgd`.
+"""Attacks on any module that maps images in [0, 1] to logits, and choosing among their results.
 
-An attack is four small parts: where it starts (`_start`), the gradient it follows (`_objective`), the step it takes
-and the set it projects to (`_linf`); `_iterates` puts them in a row, lazily, so that a caller may read any iterate of
-one run. Models come back as they were: modes, buffers, ``requires_grad`` and ``.grad``.
+`fgsm`, `ifgsm`, `pgd` and `apgd` follow gradients; `square` only asks for logits; `transfer` attacks other models.
+
+An attack is a few small parts: where it starts (`_start`), the loss and gradient it follows (`_losses`, `_objective`),
+the step it takes and the set it projects to (`_linf`, `_l2`), momentum (`_iterates`), and what it returns of what it
+tried (`_best`). `_iterates` puts them in a row, lazily, so that a caller may read any iterate of one run. Models come
+back as they were: modes, buffers, ``requires_grad`` and ``.grad``, and so does torch's global random state.
 Imports torch and `odeadv._state` only.
 """
 
+from odeadv.attacks._apgd import apgd
 from odeadv.attacks._attacks import fgsm, ifgsm, pgd
+from odeadv.attacks._objective import Tally
+from odeadv.attacks._square import square
+from odeadv.attacks._start import Gaussian
+from odeadv.attacks._transfer import transfer, worst_of
 
-__all__ = ["fgsm", "ifgsm", "pgd"]
+__all__ = ["Gaussian", "Tally", "apgd", "fgsm", "ifgsm", "pgd", "square", "transfer", "worst_of"]

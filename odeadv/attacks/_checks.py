@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 import torch
@@ -49,28 +50,63 @@ def check_images(images: object) -> None:
         raise ValueError(f"images: values in [{low}, {high}], expected [0, 1]; normalisation belongs inside the model")
 
 
-def check_labels(labels: object, n: int, device: torch.device | None = None) -> None:
+def check_labels(labels: object, n: int, device: torch.device | None = None, *, name: str = "labels") -> None:
     """TypeError unless an int64 tensor; ValueError unless (n,), on ``device`` (None: any) and nowhere negative."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: got {type(labels).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{name}: got {type(labels).__name__}, expected a torch.Tensor")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64 class indices")
+        raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices")
     if labels.shape != (n,):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({n},), one for each image")
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one for each image")
     if device is not None and labels.device != device:
-        raise ValueError(f"labels: on device {labels.device}, expected that of the images, {device}")
+        raise ValueError(f"{name}: on device {labels.device}, expected that of the images, {device}")
     if labels.min() < 0:
-        raise ValueError(f"labels: got {int(labels.min())}, expected class indices >= 0")
+        raise ValueError(f"{name}: got {int(labels.min())}, expected class indices >= 0")
 
 
-def check_logits(logits: object, n: int, highest_label: int) -> Tensor:
-    """``logits``; TypeError unless a tensor, ValueError unless finite, (n, classes), and labels are < classes."""
+def check_classes(logits: object, n: int, highest_label: int) -> Tensor:
+    """``logits``; TypeError unless a floating tensor, ValueError unless (n, classes) with all labels < classes."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"model: returned {type(logits).__name__}, expected a tensor of logits")
+    if not logits.is_floating_point():
+        raise TypeError(f"model: returned dtype {logits.dtype}, expected floating logits")
     if logits.ndim != 2 or len(logits) != n:
         raise ValueError(f"model: returned logits of shape {tuple(logits.shape)}, expected ({n}, classes)")
     if highest_label >= logits.shape[1]:
         raise ValueError(f"labels: got {highest_label}, expected class indices < {logits.shape[1]} (logits per image)")
-    if not logits.isfinite().all():
-        raise ValueError("model: returned logits that are not finite, so no attack on it can be trusted")
     return logits
+
+
+def check_logits(logits: object, n: int, highest_label: int) -> Tensor:
+    """``logits``; raises as `check_classes`, and ValueError unless they are finite."""
+    checked = check_classes(logits, n, highest_label)
+    if not checked.isfinite().all():
+        raise ValueError("model: returned logits that are not finite, so no attack on it can be trusted")
+    return checked
+
+
+def check_target(target: object, labels: Tensor) -> Tensor | None:
+    """``target``; raises as `check_labels`, and ValueError if it is the label of some image."""
+    if target is None:
+        return None
+    check_labels(target, len(labels), labels.device, name="target")
+    assert isinstance(target, Tensor)
+    same = int((target == labels).sum())
+    if same:
+        raise ValueError(f"target: got the label itself for {same} of {len(labels)} images, expected another class")
+    return target
+
+
+def check_generator(generator: object) -> torch.Generator:
+    """``generator``; ValueError unless it is one."""
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: got {generator!r}, expected e.g. torch.Generator().manual_seed(0)")
+    return generator
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> str:
+    """``value``; ValueError unless it is one of ``known``."""
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
+    return value

@@ -18,6 +18,14 @@ class Bounds(NamedTuple):
         """The nearest allowed images to ``x``; same shape, dtype and memory format as ``x``."""
         return x.clamp(self.lower, self.upper)
 
+    def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
+        """``x`` after a step of length ``alpha`` (a number, or one for each image) along the gradient's signs."""
+        return sign_step(x, gradient, alpha if isinstance(alpha, Tensor) else min(alpha, 2.0))  # 2 leaves the box
+
+    def rows(self, index: Tensor) -> Bounds:
+        """The bounds of the images ``index`` only."""
+        return Bounds(self.lower[index], self.upper[index])
+
 
 def linf_bounds(images: Tensor, eps: float) -> Bounds:
     """The intersection of the eps-ball around ``images`` with [0, 1], with rounding always towards ``images``.
@@ -43,6 +51,8 @@ def linf_bounds(images: Tensor, eps: float) -> Bounds:
     return Bounds(lower.clamp(min=0), upper.clamp(max=1))
 
 
-def sign_step(x: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+def sign_step(x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
     """``x + alpha * sign(gradient)``: the steepest ascent of length ``alpha`` in the L-infinity norm."""
+    if isinstance(alpha, Tensor):
+        return x + alpha * gradient.sign()
     return torch.add(x, gradient.sign(), alpha=alpha)

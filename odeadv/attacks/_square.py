@@ -1,0 +1,142 @@
+"""The Square attack: random search that needs no gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from odeadv._state import Mode
+from odeadv.attacks._best import Best
+from odeadv.attacks._checks import check_generator, check_images, non_negative, positive_integer
+from odeadv.attacks._linf import Bounds
+from odeadv.attacks._objective import Loss, Tally
+from odeadv.attacks._setting import Setting, setting
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, at these queries of 10,000
+
+
+def square(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    generator: torch.Generator,
+    queries: int = 5000,
+    loss: Loss = "margin",
+    target: Tensor | None = None,
+    p: float = 0.8,
+    eot: int = 1,
+    mode: Mode = "eval",
+    tally: Tally | None = None,
+) -> Tensor:
+    """The Square attack in the L-infinity norm: random squares of +-eps, kept where they raise the loss.
+
+    The first query has vertical stripes of +-eps, each one pixel wide. Every later one sets a random square to
+    x + eps or x - eps, the sign drawn for each channel, and is kept if the loss is higher or the model fooled. The side
+    of the square is sqrt(p * height * width), p halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of
+    10,000, rescaled to ``queries``. No gradient is asked for: the model may be of any kind. Source: Andriushchenko et
+    al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random search", Algorithms 1 and 2.
+
+    Args:
+        model: as for `fgsm`, but it need not be differentiable.
+        images: (n, channels, height, width), floating, values in [0, 1].
+        labels: as for `fgsm`.
+        eps: as for `fgsm`.
+        generator: as for `fgsm`.
+        queries: how often each example goes through the model at most (times ``eot``); it stops once it is fooled.
+        loss: as for `fgsm`.
+        target: as for `fgsm`.
+        p: the share of the pixels in the first squares, in (0, 1].
+        eot: how many forward passes logits and losses are averaged over.
+        mode: as for `fgsm`.
+        tally: as for `fgsm`; ``tally.queries`` says how many each example took.
+
+    Returns:
+        The attacked images, like those of `fgsm`: per example the first query that fooled the model, or, if none did,
+        the one of highest loss. (The clean image is not among the queries.)
+
+    Raises:
+        TypeError: as `fgsm`.
+        ValueError: as `fgsm`, and if the images are not 4-D or ``p`` not in (0, 1].
+    """
+    eps = non_negative("eps", eps)
+    queries = positive_integer("queries", queries)
+    p = non_negative("p", p)
+    if not 0 < p <= 1:
+        raise ValueError(f"p: got {p!r}, expected a number in (0, 1]")
+    check_generator(generator)
+    check_images(images)
+    if images.ndim != 4:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, channels, height, width)")
+    given = setting(
+        model,
+        images,
+        labels,
+        eps=eps,
+        norm="linf",
+        loss=loss,
+        target=target,
+        start=_stripes,
+        restarts=1,
+        eot=eot,
+        generator=generator,
+        mode=mode,
+        tally=tally,
+    )
+    with given as attack:
+        return _search(attack, generator, queries=queries, p=p)
+
+
+def side(query: int, *, queries: int, p: float, shape: tuple[int, int]) -> int:
+    """The side of the square in query ``query`` (from 1) of ``queries``, in pixels, at least 1."""
+    rescaled = query * 10_000 // queries
+    share = p / 2 ** sum(rescaled > step for step in _HALVINGS)
+    return min(max(round(math.sqrt(share * shape[0] * shape[1])), 1), *shape)
+
+
+def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Clean images plus or minus 1 in vertical stripes, one pixel wide; projection leaves eps of it."""
+    n, channels, _, width = images.shape
+    return images + _signs((n, channels, 1, width), generator, images)
+
+
+def _search(attack: Setting, generator: torch.Generator, *, queries: int, p: float) -> Tensor:
+    assert isinstance(attack.ball, Bounds)
+    lower, upper = attack.ball
+    n, channels, height, width = attack.images.shape
+    objective, best = attack.objective, Best(attack.images)
+    x = attack.begin()
+    scores = objective.evaluate(x)
+    best.offer(x, scores.losses, objective.fooled(scores))
+    for query in range(1, queries):
+        index = best.open()
+        if len(index) == 0:
+            break
+        if not attack.independent:
+            index = torch.arange(n, device=index.device)
+        size = side(query, queries=queries, p=p, shape=(height, width))
+        # Drawn for all examples, so that those of one do not depend on which others are fooled.
+        rows, columns = (_window(n, length, size, generator) for length in (height, width))
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        raised = _signs((n, channels, 1, 1), generator, attack.images)[index] > 0
+        inside = inside.to(x.device)[index]
+        x = torch.where(inside, torch.where(raised, upper[index], lower[index]), best.images[index])
+        scores = objective.evaluate(x, index)
+        best.offer(x, scores.losses, objective.fooled(scores, index), index)
+    return best.images
+
+
+def _window(n: int, length: int, size: int, generator: torch.Generator) -> Tensor:
+    """(n, length) bool: in each row ``size`` adjacent places, drawn uniformly."""
+    first = torch.randint(length - size + 1, (n, 1), generator=generator, device=generator.device)
+    places = torch.arange(length, device=generator.device)
+    return (places >= first) & (places < first + size)
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Independent -1 and 1, each with probability 1/2, on the device and in the dtype of ``like``."""
+    bits = torch.randint(2, shape, generator=generator, device=generator.device)
+    return (2 * bits - 1).to(like)

@@ -1,0 +1,105 @@
+"""Attacks that were made elsewhere: on another model, by another method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from odeadv._state import Mode
+from odeadv.attacks._best import Best
+from odeadv.attacks._checks import check_images, check_labels, check_model, check_target
+from odeadv.attacks._objective import Loss, Objective, attacking, constant, resolve_loss
+
+
+def worst_of(
+    model: nn.Module,
+    candidates: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    loss: Loss = "ce",
+    target: Tensor | None = None,
+    mode: Mode = "eval",
+) -> Tensor:
+    """The strongest of several attacked versions of each image: the first that fools ``model``, or of highest loss.
+
+    Args:
+        model: as for `fgsm`; it need not be differentiable.
+        candidates: attacked images, each (n, ...), all of one shape, floating, values in [0, 1].
+        labels: (n,), int64 class indices.
+        loss: what ranks images that do not fool the model; as for `fgsm`, without ``"kl"``.
+        target: as for `fgsm`.
+        mode: as for `fgsm`.
+
+    Returns:
+        (n, ...), chosen example by example, detached.
+
+    Raises:
+        TypeError: as `fgsm`.
+        ValueError: as `fgsm`, and if there are no candidates or their shapes differ.
+    """
+    candidates = tuple(candidates)
+    if not candidates:
+        raise ValueError("candidates: got none, expected at least one tensor of images")
+    for images in candidates:
+        check_images(images)
+        if images.shape != candidates[0].shape:
+            raise ValueError(
+                f"candidates: got shapes {tuple(candidates[0].shape)} and {tuple(images.shape)}, expected one"
+            )
+    rule = resolve_loss(loss)
+    if rule.needs_clean:
+        raise ValueError(f"loss: got {loss!r}, expected 'ce', 'margin', 'dlr' or a function")
+    check_model(model)
+    check_labels(labels, len(candidates[0]), candidates[0].device)
+    target = check_target(target, labels)
+    with attacking(model, mode, candidates[0].device), torch.no_grad():
+        objective = Objective(model, constant(labels), rule, target=None if target is None else constant(target))
+        best = Best(constant(candidates[0]))
+        for images in map(constant, candidates):
+            scores = objective.evaluate(images)
+            best.offer(images, scores.losses, objective.fooled(scores))
+    return best.images
+
+
+def transfer(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    surrogates: Sequence[nn.Module],
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    loss: Loss = "ce",
+    target: Tensor | None = None,
+    mode: Mode = "eval",
+) -> Tensor:
+    """Attack other models, and keep for each image what is worst for ``model``, whose gradient is never asked for.
+
+    Source: Papernot, McDaniel and Goodfellow 2016, "Transferability in Machine Learning".
+
+    Args:
+        model: the victim; as for `fgsm`, but it need not be differentiable.
+        images: as for `fgsm`.
+        labels: as for `fgsm`.
+        surrogates: the models that are attacked.
+        attack: called as ``attack(surrogate, images, labels)``, e.g. ``functools.partial(ifgsm, eps=8/255,
+            alpha=2/255, steps=20)``.
+        loss: as for `worst_of`.
+        target: as for `worst_of`; give it to ``attack`` as well.
+        mode: of ``model``, as for `fgsm`.
+
+    Returns:
+        (n, ...), chosen by `worst_of` among one attacked version for each surrogate.
+
+    Raises:
+        TypeError: as `worst_of`.
+        ValueError: as `worst_of`, and if there are no surrogates.
+    """
+    if not surrogates:
+        raise ValueError("surrogates: got none, expected at least one model")
+    check_model(model)
+    check_images(images)
+    check_labels(labels, len(images), images.device)
+    attacked = [attack(surrogate, images, labels) for surrogate in surrogates]
+    return worst_of(model, attacked, labels, loss=loss, target=target, mode=mode)
