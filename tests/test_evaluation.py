@@ -14,6 +14,11 @@ from odeadv.evaluation import PROTOCOLS, AttackResult, AttackSpec, Evaluation, P
 from odeadv.evaluation._evaluation import wilson_interval
 
 
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)  # the networks are too small to share
+
+
 class Counting(nn.Module):
     """A conv net that counts the images it sees, and those whose gradient comes back."""
 
@@ -47,7 +52,7 @@ class Counting(nn.Module):
         self.backwards += len(gradient)
 
 
-def labelled(model: Counting, n: int = 40, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def labelled(model: Counting, n: int = 24, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Images with the model's own labels, all but every eighth: there is something to break, and something broken."""
     images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
     with torch.no_grad():
@@ -80,7 +85,7 @@ def test_protocols_are_those_of_the_paper() -> None:
             for spec in PROTOCOLS[name].attacks
         ]
 
-    assert list(PROTOCOLS) == ["table1", "table2", "table6"]
+    assert list(PROTOCOLS) == ["table1", "table2", "table6", "autoattack"]
     assert rows("table1") == [
         ("fgsm", 0.5, 0.5, 1),
         ("fgsm", 1, 1, 1),
@@ -154,7 +159,7 @@ class TestOutcomes:
         assert attack.outcomes.tolist() == [True, True]
         assert attack.worst_so_far_outcomes.tolist() == [False, True]
 
-    @pytest.mark.parametrize("batch_size", [1, 7, 40, 1000])
+    @pytest.mark.parametrize("batch_size", [1, 7, 24, 1000])
     def test_do_not_depend_on_batch_size(self, batch_size: int) -> None:
         model = Counting()
         data = labelled(model)
@@ -168,7 +173,7 @@ class TestOutcomes:
             expected.forward_passes,
             expected.gradient_evaluations,
         )
-        assert max(shape[0] for shape in model.shapes) == max(16, min(batch_size, 40))
+        assert max(shape[0] for shape in model.shapes) == max(16, min(batch_size, 24))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_uint8_images_are_channels_last_255ths(self, dtype: torch.dtype) -> None:
@@ -180,7 +185,8 @@ class TestOutcomes:
         assert torch.equal(result.clean_outcomes, expected.clean_outcomes)
         for a, b in zip(result.attacks, expected.attacks, strict=True):
             assert torch.equal(a.outcomes, b.outcomes)
-        assert set(model.shapes) == {torch.Size([40, 3, 8, 8])}
+        assert {shape[1:] for shape in model.shapes} == {torch.Size([3, 8, 8])}
+        assert {shape[0] for shape in model.shapes} == {2, 24}  # the probe and the batch
 
     @pytest.mark.parametrize("channels_last", [True, False])
     @pytest.mark.parametrize("stored", [torch.float64, torch.uint8])
@@ -204,8 +210,9 @@ class TestCost:
         [
             # table1: FGSM at 0.5/255 is the first iterate of IFGSM there, as alpha = eps.
             (PROTOCOLS["table1"], 1 + 1 + 2 * 20, 1 + 2 * 19),
-            (PROTOCOLS["table2"], 1 + 2 + 2 * 20, 1 + 2 * 19),
-            (PROTOCOLS["table6"], 1 + 1000, 1 + 999),
+            # table2: below 8/255 the iterates x_1 to x_3 of both radii are the same.
+            (PROTOCOLS["table2"], 1 + 2 + 2 * 20 - 3, 1 + 2 * 19 - 3),
+            (Protocol("steps", tuple(AttackSpec("ifgsm", 8 / 255, 2 / 255, k) for k in (20, 60, 5))), 61, 60),
             (SHORT, 1 + 7 + 1 + 2, 1 + 6 + 1),
         ],
         ids=lambda p: getattr(p, "name", None),
@@ -213,14 +220,15 @@ class TestCost:
     def test_shares_work(self, protocol: Protocol, forwards: int, gradients: int) -> None:
         model, n = Counting(torch.float32), 3
         images, labels = labelled(model, n, torch.float32)
-        result = evaluate(model, (images, labels), protocol, batch_size=2)
+        result = evaluate(model, (images, labels), protocol, batch_size=3)
         assert (result.forward_passes, result.gradient_evaluations) == (forwards * n, gradients * n)
-        assert (model.forwards, model.backwards) == (forwards * n, gradients * n)
+        assert model.forwards == forwards * n + result.checks["probe_forward_passes"]
+        assert model.backwards == gradients * n
         assert result.seconds > 0
 
     def test_progress(self) -> None:
         model, seen = Counting(), []
-        evaluate(model, labelled(model), SHORT, batch_size=16, progress=lambda done, total: seen.append((done, total)))
+        evaluate(model, labelled(model), SHORT, batch_size=8, progress=lambda done, total: seen.append((done, total)))
         assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -302,20 +310,26 @@ class TestEvaluation:
 
     def test_to_dict(self) -> None:
         data = json.loads(json.dumps(handmade().to_dict(), allow_nan=False))
-        assert list(data) == [
+        assert set(data) == {
             "schema",
             "protocol",
             "n",
             "clean_correct",
             "clean_accuracy",
             "clean_interval",
+            "clean_outcomes",
             "attacks",
             "average",
             "forward_passes",
             "gradient_evaluations",
             "seconds",
-        ]
-        assert data["schema"] == "odeadv.evaluation/1"
+            "model",
+            "data",
+            "settings",
+            "checks",
+            "notes",
+        }
+        assert data["schema"] == "odeadv.evaluation/2"
         assert (data["n"], data["clean_correct"], data["average"], data["forward_passes"]) == (4, 3, 0.625, 88)
         assert data["attacks"][1] == {
             "name": "ifgsm",
@@ -324,12 +338,15 @@ class TestEvaluation:
             "alpha": 2 / 255,
             "alpha_255": 2.0,
             "steps": 20,
+            "options": {},
             "robust_correct": 2,
             "robust_accuracy": 0.5,
             "robust_interval": list(wilson_interval(2, 4)),
             "worst_so_far_correct": 1,
             "worst_so_far_accuracy": 0.25,
             "worst_so_far_interval": list(wilson_interval(1, 4)),
+            "outcomes": "wA==",  # 1100 0000
+            "worst_so_far_outcomes": "gA==",  # 1000 0000
         }
         assert data["attacks"][0]["eps_255"] == 12
 
@@ -359,8 +376,12 @@ class TestEvaluation:
 
 IMAGES, LABELS = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"protocol": "tabel2"}, ValueError, "protocol: got 'tabel2', .* table1, table2, table6; did you mean 'table2'?"),
-    ({"protocol": "aa"}, ValueError, "protocol: got 'aa', expected one of table1, table2, table6$"),
+    (
+        {"protocol": "tabel2"},
+        ValueError,
+        "protocol: got 'tabel2', .* table1, table2, table6, autoattack; did you mean 'table2'?",
+    ),
+    ({"protocol": "aa"}, ValueError, "protocol: got 'aa', expected one of table1, table2, table6, autoattack$"),
     ({"protocol": 2}, TypeError, "protocol: got 2, expected a Protocol or one of table1"),
     ({"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer >= 1"),
     ({"batch_size": 1.5}, TypeError, r"batch_size: got 1\.5, expected an integer >= 1"),
@@ -401,7 +422,19 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AttackSpec("pgd", 0.1, 0.1, 1), ValueError, "name: got 'pgd', expected 'fgsm' or 'ifgsm'"),
+        (lambda: AttackSpec("pdg", 0.1, 0.1, 1), ValueError, "name: got 'pdg', expected one of .*; did you mean 'pgd'"),
+        (lambda: AttackSpec("autoattack", 0.1, 0.1), ValueError, r"alpha, steps: got 0\.1, None, expected None: Auto"),
+        (
+            lambda: AttackSpec("autoattack", 0.1, options={"n": 1}),
+            ValueError,
+            "options: got 'n', expected some of norm",
+        ),
+        (lambda: AttackSpec("pgd", 0.1, 0.1, 1, options={"restrats": 2}), ValueError, "options: got 'restrats', expec"),
+        (lambda: AttackSpec("pgd", 0.1, 0.1, 1, options={"mode": "train"}), ValueError, "options: got 'mode', expec"),
+        (lambda: AttackSpec("pgd", 0.1, 0.1), ValueError, "steps: missing, expected a value for the attack 'pgd'"),
+        (lambda: AttackSpec("pgd", 0.1, 0.1, 1, "best"), ValueError, "score: got 'best', expected 'last' or 'worst'"),
+        (lambda: AttackSpec("ifgsm", 0.1, None, 1), TypeError, "alpha: got None, expected a number >= 0"),
+        (lambda: AttackSpec("ifgsm", 0.1, 0.1, 1, "last", 3), TypeError, "options: got 3, expected a mapping"),
         (lambda: AttackSpec("ifgsm", -0.1, 0.1, 1), ValueError, r"eps: got -0\.1, expected a finite number >= 0"),
         (lambda: AttackSpec("ifgsm", 0.1, "x", 1), TypeError, "alpha: got 'x', expected a number >= 0"),
         (lambda: AttackSpec("ifgsm", 0.1, 0.1, 0), ValueError, "steps: got 0, expected an integer >= 1"),

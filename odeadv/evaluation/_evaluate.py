@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
-from itertools import chain, islice
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import check_images, check_labels, check_model, positive_integer
-from odeadv.attacks._iterates import iterates
-from odeadv.attacks._linf import linf_bounds
-from odeadv.attacks._objective import Objective, attacking, constant
-from odeadv.evaluation._evaluation import AttackResult, Evaluation
-from odeadv.evaluation._images import as_model_input
-from odeadv.evaluation._protocols import AttackSpec, Protocol, resolve_protocol
+from odeadv._version import __version__
+from odeadv.attacks._checks import check_images, check_labels, check_logits, check_model, positive_integer
+from odeadv.attacks._objective import attacking
+from odeadv.evaluation._evaluation import Evaluation
+from odeadv.evaluation._journal import Journal, data_digest, model_digest
+from odeadv.evaluation._prepare import Gradients, prepare
+from odeadv.evaluation._probe import PROBES, behaviour, differs, refuse
+from odeadv.evaluation._protocols import Protocol, resolve_protocol
+from odeadv.evaluation._session import Session
 
 
 def evaluate(
@@ -27,114 +31,108 @@ def evaluate(
     device: torch.device | str | None = None,
     channels_last: bool = True,
     progress: Callable[[int, int], object] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    num_classes: int | None = None,
+    stochastic: bool = False,
+    fold: bool = False,
+    compile: bool = False,
+    gradients: Gradients = "full",
 ) -> Evaluation:
     """Clean and robust accuracy of ``model`` on ``data``; the model runs in eval mode and is restored afterwards.
 
-    The figures are those of `odeadv.attacks.fgsm` and `odeadv.attacks.ifgsm` called one by one, with less work: one
-    clean forward and backward pass gives the clean accuracy, FGSM at every radius and the first step of every IFGSM;
-    attacks that differ in their number of steps only come from one run; the forward pass that scores an iterate is
-    that of the next step's gradient. Arithmetic is in the dtype of the images, without any autocast of its own.
+    The figures are those of the functions of `odeadv.attacks` called one by one, with less work: one clean forward
+    and backward pass gives the clean accuracy, FGSM at every radius and the first step of every IFGSM; attacks that
+    differ in their number of steps only come from one run; IFGSM at two radii is one run for as long as the iterates
+    are the same; the forward pass that scores an iterate is that of the next step's gradient. Where only the
+    worst-so-far score is asked for (`AttackSpec.score`), fooled examples leave and the batch is refilled. Weight
+    gradients are never computed. Arithmetic is in the dtype of the images, without any autocast of its own.
 
     Args:
         model: images to logits (n, classes); its normalisation inside.
         data: (images, labels) on any device. Images: floating, (n, channels, h, w) or (n, ...), in [0, 1]; or uint8,
             (n, h, w, channels), converted batch by batch to the model's dtype / 255. Labels: (n,) int64.
-        protocol: one of `PROTOCOLS` (``"table1"``, ``"table2"``, ``"table6"``) or a `Protocol`.
+        protocol: one of `PROTOCOLS` (``"table1"``, ``"table2"``, ``"table6"``, ``"autoattack"``) or a `Protocol`.
         batch_size: images in one forward pass.
         device: where to compute; None takes the model's. The model is not moved.
         channels_last: lay 4-D images out channels-last in memory (same values; often faster convolutions).
-        progress: called as ``progress(done, total)``, in batches, after each batch.
+        progress: called as ``progress(done, total)``, in batches, after each batch, and before the first where a
+            journal is resumed; `ProgressLine` prints the time left.
+        resume: path of a journal. Finished batches are written there, and if it exists already its batches are not
+            run again. A journal of another model, data set, protocol, batch size or setting is refused.
+        seed: of the attacks and models that draw random numbers; each batch starts from its own.
+        num_classes: refuse a model with another number of logits; None does not check.
+        stochastic: accept a model whose answers differ between two passes on the same images; every outcome is then
+            one draw. Average over passes (EOT) where you can.
+        fold: fold batch norms, on a copy of the model; outcomes are the same but for ties decided by rounding.
+        compile: compile a copy of the model with ``torch.compile``, for full batches; it takes seconds to minutes.
+            Where it fails a warning says so and the evaluation goes on without.
+        gradients: ``"bf16"`` differentiates a copy of the model under bfloat16 autocast. Images are scored in full
+            precision all the same, and ``checks`` of the result says how many outcomes of a subsample differ from
+            those by full gradients.
 
     Returns:
         Robust accuracies by last iterate, and apart from them worst-so-far accuracies, with outcomes and cost.
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
-        ValueError: if an argument is out of range or of the wrong shape, the protocol is unknown, or logits or
-            gradients are not finite.
+        ValueError: if an argument is out of range or of the wrong shape, the protocol is unknown, logits or gradients
+            are not finite, the forward changes buffers or parameters, two forward passes differ (unless
+            ``stochastic``), or the first images have other logits at the end than they had at the beginning.
+        ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
     """
+    began = time.perf_counter()
     protocol = resolve_protocol(protocol)
     batch_size = positive_integer("batch_size", batch_size)
     check_model(model)
     images, labels = _checked(data)
     device = _device(model, images, device)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress: got {progress!r}, expected None or a function (done, total)")
-
-    began = time.perf_counter()
-    forward_passes = gradient_evaluations = 0
-    outcomes: list[Tensor] = []
-    starts = range(0, len(images), batch_size)
-    with attacking(model, "eval"):
-        for done, first in enumerate(starts, start=1):
-            part = slice(first, first + batch_size)
-            x = as_model_input(constant(images[part]), device=device, dtype=dtype, channels_last=channels_last)
-            y = constant(labels[part]).to(device)
-            objective = Objective(model, y)
-            outcomes.append(_outcomes(objective, x, y, protocol.attacks).cpu())
-            forward_passes += objective.forward_passes
-            gradient_evaluations += objective.gradient_evaluations
-            if progress is not None:
-                progress(done, len(starts))
-    clean, *attacked = torch.cat(outcomes, dim=1)
-    return Evaluation(
-        protocol=protocol.name,
-        clean_outcomes=clean,
-        attacks=tuple(
-            AttackResult(spec.name, spec.eps, spec.alpha, spec.steps, last, worst)
-            for spec, last, worst in zip(protocol.attacks, attacked[::2], attacked[1::2], strict=True)
-        ),
-        forward_passes=forward_passes,
-        gradient_evaluations=gradient_evaluations,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _outcomes(objective: Objective, images: Tensor, labels: Tensor, attacks: Sequence[AttackSpec]) -> Tensor:
-    """Which images of one batch are classified correctly: (1 + 2 * attacks, n) bool.
-
-    Rows: clean; then for each attack its last iterate, and the clean image and all iterates together.
-    """
-    logits, clean_gradient = objective.logits_and_gradient(images)
-    clean = logits.argmax(dim=1) == labels
-    runs: dict[tuple[float, float], int] = {}
-    for spec in attacks:
-        runs[spec.eps, spec.alpha] = max(spec.steps, runs.get((spec.eps, spec.alpha), 0))
-    scored = {
-        (eps, alpha): _score_run(objective, images, labels, clean_gradient, eps=eps, alpha=alpha, steps=steps)
-        for (eps, alpha), steps in runs.items()
+    _check_options(progress, seed, num_classes, gradients)
+    settings: dict[str, Any] = {
+        "batch_size": min(batch_size, len(images)),
+        "seed": seed,
+        "channels_last": channels_last,
     }
-    rows = [clean]
-    for spec in attacks:
-        correct = scored[spec.eps, spec.alpha][: spec.steps]
-        rows += [correct[-1], clean & correct.all(dim=0)]
-    return torch.stack(rows)
-
-
-def _score_run(
-    objective: Objective,
-    images: Tensor,
-    labels: Tensor,
-    clean_gradient: Tensor,
-    *,
-    eps: float,
-    alpha: float,
-    steps: int,
-) -> Tensor:
-    """Which of the iterates 1 to ``steps`` are classified correctly: (steps, n) bool."""
-    correct: list[Tensor] = []
-
-    def scoring_gradient(iterate: Tensor) -> Tensor:
-        logits, gradient = objective.logits_and_gradient(iterate)
-        correct.append(logits.argmax(dim=1) == labels)
-        return gradient
-
-    bounds = linf_bounds(images, eps)
-    path = iterates(scoring_gradient, images, alpha=alpha, bounds=bounds, first_gradient=clean_gradient)
-    last = next(islice(path, steps - 1, None))
-    correct.append(objective.logits(last).argmax(dim=1) == labels)
-    return torch.stack(correct)
+    settings |= {"fold": fold, "compile": compile, "gradients": gradients, "stochastic": stochastic}
+    identity = {"model": model_digest(model), "data": data_digest(images, labels)}
+    journal = None
+    if resume is not None:
+        attacks = [spec.to_dict() for spec in protocol.attacks]
+        journal = Journal(resume, {**identity, "protocol": protocol.name, "attacks": attacks, "settings": settings})
+    with attacking(
+        model, "eval", device
+    ):  # also leaves inference mode, which the session's tensors must not be made in
+        run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
+        probe = run.load(slice(0, PROBES)).images
+        first = behaviour(model, probe)
+        check_logits(first.logits, len(probe), int(labels.max()))
+        if num_classes is not None and first.logits.shape[1] != num_classes:
+            raise ValueError(
+                f"model: returned {first.logits.shape[1]} logits an image, expected num_classes, {num_classes}"
+            )
+        refuse(first, stochastic=stochastic)
+        run.prepared = prepare(
+            model,
+            run.load(slice(0, batch_size)).images if fold or compile else probe,
+            batch_size=batch_size,
+            folded=fold,
+            compiled=compile,
+            gradients=gradients,
+        )
+        run.notes += run.prepared.notes
+        checks: dict[str, Any] = {"probe_forward_passes": 3 * len(probe)}
+        run.everything(journal)
+        if gradients == "bf16":
+            checks["bf16"] = run.bf16_check(model)
+        with torch.no_grad():
+            if not stochastic and differs(first.logits, model(probe)):
+                raise ValueError(
+                    "model: its logits of the first images have changed during the evaluation, so it keeps a state "
+                    f"(changed by a forward: {', '.join(first.changed_attributes) or 'not seen'}); expected a model "
+                    "whose answers depend on the image only"
+                )
+    settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
+    return run.result(time.perf_counter() - began, identity, settings, checks)
 
 
 def _checked(data: object) -> tuple[Tensor, Tensor]:
@@ -150,6 +148,17 @@ def _checked(data: object) -> tuple[Tensor, Tensor]:
         check_images(images)
     check_labels(labels, len(images))
     return images, labels
+
+
+def _check_options(progress: object, seed: object, num_classes: object, gradients: object) -> None:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: got {progress!r}, expected None or a function (done, total)")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected an integer")
+    if num_classes is not None:
+        positive_integer("num_classes", num_classes)
+    if gradients not in ("full", "bf16"):
+        raise ValueError(f"gradients: got {gradients!r}, expected 'full' or 'bf16'")
 
 
 def _device(model: nn.Module, images: Tensor, device: torch.device | str | None) -> torch.device:

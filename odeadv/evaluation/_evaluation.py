@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
+from odeadv.evaluation._bits import pack, unpack
+from odeadv.evaluation._protocols import AttackSpec
+
+SCHEMA = "odeadv.evaluation/2"
 _NORMAL_QUANTILE = 1.959963984540054  # of 0.975
 
 
@@ -25,30 +30,42 @@ class AttackResult:
     """What one attack did. Accuracies are fractions in [0, 1].
 
     Attributes:
-        name: ``"fgsm"`` or ``"ifgsm"``.
-        eps: radius of the L-infinity ball, in pixel units of [0, 1].
-        alpha: size of one step, in the same units.
-        steps: number of steps.
-        outcomes: (n,) bool on the CPU, true where the *last iterate* is classified correctly.
-        worst_so_far_outcomes: (n,) bool on the CPU, true where the clean image and *every iterate* are.
+        name: of the attack, e.g. ``"ifgsm"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        alpha: size of one step, in the same units; None where the attack has none.
+        steps: number of steps; None where the attack has none.
+        outcomes: (n,) bool on the CPU, true where the images that the attack ended with (for IFGSM the *last
+            iterate*) are classified correctly; None if only the worst-so-far score was asked for.
+        worst_so_far_outcomes: (n,) bool on the CPU, true where the clean image and *everything scored on the way*
+            (for IFGSM every iterate; else what the attack returned) are.
+        options: the attack's further arguments.
     """
 
     name: str
     eps: float
-    alpha: float
-    steps: int
-    outcomes: Tensor
+    alpha: float | None
+    steps: int | None
+    outcomes: Tensor | None
     worst_so_far_outcomes: Tensor
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """A short name, as `AttackSpec.label` without the score: ``ifgsm-20 at 8/255``."""
+        steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
+        return f"{self.name}{steps} at {round(255 * self.eps, 6):g}/255"
 
     @property
     def robust_correct(self) -> int:
-        """How many last iterates are classified correctly."""
+        """How many last iterates are classified correctly. ValueError if that was not scored."""
+        if self.outcomes is None:
+            raise ValueError(f"robust_correct: {self.label} was scored worst-so-far only, see worst_so_far_correct")
         return int(self.outcomes.sum())
 
     @property
     def robust_accuracy(self) -> float:
-        """The fraction of last iterates that are classified correctly: the paper's figure."""
-        return self.robust_correct / len(self.outcomes)
+        """The fraction of last iterates that are classified correctly: the paper's figure. ValueError as above."""
+        return self.robust_correct / len(self.worst_so_far_outcomes)
 
     @property
     def worst_so_far_correct(self) -> int:
@@ -69,9 +86,14 @@ class Evaluation:
         protocol: name of the protocol.
         clean_outcomes: (n,) bool on the CPU, true where the clean image is classified correctly.
         attacks: one result for each attack of the protocol, in its order.
-        forward_passes: images sent through the model.
+        forward_passes: images sent through the model by the protocol.
         gradient_evaluations: images sent back through it too.
-        seconds: wall-clock time.
+        seconds: wall-clock time, that of interrupted runs included.
+        model: digest of the model's state, ``""`` if not known.
+        data: digest of images and labels, ``""`` if not known.
+        settings: what the figures may depend on by rounding or by chance: batch size, seed, folding, ...
+        checks: what was measured beside the protocol: forward passes of the probes, bf16 against full precision.
+        notes: what a reader should know, e.g. warnings of AutoAttack, or that the model was not compiled.
     """
 
     protocol: str
@@ -80,6 +102,11 @@ class Evaluation:
     forward_passes: int
     gradient_evaluations: int
     seconds: float
+    model: str = ""
+    data: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
@@ -98,34 +125,90 @@ class Evaluation:
 
     @property
     def average(self) -> float:
-        """Mean of the robust (last-iterate) accuracies: the paper's "Avg". The clean accuracy is not in it."""
+        """Mean of the robust (last-iterate) accuracies: the paper's "Avg". The clean accuracy is not in it.
+
+        ValueError if an attack was scored worst-so-far only: the two are never mixed.
+        """
         return fmean(attack.robust_accuracy for attack in self.attacks)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON-ready data, without outcomes; ``*_interval`` are 95 % Wilson intervals [low, high]."""
+        """Everything as JSON-ready data; ``*_interval`` are 95 % Wilson intervals [low, high].
+
+        ``outcomes`` are base64 of packed bits, one an example (`Evaluation.from_dict` unpacks them). Where an attack
+        was scored worst-so-far only, its ``robust_*`` and the ``average`` are None.
+        """
+        complete = all(attack.outcomes is not None for attack in self.attacks)
         return {
-            "schema": "odeadv.evaluation/1",
+            "schema": SCHEMA,
             "protocol": self.protocol,
             "n": self.n,
             **_accuracy("clean", self.clean_correct, self.n),
-            "attacks": [
-                {
-                    "name": attack.name,
-                    "eps": attack.eps,
-                    "eps_255": _in_255(attack.eps),
-                    "alpha": attack.alpha,
-                    "alpha_255": _in_255(attack.alpha),
-                    "steps": attack.steps,
-                    **_accuracy("robust", attack.robust_correct, self.n),
-                    **_accuracy("worst_so_far", attack.worst_so_far_correct, self.n),
-                }
-                for attack in self.attacks
-            ],
-            "average": self.average,
+            "clean_outcomes": pack(self.clean_outcomes),
+            "attacks": [self._attack_to_dict(attack) for attack in self.attacks],
+            "average": self.average if complete else None,
             "forward_passes": self.forward_passes,
             "gradient_evaluations": self.gradient_evaluations,
             "seconds": self.seconds,
+            "model": self.model,
+            "data": self.data,
+            "settings": dict(self.settings),
+            "checks": dict(self.checks),
+            "notes": list(self.notes),
         }
+
+    def _attack_to_dict(self, attack: AttackResult) -> dict[str, Any]:
+        last = None if attack.outcomes is None else attack.robust_correct
+        return {
+            "name": attack.name,
+            "eps": attack.eps,
+            "eps_255": _in_255(attack.eps),
+            "alpha": attack.alpha,
+            "alpha_255": _in_255(attack.alpha),
+            "steps": attack.steps,
+            "options": dict(attack.options),
+            **_accuracy("robust", last, self.n),
+            **_accuracy("worst_so_far", attack.worst_so_far_correct, self.n),
+            "outcomes": None if attack.outcomes is None else pack(attack.outcomes),
+            "worst_so_far_outcomes": pack(attack.worst_so_far_outcomes),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Evaluation:
+        """The evaluation that `to_dict` made ``value`` from.
+
+        Raises:
+            ValueError: if it is of another schema (the first kept no outcomes), a key is missing, or the outcomes do
+                not fit the accuracies.
+        """
+        if value.get("schema") != SCHEMA:
+            raise ValueError(f"schema: got {value.get('schema')!r}, expected {SCHEMA!r}")
+        try:
+            n = value["n"]
+            result = cls(
+                protocol=value["protocol"],
+                clean_outcomes=unpack(value["clean_outcomes"], n),
+                attacks=tuple(
+                    AttackResult(
+                        **{key: row[key] for key in ("name", "eps", "alpha", "steps", "options")},
+                        outcomes=None if row["outcomes"] is None else unpack(row["outcomes"], n),
+                        worst_so_far_outcomes=unpack(row["worst_so_far_outcomes"], n),
+                    )
+                    for row in value["attacks"]
+                ),
+                **{key: value[key] for key in ("forward_passes", "gradient_evaluations", "seconds", "model", "data")},
+                settings=value["settings"],
+                checks=value["checks"],
+                notes=tuple(value["notes"]),
+            )
+        except KeyError as error:
+            raise ValueError(f"evaluation: no {error}, expected all that Evaluation.to_dict writes") from None
+        for mine, theirs in zip(
+            [result.to_dict(), *result.to_dict()["attacks"]], [value, *value["attacks"]], strict=True
+        ):
+            for key in mine:
+                if key.endswith("_correct") and mine[key] != theirs.get(key):
+                    raise ValueError(f"{key}: got {theirs.get(key)!r}, expected {mine[key]!r} as in the outcomes")
+        return result
 
     def __repr__(self) -> str:
         lines = [
@@ -134,21 +217,31 @@ class Evaluation:
             f"{'attack':<8}{'eps*255':>9}{'alpha*255':>11}{'steps':>7}{'robust %':>10}{'worst so far %':>16}",
             f"{'clean':<8}{'':27}{100 * self.clean_accuracy:>10.2f}",
         ]
-        lines += [
-            f"{attack.name:<8}{_in_255(attack.eps):>9g}{_in_255(attack.alpha):>11g}{attack.steps:>7}"
-            f"{100 * attack.robust_accuracy:>10.2f}{100 * attack.worst_so_far_accuracy:>16.2f}"
-            for attack in self.attacks
-        ]
-        return "\n".join([*lines, f"{'average of the attacks':<35}{100 * self.average:>10.2f}"])
+        for attack in self.attacks:
+            alpha = "" if attack.alpha is None else f"{_in_255(attack.alpha):g}"
+            robust = "" if attack.outcomes is None else f"{100 * attack.robust_accuracy:.2f}"
+            lines.append(
+                f"{attack.name:<8}{_in_255(attack.eps):>9g}{alpha:>11}{attack.steps or '':>7}{robust:>10}"
+                f"{100 * attack.worst_so_far_accuracy:>16.2f}"
+            )
+        if all(attack.outcomes is not None for attack in self.attacks):
+            lines.append(f"{'average of the attacks':<35}{100 * self.average:>10.2f}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _accuracy(name: str, correct: int, n: int) -> dict[str, Any]:
+def result_of(spec: AttackSpec, outcomes: Tensor | None, worst: Tensor) -> AttackResult:
+    """The result of one attack of a protocol."""
+    options = spec.to_dict()["options"]
+    return AttackResult(spec.name, spec.eps, spec.alpha, spec.steps, outcomes, worst, options)
+
+
+def _accuracy(name: str, correct: int | None, n: int) -> dict[str, Any]:
     return {
         f"{name}_correct": correct,
-        f"{name}_accuracy": correct / n,
-        f"{name}_interval": list(wilson_interval(correct, n)),
+        f"{name}_accuracy": None if correct is None else correct / n,
+        f"{name}_interval": None if correct is None else list(wilson_interval(correct, n)),
     }
 
 
-def _in_255(value: float) -> float:
-    return round(255 * value, 9)  # so that 12/255 reads 12 again
+def _in_255(value: float | None) -> float | None:
+    return None if value is None else round(255 * value, 9)  # so that 12/255 reads 12 again

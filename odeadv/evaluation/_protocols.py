@@ -3,46 +3,125 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal
 
+from torch import Tensor
+
+from odeadv import attacks as _attacks
 from odeadv.attacks._checks import non_negative, positive_integer
 
-AttackName = Literal["fgsm", "ifgsm"]
+Score = Literal["last", "worst"]
+AUTOATTACK = "autoattack"
+_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally", "target")  # fields, or the evaluation's own
+_AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One attack of a protocol.
+    """One attack of a protocol: a function of `odeadv.attacks` by name with its arguments, or ``"autoattack"``.
 
     Attributes:
-        name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1) or ``"ifgsm"``.
-        eps: radius of the L-infinity ball, in pixel units of [0, 1].
-        alpha: size of one step, in the same units.
-        steps: number of steps.
+        name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1), ``"ifgsm"``, any other function of
+            `odeadv.attacks` that takes ``eps``, or ``"autoattack"``.
+        eps: radius of the ball, in pixel units of [0, 1].
+        alpha: size of one step, in the same units; None where the attack has none.
+        steps: number of steps; None where the attack has none, or for its default.
+        score: ``"last"`` scores the images that the attack ends with, on every example. ``"worst"`` only asks
+            whether the clean image and everything the attack tried are right: an example is dropped as soon as it
+            is fooled, which is much cheaper and a stricter count. AutoAttack is always ``"worst"``.
+        options: further keyword arguments of the attack (``restarts``, ``loss``, ...); for AutoAttack ``norm``,
+            ``version`` and, with version ``"custom"``, ``attacks``.
 
     Raises:
-        TypeError: if a number is of the wrong type.
-        ValueError: if the name is unknown or a number is out of range.
+        TypeError: if a value is of the wrong type.
+        ValueError: if the name or an option is unknown or a number is out of range.
     """
 
-    name: AttackName
+    name: str
     eps: float
-    alpha: float
-    steps: int
+    alpha: float | None = None
+    steps: int | None = None
+    score: Score = "last"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(AttackName):
-            raise ValueError(f"name: got {self.name!r}, expected 'fgsm' or 'ifgsm'")
-        for field in ("eps", "alpha"):
-            object.__setattr__(self, field, non_negative(field, getattr(self, field)))
-        object.__setattr__(self, "steps", positive_integer("steps", self.steps))
-        if self.name == "fgsm" and (self.alpha, self.steps) != (self.eps, 1):
+        function = None if self.name == AUTOATTACK else attack_function(self.name)
+        if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
+            raise TypeError(f"options: got {self.options!r}, expected a mapping from argument names to values")
+        if self.score not in ("last", "worst"):
+            raise ValueError(f"score: got {self.score!r}, expected 'last' or 'worst'")
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "eps", non_negative("eps", self.eps))
+        if self.name == "fgsm":
+            self._fill_fgsm()
+        if self.alpha is not None or self.name == "ifgsm":
+            object.__setattr__(self, "alpha", non_negative("alpha", self.alpha))
+        if self.steps is not None or self.name == "ifgsm":
+            object.__setattr__(self, "steps", positive_integer("steps", self.steps))
+        if function is None:
+            self._check_autoattack()
+        else:
+            self._check_arguments(function)
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is plain FGSM or IFGSM, whose gradients and iterates are shared with the other attacks."""
+        return self.name in ("fgsm", "ifgsm") and not self.options
+
+    @property
+    def label(self) -> str:
+        """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` where that is the score."""
+        steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
+        score = " (worst so far)" if self.score == "worst" else ""
+        return f"{self.name}{steps} at {round(255 * self.eps, 6):g}/255{score}"
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments for the attack, without its generator."""
+        own = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps}
+        if self.name == "fgsm":
+            own = {"eps": self.eps}
+        return {key: value for key, value in own.items() if value is not None} | dict(self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data; options that JSON does not have are written by their ``repr``."""
+        options = {key: _plain(value) for key, value in self.options.items()}
+        own = {"name": self.name, "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
+        return {**own, "score": self.score, "options": options}
+
+    def _fill_fgsm(self) -> None:
+        for name, value in (("alpha", self.eps), ("steps", 1)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if (self.alpha, self.steps) != (self.eps, 1):
             raise ValueError(
                 f"alpha, steps: got {self.alpha!r}, {self.steps!r}, expected {self.eps!r} (eps), 1 for 'fgsm'"
             )
+
+    def _check_autoattack(self) -> None:
+        if self.alpha is not None or self.steps is not None:
+            raise ValueError(
+                f"alpha, steps: got {self.alpha!r}, {self.steps!r}, expected None: AutoAttack chooses them"
+            )
+        _check_known("options", self.options, _AUTOATTACK_OPTIONS)
+        object.__setattr__(self, "score", "worst")
+
+    def _check_arguments(self, function: Callable[..., Tensor]) -> None:
+        known = _keywords(function)
+        if "eps" not in known:
+            raise ValueError(f"name: got {self.name!r}, expected an attack with a radius eps")
+        _check_known("options", self.options, [key for key in known if key not in _RESERVED])
+        given = self.arguments()
+        for key in ("alpha", "steps"):
+            if key in given and key not in known:
+                raise ValueError(f"{key}: got {given[key]!r}, expected None: {self.name!r} has no {key}")
+        required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
+        missing = [key for key in required if key not in given and key not in _RESERVED[3:]]
+        if missing:
+            raise ValueError(f"{missing[0]}: missing, expected a value for the attack {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -62,18 +141,51 @@ class Protocol:
     attacks: tuple[AttackSpec, ...]
 
     def __post_init__(self) -> None:
-        _check_attacks(self.attacks)
+        if not isinstance(self.attacks, tuple) or not all(isinstance(spec, AttackSpec) for spec in self.attacks):
+            raise TypeError(f"attacks: got {self.attacks!r}, expected a tuple of AttackSpec")
+        if not self.attacks:
+            raise ValueError("attacks: got none, expected at least one AttackSpec")
 
 
-def _check_attacks(attacks: object) -> None:
-    if not isinstance(attacks, tuple) or not all(isinstance(spec, AttackSpec) for spec in attacks):
-        raise TypeError(f"attacks: got {attacks!r}, expected a tuple of AttackSpec")
-    if not attacks:
-        raise ValueError("attacks: got none, expected at least one AttackSpec")
+def attack_function(name: object) -> Callable[..., Tensor]:
+    """The function of `odeadv.attacks` called ``name``; ValueError, with near matches, if there is none."""
+    names = [*(key for key in _attacks.__all__ if _is_attack(getattr(_attacks, key))), AUTOATTACK]
+    if not isinstance(name, str) or name not in names:
+        near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(names)}{hint}")
+    function: Callable[..., Tensor] = getattr(_attacks, name)
+    return function
+
+
+def takes_generator(function: Callable[..., Tensor]) -> bool:
+    """Whether the attack draws from a generator that it is given."""
+    return "generator" in _keywords(function)
+
+
+def _is_attack(value: object) -> bool:
+    return inspect.isfunction(value) and "eps" in _keywords(value)
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    return {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+
+
+def _check_known(name: str, given: Mapping[str, object], known: Collection[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{name}: got {key!r}, expected some of {', '.join(known)}")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def _fgsm_and_ifgsm_20(name: str, *, eps: tuple[float, ...], alpha: float) -> Protocol:
-    fgsm = tuple(AttackSpec("fgsm", radius, radius, 1) for radius in eps)
+    fgsm = tuple(AttackSpec("fgsm", radius) for radius in eps)
     return Protocol(name, fgsm + tuple(AttackSpec("ifgsm", radius, alpha, 20) for radius in eps))
 
 
@@ -84,10 +196,11 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             _fgsm_and_ifgsm_20("table1", eps=(0.5 / 255, 1 / 255), alpha=0.5 / 255),
             _fgsm_and_ifgsm_20("table2", eps=(8 / 255, 12 / 255), alpha=2 / 255),
             Protocol("table6", tuple(AttackSpec("ifgsm", 8 / 255, 2 / 255, steps) for steps in (20, 100, 1000))),
+            Protocol("autoattack", (AttackSpec(AUTOATTACK, 8 / 255),)),
         )
     }
 )
-"""The paper's protocols by table number; ``"table2"`` is also that of Tables 3, 4, 5 and 7."""
+"""The paper's protocols by table number; ``"table2"`` is also that of Tables 3, 4, 5 and 7. And AutoAttack."""
 
 
 def resolve_protocol(protocol: object) -> Protocol:

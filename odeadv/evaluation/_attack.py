@@ -1,0 +1,132 @@
+"""Attacks that share no work with others: those of `odeadv.attacks`, and AutoAttack through pyautoattack."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odeadv.attacks._checks import check_logits
+from odeadv.attacks._linf import linf_bounds
+from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, attack_function, takes_generator
+
+
+class Counted(nn.Module):
+    """A model that counts images sent through it, and those whose gradient comes back, and checks its logits.
+
+    Args:
+        model: images to logits.
+        highest_label: the largest label there is.
+    """
+
+    def __init__(self, model: nn.Module, highest_label: int) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.highest_label = highest_label
+        self.forward_passes = self.gradient_evaluations = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of ``x``."""
+        logits = check_logits(self.model(x), len(x), self.highest_label)
+        self.forward_passes += len(x)
+        if logits.requires_grad:
+            logits.register_hook(self._came_back)  # type: ignore[no-untyped-call]
+        return logits
+
+    def _came_back(self, gradient: Tensor) -> None:
+        self.gradient_evaluations += len(gradient)
+
+
+def derived_seed(seed: int, place: str) -> int:
+    """A seed for what is done at ``place``, unrelated to those of other places; 32 bits, as every generator takes."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4], "big")
+
+
+def attacked(
+    spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, *, seed: int, place: str
+) -> tuple[Tensor, list[str]]:
+    """The images that the attack ends with, and its warnings.
+
+    Random numbers come from a generator seeded by ``seed`` and ``place`` (of the batch and attack), so they do not
+    depend on what was run before; the global random state is left alone.
+    """
+    own_seed = derived_seed(seed, place)
+    if spec.name == AUTOATTACK:
+        return _autoattack(spec, model, images, labels, own_seed)
+    function = attack_function(spec.name)
+    arguments = spec.arguments()
+    if takes_generator(function) and "generator" not in arguments:
+        arguments["generator"] = torch.Generator(device="cpu").manual_seed(own_seed)
+    return function(model, images, labels, **arguments), []
+
+
+def _autoattack(
+    spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, seed: int
+) -> tuple[Tensor, list[str]]:
+    """AutoAttack (Croce and Hein 2020) by pyautoattack, the authors' code as a package; projected to the exact ball."""
+    autoattack = _pyautoattack()
+    if images.dtype != torch.float32 or images.ndim != 4:
+        raise ValueError(
+            f"images: got {images.dtype} of shape {tuple(images.shape)}, expected float32 (n, channels, height, width) "
+            "for 'autoattack'"
+        )
+    options: dict[str, Any] = {"norm": "Linf", "version": "standard", **spec.options}
+    if "attacks" in options:
+        options["attacks"] = list(options["attacks"])
+    plain = images.contiguous()  # its .view calls need it
+    cuda = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), _tracing_kept(), _logged("auto-attack") as warned:
+        attack = autoattack(model, eps=spec.eps, seed=seed, device=images.device, **options)
+        with torch.no_grad():
+            classes = model(plain[:1]).shape[1]
+        for part in (attack.apgd_targeted, attack.fab):
+            part.n_target_classes = min(part.n_target_classes, classes - 1)
+        found, _ = attack.run_standard_evaluation(plain, labels, batch_size=len(plain))
+    if options["norm"] == "Linf":
+        found = linf_bounds(plain, spec.eps).project(found)  # its own ball is up to a rounding wider
+    return found.detach(), list(dict.fromkeys(warned))
+
+
+def _pyautoattack() -> Any:
+    try:
+        return importlib.import_module("pyautoattack").AutoAttack
+    except ImportError as error:
+        raise ImportError("protocol 'autoattack' needs the package pyautoattack: pip install pyautoattack") from error
+
+
+@contextmanager
+def _tracing_kept() -> Iterator[None]:
+    """Put back the trace function of a debugger or of coverage, which AutoAttack's checks take away."""
+    trace = sys.gettrace()
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[list[str]]:
+    """The warnings that a logger is given inside."""
+    messages: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, listener = logging.getLogger(name), Listener(level=logging.WARNING)
+    propagate = logger.propagate
+    logger.addHandler(listener)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(listener)
+        logger.propagate = propagate

@@ -1,0 +1,102 @@
+"""Two evaluations on the same examples, compared pairwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from odeadv.evaluation._evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """An exact McNemar test of two models on the same examples.
+
+    Attributes:
+        n: number of examples.
+        both: examples that both models get right.
+        only_a: examples that only the first gets right: the count b.
+        only_b: examples that only the second gets right: the count c.
+        neither: examples that neither gets right.
+        p_value: two-sided: the chance of a split of b + c at least as uneven, were either model equally likely to
+            win each of these examples.
+    """
+
+    n: int
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    p_value: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first less that of the second, in [-1, 1]."""
+        return (self.only_a - self.only_b) / self.n
+
+
+def mcnemar(
+    a: Evaluation, b: Evaluation, *, attack: int | str = 0, score: Literal["last", "worst"] = "last"
+) -> McNemar:
+    """Whether two models differ in accuracy under one attack, on the same examples (McNemar 1947, exact binomial).
+
+    Args:
+        a: the first model's evaluation.
+        b: the second's, on the same images and labels in the same order.
+        attack: which attack: its place in the protocol, its label (``"ifgsm-20 at 8/255"``), or ``"clean"``.
+        score: compare the images that the attack ended with, ``"last"``, or worst-so-far outcomes, ``"worst"``.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if the data differ, the attacks differ, or the score was not measured.
+    """
+    for name, value in (("a", a), ("b", b)):
+        if not isinstance(value, Evaluation):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an Evaluation")
+    if score not in ("last", "worst"):
+        raise ValueError(f"score: got {score!r}, expected 'last' or 'worst'")
+    if a.n != b.n:
+        raise ValueError(f"b: has {b.n} examples, expected the {a.n} of a")
+    if a.data and b.data and a.data != b.data:
+        raise ValueError(
+            f"b: is of other data ({b.data}), expected those of a ({a.data}): outcomes are compared in pairs"
+        )
+    first, second = (_outcomes(value, attack, score) for value in (a, b))
+    if first[0] != second[0]:
+        raise ValueError(f"attack: {attack!r} is {first[0]} in a and {second[0]} in b, expected the same attack")
+    right_a, right_b = first[1], second[1]
+    only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
+    both = int((right_a & right_b).sum())
+    return McNemar(a.n, both, only_a, only_b, a.n - both - only_a - only_b, exact_p_value(only_a, only_b))
+
+
+def exact_p_value(b: int, c: int) -> float:
+    """Two-sided p-value of b against c under a fair coin: min(1, 2 P[Binomial(b + c, 1/2) <= min(b, c)])."""
+    trials = b + c
+    term = tail = 1  # binomial coefficients: integers until the division, so that nothing is lost
+    for k in range(min(b, c)):
+        term = term * (trials - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / (1 << trials))
+
+
+def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[str, Tensor]:
+    if attack == "clean":
+        return "clean", evaluation.clean_outcomes
+    labels = [result.label for result in evaluation.attacks]
+    if isinstance(attack, str):
+        if labels.count(attack) != 1:
+            raise ValueError(f"attack: got {attack!r}, expected a place, 'clean', or one of {', '.join(labels)}")
+        attack = labels.index(attack)
+    if isinstance(attack, bool) or not isinstance(attack, int):
+        raise TypeError(f"attack: got {attack!r}, expected a place, 'clean', or one of {', '.join(labels)}")
+    if not 0 <= attack < len(labels):
+        raise ValueError(f"attack: got {attack}, expected 0 to {len(labels) - 1}")
+    result = evaluation.attacks[attack]
+    if score == "worst":
+        return labels[attack], result.worst_so_far_outcomes
+    if result.outcomes is None:
+        raise ValueError(f"score: got 'last', expected 'worst': {labels[attack]} was scored worst-so-far only")
+    return labels[attack], result.outcomes

@@ -1,0 +1,130 @@
+"""What a running evaluation has done so far, in a file that survives being killed at any moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCHEMA = "odeadv.evaluation.journal/1"
+Record = dict[str, Any]
+
+
+class Journal:
+    """A file of one JSON object a line, each with its checksum; lines are appended whole and synced to the disk.
+
+    The first line says what the evaluation is. A line that was cut off at the end, by a kill or a full disk, is
+    dropped; a damaged line before it is an error.
+
+    Args:
+        path: the file; made, with its folder, if it is not there.
+        header: what the evaluation is: a journal with another header is refused.
+
+    Attributes:
+        records: the lines found in the file, without the header.
+
+    Raises:
+        ValueError: if the file is of another evaluation, is no journal, or is damaged before its last line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.records: list[Record] = []
+        own: Record = json.loads(json.dumps({"schema": SCHEMA, **header}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = _read(self.path) if self.path.exists() else []
+        if not found:
+            self.append(own)
+            return
+        _check_header(self.path, found[0], own)
+        self.records = found[1:]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line and wait until the disk has it."""
+        line = (json.dumps({**record, "checksum": _checksum(record)}) + "\n").encode()
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            # One write: a kill leaves the whole line, or its beginning.
+            if os.write(handle, line) != len(line):
+                raise OSError(f"{self.path}: could not be written whole; is the disk full?")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    checksum = record.pop("checksum", None)
+    return record if checksum == _checksum(record) else None
+
+
+def _read(path: Path) -> list[Record]:
+    """The good lines of the file; what follows the last of them is cut off."""
+    raw = path.read_bytes()
+    records: list[Record] = []
+    good = 0
+    while good < len(raw):
+        end = raw.find(b"\n", good)
+        record = _parse(raw[good:end]) if end >= 0 else None
+        if record is None:
+            if 0 <= end < len(raw) - 1:
+                raise ValueError(f"resume: line {len(records) + 1} of {path} is damaged; remove the file to start over")
+            if not records and not raw.startswith(b'{"schema": "odeadv.evaluation'):
+                raise ValueError(f"resume: {path} is not a journal of an evaluation; give another path")
+            os.truncate(path, good)
+            break
+        records.append(record)
+        good = end + 1
+    return records
+
+
+def _check_header(path: Path, found: Record, expected: Record) -> None:
+    names = {"model": "another model", "data": "other data", "schema": "another kind of file"}
+    for key, value in expected.items():
+        if found.get(key) != value:
+            what = names.get(key, f"another {key}")
+            raise ValueError(
+                f"resume: {path} is the journal of {what} (its {key} is {found.get(key)!r}, expected {value!r}); "
+                "give another path or remove the file"
+            )
+
+
+def model_digest(model: nn.Module) -> str:
+    """16 hex digits of a SHA-256 over class name and state dict: names, dtypes, shapes and values."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            _add(digest, value)
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def data_digest(images: Tensor, labels: Tensor) -> str:
+    """16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    _add(digest, images)
+    _add(digest, labels)
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

@@ -1,0 +1,179 @@
+"""The model as an evaluation runs it: as it is, or a copy that is folded, compiled or differentiated in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from odeadv.attacks._objective import Objective
+from odeadv.evaluation._fold import fold
+
+Gradients = Literal["full", "bf16"]
+
+
+class _Bf16(nn.Module):
+    """The model under bfloat16 autocast, with logits in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            logits: Tensor = self.model(x)
+        return logits.float()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be attacked.
+
+    Attributes:
+        exact: scores images; the user's own model, or a copy equal to it up to rounding.
+        gradient: gives gradients; ``exact``, or in bfloat16.
+        compiled: ``gradient``, compiled for batches of ``batch_size`` images, or None.
+        batch_size: of the compiled one; batches of another size are not compiled anew.
+        approximate: whether logits of ``gradient`` must not be scored.
+        notes: what a reader of the result should know.
+    """
+
+    exact: nn.Module
+    gradient: nn.Module
+    compiled: nn.Module | None
+    batch_size: int
+    approximate: bool
+    notes: tuple[str, ...]
+
+    def scorer(self, labels: Tensor) -> Scorer:
+        """For one batch with these labels."""
+        fast = self.compiled if self.compiled is not None and len(labels) == self.batch_size else self.gradient
+        return Scorer(self.exact, fast, labels, self.approximate)
+
+
+class Scorer:
+    """Scores one batch, and differentiates its loss; counts images sent through the model.
+
+    Args:
+        exact: scores.
+        fast: gives gradients, and scores too unless ``approximate``.
+        labels: (n,).
+        approximate: whether what ``fast`` gets wrong has to be confirmed by ``exact``.
+    """
+
+    def __init__(self, exact: nn.Module, fast: nn.Module, labels: Tensor, approximate: bool) -> None:
+        self._exact = Objective(exact, labels)
+        self._fast = self._exact if fast is exact else Objective(fast, labels)
+        self._model, self._labels, self._approximate = exact, labels, approximate
+        self._confirmed = 0
+
+    @property
+    def forward_passes(self) -> int:
+        """Images sent through the model so far, whichever its form."""
+        both = self._exact.forward_passes + (0 if self._fast is self._exact else self._fast.forward_passes)
+        return both + self._confirmed
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """How many of these were also differentiated."""
+        return self._fast.gradient_evaluations
+
+    def correct(self, images: Tensor) -> Tensor:
+        """(n,) bool: which images are classified correctly."""
+        return self._exact.logits(images).argmax(dim=1) == self._labels
+
+    def gradient(self, images: Tensor) -> Tensor:
+        """Of the summed cross-entropy, shaped like ``images``."""
+        return self._fast.gradient(images)
+
+    def correct_and_gradient(self, images: Tensor, *, open: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Which images are classified correctly, and the gradient, from one forward pass if that is exact.
+
+        Otherwise mistakes are confirmed by an exact pass over the examples in ``open`` (default: all) that look
+        wrong; examples outside ``open`` are not looked at again.
+        """
+        logits, gradient = self._fast.logits_and_gradient(images)
+        correct = logits.argmax(dim=1) == self._labels
+        if not self._approximate:
+            return correct, gradient
+        suspects = (~correct if open is None else ~correct & open).nonzero().squeeze(1)
+        if len(suspects):
+            exact = Objective(self._model, self._labels[suspects])
+            correct = correct.clone()
+            correct[suspects] = exact.logits(images[suspects]).argmax(dim=1) == self._labels[suspects]
+            self._confirmed += exact.forward_passes
+        return correct, gradient
+
+
+def prepare(
+    model: nn.Module, probe: Tensor, *, batch_size: int, folded: bool, compiled: bool, gradients: Gradients
+) -> Prepared:
+    """``model`` as asked. What cannot be done is left out and said in a warning and in the notes.
+
+    Args:
+        model: in eval mode; never changed: what is folded or compiled is a copy.
+        probe: a batch of images, of ``batch_size`` or fewer.
+        batch_size: of the evaluation.
+        folded: fold batch norms.
+        compiled: compile the model with torch.compile.
+        gradients: ``"full"`` or ``"bf16"``.
+    """
+    notes: list[str] = []
+    exact = model
+    if folded or compiled or gradients == "bf16":
+        exact = _copy(model, probe, notes)
+    copied, plain = exact is not model, exact
+    if folded and copied:
+        exact = _fold(exact, probe, notes)
+    # In bfloat16 batch norm itself is faster than the multiply-add that folding makes of it.
+    gradient = _Bf16(plain) if gradients == "bf16" else exact
+    fast = _compile(gradient, probe, notes) if compiled and copied else None
+    for note in notes:
+        warnings.warn(note, RuntimeWarning, stacklevel=4)
+    return Prepared(exact, gradient, fast, len(probe), gradients == "bf16", tuple(notes))
+
+
+def _copy(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:  # a user's module may refuse in any way
+        notes.append(f"the model cannot be copied ({type(error).__name__}: {error}): neither folded nor compiled")
+        return model
+    if probe.ndim == 4 and probe.is_contiguous(memory_format=torch.channels_last):
+        copied = copied.to(memory_format=torch.channels_last)
+    return copied
+
+
+def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
+    try:
+        folded, count = fold(copy.deepcopy(model))
+    except ValueError as error:
+        notes.append(f"not folded: {error}")
+        return model
+    with torch.no_grad():
+        plain, other = model(probe), folded(probe)
+    distance = float((plain - other).abs().max() / plain.abs().max().clamp(min=torch.finfo(plain.dtype).tiny))
+    limit = 1e4 * torch.finfo(plain.dtype).eps
+    if not count or not distance <= limit:
+        why = (
+            f"logits differ by {distance:.1g} of the largest, more than {limit:.1g}" if count else "no batch norm found"
+        )
+        notes.append(f"not folded: {why}")
+        return model
+    return folded
+
+
+def _compile(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module | None:
+    try:
+        compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        leaf = probe.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        torch.autograd.grad(compiled(leaf).sum(), leaf)
+    except Exception as error:  # no C++ compiler, an operation that inductor does not know, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        notes.append(f"not compiled, as torch.compile failed ({type(error).__name__}: {reason})")
+        return None
+    return compiled

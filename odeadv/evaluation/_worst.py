@@ -1,0 +1,116 @@
+"""Worst-so-far IFGSM: examples leave as soon as they are fooled, and others take their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from odeadv.attacks._linf import Bounds, linf_bounds, sign_step
+from odeadv.evaluation._prepare import Prepared
+
+Load = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Queue:
+    """IFGSM from each of ``waiting``, in batches that are refilled as examples leave.
+
+    Args:
+        prepared: the model.
+        load: indices (k,) to images and labels on the model's device.
+        waiting: indices of examples, (n,) int64.
+        eps: radius of the L-infinity ball.
+        alpha: size of one step.
+        steps: after how many steps an example that was never fooled leaves.
+        batch_size: images in one forward pass.
+
+    Attributes:
+        forward_passes: images sent through the model so far.
+        gradient_evaluations: how many of these were also differentiated.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        load: Load,
+        waiting: Tensor,
+        *,
+        eps: float,
+        alpha: float,
+        steps: int,
+        batch_size: int,
+    ) -> None:
+        self.forward_passes = self.gradient_evaluations = 0
+        self._prepared, self._load, self._waiting = prepared, load, waiting
+        self._eps, self._alpha, self._steps, self._batch_size = eps, alpha, steps, batch_size
+
+    def run(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (indices, fooled_at), (k,) each, of examples as they leave.
+
+        ``fooled_at`` is the number of the first iterate that is misclassified (0: the clean image), or ``steps`` + 1
+        if none is.
+        """
+        batch = self._loaded(self._waiting[:0])
+        while len(batch.index) or len(self._waiting):
+            batch = self._filled(batch)
+            scorer = self._prepared.scorer(batch.labels)
+            ending = batch.step >= self._steps
+            if ending.all():  # the last iterates: nobody asks for their gradient
+                correct, gradient = scorer.correct(batch.x), torch.zeros_like(batch.x)
+            else:
+                correct, gradient = scorer.correct_and_gradient(batch.x)
+            self.forward_passes += scorer.forward_passes
+            self.gradient_evaluations += scorer.gradient_evaluations
+            leaving = ~correct | ending
+            if leaving.any():
+                fooled_at = torch.where(correct, self._steps + 1, batch.step)
+                yield batch.index[leaving].cpu(), fooled_at[leaving].cpu()
+                gradient = gradient[~leaving]
+                batch = batch.subset(~leaving)
+            batch.x = batch.bounds.project(sign_step(batch.x, gradient, self._alpha))
+            batch.step = batch.step + 1
+
+    def _filled(self, batch: _Batch) -> _Batch:
+        room = self._batch_size - len(batch.index)
+        if not room or not len(self._waiting):
+            return batch
+        coming, self._waiting = self._waiting[:room], self._waiting[room:]
+        return batch.joined(self._loaded(coming))
+
+    def _loaded(self, index: Tensor) -> _Batch:
+        images, labels = self._load(index)
+        step = torch.zeros(len(index), dtype=torch.int64, device=labels.device)
+        return _Batch(index.to(labels.device), images, labels, linf_bounds(images, self._eps), step)
+
+
+class _Batch:
+    """Examples under attack: where each is from, its iterate, and how many steps it has made."""
+
+    def __init__(self, index: Tensor, x: Tensor, labels: Tensor, bounds: Bounds, step: Tensor) -> None:
+        self.index, self.x, self.labels, self.bounds, self.step = index, x, labels, bounds, step
+
+    def subset(self, keep: Tensor) -> _Batch:
+        bounds = Bounds(_take(self.bounds.lower, keep), _take(self.bounds.upper, keep))
+        return _Batch(self.index[keep], _take(self.x, keep), self.labels[keep], bounds, self.step[keep])
+
+    def joined(self, other: _Batch) -> _Batch:
+        if not len(self.index):
+            return other
+        bounds = Bounds(
+            torch.cat([self.bounds.lower, other.bounds.lower]), torch.cat([self.bounds.upper, other.bounds.upper])
+        )
+        return _Batch(
+            torch.cat([self.index, other.index]),
+            torch.cat([self.x, other.x]),
+            torch.cat([self.labels, other.labels]),
+            bounds,
+            torch.cat([self.step, other.step]),
+        )
+
+
+def _take(tensor: Tensor, keep: Tensor) -> Tensor:
+    """Rows of ``tensor``, in its memory format (plain indexing may lose it)."""
+    taken = tensor[keep]
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return taken.contiguous(memory_format=torch.channels_last) if last else taken

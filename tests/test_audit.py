@@ -1,0 +1,252 @@
+"""The audit: an honest network passes, and each model built to break attacks is caught."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_nets import Small, held_out, trained
+from torch import Tensor, nn
+from torch.nn import functional
+
+from odeadv.audit import Audit, audit
+from odeadv.evaluation import AttackSpec, Protocol, evaluate
+
+EPS = 0.1
+QUICK = {"steps": 10, "more_steps": 40, "restarts": 2, "queries": 150}
+N = 80
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained()
+
+
+class Rounded(Wrapped):
+    """Inputs rounded to 8 levels: the gradient is zero everywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((8 * x).round() / 8)
+
+
+class Saturated(Wrapped):
+    """Softmax saturates in float32: cross-entropy has gradients of exactly zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * self.net(x)
+
+
+class Noisy(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.05 * torch.randn_like(x))
+
+
+class NotANumber(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        return torch.where(torch.arange(len(x))[:, None] == 1, torch.nan, logits)
+
+
+class DropoutOn(Wrapped):
+    """Its forward puts the dropout back into training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drop.train()
+        return self.net(self.drop(x))
+
+
+class TooMany(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pad(self.net(x), (0, 3), value=-100.0)
+
+
+class TooFew(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, :7]
+
+
+class Learning(Wrapped):
+    """A buffer follows the inputs, in eval mode too."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(), 0.1)
+        return self.net(x + 0.01 * self.mean)
+
+
+class Late(Wrapped):
+    """Answers differently from the sixth call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(x) if self.calls < 6 else self.net(x.flip(3))
+
+
+class Probabilities(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).softmax(dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)  # the network is too small to share
+
+
+def run(model: nn.Module, **changes: object) -> Audit:
+    return audit(model, held_out(N), **{"eps": EPS, "generator": torch.Generator().manual_seed(0), **QUICK, **changes})
+
+
+@pytest.fixture(scope="session")
+def honest() -> Audit:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        surrogate = Small().eval()
+    return run(trained(), surrogate=surrogate)
+
+
+def test_an_honest_network_passes_every_line(honest: Audit) -> None:
+    assert [(check.name, check.found) for check in honest.checks if check.status != "pass"] == []
+    assert honest.passed
+    assert len(honest.checks) == 16
+
+
+def test_figures_of_the_honest_network(honest: Audit) -> None:
+    radii, accuracies = zip(*honest.against_eps, strict=True)
+    assert radii[0] == 0
+    assert radii[-1] == 1
+    assert accuracies == tuple(sorted(accuracies, reverse=True))
+    assert accuracies[-1] == 0 < accuracies[radii.index(EPS)] < accuracies[0]
+    expected = evaluate(
+        trained(), held_out(N), Protocol("p", tuple(AttackSpec("ifgsm", EPS, EPS / 4, k) for k in (1, 10, 40)))
+    )
+    curve = dict(honest.against_steps)
+    assert [curve[k] for k in (1, 10, 40)] == [attack.worst_so_far_accuracy for attack in expected.attacks]
+    assert honest["iterative beats single step"].figures["ifgsm"] == expected.attacks[1].robust_accuracy
+    assert honest["local linearity"].figures["ratio_at_eps_over_100"] == pytest.approx(1, abs=0.02)
+
+
+CAUGHT: list[tuple[Callable[[], nn.Module], list[str]]] = [
+    (Rounded, ["gradients not zero", "local linearity", "gradient-free does not beat gradients"]),
+    (Rounded, ["planted examples are found", "accuracy falls to 0 with eps"]),
+    (Saturated, ["gradients not zero", "another loss"]),
+    (Noisy, ["same answer twice"]),
+    (NotANumber, ["finite logits"]),
+    (DropoutOn, ["same answer twice"]),
+    (TooMany, ["number of classes"]),
+    (TooFew, ["number of classes"]),
+    (Learning, ["state left alone"]),
+    (Late, ["state left alone"]),
+    (Probabilities, ["logits, not probabilities"]),
+]
+
+
+@pytest.mark.parametrize(("make", "lines"), CAUGHT, ids=lambda value: getattr(value, "__name__", None))
+def test_models_that_break_attacks_are_caught(make: Callable[[], nn.Module], lines: list[str]) -> None:
+    found = run(make(), num_classes=10)
+    failed = {check.name for check in found.failures}
+    assert set(lines) <= failed
+    assert not found.passed
+    assert all(check.meaning in repr(found) for check in found.failures)
+
+
+REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
+    (
+        Noisy,
+        r"model: two forward passes on the same images differ by .*EOT: a wrapper with passes=\) or give stochastic",
+    ),
+    (DropoutOn, r"model: two forward passes .* \(drop in training mode: dropout left on\?\)"),
+    (NotANumber, "model: returned logits that are not finite"),
+    (TooFew, r"labels: got 9, expected class indices < 7"),
+    (TooMany, r"model: returned 13 logits an image, expected num_classes, 10"),
+    (Learning, "model: its forward changes mean in eval mode"),
+    (Late, r"model: its logits of the first images have changed during the evaluation.*changed by a forward: calls"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", None))
+def test_evaluate_refuses(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        evaluate(make(), held_out(40), "table1", num_classes=10)
+
+
+def test_a_random_model_is_evaluated_by_single_draws_on_request(tmp_path: Path) -> None:
+    protocol = Protocol("p", (AttackSpec("ifgsm", EPS, EPS / 4, 3),))
+    first = evaluate(Noisy(), held_out(40), protocol, stochastic=True, seed=1, batch_size=16)
+    torch.manual_seed(5)
+    before, path = torch.get_rng_state(), tmp_path / "journal"
+    evaluate(Noisy(), held_out(40), protocol, stochastic=True, seed=1, batch_size=16, resume=path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))  # all but the first batch again
+    second = evaluate(Noisy(), held_out(40), protocol, stochastic=True, seed=1, batch_size=16, resume=path)
+    assert torch.equal(first.attacks[0].outcomes, second.attacks[0].outcomes)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_leaves_model_and_random_state_alone() -> None:
+    model = Learning().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [part.training for part in model.modules()]
+    state = torch.get_rng_state()
+    run(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [part.training for part in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_is_reproducible_from_its_generator(honest: Audit) -> None:
+    first, second = run(Noisy()), run(Noisy())
+    assert first.to_dict() == second.to_dict()
+
+
+def test_a_transfer_that_beats_gradients_is_caught() -> None:
+    found = run(Rounded(), surrogate=trained())
+    assert found["transfer does not beat gradients"].status == "fail"
+
+
+def test_write(honest: Audit, tmp_path: Path) -> None:
+    honest.write(tmp_path / "report")
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert files == {"audit.json", "audit.md", "accuracy_against_eps.png", "accuracy_against_steps.png"}
+    data = json.loads((tmp_path / "report" / "audit.json").read_text())
+    assert data == json.loads(json.dumps(honest.to_dict()))
+    assert data["schema"] == "odeadv.audit/1"
+    page = (tmp_path / "report" / "audit.md").read_text()
+    assert all(check.name in page and check.meaning in page for check in honest.checks)
+    assert "16 checks passed, 0 failed, 0 not applicable; 80 examples" in page
+
+
+def test_write_of_an_unusable_model(tmp_path: Path) -> None:
+    found = run(NotANumber())
+    found.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"audit.json", "audit.md"}
+    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 15
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"eps": 0.0}, ValueError, "eps: got 0.0, expected a radius above 0"),
+        ({"generator": 0}, TypeError, "generator: got 0, expected e.g. torch.Generator"),
+        ({"steps": 0}, ValueError, "steps: got 0, expected an integer >= 1"),
+        ({"surrogate": len}, TypeError, "model: got builtin_function_or_method"),
+    ],
+)
+def test_refusals(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        run(trained(), **change)

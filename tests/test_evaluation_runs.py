@@ -1,0 +1,457 @@
+"""Evaluations that are interrupted, compared, folded, compiled, queued; and attacks beyond FGSM and IFGSM."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_nets import Small, held_out, trained
+from torch import Tensor, nn
+
+import odeadv
+from odeadv.attacks import apgd, ifgsm, pgd, square
+from odeadv.evaluation import AttackSpec, Evaluation, ProgressLine, Protocol, evaluate, mcnemar
+from odeadv.evaluation._bits import pack, unpack
+from odeadv.evaluation._compare import exact_p_value
+from odeadv.evaluation._fold import fold
+from odeadv.evaluation._progress import duration
+
+EPS, ALPHA, N = 0.1, 0.025, 60
+LAST = Protocol(
+    "last",
+    (
+        AttackSpec("fgsm", EPS),
+        AttackSpec("ifgsm", EPS, ALPHA, 5),
+        AttackSpec("ifgsm", 1.5 * EPS, ALPHA, 8),
+        AttackSpec("ifgsm", EPS, ALPHA, 8),
+    ),
+)
+WORST = Protocol(
+    "worst", tuple(AttackSpec(spec.name, spec.eps, spec.alpha, spec.steps, "worst") for spec in LAST.attacks)
+)
+MIXED = Protocol("mixed", LAST.attacks[:2] + WORST.attacks[2:] + (AttackSpec("pgd", EPS, ALPHA, 3),))
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)  # the network is too small to share
+
+
+def same(a: Evaluation, b: Evaluation) -> bool:
+    """All but the wall time."""
+    return {**a.to_dict(), "seconds": 0} == {**b.to_dict(), "seconds": 0}
+
+
+def outcomes(result: Evaluation) -> Tensor:
+    return torch.stack([result.clean_outcomes, *(attack.worst_so_far_outcomes for attack in result.attacks)])
+
+
+class Stop(Exception):
+    """Raised by a progress callback."""
+
+
+def stopping_after(batches: int) -> Callable[[int, int], None]:
+    calls = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == batches:
+            raise Stop
+
+    return progress
+
+
+class TestWorstSoFar:
+    @pytest.mark.parametrize("batch_size", [7, 32, 100])
+    def test_queue_gives_what_complete_runs_give(self, batch_size: int) -> None:
+        complete = evaluate(trained(), held_out(N), LAST, batch_size=batch_size)
+        queued = evaluate(trained(), held_out(N), WORST, batch_size=batch_size)
+        assert torch.equal(outcomes(queued), outcomes(complete))
+        assert 0 < queued.attacks[2].worst_so_far_correct < queued.attacks[1].worst_so_far_correct < N
+        assert all(attack.outcomes is None for attack in queued.attacks)
+
+    def test_cost_is_that_of_the_steps_until_fooled(self) -> None:
+        """Forward passes: the clean one of each image, then one for each iterate until it is fooled."""
+        images, labels = held_out(N)
+        spec = WORST.attacks[3]
+        clean = trained()(images).argmax(1) == labels
+        expected, alive = N, clean.clone()
+        for step in range(9):  # x_0 to x_8
+            expected += int(alive.sum())
+            x = ifgsm(trained(), images, labels, eps=EPS, alpha=ALPHA, steps=step) if step else images
+            alive &= trained()(x).argmax(1) == labels
+        result = evaluate(trained(), (images, labels), Protocol("p", (spec,)), batch_size=16)
+        assert result.forward_passes == expected
+
+    def test_batches_stay_full(self) -> None:
+        sizes = []
+
+        class Watched(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                sizes.append(len(x))
+                return trained()(x)
+
+        evaluate(Watched(), held_out(N), Protocol("p", WORST.attacks[3:]), batch_size=16)
+        queue = sizes[2 + 4 : -1]  # after the probes and the clean batches
+        assert queue == sorted(queue, reverse=True)
+        assert queue[: len(queue) // 2] == [16] * (len(queue) // 2)
+
+    def test_last_iterate_figures_are_not_there(self) -> None:
+        result = evaluate(trained(), held_out(20), WORST)
+        with pytest.raises(ValueError, match=r"^robust_correct: ifgsm-5 at 25\.5/255 was scored worst-so-far only"):
+            _ = result.attacks[1].robust_accuracy
+        data = result.to_dict()
+        assert data["average"] is None
+        assert data["attacks"][1]["robust_accuracy"] is None
+        assert "average" not in repr(result)
+
+
+class TestResume:
+    @pytest.mark.parametrize("protocol", [LAST, WORST, MIXED], ids=lambda p: p.name)
+    @pytest.mark.parametrize("after", [1, 3, 5])
+    def test_goes_on_where_it_stopped(self, tmp_path: Path, protocol: Protocol, after: int) -> None:
+        path, whole = tmp_path / "run" / "journal.jsonl", evaluate(trained(), held_out(N), protocol, batch_size=16)
+        seen: list[tuple[int, int]] = []
+        try:
+            evaluate(trained(), held_out(N), protocol, batch_size=16, resume=path, progress=stopping_after(after))
+        except Stop:
+            written = len(path.read_bytes().splitlines()) - 1
+            assert written == after
+        resumed = evaluate(
+            trained(), held_out(N), protocol, batch_size=16, resume=path, progress=lambda *done: seen.append(done)
+        )
+        assert torch.equal(outcomes(resumed), outcomes(whole))
+        if protocol is LAST:  # a queue that was cut has to evaluate again the examples that were under way
+            assert same(resumed, whole)
+        assert seen[-1][0] == seen[-1][1]
+        assert seen == sorted(seen)
+        again = evaluate(trained(), held_out(N), protocol, batch_size=16, resume=path)
+        assert same(again, resumed)
+
+    def test_every_cut_of_the_file_gives_the_same_result(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal"
+        whole = evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path)
+        raw = path.read_bytes()
+        for length in [*range(0, len(raw), 211), len(raw) - 1]:
+            path.write_bytes(raw[:length])
+            assert same(evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path), whole)
+            assert len(path.read_bytes().splitlines()) == len(raw.splitlines())
+
+    def test_finished_batches_are_not_run_again(self, tmp_path: Path) -> None:
+        evaluate(trained(), held_out(20), LAST, batch_size=8, resume=tmp_path / "j")
+        calls = []
+        handle = trained().register_forward_hook(lambda *_: calls.append(1))
+        try:
+            evaluate(trained(), held_out(20), LAST, batch_size=8, resume=tmp_path / "j")
+        finally:
+            handle.remove()
+        assert len(calls) == 3  # the probes
+
+    def test_what_is_another_evaluation_is_refused_by_name(self, tmp_path: Path) -> None:
+        path, data = tmp_path / "journal", held_out(20)
+        evaluate(trained(), data, LAST, batch_size=8, resume=path)
+        before = path.read_bytes()
+        for change, what in [
+            ({"model": Small().eval()}, "another model"),
+            ({"data": (data[0], (data[1] + 1) % 10)}, "other data"),
+            ({"data": (data[0] * 0.5, data[1])}, "other data"),
+            ({"protocol": WORST}, "another protocol"),
+            ({"protocol": Protocol("last", LAST.attacks[:2])}, "another attacks"),
+            ({"batch_size": 9}, "another settings"),
+            ({"seed": 1}, "another settings"),
+        ]:
+            given = {"model": trained(), "data": data, "protocol": LAST, "batch_size": 8, **change}
+            with pytest.raises(ValueError, match=rf"^resume: .* is the journal of {what} \(its "):
+                evaluate(given.pop("model"), given.pop("data"), given.pop("protocol"), resume=path, **given)
+        assert path.read_bytes() == before
+
+    def test_damage_before_the_last_line_is_an_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal"
+        evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path)
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[1] = lines[1].replace(b'"batch": 0', b'"batch": 1')
+        path.write_bytes(b"".join(lines))
+        with pytest.raises(ValueError, match=r"resume: line 2 of .* is damaged"):
+            evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path)
+
+    def test_another_file_is_left_alone(self, tmp_path: Path) -> None:
+        path = tmp_path / "notes.txt"
+        path.write_text("important")
+        with pytest.raises(ValueError, match=r"resume: .*notes\.txt is not a journal"):
+            evaluate(trained(), held_out(20), LAST, resume=path)
+        assert path.read_text() == "important"
+
+
+class TestSharedWork:
+    def test_radii_go_together_while_no_ball_is_left(self) -> None:
+        """With alpha = eps / 4 the first three iterates are those of any larger radius."""
+        images, labels = held_out(N)
+        apart = sum(
+            evaluate(trained(), (images, labels), Protocol("p", (spec,))).gradient_evaluations
+            for spec in LAST.attacks[2:]
+        )
+        together = evaluate(trained(), (images, labels), Protocol("p", LAST.attacks[2:]))
+        assert together.gradient_evaluations == apart - N * (1 + 3)
+        assert together.forward_passes == N * (1 + 8 + 8 - 3)
+
+
+class TestFolding:
+    def networks(self) -> list[tuple[nn.Module, Tensor]]:
+        resnet = odeadv.models.PreActResNet(8, 4, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        resnet.train()(images)  # running statistics that are no identity
+        return [(resnet.eval(), images), (trained(), held_out(8)[0])]
+
+    def test_is_the_same_function(self) -> None:
+        for net, images in self.networks():
+            import copy
+
+            exact = copy.deepcopy(net).double()
+            folded, count = fold(copy.deepcopy(exact))
+            assert count == sum(isinstance(part, nn.BatchNorm2d) for part in net.modules())
+            assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+            assert torch.allclose(folded(images.double()), exact(images.double()), rtol=1e-12, atol=1e-12)
+
+    def test_outcomes_are_those_of_the_model(self) -> None:
+        before = {name: value.clone() for name, value in trained().state_dict().items()}
+        plain, folded = (evaluate(trained(), held_out(N), LAST, fold=fold) for fold in (False, True))
+        assert folded.settings["fold"]
+        assert folded.notes == ()
+        for a, b in zip(plain.attacks, folded.attacks, strict=True):
+            assert int((a.outcomes != b.outcomes).sum()) <= 1  # a tie that rounding decides
+        assert all(torch.equal(value, before[name]) for name, value in trained().state_dict().items())
+
+    def test_a_model_that_cannot_be_traced_is_evaluated_as_it_is(self) -> None:
+        class Branching(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return trained()(x) if x.sum() > 0 else x
+
+        with pytest.warns(RuntimeWarning, match="not folded: fold: the model's forward cannot be traced"):
+            result = evaluate(Branching(), held_out(20), LAST, fold=True)
+        assert result.notes[0].startswith("not folded")
+        assert torch.equal(outcomes(result), outcomes(evaluate(trained(), held_out(20), LAST)))
+
+    def test_bf16_gradients_are_reported_beside_full_ones(self) -> None:
+        plain, rough = (evaluate(trained(), held_out(N), MIXED, gradients=kind) for kind in ("full", "bf16"))
+        assert torch.equal(plain.clean_outcomes, rough.clean_outcomes)  # scored in float32 all the same
+        report = rough.checks["bf16"]
+        assert report["n"] == 32
+        assert len(report["attacks"]) == 4  # pgd does not use them
+        for row, a, b in zip(report["attacks"], plain.attacks, rough.attacks, strict=False):
+            score = "worst_so_far_outcomes" if a.outcomes is None else "outcomes"
+            first, second = getattr(a, score)[:32], getattr(b, score)[:32]
+            assert row["full_accuracy"] == pytest.approx(float(first.float().mean()))
+            assert row["bf16_accuracy"] == pytest.approx(float(second.float().mean()))
+            assert row["outcomes_that_differ"] == int((first != second).sum()) <= 3
+
+    def test_compile_that_fails_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def compiler(model: nn.Module, **_: object) -> nn.Module:
+            raise RuntimeError("no C++ compiler\nand more")
+
+        monkeypatch.setattr(torch, "compile", compiler)
+        with pytest.warns(RuntimeWarning, match=r"torch.compile failed \(RuntimeError: no C\+\+ compiler\)$"):
+            result = evaluate(trained(), held_out(20), LAST, compile=True)
+        assert len(result.notes) == 1
+        assert torch.equal(outcomes(result), outcomes(evaluate(trained(), held_out(20), LAST)))
+
+    @pytest.mark.slow
+    def test_compiled_outcomes_are_those_of_the_model(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            result = evaluate(trained(), held_out(N), LAST, compile=True, batch_size=25)
+        expected = evaluate(trained(), held_out(N), LAST, batch_size=25)
+        assert int((outcomes(result) != outcomes(expected)).sum()) <= 1
+
+
+class TestOtherAttacks:
+    SPECS = (
+        AttackSpec("pgd", EPS, ALPHA, 4, options={"restarts": 2, "loss": "margin"}),
+        AttackSpec("apgd", EPS, steps=6),
+        AttackSpec("square", EPS, options={"queries": 20}),
+        AttackSpec("ifgsm", EPS, ALPHA, 4, options={"norm": "l2"}),
+    )
+
+    def test_are_columns_like_any(self) -> None:
+        images, labels = held_out(N)
+        result = evaluate(trained(), (images, labels), Protocol("p", self.SPECS), seed=3)
+        again = evaluate(trained(), (images, labels), Protocol("p", self.SPECS), seed=3)
+        assert same(result, again)
+        assert result.attacks[0].options == {"restarts": 2, "loss": "margin"}
+        assert all(attack.robust_correct < result.clean_correct for attack in result.attacks[:2])
+        expected = ifgsm(trained(), images, labels, eps=EPS, alpha=ALPHA, steps=4, norm="l2")
+        assert torch.equal(result.attacks[3].outcomes, trained()(expected).argmax(1) == labels)
+
+    def test_draws_come_from_seed_and_place(self) -> None:
+        """The first attack of the first batch, by hand."""
+        import hashlib
+
+        images, labels = held_out(16)
+        seed = int.from_bytes(hashlib.sha256(b"3 0 0").digest()[:4], "big")
+        x = pgd(
+            trained(),
+            images,
+            labels,
+            eps=EPS,
+            alpha=ALPHA,
+            steps=4,
+            restarts=2,
+            loss="margin",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        result = evaluate(trained(), held_out(N), Protocol("p", self.SPECS), seed=3, batch_size=16)
+        assert torch.equal(result.attacks[0].outcomes[:16], trained()(x).argmax(1) == labels)
+
+    def test_are_counted(self) -> None:
+        counts = {"pgd": [0, 0]}
+
+        class Watched(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                counts["pgd"][0] += len(x)
+                if x.requires_grad:
+                    x.register_hook(lambda g: counts["pgd"].__setitem__(1, counts["pgd"][1] + len(g)))
+                return trained()(x)
+
+        result = evaluate(Watched(), held_out(N), Protocol("p", self.SPECS), batch_size=32)
+        probes = result.checks["probe_forward_passes"]
+        assert (result.forward_passes + probes, result.gradient_evaluations) == tuple(counts["pgd"])
+
+    def test_worst_so_far_skips_what_is_wrong_already(self) -> None:
+        images, labels = held_out(N)
+        labels = torch.where(torch.arange(N) % 2 == 0, labels, (labels + 1) % 10)
+        result = evaluate(trained(), (images, labels), Protocol("p", (AttackSpec("apgd", EPS, None, 3, "worst"),)))
+        assert result.gradient_evaluations <= 4 * result.clean_correct
+        assert not (result.attacks[0].worst_so_far_outcomes & ~result.clean_outcomes).any()
+
+    @pytest.mark.parametrize("function", [apgd, square])
+    def test_every_attack_with_a_radius_is_known(self, function: Callable[..., Tensor]) -> None:
+        assert AttackSpec(function.__name__, EPS).arguments() == {"eps": EPS}
+
+
+class TestAutoAttack:
+    def test_is_its_parts_in_a_row(self) -> None:
+        """AutoAttack of pyautoattack with fewer steps, against its parts run one by one on what is left."""
+        package = pytest.importorskip("pyautoattack")
+        images, labels = held_out(16)
+        spec = AttackSpec("autoattack", EPS, options={"version": "custom", "attacks": ("apgd-ce", "apgd-dlr")})
+        state = torch.get_rng_state()
+        result = evaluate(trained(), (images, labels), Protocol("aa", (spec,)), batch_size=16)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert result.attacks[0].outcomes is None
+        assert 0 < result.attacks[0].worst_so_far_correct < result.clean_correct
+        alive = trained()(images).argmax(1) == labels
+        with torch.random.fork_rng(devices=[]):
+            for part in spec.options["attacks"]:
+                attack = package.AutoAttack(trained(), eps=EPS, version="custom", attacks=[part], seed=0)
+                found, _ = attack.run_standard_evaluation(images[alive], labels[alive])
+                alive[alive.clone()] = trained()(found).argmax(1) == labels[alive]
+        # Seeds differ, so an example on the edge may.
+        assert int((alive != result.attacks[0].worst_so_far_outcomes).sum()) <= 1
+        strong = evaluate(trained(), (images, labels), Protocol("p", (AttackSpec("ifgsm", EPS, ALPHA, 10, "worst"),)))
+        assert result.attacks[0].worst_so_far_correct <= strong.attacks[0].worst_so_far_correct
+
+    def test_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "pyautoattack", None)
+        with pytest.raises(ImportError, match="needs the package pyautoattack: pip install pyautoattack"):
+            evaluate(trained(), held_out(4), "autoattack")
+
+
+class TestMcNemar:
+    def evaluation(self, right: list[int], n: int = 40, data: str = "d") -> Evaluation:
+        last = torch.zeros(n, dtype=torch.bool)
+        last[right] = True
+        attack = odeadv.evaluation.AttackResult("ifgsm", 8 / 255, 2 / 255, 20, last, last & (torch.arange(n) > 3))
+        return Evaluation("p", torch.ones(n, dtype=torch.bool), (attack,), 0, 0, 0.0, data=data)
+
+    def test_counts(self) -> None:
+        a, b = self.evaluation(list(range(12))), self.evaluation(list(range(9, 15)))
+        found = mcnemar(a, b)
+        assert (found.n, found.both, found.only_a, found.only_b, found.neither) == (40, 3, 9, 3, 25)
+        assert found.p_value == pytest.approx(2 * (1 + 12 + 66 + 220) / 2**12)  # closed form
+        assert found.difference == 6 / 40
+        assert mcnemar(a, b, attack="ifgsm-20 at 8/255") == found
+        assert mcnemar(a, b, score="worst").only_a == 5
+        assert mcnemar(a, b, attack="clean").p_value == 1
+
+    @pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 5), (0, 7), (31, 12), (400, 470), (3000, 2500)])
+    def test_is_the_exact_binomial_test(self, b: int, c: int) -> None:
+        stats = pytest.importorskip("scipy.stats")
+        expected = stats.binomtest(min(b, c), b + c, 0.5).pvalue if b + c else 1.0
+        assert exact_p_value(b, c) == pytest.approx(expected, rel=1e-9)
+        assert exact_p_value(b, c) == exact_p_value(c, b) <= 1
+
+    def test_refusals(self) -> None:
+        a = self.evaluation([1])
+        for other, options, message in [
+            (self.evaluation([1], data="e"), {}, r"b: is of other data \(e\), expected those of a \(d\)"),
+            (self.evaluation([1], n=41), {}, "b: has 41 examples, expected the 40 of a"),
+            (a, {"attack": 1}, "attack: got 1, expected 0 to 0"),
+            (a, {"attack": "pgd"}, "attack: got 'pgd', expected a place, 'clean', or one of ifgsm-20 at 8/255"),
+            (a, {"score": "best"}, "score: got 'best', expected 'last' or 'worst'"),
+        ]:
+            with pytest.raises(ValueError, match=f"^{message}"):
+                mcnemar(a, other, **options)
+
+    def test_of_two_evaluations(self) -> None:
+        a, b = (evaluate(net, held_out(N), LAST) for net in (trained(), Small().eval()))
+        found = mcnemar(a, Evaluation.from_dict(b.to_dict()), attack=1)
+        assert found.only_a - found.only_b == a.attacks[1].robust_correct - b.attacks[1].robust_correct
+
+
+class TestJson:
+    @pytest.mark.parametrize("protocol", [LAST, WORST, MIXED], ids=lambda p: p.name)
+    def test_round_trip(self, protocol: Protocol) -> None:
+        result = evaluate(trained(), held_out(N), protocol)
+        data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        back = Evaluation.from_dict(data)
+        assert back.to_dict() == data
+        assert torch.equal(outcomes(back), outcomes(result))
+        assert len(data["clean_outcomes"]) == 4 * math.ceil(math.ceil(N / 8) / 3)
+
+    def test_refusals(self) -> None:
+        data = evaluate(trained(), held_out(20), LAST).to_dict()
+        changes: list[tuple[dict[str, object], str]] = [
+            ({"schema": "odeadv.evaluation/1"}, "schema: got 'odeadv.evaluation/1', expected 'odeadv.evaluation/2'"),
+            ({"clean_outcomes": "AAAA"}, "clean_correct: got .*, expected 0 as in the outcomes"),
+            ({"clean_outcomes": "AA"}, "outcomes: .*, expected base64 of packed bits"),
+            ({"n": 30}, "outcomes: got 3 bytes, expected 4 for 30 outcomes"),
+        ]
+        for change, message in changes:
+            with pytest.raises(ValueError, match=f"^{message}"):
+                Evaluation.from_dict({**data, **change})
+        del data["notes"]
+        with pytest.raises(ValueError, match=r"^evaluation: no 'notes', expected all"):
+            Evaluation.from_dict(data)
+
+    @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (0,)])
+    def test_bits(self, shape: tuple[int, ...]) -> None:
+        value = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        assert torch.equal(unpack(pack(value), *shape), value)
+        assert len(pack(value)) == 4 * math.ceil(math.ceil(value.numel() / 8) / 3)
+
+
+class TestProgressLine:
+    def test_time_left_is_by_the_rate_since_the_first_call(self) -> None:
+        stream, times = io.StringIO(), iter([0.0, 0.0, 0.5, 20.0, 100.0])
+        line = ProgressLine(stream, every=1.0, clock=lambda: next(times))
+        for done in (50, 51, 60, 100):
+            line(done, 100)
+        shown = [text.strip() for text in stream.getvalue().split("\r")[1:]]
+        assert shown == ["50/100 batches, 0 s", "60/100 batches, 20 s, about 80 s left", "100/100 batches, 2 min"]
+        assert stream.getvalue().endswith("\n")
+
+    def test_durations(self) -> None:
+        assert [duration(t) for t in (0, 42.4, 99, 100, 5999, 12000)] == [
+            "0 s",
+            "42 s",
+            "99 s",
+            "2 min",
+            "1 h 40 min",
+            "3 h 20 min",
+        ]
