@@ -1,214 +1,258 @@
-"""Runs and reports: one JSON a run, nothing run twice, the table from the JSON alone."""
+"""Tables and reports: which runs make a table, and that a page is nothing but the arithmetic of its records."""
 
-import dataclasses
-import io
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from odeadv.data import ImageDataset
-from odeadv.experiments import PRESETS, TABLE1, RunConfig, configurations, load_records, render, run, write_report
+from odeadv import data
+from odeadv.experiments import (
+    PRESETS,
+    TABLES,
+    RunConfig,
+    configurations,
+    load_records,
+    main,
+    write_report,
+)
+from odeadv.experiments._methods import passes
+from odeadv.experiments._report import Difference, gather, render
+from odeadv.models._network import FieldNetwork
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+PAGES = sorted(page for page in RESULTS.glob("*/*.md") if page.stem in TABLES)
 
 
-def tiny_data() -> ImageDataset:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(260) % 10
-    pixels = torch.randint(0, 256, (260, 8, 8, 3), generator=generator, dtype=torch.uint8)
-    return ImageDataset("cifar-like", "made here", pixels, labels, pixels[:20], labels[:20], 10, flip=True)
-
-
-def tiny_runs(**changes) -> list[RunConfig]:
-    preset = dataclasses.replace(PRESETS["smoke"], width=2, epochs=2, **changes)
-    return configurations(TABLE1, preset, dataset="cifar10", seeds=[0, 1])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs")
-    for config in tiny_runs():
-        run(config, tiny_data(), out, label="[test]", log=io.StringIO())
-    return out
-
-
-def test_a_record_holds_the_configuration_and_every_figure(finished):
-    records = load_records(finished)
-    assert [(r["config"]["method"], r["config"]["training"]["seed"]) for r in records] == [
-        (method, seed) for method in ("lad", "lad-sm", "natural") for seed in (0, 1)
+def record(config: RunConfig, protocol: str, columns, accuracy) -> dict:
+    """A record with accuracies that ``accuracy(column number)`` makes up, 0 being the clean one."""
+    attacks = [
+        {
+            "name": column.attack,
+            "eps_255": column.eps_255,
+            "steps": column.steps,
+            "robust_accuracy": accuracy(number),
+            "worst_so_far_accuracy": accuracy(number) - 0.01,
+        }
+        for number, column in enumerate(columns, start=1)
     ]
-    for record in records:
-        assert {attack["eps_255"] for attack in record["evaluation"]["attacks"]} == {0.5, 1.0}
-        assert len(record["epochs"]) == 2
-        assert set(record["versions"]) == {"odeadv", "python", "torch", "numpy"}
-        assert record["seconds"]["training"] > 0
-        assert record["config"]["training"]["eta"] == (0.0 if record["config"]["method"] == "natural" else 50.0)
-    assert sorted(path.name for path in (finished / "weights").iterdir()) == sorted(
-        path.with_suffix(".npz").name for path in finished.glob("*.json")
-    )
+    evaluation = {"protocol": protocol, "clean_accuracy": accuracy(0), "attacks": attacks, "seconds": 1.0}
+    epoch = {"epoch": 1, "loss": 0.5, "accuracy": 0.75, "lr": 0.1, "seconds": 1.0, "ratio": 2e5}
+    return {
+        "schema": "odeadv.run/2",
+        "key": config.key,
+        "method": config.method,
+        "config": config.to_dict(),
+        "data": {"source": "made up", "train_images": 2, "test_images": 1, "fingerprint": "f"},
+        "versions": {"odeadv": "0"},
+        "machine": {"device": "x", "threads": 1, "processes": 1},
+        "seconds": {"training": 1.0},
+        "epochs": [epoch],
+        "best_epoch": None,
+        "evaluations": {"last": {protocol: evaluation}},
+    }
 
 
-def test_a_finished_run_is_not_run_again_and_another_is_not_overwritten(finished):
-    config = tiny_runs()[0]
-    path = finished / config.file_name
-    before = path.stat().st_mtime_ns
-    log = io.StringIO()
-    run(config, tiny_data(), finished, log=log)
-    assert path.stat().st_mtime_ns == before
-    assert "already there" in log.getvalue()
-    other = dataclasses.replace(config, width=4)
-    with pytest.raises(FileExistsError, match="holds a run of another configuration"):
-        run(other, tiny_data(), finished, log=log)
+def made_up(table, rows=None, seeds=(0, 1, 2), preset="cpu", dataset="cifar10"):
+    """Records whose accuracies differ by row, column and seed."""
+    return [
+        record(
+            config, table.protocol, table.columns,
+            lambda n, i=i, s=config.training.seed: 0.9 - 0.1 * n + 0.01 * (i % 6) * (n + 1) + 0.004 * s * (i - 1),
+        )
+        for i, (row, config) in enumerate(configurations(table, PRESETS[preset], dataset=dataset, seeds=seeds))
+        if rows is None or row.name in rows
+    ]  # fmt: skip
 
 
-def test_progress_shows_epoch_loss_accuracy_and_time_left(tmp_path):
-    log = io.StringIO()
-    run(tiny_runs()[0], tiny_data(), tmp_path, label="[1/6 natural]", log=log)
-    lines = log.getvalue().splitlines()
-    assert lines[0].startswith("[1/6 natural] epoch 1/2  loss ")
-    assert "accuracy" in lines[0]
-    assert "left" in lines[0]
-    assert "evaluated in" in lines[-1]
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_a_page_at_every_preset(name, tmp_path):
+    table = TABLES[name]
+    for dataset in table.datasets:
+        for preset in PRESETS:
+            records = made_up(table, preset=preset, dataset=dataset)
+            text = render(gather(table, PRESETS[preset], dataset, records))
+            theirs = preset == "paper" and bool(table.paper(dataset))
+            assert text.startswith("**The paper's protocol.**" if theirs else "**Not")
+            assert "Not run" not in text
+            for row in table.rows:
+                assert f"| {row.label} | here, 3 seeds |" in text
+            for row, figures in table.paper(dataset).items():
+                assert f"| {table.row(row).label} | paper | " in text
+                assert set(figures) <= {"acc", "avg", *(column.key for column in table.columns)}
+                assert len(figures) >= len(table.columns)
 
 
-def test_the_report_is_made_of_the_records_alone(finished, tmp_path):
-    records = load_records(finished)
-    text = render(TABLE1, records)
-    assert write_report(TABLE1, finished) == text
-    assert (finished / "table1.md").read_text() == text
-    assert (finished / "table1.png").stat().st_size > 5_000
-    assert text.startswith(
-        "**Not the paper's protocol: ResNet-8 of width 2 instead of ResNet-56 of width 16; 2 instead"
-    )
-    natural = [r for r in records if r["config"]["method"] == "natural"]
-    values = [100 * r["evaluation"]["clean_accuracy"] for r in natural]
-    assert f"| natural | here, 2 seeds | {statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} |" in text
+def test_every_row_that_the_paper_prints_is_a_row_here():
+    figures = json.loads((ROOT / "odeadv" / "experiments" / "paper_tables.json").read_text())
+    for name in ("table1", "table2", "table3", "table4", "table6", "table7"):
+        for dataset in TABLES[name].datasets:
+            assert set(TABLES[name].paper(dataset)) == set(figures[name][dataset])
+    fifth = TABLES["table5"].paper("cifar100")
+    assert fifth["pgd+lad@0.001"] == {"fgsm_8": 23.02, "ifgsm_8": 17.42}
+    assert fifth["pgd+lad-sm"] == {"fgsm_8": 26.79, "ifgsm_8": 22.39}
+    assert fifth["pgd"] == {"fgsm_8": 23.71, "ifgsm_8": 17.74}
+    assert len(fifth) == 11
+
+
+def test_the_figures_are_means_and_deviations_over_the_seeds():
+    table = TABLES["table1"]
+    records = made_up(table)
+    results = gather(table, PRESETS["cpu"], None, records)
+    text = render(results)
+    for row in table.rows:
+        clean = [100 * r["evaluations"]["last"]["table1"]["clean_accuracy"] for r in results.runs[row.name].values()]
+        cell = f"| {row.label} | here, 3 seeds | {statistics.fmean(clean):.2f} ± {statistics.stdev(clean):.2f} |"
+        assert cell in text
     assert "| natural | paper | 92.89 | 67.22 | 49.80 | 56.98 | 19.20 | 48.30 |" in text
-    assert "| natural + LAD | paper | +0.15 | +4.57 | +1.38 | +9.04 | +9.07 | +6.02 |" in text
-    assert render(TABLE1, records[::-1]) == text
+    assert render(gather(table, PRESETS["cpu"], None, records[::-1])) == text
 
 
-def test_differences_are_paired_by_seed(finished):
-    records = load_records(finished)
-    by_key = {(r["config"]["method"], r["config"]["training"]["seed"]): r["evaluation"] for r in records}
-    clean = [100 * (by_key["lad", s]["clean_accuracy"] - by_key["natural", s]["clean_accuracy"]) for s in (0, 1)]
-    expected = f"| natural + LAD | here, 2 pairs | {statistics.fmean(clean):+.2f} ± {statistics.stdev(clean):.2f} |"
-    assert expected in render(TABLE1, records)
+def test_differences_are_paired_by_seed_with_students_interval():
+    table = TABLES["table2"]
+    results = gather(table, PRESETS["cpu"], None, made_up(table))
+    lad, pgd = results.runs["pgd+lad"], results.runs["pgd"]
+    by_hand = [
+        100 * statistics.fmean(
+            a["robust_accuracy"] - b["robust_accuracy"]
+            for a, b in zip(
+                lad[s]["evaluations"]["last"]["table2"]["attacks"],
+                pgd[s]["evaluations"]["last"]["table2"]["attacks"],
+                strict=True,
+            )
+        )
+        for s in (0, 1, 2)
+    ]  # fmt: skip
+    difference = results.difference(table.row("pgd+lad"), "avg")
+    assert difference.values == pytest.approx(by_hand)
+    half = 4.303 * statistics.stdev(by_hand) / math.sqrt(3)
+    assert difference.interval == pytest.approx((statistics.fmean(by_hand) - half, statistics.fmean(by_hand) + half))
+    assert results.difference(table.row("pgd"), "avg") is None
+    assert f"| PGD + LAD - PGD | Avg | +0.76 | {difference} | 3 |" in render(results)
 
 
-def test_records_that_do_not_belong_together_are_refused(finished):
-    records = load_records(finished)
-    altered = json.loads(json.dumps(records))
-    altered[1]["config"]["depth"] = 14
-    with pytest.raises(ValueError, match=r"^records: lad seed 1 was run at another size"):
-        render(TABLE1, altered)
-    with pytest.raises(ValueError, match=r"^records: got none"):
-        render(TABLE1, [])
+@pytest.mark.parametrize(
+    ("values", "paper", "verdict"),
+    [
+        ((1.0, 1.1, 0.9), 0.5, "reproduced"),
+        ((1.0, 1.1, 0.9), -0.5, "contradicted"),
+        ((-1.0, -1.1, -0.9), -0.5, "reproduced"),
+        ((-1.0, -1.1, -0.9), 0.5, "contradicted"),
+        ((1.0, -1.0, 2.0), 0.5, "not resolved"),
+        ((5.0,), 0.5, "one seed: not resolved"),
+        ((1.0, 1.1, 0.9), 0.0, "not resolved"),
+    ],
+)
+def test_verdicts(values, paper, verdict):
+    assert Difference(values).verdict(paper) == verdict
 
 
-def test_what_would_be_pooled_wrongly_is_refused(finished):
-    records = load_records(finished)
-    other_eta = json.loads(json.dumps(records))
-    other_eta[0]["config"]["training"]["eta"] = 5.0
-    with pytest.raises(ValueError, match=r"^records: lad was run with \(scheme, eta\)"):
-        render(TABLE1, other_eta)
-    with pytest.raises(ValueError, match=r"^records: lad seed 0 is there twice"):
-        render(TABLE1, [*records, records[0]])
-    unknown = json.loads(json.dumps(records[:1]))
-    unknown[0]["config"]["method"] = "pgd"
-    with pytest.raises(ValueError, match=r"'pgd' is not a row of table1"):
-        render(TABLE1, unknown)
-    changed = json.loads(json.dumps(records))
-    for record in changed:
-        record["config"]["training"]["lr"] = 0.01
-        if record["config"]["method"] == "lad":
-            record["config"]["training"]["eta"] = 7.0
-    first = render(TABLE1, changed).splitlines()[0]
-    assert "lr 0.01 instead of 0.1" in first
-    assert "eta 7 instead of 50 for natural + LAD" in first
-    without_baseline = [r for r in records if r["config"]["method"] != "natural"]
-    assert "Difference" not in render(TABLE1, without_baseline)
+def test_only_runs_of_the_table_and_preset_count():
+    table = TABLES["table2"]
+    records = made_up(table, rows=("pgd", "pgd+lad"), seeds=(0, 1))
+    others = made_up(TABLES["table1"]) + made_up(table, preset="paper")
+    results = gather(table, PRESETS["cpu"], None, records + others)
+    assert {name: sorted(runs) for name, runs in results.runs.items()} == {"pgd": [0, 1], "pgd+lad": [0, 1]}
+    assert "Not run: pgd+damp seed 0" in render(results)
+    with pytest.raises(ValueError, match=r"^records: none of the 15 given belongs to table2 at preset smoke"):
+        gather(table, PRESETS["smoke"], None, made_up(TABLES["table1"]))
 
 
-def test_other_data_under_the_same_name_is_another_run(finished):
-    data = tiny_data()
-    other = dataclasses.replace(data, train_images=255 - data.train_images)
-    with pytest.raises(FileExistsError, match=r"on other data"):
-        run(tiny_runs()[0], other, finished, log=io.StringIO())
+def test_what_differs_from_the_paper_stands_in_the_first_line():
+    table = TABLES["table2"]
+    text = render(gather(table, PRESETS["cpu"], None, made_up(table, seeds=(0,)))).splitlines()[0]
+    for part in (
+        "ResNet-8 of width 16 instead of ResNet-56", "40 instead of 160 epochs", "bf16 instead of fp32",
+        "7 instead of 10 attack steps", "2 training images", "1 of 3 seeds",
+    ):  # fmt: skip
+        assert part in text
 
 
-def test_leftovers_of_an_interrupted_write_do_no_harm(finished):
-    leftover = finished / ".tmp-cifar10-lad-seed0-x.json"
-    leftover.write_text("")
-    assert len(load_records(finished)) == 6
-    leftover.unlink()
-    broken = finished / "cifar10-lad-seed9.json"
-    broken.write_text("{")
-    with pytest.raises(ValueError, match=r"seed9\.json: is not JSON"):
-        load_records(finished)
-    broken.unlink()
+def test_passes_are_counted_as_in_the_cost_model():
+    counted = {
+        row.name: passes(config)
+        for table in TABLES.values()
+        for row, config in configurations(table, PRESETS["paper"], dataset=table.datasets[0], seeds=(0,))
+    }
+    assert (counted["natural"], counted["natural+lad"], counted["natural+lad-sm"]) == (3, 5, 5)
+    assert (counted["pgd"], counted["pgd+lad"], counted["pgd+lad-midpoint"]) == (23, 25, 27)
+    assert (counted["trades"], counted["trades+lad"], counted["trades+lad+eta0"]) == (27, 32, 30)
+    assert counted["natural+lad+sweeps2"] == 7
 
 
-def test_the_papers_preset_is_appendix_b():
-    runs = configurations(TABLE1, PRESETS["paper"])
-    assert len(runs) == 9
-    for config in runs:
-        training = config.training
-        assert (config.depth, config.width, config.train_images, config.test_images) == (56, 16, None, None)
-        assert (training.epochs, training.milestones, training.batch_size) == (160, (80, 120), 128)
-        assert (training.lr, training.momentum, training.weight_decay) == (0.1, 0.9, 1e-4)
-        assert training.precision == "fp32"
-        assert training.eta == {"natural": 0.0, "lad": 50.0, "lad-sm": 50.0}[config.method]
-    cifar100 = configurations(TABLE1, PRESETS["paper"], dataset="cifar100", methods=["lad"], seeds=[5])
-    assert [(c.training.epochs, c.training.milestones, c.training.eta) for c in cifar100] == [(300, (150, 225), 1000.0)]
-    with pytest.raises(ValueError, match="methods: 'pgd' is not a row of table1; it has natural, lad, lad-sm"):
-        configurations(TABLE1, PRESETS["paper"], methods=["pgd"])
-    with pytest.raises(ValueError, match=r"^dataset: got 'svhn'"):
-        configurations(TABLE1, PRESETS["paper"], dataset="svhn")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_committed_pages_are_made_of_committed_records(page, tmp_path):
+    name, dataset, preset = page.parent.name.rsplit("-", 2)
+    assert name == page.stem
+    text = write_report(TABLES[name], PRESETS[preset], dataset, RESULTS / "runs", tmp_path)
+    assert page.read_text(encoding="utf-8") == text
+    assert (page.parent / f"{name}.png").exists()
 
 
-def test_a_configuration_has_one_key():
-    runs = tiny_runs()
-    assert len({config.key for config in runs}) == len(runs)
-    assert tiny_runs()[0].key == runs[0].key
+def test_there_are_committed_pages():
+    assert PAGES
 
 
-@pytest.mark.parametrize("page", sorted(RESULTS.rglob("table1.md")), ids=lambda page: page.parent.name)
-def test_committed_tables_are_those_of_their_json(page):
-    assert page.read_text(encoding="utf-8") == render(TABLE1, load_records(page.parent))
+def test_committed_records_are_where_their_configuration_says():
+    files = sorted((RESULTS / "runs").glob("*.json"))
+    records = load_records(RESULTS / "runs")
+    assert len(files) == len(records) > 0
+    for file, found in zip(files, records, strict=True):
+        config = RunConfig.from_dict(found["config"])
+        assert file.stem == config.name
+        assert found["key"] == config.key
+        assert found["method"] == config.method
 
 
-def test_the_page_of_benchmarks_is_that_of_their_json(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.__main__ import page
-
-    folder = RESULTS / "benchmarks"
-    assert (folder / "README.md").read_text(encoding="utf-8") == page(folder)
-
-
-def test_the_example_explains_itself_and_names_missing_data(tmp_path):
-    example = [sys.executable, str(ROOT / "examples" / "table1.py")]
-    shown = subprocess.run([*example, "--help"], capture_output=True, text=True, check=True, timeout=120)
-    assert all(preset in shown.stdout for preset in PRESETS)
-    failed = subprocess.run(
-        [*example, "--dataset", "folder", "--data", str(tmp_path), "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert failed.returncode != 0
-    assert failed.stderr.splitlines()[-1].startswith("table1.py: error: ")
-    assert "Traceback" not in failed.stderr
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_row_of_every_table_can_be_built(preset):
+    """Built, not trained: `--preset paper` must not fail after hours."""
+    digits = data.load("digits")
+    built = set()
+    for table in TABLES.values():
+        for _, config in configurations(table, PRESETS[preset], dataset=table.datasets[0], seeds=(0,)):
+            if repr(config.model) not in built:
+                assert isinstance(config.model.build(digits), FieldNetwork)
+                built.add(repr(config.model))
 
 
-def test_the_example_refuses_a_folder_of_other_runs(finished, tmp_path):
-    for path in finished.glob("*.json"):
-        (tmp_path / path.name.replace("cifar10", "digits")).write_text(path.read_text())
-    example = [sys.executable, str(ROOT / "examples" / "table1.py"), "--out", str(tmp_path)]
-    failed = subprocess.run(example, capture_output=True, text=True, check=False, timeout=120)
-    assert failed.returncode == 2
-    assert failed.stderr.startswith("table1.py: error: out: ")
+def test_the_command_lists_runs_and_refuses_what_is_no_row(capsys):
+    assert main("table2", "about", ["--list", "--preset", "cpu", "--seeds", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(TABLES["table2"].rows)
+    with pytest.raises(SystemExit) as stopped:
+        main("table2", "about", ["--methods", "natural"])
+    assert stopped.value.code == 2
+    assert "is not a row of table2" in capsys.readouterr().err
+
+
+def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
+    from dataclasses import replace
+
+    tiny = replace(PRESETS["smoke"].sizes["natural"], width=2, epochs=1, train_images=130, test_images=20)
+    preset = replace(PRESETS["smoke"], sizes=dict.fromkeys(PRESETS["smoke"].sizes, tiny))
+    monkeypatch.setitem(PRESETS, "smoke", preset)
+    arguments = ["--methods", "natural", "natural+lad", "--runs", str(tmp_path), "--out", str(tmp_path / "page")]
+    assert main("table1", "about", arguments) == 0
+    shown = capsys.readouterr().out
+    page = tmp_path / "page" / "table1.md"
+    assert page.read_text() in shown
+    records = sorted((tmp_path / "page").glob("*.json"))
+    assert len(records) == 2
+    before = page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()
+    assert main("table1", "about", [*arguments, "--render"]) == 0
+    assert (page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()) == before
+    assert re.search(r"\| natural \+ LAD - natural \| Acc \|  \| .* \| 1 \|  \|", shown)  # no such figure in the paper
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_examples_run_as_programs(number):
+    program = ROOT / "examples" / f"table{number}.py"
+    command = [sys.executable, str(program), "--list", "--seeds", "0", "--preset", "cpu"]
+    command += ["--dataset", "cifar100"] if number in (5, 7) else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert len(done.stdout.splitlines()) == len(TABLES[f"table{number}"].rows)

@@ -10,7 +10,7 @@ import odeadv
 ROOT = Path(odeadv.__file__).parent
 # A folder may import from those before it in this order, and from itself.
 LAYERS = (
-    ("_version", "_state"),
+    ("_version", "_state", "_files", "_configuration"),
     ("fields",),
     ("splitting",),
     ("costate",),
@@ -20,14 +20,18 @@ LAYERS = (
     ("diagnostics",),
     ("models", "attacks", "data"),
     ("evaluation",),
+    ("audit",),
     ("training",),
     ("experiments",),
+    ("cli",),
+    ("__main__",),
 )
 
 
 def test_import_is_light():
     code = (
-        "import sys, odeadv; heavy = {'torchvision', 'torchdiffeq', 'matplotlib', 'sklearn', 'scipy', 'PIL'} & "
+        "import sys, odeadv; heavy = {'torchvision', 'torchdiffeq', 'matplotlib', 'sklearn', 'scipy', 'PIL', "
+        "'lightning_fabric', 'safetensors', 'yaml'} & "
         "set(sys.modules); sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -34,6 +34,14 @@ def test_the_programs_of_the_tutorial_print_what_is_shown():
     assert "".join(printed) == shown
 
 
+@pytest.mark.parametrize("page", ["training.md"])
+def test_the_programs_of_other_pages_run(page):
+    names: dict[str, object] = {}
+    for program in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(program, names)
+
+
 @pytest.mark.parametrize("command", ["table1", "test"])
 def test_each_command_is_one_line(command):
     (block,) = re.findall(rf"<!-- command: {command} -->\n```sh\n(.*?)```", README, re.S)

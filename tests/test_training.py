@@ -1,13 +1,37 @@
 """Training: the losses it minimises, its reproducibility, and what it refuses."""
 
+import re
+import warnings
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odeadv import attacks
 from odeadv.data import Batches, ImageDataset
-from odeadv.models import preact_resnet
-from odeadv.training import TrainConfig, TrainingDiverged, train
+from odeadv.models import ode_net, preact_resnet
+from odeadv.training import (
+    CheckpointWarning,
+    Draws,
+    Layerwise,
+    Natural,
+    Objective,
+    Passed,
+    Pgd,
+    Trades,
+    TrainConfig,
+    TrainingDiverged,
+    Undefended,
+    train,
+)
+from odeadv.training._step import StepModule
+
+LAD = Layerwise("lie", 2.0)
+LAD_SM = Layerwise("strang", 2.0)
+
+pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches of 8:UserWarning")
 
 
 def tiny_data(images: int = 20, classes: int = 3) -> ImageDataset:
@@ -18,94 +42,425 @@ def tiny_data(images: int = 20, classes: int = 3) -> ImageDataset:
     return ImageDataset("tiny", "made here", pixels, labels, pixels, labels, classes, flip=False)
 
 
-def tiny_net(seed: int = 0) -> torch.nn.Module:
-    return preact_resnet(8, 4, 3, generator=torch.Generator().manual_seed(seed))
+def tiny_net(seed: int = 0, **changes) -> torch.nn.Module:
+    return preact_resnet(8, 4, 3, generator=torch.Generator().manual_seed(seed), **changes)
 
 
 def config(**changes) -> TrainConfig:
     return TrainConfig(**{"epochs": 2, "batch_size": 8, "milestones": (1,), "channels_last": False, **changes})
 
 
-def lad_by_hand(net, images: Tensor, labels: Tensor, eta: float) -> Tensor:
-    """Eq. 5 written out, with the recording on the same batch statistics."""
-    twin = preact_resnet(8, 4, 3)
-    twin.load_state_dict(net.state_dict())
+def costates_by_hand(net, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """dL/dx_n by back-propagation through a twin, so that statistics are not updated."""
+    twin = preact_resnet(8, 4, 3, mean=net.stem.mean.flatten().tolist(), std=net.stem.std.flatten().tolist())
+    twin.to(images.dtype).load_state_dict(net.state_dict())
     twin.train()
     xs = [twin.stem(images)]
     for block in twin.blocks:
         xs.append(block(xs[-1]))
-    a = torch.autograd.grad(F.cross_entropy(twin.head(xs[-1]), labels), xs)
+    return torch.autograd.grad(F.cross_entropy(twin.head(xs[-1]), labels), xs)
+
+
+def lad_by_hand(net, images: Tensor, labels: Tensor, eta: float, a: tuple[Tensor, ...] | None = None) -> Tensor:
+    """Eq. 5 written out."""
+    a = costates_by_hand(net, images, labels) if a is None else a
     x = net.stem(images)
     for n, block in enumerate(net.blocks):
         x = block(x) + eta * a[n + 1]
     return F.cross_entropy(net.head(x), labels)
 
 
-@pytest.mark.parametrize(("scheme", "eta"), [(None, 0.0), ("lie", 5.0)])
-def test_training_is_sgd_on_the_loss_of_the_formulas(scheme, eta):
-    data, settings = tiny_data(), config(scheme=scheme, eta=eta, seed=3)
-    trained = tiny_net()
-    results = train(trained, data, settings)
-
-    by_hand = tiny_net().train()
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    batches = Batches(
-        data.train_images, data.train_labels, batch_size=8, shuffle=True, augment=True, flip=False, drop_last=True,
-        generator=torch.Generator().manual_seed(3),
-    )  # fmt: skip
-    losses = []
-    for epoch in range(2):
-        optimizer.param_groups[0]["lr"] = 0.1 * 0.1**epoch
-        for images, labels in batches:
-            loss = (
-                F.cross_entropy(by_hand(images), labels)
-                if scheme is None
-                else lad_by_hand(by_hand, images, labels, eta)
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert [r.loss for r in results] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-5)
-    assert [r.lr for r in results] == pytest.approx([0.1, 0.01])
-    for (name, a), b in zip(trained.state_dict().items(), by_hand.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+def batch(n: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return torch.rand(n, 3, 8, 8, generator=generator, dtype=dtype), torch.arange(n) % 3
 
 
-def test_two_runs_of_one_seed_are_bitwise_equal_and_the_global_random_state_is_left_alone():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    nets = [tiny_net(), tiny_net()]
-    for net in nets:
-        train(net, tiny_data(), config(scheme="strang", eta=2.0))
-    assert torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
-    other = tiny_net()
-    train(other, tiny_data(), config(scheme="strang", eta=2.0, seed=1))
-    assert not torch.equal(other.stem.conv.weight, nets[0].stem.conv.weight)
+def loss_of(objective, defence, net, images, labels, seed: int = 0) -> Tensor:
+    module = StepModule(net, objective, defence)
+    return module(images, labels, Draws(seed, 0, slice(0, len(labels)), len(labels)), 1.0)[0]
 
 
-def test_bf16_autocast_stays_near_fp32():
-    losses = {}
-    for precision in ("fp32", "bf16"):
-        losses[precision] = train(tiny_net(), tiny_data(), config(precision=precision, scheme="lie", eta=2.0))[0].loss
-    assert losses["fp32"] != losses["bf16"]
-    assert losses["fp32"] == pytest.approx(losses["bf16"], rel=0.05)
+class TestLosses:
+    @pytest.mark.parametrize("defence", [Undefended(), Layerwise("lie", 5.0)])
+    def test_training_is_sgd_on_the_loss_of_the_formulas(self, defence):
+        data, settings = tiny_data(), config(defence=defence, seed=3)
+        trained = tiny_net()
+        results = train(trained, data, settings).epochs
+
+        by_hand = tiny_net().train()
+        optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        batches = Batches(
+            data.train_images, data.train_labels, batch_size=8, shuffle=True, augment=True, flip=False, drop_last=True,
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+        losses = []
+        for epoch in range(2):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.1**epoch
+            for images, labels in batches:
+                plain = isinstance(defence, Undefended)
+                logits_loss = F.cross_entropy(by_hand(images), labels) if plain else None
+                loss = lad_by_hand(by_hand, images, labels, 5.0) if logits_loss is None else logits_loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        assert [r.loss for r in results] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-5)
+        assert [r.lr for r in results] == pytest.approx([0.1, 0.01])
+        for (name, a), b in zip(trained.state_dict().items(), by_hand.state_dict().values(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+    @pytest.mark.parametrize("defended", [False, True])
+    def test_pgd_is_the_loss_of_attacked_images(self, defended):
+        images, labels = batch()
+        net = tiny_net().train()
+        noise = Draws(5, 0, slice(0, 6), 6).uniform(images)
+        eps, alpha = 8 / 255, 2 / 255
+        x = (images + eps * (2 * noise - 1)).clamp(images - eps, images + eps).clamp(0, 1)
+        twin = tiny_net().eval()
+        for _ in range(3):
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(twin(x), labels), x)
+            x = (x + alpha * gradient.sign()).clamp(images - eps, images + eps).clamp(0, 1).detach()
+        expected = lad_by_hand(tiny_net().train(), x, labels, 2.0) if defended else F.cross_entropy(net(x), labels)
+        found = loss_of(Pgd(steps=3), LAD if defended else Undefended(), tiny_net().train(), images, labels, seed=5)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("defended", [False, True])
+    def test_trades_is_the_loss_of_spec_section_4(self, defended):
+        images, labels = batch()
+        eps, alpha, lam, gamma = 8 / 255, 2 / 255, 1 / 6, 0.3
+        x = (images + 0.001 * Draws(5, 0, slice(0, 6), 6).normal(images)).clamp(0, 1)
+        twin = tiny_net().eval()
+        with torch.no_grad():
+            target = twin(images).softmax(1)
+        for _ in range(3):
+            x = x.detach().requires_grad_()
+            kl = (target * (target.log() - twin(x).log_softmax(1))).sum()
+            (gradient,) = torch.autograd.grad(kl, x)
+            x = (x + alpha * gradient.sign()).clamp(images - eps, images + eps).clamp(0, 1).detach()
+        net = tiny_net().train()
+        clean, attacked = net(images), net(x)
+        p = clean.softmax(1)
+        kl = (p * (p.log() - attacked.log_softmax(1))).sum(1).mean()
+        ce = F.cross_entropy(clean, labels)
+        expected = ce + kl / lam
+        if defended:
+            lad = lad_by_hand(tiny_net().train(), x, labels, 2.0)
+            expected = gamma * ce + (1 - gamma) * lad + kl / lam
+        objective = Trades(steps=3, lam=lam, gamma=gamma)
+        found = loss_of(objective, LAD if defended else Undefended(), tiny_net().train(), images, labels, seed=5)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_gradients_of_trades_reach_both_sides_of_the_divergence(self):
+        images, labels = batch()
+        net = tiny_net().train()
+        objective = Trades(steps=1)
+        loss_of(objective, Undefended(), net, images, labels).backward()
+        found = net.head[4].weight.grad.clone()
+        twin = tiny_net().train()
+        start = images + 0.001 * Draws(0, 0, slice(0, 6), 6).normal(images)
+        x = attacks.ifgsm(twin, images, labels, eps=8 / 255, alpha=2 / 255, steps=1, loss="kl", start=start)
+        clean, attacked = twin(images), twin(x)
+        p = clean.softmax(1)
+        kl = (p * (p.log() - attacked.log_softmax(1))).sum(1).mean()
+        (F.cross_entropy(clean, labels) + 6 * kl).backward()
+        assert torch.allclose(found, twin.head[4].weight.grad, rtol=1e-4, atol=1e-6)
+
+    def test_the_gradient_of_lad_holds_the_costate_constant(self):
+        images, labels = batch(dtype=torch.float64)
+        net = tiny_net().double().train()
+        loss_of(Natural(), LAD, net, images, labels).backward()
+        a = costates_by_hand(net, images, labels)
+        for weight in (net.stem.conv.weight, net.blocks[1].conv2.weight, net.head[4].bias):
+            index = weight.numel() // 2
+            h, values = 1e-6, []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    weight.view(-1)[index] += sign * h
+                    values.append(lad_by_hand(net, images, labels, 2.0, a).item())
+                    weight.view(-1)[index] -= sign * h
+            assert weight.grad.view(-1)[index].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
 
 
-def test_callbacks_see_every_step_and_epoch():
-    steps, epochs = [], []
-    train(tiny_net(), tiny_data(), config(), on_step=lambda *now: steps.append(now), on_epoch=epochs.append)
-    assert steps == [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 2)]
-    assert [result.epoch for result in epochs] == [1, 2]
-    assert all(0 <= result.accuracy <= 1 for result in epochs)
+class TestAblations:
+    def test_random_directions_have_the_costates_norms(self, monkeypatch):
+        images, labels = batch()
+        net = tiny_net().train()
+        seen = {}
+        real = net.field
+
+        def field(*arguments, **keywords):
+            made = real(*arguments, **keywords)
+            transformed = made.transformed
+
+            def spying(transform):
+                def spy(nodes):
+                    seen["before"], seen["after"] = list(nodes), list(transform(nodes))
+                    return seen["after"]
+
+                return transformed(spy)
+
+            made.transformed = spying
+            return made
+
+        monkeypatch.setattr(net, "field", field)
+        for perturbation in ("random", "shuffled", "input"):
+            loss_of(Natural(), Layerwise("lie", 2.0, perturbation=perturbation), net, images, labels)
+            before, after = seen["before"], seen["after"]
+            if perturbation == "random":
+                for a, b in zip(before, after, strict=True):
+                    assert torch.allclose(a.flatten(1).norm(dim=1), b.flatten(1).norm(dim=1), rtol=1e-4)
+                    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+                    assert abs(cosine) < 0.2
+            elif perturbation == "shuffled":
+                order = Draws(0, 0, slice(0, 6), 6).permutation(6, images.device)
+                assert not torch.equal(order, torch.arange(6))
+                assert all(torch.equal(a[order], b) for a, b in zip(before, after, strict=True))
+            else:
+                assert torch.equal(before[0], after[0])
+                assert not any(node.any() for node in after[1:])
+
+    def test_input_only_is_one_step_up_the_loss_at_the_stem(self):
+        images, labels = batch()
+        net = tiny_net().train()
+        a = costates_by_hand(net, images, labels)
+        x = net.stem(images) + 2.0 * a[0]
+        for block in net.blocks:
+            x = block(x)
+        expected = F.cross_entropy(net.head(x), labels)
+        found = loss_of(Natural(), Layerwise("lie", 2.0, perturbation="input"), tiny_net().train(), images, labels)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_eta_zero_is_the_plain_loss_bit_for_bit(self):
+        images, labels = batch()
+        plain = loss_of(Natural(), Undefended(), tiny_net().train(), images, labels)
+        assert torch.equal(plain, loss_of(Natural(), Layerwise("strang", 0.0), tiny_net().train(), images, labels))
 
 
-def test_divergence_stops_with_the_step_and_a_hint():
-    with pytest.raises(
-        TrainingDiverged, match=r"^training: epoch \d, step \d: .*lower lr \(1e\+30\) or eta \(2 at batch"
-    ):
-        train(tiny_net(), tiny_data(), config(scheme="lie", eta=2.0, lr=1e30))
+class TestState:
+    @pytest.mark.parametrize("objective", [Natural(), Pgd(steps=2), Pgd(steps=2, mode="train")])
+    @pytest.mark.parametrize("defence", [Undefended(), LAD, Layerwise("strang-midpoint", 2.0)])
+    def test_statistics_are_updated_once_a_step(self, objective, defence):
+        images, labels = batch()
+        net = tiny_net().train()
+        loss_of(objective, defence, net, images, labels)
+        assert {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1}
+        assert net.training
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+    def test_two_runs_of_one_seed_are_bitwise_equal_and_the_global_random_state_is_left_alone(self):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        settings = config(objective=Pgd(steps=2), defence=LAD_SM)
+        nets = [tiny_net(noise=0.1) for _ in range(2)]
+        for net in nets:
+            train(net, tiny_data(), settings)
+        assert torch.equal(before, torch.get_rng_state())
+        assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+        other = tiny_net(noise=0.1)
+        train(other, tiny_data(), replace(settings, seed=1))
+        assert not torch.equal(other.stem.conv.weight, nets[0].stem.conv.weight)
+
+    def test_draws_do_not_depend_on_how_a_batch_is_spread(self):
+        whole = Draws(1, 5, slice(0, 8), 8).uniform(torch.empty(8, 3))
+        parts = [Draws(1, 5, slice(i, i + 2), 8).uniform(torch.empty(2, 3)) for i in (0, 2, 4, 6)]
+        assert torch.equal(whole, torch.cat(parts))
+        assert not torch.equal(whole, Draws(1, 6, slice(0, 8), 8).uniform(torch.empty(8, 3)))
+        assert not torch.equal(whole, Draws(2, 5, slice(0, 8), 8).uniform(torch.empty(8, 3)))
+
+    def test_bf16_autocast_stays_near_fp32(self):
+        losses = {}
+        for precision in ("fp32", "bf16"):
+            losses[precision] = train(tiny_net(), tiny_data(), config(precision=precision, defence=LAD)).epochs[0].loss
+        assert losses["fp32"] != losses["bf16"]
+        assert losses["fp32"] == pytest.approx(losses["bf16"], rel=0.05)
+
+
+class TestEta:
+    """eta belongs to the mean over the whole batch, however it is computed."""
+
+    def net(self):
+        # Group norm: no statistics over the batch, so that micro-batches must give exactly the same mean gradient.
+        return ode_net(width=4, num_classes=3, steps=2, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize("objective", [Natural(), Pgd(steps=2), Trades(steps=2)])
+    def test_accumulation_gives_the_same_gradient(self, objective):
+        nets = [self.net() for _ in range(2)]
+        settings = config(objective=objective, defence=Layerwise("lie", 20.0), epochs=1)
+        losses = [
+            train(net, tiny_data(8), replace(settings, accumulate=parts)).epochs[0].loss  # one step
+            for net, parts in zip(nets, (1, 4), strict=True)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+        plain = self.net()
+        train(plain, tiny_data(8), config(objective=objective, epochs=1))
+        assert max((a - b).abs().max() for a, b in zip(nets[0].parameters(), plain.parameters(), strict=True)) > 1e-3
+
+    @pytest.mark.filterwarnings("default")
+    def test_a_batch_size_other_than_the_papers_says_what_eta_would_be(self):
+        with pytest.warns(UserWarning, match=r"^eta: 2 is for the mean over batches of 8; .* eta = 32$"):
+            train(tiny_net(), tiny_data(), config(defence=LAD, epochs=1))
+
+
+class TestResuming:
+    def run(self, folder=None, stop_at=(), every=0.0, **changes):
+        """Train, stopping by an exception after the steps ``stop_at`` and going on in a new network each time."""
+        settings = config(objective=Pgd(steps=1), defence=LAD_SM, epochs=3, **changes)
+        steps = 0
+
+        class StopHereError(Exception):
+            pass
+
+        def on_step(*_):
+            nonlocal steps
+            steps += 1
+            if steps in stop_at:
+                raise StopHereError
+
+        while True:
+            net = tiny_net(noise=0.05)
+            try:
+                result = train(
+                    net, tiny_data(), settings, validation=(tiny_data().test_images, tiny_data().test_labels),
+                    checkpoints=folder, checkpoint_every=every, on_step=on_step,
+                )  # fmt: skip
+            except StopHereError:
+                continue
+            return net, result
+
+    @pytest.mark.parametrize("stop_at", [(1,), (2,), (3, 5), (1, 2, 3, 4, 5)])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_an_interrupted_run_ends_with_the_same_bits(self, tmp_path, stop_at, accumulate):
+        whole, expected = self.run(accumulate=accumulate)
+        resumed, found = self.run(tmp_path, stop_at, accumulate=accumulate)
+        for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+        for a, b in zip(expected.epochs, found.epochs, strict=True):
+            assert replace(a, seconds=0.0) == replace(b, seconds=0.0)
+        assert expected.best_epoch == found.best_epoch
+        assert all(torch.equal(value, found.best[name]) for name, value in expected.best.items())
+
+    @pytest.mark.parametrize("damage", ["truncated", "altered"])
+    def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(self, tmp_path, damage):
+        whole, _ = self.run()
+        with pytest.raises(KeyboardInterrupt):
+            self.interrupted(tmp_path)
+        older, newest = sorted(tmp_path.glob("*.safetensors"))
+        content = bytearray(newest.read_bytes())
+        if damage == "truncated":
+            content = content[: len(content) // 2]
+        else:
+            content[-5] ^= 1
+        newest.write_bytes(content)
+        with pytest.warns(CheckpointWarning, match=f"checkpoint refused: {re.escape(str(newest))}"):
+            resumed, _ = self.run(tmp_path)
+        assert older.name != newest.name
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+    def interrupted(self, folder):
+        def on_step(epoch, step, steps):
+            if (epoch, step) == (2, 2):
+                raise KeyboardInterrupt
+
+        settings = config(objective=Pgd(steps=1), defence=LAD_SM, epochs=3)
+        validation = (tiny_data().test_images, tiny_data().test_labels)
+        train(
+            tiny_net(noise=0.05), tiny_data(), settings, validation=validation, checkpoints=folder,
+            checkpoint_every=0.0, on_step=on_step,
+        )  # fmt: skip
+
+    def test_a_checkpoint_of_another_run_is_refused(self, tmp_path):
+        train(tiny_net(), tiny_data(), config(), checkpoints=tmp_path)
+        with pytest.raises(ValueError, match="is the checkpoint of another run"):
+            train(tiny_net(), tiny_data(), config(lr=0.2), checkpoints=tmp_path)
+
+    def test_a_full_disk_leaves_the_checkpoints_there_are(self, tmp_path, monkeypatch):
+        from odeadv import _files
+
+        real = _files._sync
+        written = []
+
+        def full(path):
+            if len(written) == 1:
+                raise OSError(28, "No space left on device")
+            written.append(path)
+            real(path)
+
+        monkeypatch.setattr(_files, "_sync", full)
+        with pytest.raises(OSError, match=r"^checkpoint: .*No space left.*free some space"):
+            train(tiny_net(), tiny_data(), config(), checkpoints=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000002.safetensors"]
+        monkeypatch.undo()
+        resumed, whole = tiny_net(), tiny_net()
+        train(resumed, tiny_data(), config(), checkpoints=tmp_path)
+        train(whole, tiny_data(), config())
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+class TestSeeing:
+    def test_callbacks_see_every_step_and_epoch(self):
+        steps, epochs = [], []
+        train(tiny_net(), tiny_data(), config(), on_step=lambda *now: steps.append(now), on_epoch=epochs.append)
+        assert steps == [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 2)]
+        assert [result.epoch for result in epochs] == [1, 2]
+        assert all(0 <= result.accuracy <= 1 for result in epochs)
+
+    def test_the_ratio_and_the_perturbation_of_every_layer_are_measured(self):
+        epochs = train(tiny_net(), tiny_data(), config(defence=LAD)).epochs
+        assert all(result.ratio > 0 and len(result.relative) == 4 and min(result.relative) > 0 for result in epochs)
+        assert set(train(tiny_net(), tiny_data(), config()).epochs[0].relative) == {0.0}
+
+    def test_the_best_epoch_is_the_first_with_the_highest_validation_accuracy(self):
+        data = tiny_data()
+        result = train(tiny_net(), data, config(epochs=4), validation=(data.test_images, data.test_labels))
+        scores = [epoch.validation["clean"] for epoch in result.epochs]
+        assert result.best_epoch == scores.index(max(scores)) + 1
+        net = tiny_net()
+        again = train(net, data, config(epochs=4))
+        assert again.best is None
+        robust = train(
+            tiny_net(), data, config(objective=Pgd(steps=1)), validation=(data.test_images, data.test_labels)
+        )
+        assert set(robust.epochs[0].validation) == {"clean", "robust"}
+
+    def test_divergence_stops_with_the_step_the_layer_and_a_hint(self, tmp_path):
+        with pytest.raises(
+            TrainingDiverged,
+            match=r"^training: epoch \d, step \d: .*lower lr \(1e\+30\) or eta \(2 at batch size 8\)",
+        ):
+            train(tiny_net(), tiny_data(), config(defence=LAD, lr=1e30))
+        with pytest.raises(
+            TrainingDiverged,
+            match=r"the loss is \d.*\|\|eta a_n\|\| / \|\|x_n\|\| is largest at layer \d \(.*last good",
+        ):
+            train(tiny_net(), tiny_data(), config(defence=LAD, stop_above=1e-3), checkpoints=self.one_epoch(tmp_path))
+
+    def one_epoch(self, folder):
+        (folder / "step-00000000.safetensors").write_bytes(b"")
+        warnings.simplefilter("ignore")
+        return folder
+
+
+@dataclass(frozen=True)
+class LogitDecay(Objective, name="test-logit-decay"):
+    """An objective of a user's own."""
+
+    weight: float = 0.1
+
+    def __call__(self, step) -> Passed:
+        passed = step.defended(step.images)
+        return Passed(passed.loss + self.weight * passed.logits.square().mean(), passed.logits)
+
+
+def test_an_objective_of_ones_own_goes_with_every_defence():
+    images, labels = batch()
+    for defence in (Undefended(), LAD):
+        plain = loss_of(Natural(), defence, tiny_net().train(), images, labels)
+        mine = loss_of(LogitDecay(0.5), defence, tiny_net().train(), images, labels)
+        assert mine > plain
+    train(tiny_net(), tiny_data(), config(objective=LogitDecay(), defence=LAD))
 
 
 def test_learning_rate_schedule_is_the_papers():
@@ -116,22 +471,33 @@ def test_learning_rate_schedule_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("make", "message"),
     [
-        ({"epochs": 0}, "^epochs: got 0"),
-        ({"batch_size": 0}, "^batch_size: got 0"),
-        ({"lr": -1.0}, r"^lr: got -1\.0"),
-        ({"eta": float("nan"), "scheme": "lie"}, "^eta: got nan"),
-        ({"precision": "fp8"}, "^precision: got 'fp8'"),
-        ({"scheme": "strong"}, "^scheme: 'strong' is not known"),
-        ({"eta": 1.0}, r"^eta: got 1\.0 without a scheme"),
+        (lambda: config(epochs=0), "^epochs: got 0"),
+        (lambda: config(batch_size=0), "^batch_size: got 0"),
+        (lambda: config(accumulate=3), "^accumulate: got 3, expected a divisor"),
+        (lambda: config(lr=-1.0), r"^lr: got -1\.0"),
+        (lambda: config(precision="fp8"), "^precision: got 'fp8'"),
+        (lambda: Layerwise("strong"), "^scheme: 'strong' is not known"),
+        (lambda: Layerwise("lie", float("nan")), "^eta: got nan"),
+        (lambda: Layerwise("lie", -1.0), r"^eta: got -1"),
+        (lambda: Layerwise("strang", perturbation="input"), "^scheme: got 'strang' with perturbation='input'"),
+        (lambda: Layerwise("lie", sweeps=0), "^sweeps: got 0"),
+        (lambda: Pgd(eps=-1.0), "^eps: got -1"),
+        (lambda: Pgd(steps=0), "^steps: got 0"),
+        (lambda: Trades(lam=0.0), "^lam: got 0"),
+        (lambda: Trades(gamma=2.0), "^gamma: got 2"),
     ],
 )
-def test_bad_configurations(changes, message):
+def test_bad_configurations(make, message):
     with pytest.raises(ValueError, match=message):
-        config(**changes)
+        make()
 
 
-def test_too_few_images_for_a_batch():
+def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match=r"^batch_size: got 64 for 20 training images"):
         train(tiny_net(), tiny_data(), config(batch_size=64))
+    with pytest.raises(TypeError, match=r"^net: got Linear, expected"):
+        train(torch.nn.Linear(2, 2), tiny_data(), config())
+    with pytest.raises(TypeError, match=r"^objective: got 'pgd'"):
+        config(objective="pgd")

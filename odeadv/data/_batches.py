@@ -54,7 +54,8 @@ def random_crop_flip(
     check_int("pad", pad, minimum=0)
     source = _check_generator(generator, "random_crop_flip")
     window = _Window(images.shape[1], images.shape[2], pad, flip)
-    return _augmented(_padded(images, pad), torch.arange(len(images), device=images.device), window, source)
+    moves = _moves(len(images), window, source)
+    return _augmented(_padded(images, pad), torch.arange(len(images), device=images.device), window, moves)
 
 
 class Batches:
@@ -115,14 +116,28 @@ class Batches:
         self._shuffle = shuffle
         self._drop_last = drop_last
         self._generator = generator
+        self._passed_over = 0
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
         full, rest = divmod(len(self._labels), self._batch_size)
         return full + (rest > 0 and not self._drop_last)
 
+    def pass_over(self, batches: int) -> None:
+        """Let the next iteration begin after ``batches`` batches, with the draws they would have made.
+
+        With the generator in the state it had at the beginning of an epoch, what follows is the rest of that epoch.
+
+        Raises:
+            ValueError: unless ``batches`` is between 0 and ``len``.
+        """
+        if not 0 <= batches <= len(self):
+            raise ValueError(f"batches: got {batches}, expected 0 to {len(self)}, the number in an epoch")
+        self._passed_over = batches
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch."""
+        first, self._passed_over = self._passed_over, 0
         n, device = len(self._labels), self._labels.device
         if self._shuffle and self._generator is not None:
             order = torch.randperm(n, generator=self._generator, device=self._generator.device).to(device)
@@ -131,7 +146,12 @@ class Batches:
         for batch in range(len(self)):
             chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             if self._window is not None and self._generator is not None:
-                images = _augmented(self._images, chosen, self._window, self._generator)
+                moves = _moves(len(chosen), self._window, self._generator)
+                if batch < first:
+                    continue
+                images = _augmented(self._images, chosen, self._window, moves)
+            elif batch < first:
+                continue
             else:
                 images = self._images.index_select(0, chosen)
             yield to_float(images), self._labels.index_select(0, chosen)
@@ -160,19 +180,29 @@ def _padded(images: Tensor, pad: int) -> Tensor:
     return functional.pad(images, (0, 0, pad, pad, pad, pad)).contiguous()
 
 
-def _augmented(padded: Tensor, chosen: Tensor, window: _Window, generator: torch.Generator) -> Tensor:
-    """Cut and mirror the ``chosen`` images in one gather of pixels, (b, height, width, 3)."""
-    height, width, pad, flip = window
-    n, device = len(chosen), padded.device
+class _Moves(NamedTuple):
+    """How each image is moved: first row and column of the cut, and whether it is mirrored; (n, 1) each."""
 
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor | None
+
+
+def _moves(n: int, window: _Window, generator: torch.Generator) -> _Moves:
     def drawn(high: int) -> Tensor:
-        return torch.randint(high, (n, 1), generator=generator, device=generator.device).to(device)
+        return torch.randint(high, (n, 1), generator=generator, device=generator.device)
 
-    top, left = drawn(2 * pad + 1), drawn(2 * pad + 1)
-    rows = chosen[:, None] * padded.shape[1] + top + torch.arange(height, device=device)
+    return _Moves(drawn(2 * window.pad + 1), drawn(2 * window.pad + 1), drawn(2) == 1 if window.flip else None)
+
+
+def _augmented(padded: Tensor, chosen: Tensor, window: _Window, moves: _Moves) -> Tensor:
+    """Cut and mirror the ``chosen`` images in one gather of pixels, (b, height, width, 3)."""
+    height, width = window.height, window.width
+    n, device = len(chosen), padded.device
+    rows = chosen[:, None] * padded.shape[1] + moves.top.to(device) + torch.arange(height, device=device)
     columns = torch.arange(width, device=device)
-    if flip:
-        columns = torch.where(drawn(2) == 1, columns.flip(0), columns)
-    columns = columns + left
+    if moves.mirrored is not None:
+        columns = torch.where(moves.mirrored.to(device), columns.flip(0), columns)
+    columns = columns + moves.left.to(device)
     pixels = (rows * padded.shape[2])[:, :, None] + columns[:, None, :]
     return padded.view(-1, 3).index_select(0, pixels.view(-1)).view(n, height, width, 3)

@@ -121,6 +121,47 @@ class ImageDataset:
             test_labels=self.test_labels[kept_test],
         )
 
+    def without_validation(self, count: int) -> tuple[ImageDataset, tuple[Tensor, Tensor]]:
+        """The data set with ``count`` fewer training samples, and those: images and labels to validate on.
+
+        Takes the last samples of every class, evenly; nothing is random.
+
+        Raises:
+            TypeError, ValueError: ``count`` is not an int from 1 to one less than the number of training samples.
+        """
+        check_int("count", count, minimum=1)
+        if count >= len(self.train_labels):
+            raise ValueError(f"count: got {count}, expected fewer than the {len(self.train_labels)} training samples")
+        last = len(self.train_labels) - 1
+        aside = (last - torch.as_tensor(_chosen(self.train_labels.flip(0), count, self.num_classes))).sort().values
+        kept = torch.ones(len(self.train_labels), dtype=torch.bool)
+        kept[aside] = False
+        rest = replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept])
+        return rest, (self.train_images[aside], self.train_labels[aside])
+
+    def fold(self, number: int, count: int) -> ImageDataset:
+        """A data set whose test images are part ``number`` of ``count`` of the training images; the rest is trained on.
+
+        The part has the samples number, number + count, ... of every class; nothing is random. The test images of
+        this data set are in neither.
+
+        Raises:
+            TypeError, ValueError: ``count`` is below 2 or above the number of training samples, or ``number`` not
+                between 0 and ``count - 1``.
+        """
+        check_int("count", count, minimum=2)
+        check_int("number", number, minimum=0)
+        if number >= count or count > len(self.train_labels):
+            raise ValueError(f"number, count: got {number} and {count}, expected number < count <= training samples")
+        held = _rank(self.train_labels, self.num_classes) % count == number
+        return replace(
+            self,
+            train_images=self.train_images[~held],
+            train_labels=self.train_labels[~held],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
+        )
+
     def fingerprint(self) -> str:
         """16 hex digits of a SHA-256 over images, labels and ``num_classes``: equal exactly when the data are."""
         digest = hashlib.sha256(str(self.num_classes).encode())
@@ -140,12 +181,19 @@ def _channel_moments(pixels: Tensor) -> tuple[float, float]:
 
 
 def _balanced(labels: Tensor, count: int | None, num_classes: int) -> Tensor | slice:
-    if count is None:
-        return slice(None)
-    # The k-th sample of a class has rank k. Keeping the lowest (rank, label) pairs fills all classes evenly.
+    return slice(None) if count is None else _chosen(labels, count, num_classes)
+
+
+def _chosen(labels: Tensor, count: int, num_classes: int) -> Tensor:
+    # Keeping the lowest (rank, label) pairs fills all classes evenly.
+    return (_rank(labels, num_classes) * num_classes + labels).argsort()[:count].sort().values
+
+
+def _rank(labels: Tensor, num_classes: int) -> Tensor:
+    """K for the k-th sample of its class, counted from 0."""
     by_class = labels.argsort(stable=True)
     sizes = torch.bincount(labels, minlength=num_classes)
     first = (sizes.cumsum(0) - sizes)[labels[by_class]]
     rank = torch.empty_like(labels)
     rank[by_class] = torch.arange(len(labels), device=labels.device) - first
-    return (rank * num_classes + labels).argsort()[:count].sort().values
+    return rank

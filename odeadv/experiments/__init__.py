@@ -3,20 +3,46 @@
 The top of the package; imports everything below it.
 """
 
+from odeadv.experiments._command import add_table_arguments, main, make_table
+from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig, load_config
+from odeadv.experiments._figure2 import write_figure2
+from odeadv.experiments._launch import Failure, Job, launch
+from odeadv.experiments._methods import Method, method_of, parse_method
 from odeadv.experiments._report import render, write_report
-from odeadv.experiments._run import RunConfig, load_records, run
-from odeadv.experiments._tables import PRESETS, TABLE1, Preset, Row, Table, configurations
+from odeadv.experiments._run import RunLockedError, list_runs, load_model, load_records, run
+from odeadv.experiments._tables import PRESETS, TABLES, Column, Preset, Row, Size, Table, configuration, configurations
+from odeadv.experiments._tune import tune
 
 __all__ = [
     "PRESETS",
-    "TABLE1",
+    "TABLES",
+    "Column",
+    "DataConfig",
+    "Failure",
+    "Job",
+    "Method",
+    "ModelConfig",
     "Preset",
     "Row",
     "RunConfig",
+    "RunLockedError",
+    "Size",
     "Table",
+    "add_table_arguments",
+    "configuration",
     "configurations",
+    "launch",
+    "list_runs",
+    "load_config",
+    "load_model",
     "load_records",
+    "main",
+    "make_table",
+    "method_of",
+    "parse_method",
     "render",
     "run",
+    "tune",
+    "write_figure2",
     "write_report",
 ]

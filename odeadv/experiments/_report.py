@@ -2,195 +2,223 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from odeadv.experiments._files import replacing, write_text
+from odeadv import _configuration as plain
+from odeadv._files import replacing, write_text
+from odeadv.experiments._config import RunConfig
+from odeadv.experiments._methods import passes
 from odeadv.experiments._run import load_records
-from odeadv.experiments._tables import PRESETS, Row, Table, configurations
+from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Table, configurations
 
 Record = Mapping[str, Any]
 
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
-def write_report(table: Table, folder: Path) -> str:
-    """Make ``folder/NAME.md`` and ``folder/NAME.png`` from the records in ``folder``; returns the Markdown.
 
-    Args:
-        table: the table they belong to.
-        folder: where the runs' JSON files are.
+@dataclass(frozen=True)
+class Difference:
+    """A row less its baseline in one column, in percentage points, paired by seed.
+
+    Attributes:
+        values: one a seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the mean by Student's t; None with one seed."""
+        n = len(self.values)
+        if n < 2:
+            return None
+        half = _T95[min(n - 2, len(_T95) - 1)] * statistics.stdev(self.values) / math.sqrt(n)
+        return self.mean - half, self.mean + half
+
+    def verdict(self, paper: float) -> str:
+        """Whether the sign of the paper's difference is reproduced, contradicted or not resolved."""
+        interval = self.interval
+        if interval is None:
+            return "one seed: not resolved"
+        low, high = interval
+        if low <= 0 <= high or paper == 0:
+            return "not resolved"
+        return "reproduced" if (low > 0) == (paper > 0) else "contradicted"
+
+    def __str__(self) -> str:
+        interval = self.interval
+        return f"{self.mean:+.2f}" if interval is None else f"{self.mean:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of one table at one preset on one data set.
+
+    Attributes:
+        table, preset, dataset: which.
+        runs: by row name, the records by seed; only rows that have been run.
+        missing: names of runs that have not.
+    """
+
+    table: Table
+    preset: Preset
+    dataset: str
+    runs: Mapping[str, Mapping[int, Record]]
+    missing: tuple[str, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that have been run, in the table's order."""
+        return [row for row in self.table.rows if row.name in self.runs]
+
+    def accuracies(self, record: Record, which: str = "last", score: str = "robust_accuracy") -> dict[str, float]:
+        """Clean accuracy, those under the columns' attacks and their mean, in %."""
+        evaluation = record["evaluations"][which][self.table.protocol]
+        values = {"acc": 100 * evaluation["clean_accuracy"]}
+        for column in self.table.columns:
+            values[column.key] = 100 * _attack(evaluation, column)[score]
+        if self.table.average:
+            values["avg"] = statistics.fmean(values[column.key] for column in self.table.columns)
+        return values
+
+    def difference(self, row: Row, key: str) -> Difference | None:
+        """``row`` less its baseline in the column ``key``; None without common seeds."""
+        base = self.table.baseline(row)
+        if base is None or base.name not in self.runs:
+            return None
+        here, there = self.runs[row.name], self.runs[base.name]
+        seeds = sorted(here.keys() & there.keys())
+        values = tuple(self.accuracies(here[s])[key] - self.accuracies(there[s])[key] for s in seeds)
+        return Difference(values) if values else None
+
+
+def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[Record]) -> Results:
+    """Those of ``records`` that belong to ``table`` at ``preset`` on ``dataset``, by their keys.
 
     Raises:
-        ValueError: if there are none, or they do not belong together.
+        ValueError: if there are none.
     """
-    records = load_records(folder)
-    markdown = render(table, records)
-    write_text(folder / f"{table.name}.md", markdown)
-    with replacing(folder / f"{table.name}.png") as path:
-        _plot(table, records, path)
+    dataset = dataset or preset.dataset
+    by_key = {record["key"]: record for record in records}
+    runs: dict[str, dict[int, Record]] = {}
+    missing = []
+    seeds = sorted({*preset.seeds, *(int(record["config"]["training"]["seed"]) for record in records)})
+    for row, config in configurations(table, preset, dataset=dataset, seeds=seeds):
+        record = by_key.get(config.key)
+        if record is None or table.protocol not in record["evaluations"].get("last", {}):
+            if config.training.seed in preset.seeds:
+                missing.append(f"{row.name} seed {config.training.seed}")
+        else:
+            runs.setdefault(row.name, {})[config.training.seed] = record
+    if not runs:
+        raise ValueError(
+            f"records: none of the {len(records)} given belongs to {table.name} at preset {preset.name} on {dataset}"
+        )
+    return Results(table, preset, dataset, runs, tuple(missing))
+
+
+def write_report(table: Table, preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
+    """Make ``out/TABLE.md`` and ``out/TABLE.png`` from the records in a folder; returns the Markdown.
+
+    Args:
+        table: which.
+        preset: at what size.
+        dataset: the preset's, if None.
+        records: folder of records, see `odeadv.experiments.load_records`.
+        out: folder for the page and the plot.
+
+    Raises:
+        ValueError: if none of the records belongs there.
+    """
+    results = gather(table, preset, dataset, load_records(records))
+    markdown = render(results)
+    write_text(out / f"{table.name}.md", markdown)
+    with replacing(out / f"{table.name}.png") as path:
+        _plot(results, path)
     return markdown
 
 
-def render(table: Table, records: Sequence[Record]) -> str:
-    """The table as Markdown: what differs from the paper first, then its figures and the measured ones.
-
-    Measured figures are means over the seeds with the sample standard deviation; differences are paired by seed.
-
-    Args:
-        table: rows and the paper's figures.
-        records: finished runs, of one data set and protocol.
-
-    Raises:
-        ValueError: if there are no records, or they differ in more than method and seed.
-    """
-    by_method = _grouped(table, records)
-    config = records[0]["config"]
-    columns = ["Acc", *(_attack_label(attack) for attack in records[0]["evaluation"]["attacks"]), "Avg"]
-    paper = table.paper(config["dataset"])
+def render(results: Results) -> str:
+    """The page as Markdown: what differs from the paper first, then its figures, the measured ones and verdicts."""
+    table = results.table
+    keys = ["acc", *(column.key for column in table.columns), *(["avg"] if table.average else [])]
+    labels = ["Acc", *(column.label for column in table.columns), *(["Avg"] if table.average else [])]
     lines = [
-        f"**{_differences(table, records)}**",
+        f"**{differences(results)}**",
         "",
-        f"# {table.title}, {config['dataset']}",
+        f"# {table.title}, {results.dataset}",
         "",
-        "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255); Avg is the "
-        "mean of the four robust accuracies. Measured: mean ± sample standard deviation over the seeds.",
+        "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255)"
+        + ("; Avg is the mean of the robust accuracies" if table.average else "")
+        + ". Measured: mean ± sample standard deviation over the seeds.",
         "",
-        *_header(["Method", "", *columns]),
+        *_results(results, keys, labels),
+        *_claims(results, keys, labels),
+        *_stricter(results),
+        *_best(results, keys, labels),
+        *_runs(results),
     ]
-    rows = [table.row(method) for method in by_method]
-    for row in rows:
-        runs = by_method[row.method]
-        if row.paper_key in paper:
-            figures = paper[row.paper_key]
-            lines.append(_line([row.label, "paper", *(f"{value:.2f}" for value in figures.values())]))
-        values = zip(*(_accuracies(run) for run in runs), strict=True)
-        lines.append(_line([row.label, f"here, {_seeds(runs)}", *(_mean(value) for value in values)]))
-    lines += _paired(table.rows[0], rows, by_method, paper, columns)
-    lines += _worst_so_far(rows, by_method, columns[1:-1])
-    lines += _runs(rows, by_method)
     return "\n".join(lines) + "\n"
 
 
-def _grouped(table: Table, records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records by method, in the order of the table's rows, each sorted by seed."""
-    if not records:
-        raise ValueError("records: got none, expected the JSON of at least one finished run")
-    for record in records[1:]:
-        if _shared(record) != _shared(records[0]):
-            raise ValueError(
-                f"records: {record['config']['method']} seed {record['config']['training']['seed']} was run at another "
-                "size or on other data than the first record; keep one table's runs in one folder"
+def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
+    paper = results.table.paper(results.dataset)
+    lines = _header(["Method", "", *labels])
+    for row in results.table.rows:
+        figures = paper.get(row.name)
+        if figures:
+            lines.append(_line([row.label, "paper", *(_two(figures.get(key)) for key in keys)]))
+        if row.name in results.runs:
+            runs = results.runs[row.name]
+            values = [results.accuracies(run) for run in runs.values()]
+            lines.append(
+                _line([row.label, f"here, {_count(runs, 'seed')}", *(_mean(v[key] for v in values) for key in keys)])
             )
-    _check_methods(table, records)
-    found = {
-        method: sorted(
-            (record for record in records if record["config"]["method"] == method),
-            key=lambda record: int(record["config"]["training"]["seed"]),
-        )
-        for method in table.methods
-    }
-    return {method: runs for method, runs in found.items() if runs}
-
-
-def _shared(record: Record) -> dict[str, Any]:
-    config = dict(record["config"])
-    training = {k: v for k, v in config.pop("training").items() if k not in ("seed", "scheme", "eta")}
-    return {**config, **training, "method": None, "fingerprint": record["data"]["fingerprint"]}
-
-
-def _check_methods(table: Table, records: Sequence[Record]) -> None:
-    """One configuration a method, one record a seed, no method that is not a row."""
-    seen: dict[str, tuple[Any, Any]] = {}
-    runs: set[tuple[str, int]] = set()
-    for record in records:
-        method, training = record["config"]["method"], record["config"]["training"]
-        table.row(method)
-        defence = (training["scheme"], training["eta"])
-        if seen.setdefault(method, defence) != defence:
-            raise ValueError(f"records: {method} was run with (scheme, eta) = {seen[method]} and with {defence}")
-        if (method, training["seed"]) in runs:
-            raise ValueError(f"records: {method} seed {training['seed']} is there twice")
-        runs.add((method, training["seed"]))
-
-
-def _differences(table: Table, records: Sequence[Record]) -> str:
-    """What sets these runs apart from the paper's protocol, in a sentence."""
-    config = records[0]["config"]
-    paper = configurations(table, PRESETS["paper"], dataset=config["dataset"])
-    here, there = config["training"], paper[0].training
-    parts = []
-    if not table.paper(config["dataset"]):
-        parts.append(f"data set {config['dataset']}, which the paper does not use")
-    if (config["depth"], config["width"]) != (paper[0].depth, paper[0].width):
-        parts.append(
-            f"ResNet-{config['depth']} of width {config['width']} instead of ResNet-{paper[0].depth} of width "
-            f"{paper[0].width}"
-        )
-    for name, label in (("epochs", "epochs"), ("batch_size", "images a batch"), ("precision", "training")):
-        if here[name] != getattr(there, name):
-            parts.append(f"{here[name]} instead of {getattr(there, name)} {label}")
-    for name in ("lr", "momentum", "weight_decay"):
-        if here[name] != getattr(there, name):
-            parts.append(f"{name} {here[name]:g} instead of {getattr(there, name):g}")
-    if [m / here["epochs"] for m in here["milestones"]] != [m / there.epochs for m in there.milestones]:
-        parts.append(f"learning rate drops after {', '.join(map(str, here['milestones']))} epochs")
-    if config["protocol"] != paper[0].protocol:
-        parts.append(f"evaluated by {config['protocol']}")
-    etas = {run.method: run.training.eta for run in paper}
-    for method, eta in sorted({(r["config"]["method"], r["config"]["training"]["eta"]) for r in records}):
-        if eta != etas[method]:
-            parts.append(f"eta {eta:g} instead of {etas[method]:g} for {table.row(method).label}")
-    for name in ("train_images", "test_images"):
-        if config[name] is not None:
-            parts.append(f"{config[name]} {name.replace('_', ' ')}")
-    seeds = {record["config"]["training"]["seed"] for record in records}
-    if len(seeds) < len(PRESETS["paper"].seeds):
-        parts.append(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} instead of {len(PRESETS['paper'].seeds)}")
-    if not parts:
-        return "The paper's protocol."
-    return f"Not the paper's protocol: {'; '.join(parts)}."
-
-
-def _paired(
-    table_base: Row,
-    rows: Sequence[Row],
-    by_method: Mapping[str, Sequence[Record]],
-    paper: Mapping[str, Mapping[str, float]],
-    columns: Sequence[str],
-) -> list[str]:
-    """Differences to the first row, seed by seed."""
-    base, others = table_base, [row for row in rows if row is not table_base]
-    if table_base.method not in by_method or not others:
-        return []
-    lines = [
-        "",
-        f"## Difference to {base.label}",
-        "",
-        "In percentage points; measured ones are paired by seed (same initial weights, same batches).",
-        "",
-        *_header(["Method", "", *columns]),
-    ]
-    base_runs = {run["config"]["training"]["seed"]: run for run in by_method[base.method]}
-    for row in others:
-        if row.paper_key in paper and base.paper_key in paper:
-            figures = zip(paper[row.paper_key].values(), paper[base.paper_key].values(), strict=True)
-            lines.append(_line([row.label, "paper", *(f"{a - b:+.2f}" for a, b in figures)]))
-        pairs = [
-            (run, base_runs[run["config"]["training"]["seed"]])
-            for run in by_method[row.method]
-            if run["config"]["training"]["seed"] in base_runs
-        ]
-        if pairs:
-            by_seed = [[a - b for a, b in zip(_accuracies(x), _accuracies(y), strict=True)] for x, y in pairs]
-            cells = [_mean(values, "+.2f") for values in zip(*by_seed, strict=True)]
-            lines.append(_line([row.label, f"here, {len(pairs)} pair{'s' if len(pairs) > 1 else ''}", *cells]))
     return lines
 
 
-def _worst_so_far(rows: Sequence[Row], by_method: Mapping[str, Sequence[Record]], columns: Sequence[str]) -> list[str]:
-    """The stricter count, in a table of its own."""
+def _claims(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Differences to the baseline, seed by seed, beside the paper's, with a verdict each."""
+    paper = results.table.paper(results.dataset)
+    lines: list[str] = []
+    for row in results.rows:
+        base = results.table.baseline(row)
+        for key, label in zip(keys, labels, strict=True):
+            difference = results.difference(row, key)
+            if difference is None or base is None:
+                continue
+            there = paper.get(row.name, {}).get(key), paper.get(base.name, {}).get(key)
+            claimed = None if there[0] is None or there[1] is None else there[0] - there[1]
+            cells = [f"{row.label} - {base.label}", label, "" if claimed is None else f"{claimed:+.2f}"]
+            verdict = "" if claimed is None else difference.verdict(claimed)
+            lines.append(_line([*cells, str(difference), str(len(difference.values)), verdict]))
+    if not lines:
+        return []
+    return [
+        "",
+        "## Claims",
+        "",
+        "Differences in percentage points, paired by seed (same initial weights, same batches), with the 95 % "
+        "confidence interval of their mean (Student's t). Reproduced: the interval lies on the paper's side of 0; "
+        "contradicted: on the other; not resolved: it contains 0. There is no correction for looking at many of them.",
+        "",
+        *_header(["Difference", "Column", "paper", "here", "seeds", "verdict"]),
+        *lines,
+    ]
+
+
+def _stricter(results: Results) -> list[str]:
     lines = [
         "",
         "## Worst so far",
@@ -198,69 +226,170 @@ def _worst_so_far(rows: Sequence[Row], by_method: Mapping[str, Sequence[Record]]
         "A stricter count, not comparable with the one above: an example is lost as soon as the clean image or any "
         "iterate is misclassified. The paper does not give it.",
         "",
-        *_header(["Method", *columns]),
+        *_header(["Method", *(column.label for column in results.table.columns)]),
     ]
-    for row in rows:
-        worst = [
-            [100 * attack["worst_so_far_accuracy"] for attack in run["evaluation"]["attacks"]]
-            for run in by_method[row.method]
-        ]
-        lines.append(_line([row.label, *(_mean(value) for value in zip(*worst, strict=True))]))
+    for row in results.rows:
+        worst = [results.accuracies(run, score="worst_so_far_accuracy") for run in results.runs[row.name].values()]
+        lines.append(_line([row.label, *(_mean(v[column.key] for v in worst) for column in results.table.columns)]))
     return lines
 
 
-def _runs(rows: Sequence[Row], by_method: Mapping[str, Sequence[Record]]) -> list[str]:
+def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The same accuracies for the epoch that did best on the validation images."""
+    lines = []
+    for row in results.rows:
+        runs = [
+            run
+            for run in results.runs[row.name].values()
+            if results.table.protocol in run["evaluations"].get("best", {})
+        ]
+        if runs:
+            values = [results.accuracies(run, "best") for run in runs]
+            epochs = ", ".join(str(run["best_epoch"]) for run in runs)
+            lines.append(_line([row.label, epochs, *(_mean(v[key] for v in values) for key in keys)]))
+    if not lines:
+        return []
+    return [
+        "",
+        "## Best epoch",
+        "",
+        "As the first table, for the weights of the epoch with the highest accuracy on validation images that are "
+        "neither trained nor tested on (under IFGSM-10 at 8/255 for adversarial objectives).",
+        "",
+        *_header(["Method", "epochs", *labels]),
+        *lines,
+    ]
+
+
+def _runs(results: Results) -> list[str]:
     """One line a run, and what they have in common."""
+    head = ["Run", "eta", "training loss", "training accuracy", "Eq. 16 ratio, first and last epoch", "passes a step"]
     lines = [
         "",
         "## Runs",
         "",
-        "Training figures of the last epoch are those of the passes trained on (perturbed ones for LAD and LAD-SM). "
-        "Wall times are as the runs happened to go, not a benchmark.",
+        "Training figures of the last epoch are those of the passes trained on (attacked images, perturbed states). "
+        "Passes a step: forward, backward to activations and weight gradients count 1 each. Wall times are as the runs "
+        "happened to go, not a benchmark.",
         "",
-        *_header(["Run", "eta", "training loss", "training accuracy", "training, s", "evaluation, s", "threads"]),
+        *_header([*head, "training, s", "evaluation, s", "threads"]),
     ]
-    records = [(row, run) for row in rows for run in by_method[row.method]]
-    for row, run in records:
-        training, last = run["config"]["training"], run["epochs"][-1]
-        cells = [
-            f"{row.label}, seed {training['seed']}",
-            f"{training['eta']:g}",
-            f"{last['loss']:.4f}",
-            f"{100 * last['accuracy']:.2f}",
-            f"{run['seconds']['training']:.0f}",
-            f"{run['seconds']['evaluation']:.0f}",
-            str(run["machine"]["threads"]),
-        ]
-        lines.append(_line(cells))
-    versions = sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for _, run in records})
-    config, data = records[0][1]["config"], records[0][1]["data"]
-    lines += [
-        "",
-        f"Data: {config['dataset']} ({data['source']}), {data['train_images']} training and {data['test_images']} test "
-        f"images, fingerprint {data['fingerprint']}. Versions: {'; '.join(versions)}.",
-    ]
+    everything = [(row, seed, run) for row in results.rows for seed, run in sorted(results.runs[row.name].items())]
+    for row, seed, run in everything:
+        config, first, last = RunConfig.from_dict(run["config"]), run["epochs"][0], run["epochs"][-1]
+        ratios = [f"{epoch['ratio']:.2g}" if epoch.get("ratio") else "" for epoch in (first, last)]
+        lines.append(
+            _line(
+                [
+                    f"{row.label}, seed {seed}",
+                    f"{getattr(config.training.defence, 'eta', 0.0):g}",
+                    f"{last['loss']:.4f}",
+                    f"{100 * last['accuracy']:.2f}",
+                    ", ".join(ratio for ratio in ratios if ratio),
+                    f"{passes(config)}",
+                    f"{run['seconds']['training']:.0f}",
+                    f"{run['evaluations']['last'][results.table.protocol]['seconds']:.0f}",
+                    str(run["machine"]["threads"]),
+                ]
+            )
+        )
+    versions = sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for _, _, run in everything})
+    data = sorted(
+        {
+            f"{results.dataset} ({run['data']['source']}), {run['data']['train_images']} training and "
+            f"{run['data']['test_images']} test images, fingerprint {run['data']['fingerprint']}"
+            for _, _, run in everything
+        }
+    )
+    lines += ["", f"Data: {'; '.join(data)}. Versions: {'; '.join(versions)}."]
+    if results.missing:
+        lines += ["", f"Not run: {', '.join(results.missing)}."]
     return lines
 
 
-def _accuracies(record: Record) -> list[float]:
-    evaluation = record["evaluation"]
-    robust = [attack["robust_accuracy"] for attack in evaluation["attacks"]]
-    return [100 * value for value in (evaluation["clean_accuracy"], *robust, evaluation["average"])]
+def differences(results: Results) -> str:
+    """What sets these runs apart from the paper's protocol, in a sentence."""
+    table, dataset = results.table, results.dataset
+    parts = [] if table.paper(dataset) else [f"the paper has no such table for {dataset}"]
+    papers = {
+        row.name: config
+        for row, config in configurations(table, PRESETS["paper"], dataset=dataset, seeds=(0,))
+        if row.name in results.runs
+    }
+    said: dict[str, list[str]] = {}
+    for row in results.rows:
+        for run in results.runs[row.name].values():
+            for text in _deviations(RunConfig.from_dict(run["config"]), papers[row.name], run):
+                names = said.setdefault(text, [])
+                if row.label not in names:
+                    names.append(row.label)
+    everywhere = len(results.rows)
+    for text, names in said.items():
+        parts.append(text if len(names) == everywhere else f"{text} ({', '.join(names)})")
+    seeds = sorted({len(runs) for runs in results.runs.values()})
+    if seeds != [len(PRESETS["paper"].seeds)]:
+        parts.append(
+            f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} of {len(PRESETS['paper'].seeds)} seeds"
+        )
+    if not parts:
+        return "The paper's protocol."
+    return f"Not the paper's protocol: {'; '.join(parts)}."
 
 
-def _attack_label(attack: Mapping[str, Any]) -> str:
-    steps = f"-{attack['steps']}" if attack["name"] == "ifgsm" else ""
-    return f"{attack['name'].upper()}{steps} {attack['eps_255']:g}"
+def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
+    parts = []
+    if (here.model.depth, here.model.width) != (paper.model.depth, paper.model.width):
+        parts.append(f"ResNet-{here.model.depth} of width {here.model.width} instead of ResNet-{paper.model.depth}")
+    mine, theirs = plain.to_dict(here.training), plain.to_dict(paper.training)
+    for name, label in (("epochs", "epochs"), ("batch_size", "images a batch"), ("precision", "training")):
+        if mine[name] != theirs[name]:
+            parts.append(f"{mine[name]} instead of {theirs[name]} {label}")
+    for name in ("lr", "momentum", "weight_decay"):
+        if mine[name] != theirs[name]:
+            parts.append(f"{name} {mine[name]:g} instead of {theirs[name]:g}")
+    if [m / mine["epochs"] for m in mine["milestones"]] != [m / theirs["epochs"] for m in theirs["milestones"]]:
+        parts.append(f"learning rate drops after {', '.join(map(str, mine['milestones']))} epochs")
+    if mine["objective"] != theirs["objective"]:
+        steps = mine["objective"].get("steps"), theirs["objective"].get("steps")
+        parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
+    eta = mine["defence"].get("eta"), theirs["defence"].get("eta")
+    if eta[0] != eta[1]:
+        parts.append(f"eta {eta[0]:g} instead of {eta[1]:g}")
+    if here.model.passes != paper.model.passes:
+        parts.append(f"{here.model.passes} instead of {paper.model.passes} noisy passes averaged")
+    if here.data.train_images or here.data.validation_images:
+        parts.append(f"{run['data']['train_images']} training images")
+    if here.data.test_images:
+        parts.append(f"{run['data']['test_images']} test images")
+    return parts
 
 
-def _seeds(runs: Sequence[Record]) -> str:
-    return f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+def _attack(evaluation: Mapping[str, Any], column: Column) -> Mapping[str, Any]:
+    for attack in evaluation["attacks"]:
+        steps = attack["steps"] if attack["name"] != "fgsm" else 1
+        if (
+            attack["name"] == column.attack
+            and steps == column.steps
+            and math.isclose(attack["eps_255"], column.eps_255)
+        ):
+            found: Mapping[str, Any] = attack
+            return found
+    raise ValueError(f"records: an evaluation by {evaluation.get('protocol')} has no {column.label}")
 
 
-def _mean(values: Sequence[float], form: str = ".2f") -> str:
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+def _count(things: Iterable[Any], noun: str) -> str:
+    number = len(list(things))
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _mean(values: Iterable[float]) -> str:
+    found = list(values)
+    mean = f"{statistics.fmean(found):.2f}"
+    return f"{mean} ± {statistics.stdev(found):.2f}" if len(found) > 1 else mean
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -271,34 +400,36 @@ def _header(names: Sequence[str]) -> list[str]:
     return [_line(names), _line(["---"] * len(names))]
 
 
-def _plot(table: Table, records: Sequence[Record], path: Path) -> None:
+def _plot(results: Results, path: Path) -> None:
     """Bars of the measured accuracies with standard deviations, the paper's as open circles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_method = _grouped(table, records)
-    paper = table.paper(records[0]["config"]["dataset"])
-    labels = ["clean", *(_attack_label(attack) for attack in records[0]["evaluation"]["attacks"]), "average"]
-    figure = Figure(figsize=(8.5, 4.0), layout="constrained")
+    paper = results.table.paper(results.dataset)
+    keys = ["acc", *(column.key for column in results.table.columns), *(["avg"] if results.table.average else [])]
+    labels = [
+        "clean",
+        *(column.label for column in results.table.columns),
+        *(["average"] if results.table.average else []),
+    ]
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    width = 0.8 / len(by_method)
-    for i, (method, runs) in enumerate(by_method.items()):
-        row = table.row(method)
-        values = list(zip(*(_accuracies(run) for run in runs), strict=True))
-        at = [j + (i - (len(by_method) - 1) / 2) * width for j in range(len(labels))]
-        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        means = [statistics.fmean(v) for v in values]
-        axes.bar(at, means, 0.92 * width, yerr=spread, capsize=2, color=f"C{i}", label=f"{row.label} ({_seeds(runs)})")
-        if row.paper_key in paper:
-            axes.plot(at, list(paper[row.paper_key].values()), "o", mfc="white", mec="black", ms=4.5, zorder=3)
-    if paper:
-        axes.plot([], [], "o", mfc="white", mec="black", ms=4.5, label="the paper's figure")
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylim(0, 100)
+    width = 0.8 / len(results.rows)
+    for i, row in enumerate(results.rows):
+        values = [results.accuracies(run) for run in results.runs[row.name].values()]
+        at = [j + (i - (len(results.rows) - 1) / 2) * width for j in range(len(keys))]
+        means = [statistics.fmean(v[key] for v in values) for key in keys]
+        errors = [statistics.stdev([v[key] for v in values]) if len(values) > 1 else 0.0 for key in keys]
+        color = f"C{i % 10}"
+        axes.bar(at, means, width, yerr=errors, capsize=2, color=color, alpha=0.75, label=row.label)
+        figures = paper.get(row.name, {})
+        shown = [(x, figures[key]) for x, key in zip(at, keys, strict=True) if key in figures]
+        axes.plot([x for x, _ in shown], [y for _, y in shown], "o", mfc="none", mec=color, ms=4)
+    axes.set_xticks(range(len(keys)), labels)
     axes.set_ylabel("accuracy, %")
-    about = textwrap.fill(_differences(table, records), 120)
-    axes.set_title(f"{table.title}, {records[0]['config']['dataset']}\n{about}", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    axes.set_ylim(0, 100)
+    axes.set_title(f"{results.table.title}, {results.dataset}, preset {results.preset.name} (circles: paper)")
+    axes.legend(ncols=3, fontsize="small")
+    # No date in the file: equal records give an equal picture.
+    figure.savefig(path, dpi=120, metadata={"Software": None})

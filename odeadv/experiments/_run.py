@@ -1,119 +1,228 @@
-"""One run: a configuration in, one JSON file out."""
+"""One run: a configuration in, a folder with weights, metrics and one JSON record out."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import platform
+import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy
 import torch
+from torch import nn
 
 import odeadv
+from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors, write_text
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
-from odeadv.experiments._files import write_json, write_weights
-from odeadv.models import preact_resnet
-from odeadv.training import EpochResult, TrainConfig, train
+from odeadv.experiments._config import RunConfig, load_config
+from odeadv.models import averaged
+from odeadv.models._network import FieldNetwork
+from odeadv.training import EpochResult, TrainResult, make_fabric, train
 
-SCHEMA = "odeadv.run/1"
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SCHEMA = "odeadv.run/2"
+WEIGHTS_SCHEMA = "odeadv.weights/1"
+Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run's result depends on.
-
-    Attributes:
-        table: the table it belongs to.
-        preset: the preset it was made from.
-        method: the row of the table.
-        dataset: name of the data set.
-        train_images, test_images: how many of them, balanced over the classes; None for all.
-        depth, width: of the network.
-        protocol: of the evaluation.
-        training: see `odeadv.training.TrainConfig`.
-    """
-
-    table: str
-    preset: str
-    method: str
-    dataset: str
-    train_images: int | None
-    test_images: int | None
-    depth: int
-    width: int
-    protocol: str
-    training: TrainConfig
-
-    @property
-    def key(self) -> str:
-        """A short hash of the configuration: equal for equal runs."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def file_name(self) -> str:
-        """The name of its JSON file."""
-        return f"{self.dataset}-{self.method}-seed{self.training.seed}.json"
+class RunLockedError(RuntimeError):
+    """Another process is writing the run."""
 
 
 def run(
-    config: RunConfig, data: ImageDataset, out: Path, *, label: str = "", log: TextIO | None = None
-) -> dict[str, Any]:
-    """Train and evaluate what ``config`` says and write ``out / config.file_name``; a finished run is not run again.
+    config: RunConfig,
+    data: ImageDataset,
+    runs: Path,
+    *,
+    protocols: Sequence[str] = (),
+    label: str = "",
+    log: TextIO | None = None,
+    tensorboard: bool = False,
+    fabric: Fabric | None = None,
+) -> Record:
+    """Train what ``config`` says, evaluate it by ``protocols``, and write its record; what is there is not done again.
 
-    The trained weights go to ``out / "weights"``.
+    The folder ``runs / config.name`` gets ``config.json``, ``metrics.jsonl`` (a line an epoch), checkpoints while it
+    is trained, ``last.safetensors`` (and ``best.safetensors`` with validation images), and ``record.json``. A run
+    that was stopped goes on where it was. A finished run is only evaluated by what it has not been evaluated by.
 
     Args:
         config: the run.
         data: the data set named in it, whole; the run takes its subset.
-        out: folder for the JSON.
+        runs: the folder of all runs.
+        protocols: of `odeadv.evaluate`.
         label: shown with the progress.
         log: where progress goes; standard error if not given.
+        tensorboard: write event files for TensorBoard too (needs the package tensorboard).
+        fabric: the engine, see `odeadv.training.train`.
 
     Returns:
-        The record, as in the file.
+        The record, as in ``record.json``.
+
+    Raises:
+        RunLockedError: if another process is writing this run.
+        ValueError: if the folder holds a run on other data, or the record is damaged.
     """
-    log = log or sys.stderr
-    path = out / config.file_name
-    data = data.subset(config.train_images, config.test_images)
-    fingerprint = data.fingerprint()
-    done = _finished(path, config, fingerprint)
-    if done is not None:
-        print(f"{label} already there: {path}", file=log, flush=True)
-        return done
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = preact_resnet(
-        config.depth,
-        config.width,
-        data.num_classes,
-        mean=data.mean,
-        std=data.std,
-        generator=torch.Generator().manual_seed(config.training.seed),
-    ).to(device)
-    began = time.perf_counter()
-    progress = _Progress(label, config.training.epochs, log)
-    epochs = train(net, data, config.training, on_step=progress.step, on_epoch=progress.epoch)
-    trained = time.perf_counter()
-    write_weights(out / "weights" / path.with_suffix(".npz").name, net)
-    evaluation = evaluate(
-        net, (data.test_images, data.test_labels), config.protocol, batch_size=128, progress=progress.evaluated
+    folder = runs / config.name
+    subset, aside = config.data.take(data)
+    fabric = make_fabric(precision=config.training.precision) if fabric is None else fabric
+    log = (log or sys.stderr) if fabric.is_global_zero else _nowhere()
+    with locked(folder) if fabric.is_global_zero else contextlib.nullcontext():
+        record = _record(folder, config, subset)
+        missing = [name for name in protocols if name not in (record or {}).get("evaluations", {}).get("last", {})]
+        if record is not None and not missing:
+            print(f"{label} already there: {folder / 'record.json'}", file=log, flush=True)
+            return record
+        if record is None:
+            record = _trained(config, subset, aside, folder, fabric, _Progress(label, config, log), tensorboard)
+        if fabric.is_global_zero:
+            for protocol in missing:
+                _evaluate(record, config, subset, folder, protocol, fabric.device, _Progress(label, config, log))
+        return record
+
+
+def load_records(folder: Path) -> list[Record]:
+    """The records in ``folder``: ``*.json`` in it, or ``*/record.json`` below it; in the order of their names.
+
+    Raises:
+        ValueError: for a JSON file that is not a record of a run.
+    """
+    paths = [*folder.glob("*.json"), *folder.glob("*/record.json")]
+    return [_read(path) for path in sorted(paths) if not path.name.startswith(".")]
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """What is in a folder of runs, in the order of their names, as plain data.
+
+    Each has ``"name"``, ``"method"``, ``"state"`` (``"finished"``, ``"training"`` while a process has it, else
+    ``"stopped"``), ``"epoch"`` of ``"epochs"``, and ``"evaluations"``: clean and average robust accuracy by protocol.
+    """
+    found = []
+    for path in sorted(folder.glob("*/config.json")):
+        config = load_config(path)
+        entry: dict[str, Any] = {"name": path.parent.name, "method": config.method, "state": "finished"}
+        entry |= {"epoch": config.training.epochs, "epochs": config.training.epochs, "evaluations": {}}
+        if (path.parent / "record.json").exists():
+            for protocol, evaluation in _read(path.parent / "record.json")["evaluations"].get("last", {}).items():
+                values = {"clean": evaluation["clean_accuracy"], "average": evaluation["average"]}
+                entry["evaluations"][protocol] = values
+        else:
+            metrics = path.parent / "metrics.jsonl"
+            entry["epoch"] = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
+            try:
+                with locked(path.parent):
+                    entry["state"] = "stopped"
+            except RunLockedError:
+                entry["state"] = "training"
+        found.append(entry)
+    return found
+
+
+def load_model(file: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a ``last.safetensors`` or ``best.safetensors``, in evaluation mode, and what the file says of it.
+
+    Args:
+        file: the file, or the folder of a run (then the last weights).
+
+    Returns:
+        The network (with noise, the average over the configured number of passes), and a dict with ``"run"``: the
+        run's configuration, ``"num_classes"``, ``"mean"``, ``"std"`` and ``"epoch"``.
+
+    Raises:
+        FileNotFoundError: if there are no such weights.
+        ValueError: if the file is damaged or not odeadv's.
+    """
+    if file.is_dir():
+        file = file / "last.safetensors"
+    tensors, info = read_tensors(file)
+    if info.get("schema") != WEIGHTS_SCHEMA:
+        raise ValueError(f"{file}: schema is {info.get('schema')!r}, expected {WEIGHTS_SCHEMA!r}; is it a checkpoint?")
+    config = RunConfig.from_dict(info["run"])
+    net = config.model.build(_Shape(info["num_classes"], info["mean"], info["std"]))  # type: ignore[arg-type]
+    net.load_state_dict(tensors)
+    net.to(memory_format=torch.channels_last)
+    net.eval()
+    return (averaged(net, passes=config.model.passes) if config.model.noise else net), info
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing ``folder``; the lock ends with the process, however it ends.
+
+    Raises:
+        RunLockedError: if another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunLockedError(
+            f"runs: another process is writing {folder}; wait for it, or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Shape:
+    """What a model takes from a data set."""
+
+    def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.num_classes, self.mean, self.std = num_classes, tuple(mean), tuple(std)
+
+
+def _trained(
+    config: RunConfig,
+    data: ImageDataset,
+    aside: tuple[torch.Tensor, torch.Tensor] | None,
+    folder: Path,
+    fabric: Fabric,
+    progress: _Progress,
+    tensorboard: bool,
+) -> Record:
+    """Train, write the weights and the record without evaluations."""
+    seed = config.training.seed
+    net = config.model.build(data, torch.Generator().manual_seed(seed)).to(fabric.device)
+    if fabric.is_global_zero:
+        write_json(folder / "config.json", config.to_dict())
+    metrics = _Metrics(folder, tensorboard) if fabric.is_global_zero else None
+
+    def on_epoch(result: EpochResult) -> None:
+        progress.epoch(result)
+        if metrics is not None:
+            metrics.add(result)
+
+    result = train(
+        net,
+        data,
+        config.training,
+        validation=aside,
+        checkpoints=folder / "checkpoints",
+        identity={"data": config.to_dict()["data"], "model": config.to_dict()["model"]},
+        fabric=fabric,
+        on_step=progress.step,
+        on_epoch=on_epoch,
     )
     record = {
         "schema": SCHEMA,
         "key": config.key,
-        "config": asdict(config),
-        "data": {
-            "source": data.source,
-            "train_images": len(data.train_images),
-            "test_images": len(data.test_images),
-            "fingerprint": fingerprint,
-        },
+        "method": config.method,
+        "config": config.to_dict(),
+        "data": _described(data),
         "versions": {
             "odeadv": odeadv.__version__,
             "python": platform.python_version(),
@@ -121,27 +230,100 @@ def run(
             "numpy": numpy.__version__,
         },
         "machine": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name() if fabric.device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
+            "processes": fabric.world_size,
         },
-        "seconds": {"training": trained - began, "evaluation": time.perf_counter() - trained},
-        "epochs": [asdict(epoch) for epoch in epochs],
-        "evaluation": evaluation.to_dict(),
+        "seconds": {"training": sum(epoch.seconds for epoch in result.epochs)},
+        "epochs": [asdict(epoch) for epoch in result.epochs],
+        "best_epoch": result.best_epoch,
+        "evaluations": {},
     }
-    write_json(path, record)
+    if fabric.is_global_zero:
+        _write_weights(folder, net, config, data, result)
+        write_json(folder / "record.json", record)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    fabric.barrier()
     return record
 
 
-def load_records(folder: Path) -> list[dict[str, Any]]:
-    """The records of the finished runs in ``folder``, in the order of their file names.
+def _described(data: ImageDataset) -> dict[str, Any]:
+    return {
+        "source": data.source,
+        "train_images": len(data.train_images),
+        "test_images": len(data.test_images),
+        "fingerprint": data.fingerprint(),
+    }
 
-    Raises:
-        ValueError: for a JSON file that is not a record of a run.
-    """
-    return [_read(path) for path in sorted(folder.glob("*-seed*.json")) if not path.name.startswith(".")]
+
+def _write_weights(folder: Path, net: FieldNetwork, config: RunConfig, data: ImageDataset, result: TrainResult) -> None:
+    info = {
+        "schema": WEIGHTS_SCHEMA,
+        "run": config.to_dict(),
+        "num_classes": data.num_classes,
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    write_tensors(folder / "last.safetensors", net.state_dict(), {**info, "epoch": len(result.epochs)})
+    if result.best is not None:
+        write_tensors(folder / "best.safetensors", result.best, {**info, "epoch": result.best_epoch})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _evaluate(
+    record: Record,
+    config: RunConfig,
+    data: ImageDataset,
+    folder: Path,
+    protocol: str,
+    device: torch.device,
+    progress: _Progress,
+) -> None:
+    """Evaluate the weights in ``folder`` and write what comes out into the record."""
+    for which in ("last", "best"):
+        file = folder / f"{which}.safetensors"
+        if not file.exists() and which == "best":
+            continue
+        net, _ = load_model(file)
+        net.to(device)
+        progress.begin(f"evaluating {protocol}, {which} weights")
+        began = time.perf_counter()
+        journal = folder / f"{which}-{protocol}.journal"
+        evaluation = evaluate(
+            net,
+            (data.test_images, data.test_labels),
+            protocol,
+            batch_size=128,
+            progress=progress.evaluated,
+            resume=journal,
+        ).to_dict()
+        evaluation["seconds"] = time.perf_counter() - began
+        record["evaluations"].setdefault(which, {})[protocol] = evaluation
+    write_json(folder / "record.json", record)
+    for which in ("last", "best"):
+        (folder / f"{which}-{protocol}.journal").unlink(missing_ok=True)
+
+
+def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | None:
+    """The record of the run if it has been trained."""
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    record = _read(path)
+    if (record["key"], record["data"]["fingerprint"]) != (config.key, data.fingerprint()):
+        raise ValueError(
+            f"runs: {path} is of another configuration or other data (key {record['key']}, data "
+            f"{record['data']['fingerprint']}; these are {config.key}, {data.fingerprint()}); give another folder, or "
+            "remove it"
+        )
+    for which in ("last", *(["best"] if record["best_epoch"] else [])):
+        try:
+            read_tensors(folder / f"{which}.safetensors")
+        except (FileNotFoundError, DamagedFileError) as error:
+            warnings.warn(f"{error}; this run can be reported, but not evaluated further", stacklevel=3)
+    return record
+
+
+def _read(path: Path) -> Record:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -152,54 +334,100 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _finished(path: Path, config: RunConfig, fingerprint: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    record = _read(path)
-    if (record["key"], record["data"]["fingerprint"]) != (config.key, fingerprint):
-        raise FileExistsError(
-            f"out: {path} holds a run of another configuration or on other data (key {record['key']}, data "
-            f"{record['data']['fingerprint']}; these are {config.key}, {fingerprint}); give another folder, or remove "
-            "the file"
-        )
-    return record
+class _Metrics:
+    """What became of every epoch, as JSON lines and, if asked for, for TensorBoard."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._lines: list[str] = []
+        self._board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("tensorboard: is not installed; pip install tensorboard, or leave it out") from None
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def add(self, result: EpochResult) -> None:
+        """One more epoch; the file holds exactly the epochs of this run, also after it was interrupted."""
+        self._lines.append(json.dumps(asdict(result), allow_nan=False))
+        write_text(self._path, "\n".join(self._lines) + "\n")
+        if self._board is not None:
+            for name, value in _scalars(asdict(result)).items():
+                self._board.add_scalar(name, value, result.epoch)
+            self._board.flush()
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, tuple | list):
+            found |= {f"{prefix}{name}/{n}": float(item) for n, item in enumerate(value)}
+        elif isinstance(value, int | float):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def _nowhere() -> TextIO:
+    import io
+
+    return io.StringIO()
 
 
 class _Progress:
     """Lines about a run: one an epoch, and within it one that is overwritten (on a terminal) or one a minute."""
 
-    def __init__(self, label: str, epochs: int, log: TextIO) -> None:
-        self.label, self.epochs, self.log = label, epochs, log
-        self.began = time.perf_counter()
+    def __init__(self, label: str, config: RunConfig, log: TextIO) -> None:
+        self.label, self.log = label, log
+        self.epochs, self.batch_size = config.training.epochs, config.training.batch_size
         self.live = log.isatty()
-        self.shown = self.began
+        self.what = ""
+        self.began = self.shown = time.perf_counter()
+        self.first: float | None = None  # share of the training that was done before
+        self.steps = 0
+
+    def begin(self, what: str) -> None:
+        """A new piece of work."""
+        self.what, self.began = what, time.perf_counter()
 
     def step(self, epoch: int, step: int, steps: int) -> None:
+        """A step was made."""
         share = (epoch - 1 + step / steps) / self.epochs
-        self._now_and_then(f"epoch {epoch}/{self.epochs}, step {step}/{steps}", share)
+        if self.first is None:
+            self.first = share
+            return
+        self.steps += 1
+        rate = self.steps * self.batch_size / (time.perf_counter() - self.began)
+        self._now_and_then(f"epoch {epoch}/{self.epochs}, step {step}/{steps}, {rate:.0f} images/s", share, self.first)
 
     def epoch(self, result: EpochResult) -> None:
+        """An epoch has ended."""
+        share = result.epoch / self.epochs
+        left = "" if self.first is None or share <= self.first else f"  {self._left(share, self.first)}"
+        ratio = "" if result.ratio is None else f"  Eq. 16 ratio {result.ratio:.2g}"
+        valid = "".join(f"  {name} {100 * value:.1f} %" for name, value in (result.validation or {}).items())
         self._line(
-            f"epoch {result.epoch}/{self.epochs}  loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %  "
-            f"lr {result.lr:g}  {result.seconds:.0f} s  {self._left(result.epoch / self.epochs)}"
+            f"epoch {result.epoch}/{self.epochs}  loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
+            f"{valid}{ratio}  lr {result.lr:g}  {result.seconds:.0f} s{left}"
         )
-        if result.epoch == self.epochs:
-            self.began = time.perf_counter()
 
     def evaluated(self, done: int, total: int) -> None:
+        """A batch was evaluated."""
         if done == total:
-            self._line(f"evaluated in {time.perf_counter() - self.began:.0f} s")
+            self._line(f"{self.what}: {time.perf_counter() - self.began:.0f} s")
         else:
-            self._now_and_then(f"evaluating, batch {done}/{total}", done / total)
+            self._now_and_then(f"{self.what}, batch {done}/{total}", done / total, 0.0)
 
-    def _now_and_then(self, text: str, share: float) -> None:
+    def _now_and_then(self, text: str, share: float, first: float) -> None:
         now = time.perf_counter()
         if now - self.shown > (0.5 if self.live else 60.0):
             self.shown = now
-            (self._overwrite if self.live else self._line)(f"{text}, {self._left(share)}")
+            (self._overwrite if self.live else self._line)(f"{text}, {self._left(share, first)}")
 
-    def _left(self, share: float) -> str:
-        seconds = (time.perf_counter() - self.began) * (1.0 - share) / share
+    def _left(self, share: float, first: float) -> str:
+        seconds = (time.perf_counter() - self.began) * (1.0 - share) / max(share - first, 1e-9)
         return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
     def _line(self, text: str) -> None:

@@ -5,131 +5,328 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from odeadv.experiments._run import RunConfig
+from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig
+from odeadv.experiments._methods import parse_method
 from odeadv.training import TrainConfig
+
+NOISE_STD = 0.1
+
+
+@dataclass(frozen=True)
+class Column:
+    """An attack of a protocol that a table shows.
+
+    Attributes:
+        key: its name in ``paper_tables.json``.
+        attack: ``"fgsm"`` or ``"ifgsm"``.
+        eps_255: radius in 1/255.
+        steps: steps of the attack.
+    """
+
+    key: str
+    attack: str
+    eps_255: float
+    steps: int
+
+    @property
+    def label(self) -> str:
+        """As the pages print it."""
+        return f"{self.attack.upper()}{f'-{self.steps}' if self.steps > 1 else ''} {self.eps_255:g}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a table.
+    """One row of a table.
 
     Attributes:
-        method: its name on the command line and in file names.
-        label: its name in the paper.
-        paper_key: its name in ``paper_tables.json``.
-        scheme: of the forward pass; None for none.
+        method: see `odeadv.experiments.parse_method`.
+        factor: eta as a multiple of the preset's.
+        paper_key: its name in ``paper_tables.json``; the method if not given.
     """
 
     method: str
-    label: str
-    paper_key: str
-    scheme: str | None
+    factor: float = 1.0
+    paper_key: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line: the method, with the factor where there is one."""
+        return self.method if self.factor == 1.0 else f"{self.method}@{self.factor:g}"
+
+    @property
+    def label(self) -> str:
+        """As the pages print it."""
+        objective, *parts = self.method.split("+")
+        words = {
+            "pgd": "PGD",
+            "trades": "TRADES",
+            "lad": "LAD",
+            "lad-sm": "LAD-SM",
+            "lad-midpoint": "LAD exact midpoint",
+        }
+        words |= {"lad-symmetric": "LAD symmetric", "damp": "In-ResNet", "lambda-damp": "lambda-In-ResNet"}
+        text = " + ".join(words.get(part, part) for part in (objective, *parts))
+        return text if self.factor == 1.0 else f"{text}, eta x {self.factor:g}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: which runs make it, and how they are evaluated.
+    """A table of the paper (or an ablation of it): which runs make it, and how they are evaluated.
 
     Attributes:
         name: such as ``"table1"``, also the key of the paper's figures.
         title: a heading.
         protocol: of `odeadv.evaluate`.
-        rows: its methods; the first is the baseline of the paired differences.
+        columns: the attacks it shows.
+        rows: its methods.
+        baselines: the row each row is compared with: the last of these that has its objective and damping-free name.
+        datasets: those that the paper gives it for.
+        average: whether the mean of the columns is one as well.
     """
 
     name: str
     title: str
     protocol: str
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    datasets: tuple[str, ...] = ("cifar10", "cifar100")
+    average: bool = True
 
-    def row(self, method: str) -> Row:
-        """The row called ``method``.
+    def row(self, name: str) -> Row:
+        """The row called ``name``.
 
         Raises:
             ValueError: listing the rows, if there is none.
         """
         for row in self.rows:
-            if row.method == method:
+            if row.name == name:
                 return row
-        raise ValueError(f"methods: {method!r} is not a row of {self.name}; it has {', '.join(self.methods)}")
+        raise ValueError(f"methods: {name!r} is not a row of {self.name}; it has {', '.join(self.methods)}")
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of the rows."""
-        return tuple(row.method for row in self.rows)
+        return tuple(row.name for row in self.rows)
+
+    def baseline(self, row: Row) -> Row | None:
+        """What ``row`` is compared with: the undefended row of its objective."""
+        objective = row.method.split("+")[0]
+        return None if row.method == objective else self.row(objective) if objective in self.methods else None
 
     def paper(self, dataset: str) -> Mapping[str, Mapping[str, float]]:
-        """The paper's figures for ``dataset``, by ``paper_key``; empty where it has none."""
-        text = files("odeadv.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
-        figures: dict[str, Any] = json.loads(text)[self.name]
-        found: Mapping[str, Mapping[str, float]] = figures.get(dataset, {})
-        return found
+        """The paper's figures for ``dataset``: by row name, then ``"acc"``, the keys of the columns and ``"avg"``."""
+        figures = paper_tables().get(self.name, {}).get(dataset, {})
+        keys = ["acc", *(column.key for column in self.columns), *(["avg"] if self.average else [])]
+        return {
+            row.name: {
+                key: figures[row.paper_key or row.method][key]
+                for key in keys
+                if key in figures[row.paper_key or row.method]
+            }
+            for row in self.rows
+            if (row.paper_key or row.method) in figures
+        }
 
 
-TABLE1 = Table(
-    "table1",
-    "Table 1: natural training",
-    "table1",
-    (
-        Row("natural", "natural", "natural", None),
-        Row("lad", "natural + LAD", "natural+lad", "lie"),
-        Row("lad-sm", "natural + LAD-SM", "natural+lad-sm", "strang"),
-    ),
+@cache
+def paper_tables() -> dict[str, Any]:
+    """The paper's figures, by table, data set, row and column."""
+    text = files("odeadv.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
+    tables: dict[str, Any] = json.loads(text)
+    # Table 5 is printed by column; turn it into rows like the others.
+    fifth = tables["table5"]
+    rows: dict[str, dict[str, float]] = {}
+    for column, by_method in fifth["cifar100"].items():
+        for method, values in by_method.items():
+            for eta, value in zip(fifth["eta"], values, strict=True):
+                if value is not None:
+                    rows.setdefault(f"pgd+{method}:{eta}" if eta else "pgd", {})[column] = value
+    tables["table5"] = {"cifar100": rows}
+    return tables
+
+
+def _rows(*methods: str) -> tuple[Row, ...]:
+    return tuple(Row(method) for method in methods)
+
+
+_SMALL = (
+    Column("fgsm_0.5", "fgsm", 0.5, 1),
+    Column("fgsm_1", "fgsm", 1, 1),
+    Column("ifgsm_0.5", "ifgsm", 0.5, 20),
+    Column("ifgsm_1", "ifgsm", 1, 20),
 )
+_LARGE = (
+    Column("fgsm_8", "fgsm", 8, 1),
+    Column("fgsm_12", "fgsm", 12, 1),
+    Column("ifgsm_8", "ifgsm", 8, 20),
+    Column("ifgsm_12", "ifgsm", 12, 20),
+)
+_STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
+_ETAS = (1, 10, 100, 1000, 10000)
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "table1", "Table 1: natural training", "table1", _SMALL,
+            _rows("natural", "natural+damp", "natural+lambda-damp", "natural+lad", "natural+lad-sm"),
+        ),
+        Table(
+            "table2", "Table 2: PGD training", "table2", _LARGE,
+            _rows("pgd", "pgd+damp", "pgd+lambda-damp", "pgd+lad", "pgd+lad-sm", "pgd+lad-midpoint"),
+        ),
+        Table(
+            "table3", "Table 3: TRADES", "table2", _LARGE,
+            _rows("trades", "trades+lad", "trades+lad-sm"),
+        ),
+        Table(
+            "table4", "Table 4: stochasticity", "table2", _LARGE,
+            _rows("pgd", "pgd+noise", "pgd+lad", "pgd+lad-sm", "pgd+lad+noise", "pgd+lad-sm+noise"),
+            datasets=("cifar10",),
+        ),
+        Table(
+            "table5", "Table 5: effect of eta", "table2", (_LARGE[0], _LARGE[2]),
+            (
+                Row("pgd"),
+                *(Row(f"pgd+{m}", eta / 1000, f"pgd+{m}:{eta}") for m in ("lad", "lad-sm") for eta in _ETAS),
+            ),
+            datasets=("cifar100",), average=False,
+        ),
+        Table(
+            "table6", "Table 6: stronger attacks", "table6", _STRONG,
+            _rows("pgd", "pgd+lad", "pgd+lad-sm", "trades", "trades+lad", "trades+lad-sm"),
+            average=False,
+        ),
+        Table(
+            "table7", "Table 7: stochasticity on CIFAR-100", "table2", _LARGE,
+            _rows("pgd", "pgd+noise", "pgd+lad", "pgd+lad-sm", "pgd+lad+noise", "pgd+lad-sm+noise"),
+            datasets=("cifar100",),
+        ),
+        Table(
+            "ablations", "Ablations: what drives the state", "table1", _SMALL,
+            _rows(
+                "natural", "natural+lad", "natural+lad+random", "natural+lad+shuffled", "natural+lad+input",
+                "natural+lad-sm", "natural+lad-sm+random", "natural+lad-sm+shuffled", "natural+lad-symmetric",
+                "natural+lad+sweeps2",
+            ),
+        ),
+        Table(
+            "ablations-pgd", "Ablations of PGD training", "table2", _LARGE,
+            _rows("pgd", "pgd+lad", "pgd+lad+random", "pgd+lad+shuffled", "pgd+lad+input"),
+        ),
+        Table(
+            "ablations-trades", "Ablations of TRADES: the mix of losses alone", "table2", _LARGE,
+            _rows("trades", "trades+lad", "trades+lad+eta0"),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the runs of one kind of objective are.
+
+    Attributes:
+        depth, width: of the network.
+        epochs: a number, or one for each data set; the learning rate is divided by 10 at 1/2 and 3/4 of them.
+        train_images, test_images, validation_images: see `DataConfig`.
+        precision: of training.
+        eta: one for each data set, for batches of 128 and a loss averaged over them.
+        attack_steps: of the attack trained on.
+        passes: noisy passes averaged at inference.
+    """
+
+    depth: int
+    width: int
+    epochs: int | Mapping[str, int]
+    precision: Literal["fp32", "bf16"]
+    eta: Mapping[str, float]
+    train_images: int | None = None
+    test_images: int | None = None
+    validation_images: int = 0
+    attack_steps: int = 10
+    passes: int = 100
+
+    def epochs_on(self, dataset: str) -> int:
+        """Epochs for a data set."""
+        return self.epochs if isinstance(self.epochs, int) else self.epochs[dataset]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """At what size a table is run.
+    """At what size tables are run.
 
     Attributes:
         name: of the preset.
         dataset: the data set unless another is asked for.
-        depth, width: of the network.
-        train_images, test_images: how many of them; None for all.
-        epochs: a number, or one for each data set.
-        eta: a number, or one for each data set; it belongs to batches of 128 and a loss averaged over them.
-        precision: of training.
+        sizes: by objective.
         seeds: unless others are asked for.
         says: what it is, in a line.
     """
 
     name: str
     dataset: str
-    depth: int
-    width: int
-    train_images: int | None
-    test_images: int | None
-    epochs: int | Mapping[str, int]
-    eta: float | Mapping[str, float]
-    precision: Literal["fp32", "bf16"]
+    sizes: Mapping[str, Size]
     seeds: tuple[int, ...]
     says: str
 
 
 ETA = {"cifar10": 50.0, "cifar100": 1000.0, "digits": 50.0, "folder": 50.0}
+_PAPER = Size(56, 16, {"cifar10": 160, "cifar100": 300, "digits": 160, "folder": 160}, "fp32", ETA)
+_SMOKE = Size(8, 8, 12, "fp32", ETA, passes=3)
+_CPU = Size(8, 16, 8, "bf16", ETA)
+_CPU_ADVERSARIAL = Size(
+    8, 16, 40, "bf16", ETA, train_images=2000, test_images=2000, validation_images=500, attack_steps=7,
+    passes=10,
+)  # fmt: skip
 
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset(
-            "smoke", "digits", 8, 8, None, None, 12, ETA, "fp32", (0,),
-            "shows that everything works: ResNet-8 of width 8, 12 epochs on small images, one seed; under two minutes",
+            "smoke", "digits", {"natural": _SMOKE, "pgd": _SMOKE, "trades": _SMOKE}, (0,),
+            "shows that everything works: ResNet-8 of width 8, 12 epochs on small images, one seed; minutes",
         ),
         Preset(
-            "cpu", "cifar10", 8, 16, None, None, 8, ETA, "bf16", (0, 1, 2),
-            "the whole data set on two cores: ResNet-8, 8 epochs, three seeds; one to two hours",
+            "cpu", "cifar10", {"natural": _CPU, "pgd": _CPU_ADVERSARIAL, "trades": _CPU_ADVERSARIAL}, (0, 1, 2),
+            "real CIFAR on two cores: ResNet-8, three seeds; natural training on all images, adversarial on some",
         ),
         Preset(
-            "paper", "cifar10", 56, 16, None, None, {"cifar10": 160, "cifar100": 300, "digits": 160, "folder": 160},
-            ETA, "fp32", (0, 1, 2),
+            "paper", "cifar10", {"natural": _PAPER, "pgd": _PAPER, "trades": _PAPER}, (0, 1, 2),
             "Appendix B to the letter: ResNet-56, 160 epochs (300 for CIFAR-100), three seeds; for a GPU",
         ),
     )
 }  # fmt: skip
+
+
+def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
+    """The run of ``row`` at ``size``."""
+    if dataset not in size.eta:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(size.eta)}")
+    method = parse_method(row.method)
+    epochs = size.epochs_on(dataset)
+    return RunConfig(
+        data=DataConfig(dataset, size.train_images, size.test_images, size.validation_images),
+        model=ModelConfig(
+            depth=size.depth,
+            width=size.width,
+            damping=method.damping,
+            noise=NOISE_STD if method.noise else 0.0,
+            passes=size.passes if method.noise else ModelConfig.passes,
+        ),
+        training=TrainConfig(
+            objective=method.attack(size.attack_steps, 8 / 255, 2 / 255),
+            defence=method.defence(row.factor * size.eta[dataset]),
+            epochs=epochs,
+            milestones=(epochs // 2, epochs * 3 // 4),
+            precision=size.precision,
+            seed=seed,
+        ),
+    )
 
 
 def configurations(
@@ -139,47 +336,22 @@ def configurations(
     dataset: str | None = None,
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-) -> list[RunConfig]:
-    """The runs of ``table`` at ``preset``: all methods of the first seed, then of the next.
-
-    The learning rate is divided by 10 at a half and at three quarters of the epochs, as in the paper.
+) -> list[tuple[Row, RunConfig]]:
+    """The runs of ``table`` at ``preset``: all rows of the first seed, then of the next.
 
     Args:
         table: rows and protocol.
         preset: size.
         dataset: instead of the preset's.
-        methods: some of the rows.
+        methods: some of the rows, by name.
         seeds: instead of the preset's.
 
     Raises:
-        ValueError: for a method that is not a row.
+        ValueError: for a method that is not a row, or a data set without a value of eta.
     """
-    dataset = dataset or preset.dataset
-    if dataset not in ETA:
-        raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(ETA)}")
-    rows = [table.row(method) for method in methods or table.methods]
-    epochs = preset.epochs if isinstance(preset.epochs, int) else preset.epochs[dataset]
-    eta = preset.eta[dataset] if isinstance(preset.eta, Mapping) else float(preset.eta)
+    rows = [table.row(name) for name in methods or table.methods]
     return [
-        RunConfig(
-            table=table.name,
-            preset=preset.name,
-            method=row.method,
-            dataset=dataset,
-            train_images=preset.train_images,
-            test_images=preset.test_images,
-            depth=preset.depth,
-            width=preset.width,
-            protocol=table.protocol,
-            training=TrainConfig(
-                epochs=epochs,
-                scheme=row.scheme,
-                eta=eta if row.scheme else 0.0,
-                milestones=(epochs // 2, epochs * 3 // 4),
-                precision=preset.precision,
-                seed=seed,
-            ),
-        )
+        (row, configuration(row, preset.sizes[row.method.split("+")[0]], dataset or preset.dataset, seed))
         for seed in (preset.seeds if seeds is None else seeds)
         for row in rows
     ]

@@ -1,10 +1,34 @@
-"""Training networks with a defence: `TrainConfig` says how, `train` does it.
+"""Training: objectives x defences x networks, freely combined, with checkpoints that resume bit for bit.
 
-A defence is nothing but the way the forward pass is solved: the loss trained on is that of
-``odeadv.solve(net.field(images, labels, eta), scheme=...)``. Uses the solver, models and data.
+`TrainConfig` says how, `train` does it. An objective says what a step minimises, a defence how the forward pass that
+is trained on is solved (``odeadv.solve(net.field(...), scheme=...)``); neither knows the other, and each is one file
+in `objectives` or `defences`. Uses the solver, diagnostics, models, attacks and data.
 """
 
+from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
-from odeadv.training._train import EpochResult, TrainingDiverged, train
+from odeadv.training._distributed import make_fabric
+from odeadv.training._step import Draws, Passed, Step
+from odeadv.training._train import EpochResult, TrainingDiverged, TrainResult, train
+from odeadv.training.defences import Defence, Layerwise, Undefended
+from odeadv.training.objectives import Natural, Objective, Pgd, Trades
 
-__all__ = ["EpochResult", "TrainConfig", "TrainingDiverged", "train"]
+__all__ = [
+    "CheckpointWarning",
+    "Defence",
+    "Draws",
+    "EpochResult",
+    "Layerwise",
+    "Natural",
+    "Objective",
+    "Passed",
+    "Pgd",
+    "Step",
+    "Trades",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingDiverged",
+    "Undefended",
+    "make_fabric",
+    "train",
+]

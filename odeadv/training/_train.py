@@ -1,20 +1,35 @@
-"""The training loop."""
+"""The training loop: the same for every objective, defence, network and number of processes."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from odeadv import attacks
+from odeadv._configuration import to_dict
 from odeadv._solution import SolveError
-from odeadv._solve import solve
-from odeadv.data import Batches, ImageDataset
-from odeadv.models import PreActResNet
+from odeadv.data import Batches, ImageDataset, to_float
+from odeadv.diagnostics import Perturbation, perturbation
+from odeadv.models import Network
+from odeadv.models._network import FieldNetwork
+from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
+from odeadv.training._distributed import make_fabric, rows_of, synchronise_batch_norm
+from odeadv.training._step import Draws, StepModule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+VALIDATION_ATTACK = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10}
 
 
 @dataclass(frozen=True)
@@ -23,10 +38,14 @@ class EpochResult:
 
     Attributes:
         epoch: its number, counted from 1.
-        loss: mean training loss, L_LAD where there is a defence.
+        loss: mean training loss; L_LAD where there is a defence.
         accuracy: accuracy of the same forward passes, in [0, 1].
         lr: learning rate.
         seconds: wall time.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch; None if not finite.
+        relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
+        validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
+            objectives (IFGSM-10 at 8/255).
     """
 
     epoch: int
@@ -34,102 +53,376 @@ class EpochResult:
     accuracy: float
     lr: float
     seconds: float
+    ratio: float | None = None
+    relative: tuple[float, ...] = ()
+    validation: dict[str, float] | None = None
+
+
+@dataclass
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        epochs: one result an epoch.
+        best_epoch: the epoch with the highest validation accuracy (robust, for adversarial objectives), the first of
+            equals; None without validation images.
+        best: parameters and buffers after that epoch.
+    """
+
+    epochs: list[EpochResult] = field(default_factory=list)
+    best_epoch: int | None = None
+    best: dict[str, Tensor] | None = None
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or a state became NaN or infinite."""
+    """The loss or a state became NaN, infinite or absurdly large."""
 
 
 def train(
-    net: PreActResNet,
+    net: Network,
     data: ImageDataset,
     config: TrainConfig,
     *,
+    validation: tuple[Tensor, Tensor] | None = None,
+    checkpoints: Path | None = None,
+    checkpoint_every: float = 120.0,
+    identity: Any = None,
+    fabric: Fabric | None = None,
     on_step: Callable[[int, int, int], object] | None = None,
     on_epoch: Callable[[EpochResult], object] | None = None,
-) -> list[EpochResult]:
-    """Train ``net`` in place on the training images of ``data``, on the device it is on.
+) -> TrainResult:
+    """Train ``net`` in place on the training images of ``data``.
 
-    Images are padded by 4, cropped and (where the data set allows it) flipped; all randomness comes from
-    ``config.seed``, so two runs that differ in their defence only see the same batches.
+    Images are padded by 4, cropped and (where the data set allows it) flipped. All randomness comes from
+    ``config.seed``, so that runs that differ in their objective or defence only see the same batches; torch's global
+    random state, which noise in a network draws from, is seeded inside and put back afterwards.
+
+    With ``checkpoints``, a run that was stopped at any moment goes on where its newest checkpoint was written, and
+    ends with bit for bit the weights of a run that was not stopped (on as many threads and processes).
 
     Args:
-        net: the network, left in training mode.
+        net: the network, left in training mode on the device of the engine.
         data: its training split is used.
         config: how.
-        on_step: called after every step with (epoch, step, steps in an epoch), counted from 1.
-        on_epoch: called after every epoch.
+        validation: images ``uint8`` (n, height, width, 3) and labels, for the choice of the best epoch.
+        checkpoints: folder for them; none are written without.
+        checkpoint_every: seconds between checkpoints within an epoch; one is written after every epoch.
+        identity: plain data that says what is trained, beside ``config``; a checkpoint of another is refused.
+        fabric: the engine (lightning-fabric), launched; one process on the best device, if not given.
+        on_step: called after every step with (epoch, step, steps in an epoch), counted from 1, in the first process.
+        on_epoch: called after every epoch, in the first process; also, when a run goes on, for the epochs before.
 
     Returns:
-        One result an epoch.
+        One result an epoch, and the best weights.
 
     Raises:
-        ValueError: if the training set is smaller than a batch.
-        TrainingDiverged: if a loss or state is NaN or infinite, with the epoch, the step and what to try.
+        ValueError: if the training set is smaller than a batch, the batch cannot be shared equally between the
+            processes, or the checkpoints are those of another run.
+        TrainingDiverged: if a loss or state is NaN or infinite or the loss above ``config.stop_above``, with the
+            epoch, the step, the layer with the largest perturbation, and what to try.
+        OSError: if a checkpoint cannot be written.
     """
+    module = _module(net)
+    _check(data, config, fabric)
+    if fabric is None:
+        fabric = make_fabric(precision=config.precision)
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)
+    with _random_state(config.seed + 7919 * fabric.global_rank, fabric.device):
+        run = _Run(module, data, config, fabric, validation, checkpoints, checkpoint_every, identity)
+        return run.go(on_step, on_epoch)
+
+
+class _Run:
+    """One call of `train`: the loop, and what is saved and restored of it."""
+
+    def __init__(
+        self,
+        net: FieldNetwork,
+        data: ImageDataset,
+        config: TrainConfig,
+        fabric: Fabric,
+        validation: tuple[Tensor, Tensor] | None,
+        checkpoints: Path | None,
+        every: float,
+        identity: Any,
+    ) -> None:
+        self.net, self.config, self.fabric, self.every = net, config, fabric, every
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.batches = Batches(
+            data.train_images,
+            data.train_labels,
+            batch_size=config.batch_size,
+            shuffle=True,
+            augment=True,
+            flip=data.flip,
+            drop_last=True,
+            generator=self.generator,
+            device=fabric.device,
+        )
+        self.validation = validation
+        if fabric.world_size > 1 and config.sync_batchnorm:
+            synchronise_batch_norm(net)
+        # Attacks take input gradients of the same weights; compiled, they run as one graph in evaluation mode.
+        attacked = torch.compile(net) if config.compile else None
+        assert attacked is None or isinstance(attacked, nn.Module)
+        self.step_module = StepModule(net, config.objective, config.defence, attacked)
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
+        self.checkpoints = None
+        if checkpoints is not None:
+            whole = {"config": to_dict(config), "run": identity, "data": data.fingerprint()}
+            whole["processes"] = fabric.world_size
+            self.checkpoints = saved.Checkpoints(checkpoints, whole)
+        self.result = TrainResult()
+        self.done = 0  # steps of the current epoch
+        self.loss_sum = torch.zeros((), device=fabric.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
+        self.seconds = 0.0  # of the current epoch, before it was interrupted
+        self.order_state = self.generator.get_state()
+
+    def go(
+        self, on_step: Callable[[int, int, int], object] | None, on_epoch: Callable[[EpochResult], object] | None
+    ) -> TrainResult:
+        """All epochs that are left."""
+        self._restore()
+        first = self.fabric.is_global_zero
+        if first and on_epoch is not None:
+            for result in self.result.epochs:
+                on_epoch(result)
+        self.net.train()
+        for epoch in range(len(self.result.epochs), self.config.epochs):
+            result = self._epoch(epoch, on_step if first else None)
+            if first and on_epoch is not None:
+                on_epoch(result)
+        return self.result
+
+    def _epoch(self, epoch: int, on_step: Callable[[int, int, int], object] | None) -> EpochResult:
+        lr = self.config.learning_rate(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        began = time.perf_counter() - self.seconds
+        last_saved = time.perf_counter()
+        self.order_state = self.generator.get_state()
+        self.batches.pass_over(self.done)
+        for images, labels in self.batches:
+            self._step(epoch, images, labels)
+            self.done += 1
+            if on_step is not None:
+                on_step(epoch + 1, self.done, len(self.batches))
+            if time.perf_counter() - last_saved > self.every and self.done < len(self.batches):
+                self.seconds, last_saved = time.perf_counter() - began, time.perf_counter()
+                self._save()
+        loss, correct = self._over_processes(self.loss_sum), self._over_processes(self.correct)
+        measured = self._measured()
+        result = EpochResult(
+            epoch=epoch + 1,
+            loss=float(loss) / (len(self.batches) * self.fabric.world_size),
+            accuracy=int(correct) / (len(self.batches) * self.config.batch_size),
+            lr=lr,
+            seconds=time.perf_counter() - began,
+            ratio=_finite(measured.ratio),
+            relative=tuple(measured.relative) if all(map(math.isfinite, measured.relative)) else (),
+            validation=self._validated(),
+        )
+        self.result.epochs.append(result)
+        self._keep_best(result)
+        self.done, self.seconds = 0, 0.0
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.order_state = self.generator.get_state()
+        self._save()
+        return result
+
+    def _step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward passes of all micro-batches of this process, and one step of SGD."""
+        parts, world = self.config.accumulate, self.fabric.world_size
+        self.engine_optimizer.zero_grad(set_to_none=True)
+        number = epoch * len(self.batches) + self.done
+        for part in range(parts):
+            rows = rows_of(self.fabric.global_rank, world, part, parts, len(labels))
+            draws = Draws(self.config.seed, number, rows, len(labels))
+            waits = part < parts - 1
+            with self.fabric.no_backward_sync(self.module, enabled=waits and world > 1):
+                loss, logits = self._forward(epoch, images[rows], labels[rows], draws)
+                self.fabric.backward(loss / parts)
+            self.loss_sum += loss.detach() / parts
+            self.correct += (logits.argmax(1) == labels[rows]).sum()
+        self.engine_optimizer.step()
+
+    def _forward(self, epoch: int, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        share = 1.0 / (self.config.accumulate * self.fabric.world_size)
+        try:
+            loss, logits = self.module(images, labels, draws, share)
+        except SolveError as error:
+            raise self._diverged(epoch, error.solution.status.message, images, labels) from error
+        value = float(loss.detach())
+        if not value <= self.config.stop_above:
+            raise self._diverged(epoch, f"the loss is {value:g}", images, labels)
+        return loss, logits
+
+    def _diverged(self, epoch: int, what: str, images: Tensor, labels: Tensor) -> TrainingDiverged:
+        eta = getattr(self.config.defence, "eta", 0.0)
+        text = f"training: epoch {epoch + 1}, step {self.done + 1}: {what}; "
+        if eta:
+            with contextlib.suppress(SolveError, ValueError):
+                relative = self._perturbation(images, labels).relative
+                worst = max(range(len(relative)), key=lambda n: (not math.isfinite(relative[n]), relative[n]))
+                text += f"the perturbation ||eta a_n|| / ||x_n|| is largest at layer {worst} ({relative[worst]:.3g}); "
+        text += f"lower lr ({self.config.lr:g}) or eta ({eta:g} at batch size {self.config.batch_size})"
+        if self.checkpoints is not None and self.checkpoints.paths():
+            text += f"; the last good checkpoint is {self.checkpoints.paths()[-1]}"
+        return TrainingDiverged(text)
+
+    def _perturbation(self, images: Tensor, labels: Tensor) -> Perturbation:
+        eta = getattr(self.config.defence, "eta", 0.0) / (self.config.accumulate * self.fabric.world_size)
+        with self.fabric.autocast():
+            found: Perturbation = perturbation(self.net.field(images, labels, eta))
+        return found
+
+    def _measured(self) -> Perturbation:
+        """Eq. 16 and the size of the perturbation, on the last batch; without effect on the network."""
+        assert self.step_module.seen is not None
+        return self._perturbation(*self.step_module.seen)
+
+    def _validated(self) -> dict[str, float] | None:
+        if self.validation is None:
+            return None
+        images, labels = self.validation
+        right = {"clean": 0, "robust": 0} if self.config.objective.adversarial else {"clean": 0}
+        training = self.net.training
+        self.net.eval()
+        try:
+            for first in range(0, len(images), 250):
+                x = to_float(images[first : first + 250]).to(self.fabric.device)
+                y = labels[first : first + 250].to(self.fabric.device)
+                with self.fabric.autocast():
+                    seen = {"clean": x}
+                    if "robust" in right:
+                        seen["robust"] = attacks.ifgsm(self.net, x, y, **VALIDATION_ATTACK)  # type: ignore[arg-type]
+                    with torch.no_grad():
+                        for name, batch in seen.items():
+                            right[name] += int((self.net(batch).argmax(1) == y).sum())
+        finally:
+            self.net.train(training)
+        return {name: count / len(images) for name, count in right.items()}
+
+    def _keep_best(self, result: EpochResult) -> None:
+        if result.validation is None:
+            return
+        name = "robust" if self.config.objective.adversarial else "clean"
+        so_far = self.result.best_epoch
+        if so_far is not None:
+            before = self.result.epochs[so_far - 1].validation
+            assert before is not None
+            if result.validation[name] <= before[name]:
+                return
+        self.result.best_epoch = result.epoch
+        self.result.best = {key: value.detach().clone() for key, value in self.net.state_dict().items()}
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        if self.fabric.world_size == 1:
+            return value
+        total = self.fabric.all_reduce(value.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        if self.fabric.world_size > 1:
+            self.fabric.barrier()
+        own = {
+            "torch": torch.get_rng_state(),
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+        }
+        if self.fabric.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.fabric.device)
+        gathered = [own] if self.fabric.world_size == 1 else self._gathered(own)
+        if self.fabric.is_global_zero:
+            tensors = {
+                **saved.prefixed("model", saved.model_tensors(self.net)),
+                **saved.prefixed("optimizer", saved.optimizer_tensors(self.optimizer)),
+                "order": self.order_state,
+            }
+            for rank, state in enumerate(gathered):
+                tensors |= saved.prefixed(f"process{rank}", state)
+            if self.result.best is not None:
+                tensors |= saved.prefixed("best", self.result.best)
+            info = {
+                "epochs": [asdict(result) for result in self.result.epochs],
+                "best_epoch": self.result.best_epoch,
+                "done": self.done,
+                "seconds": self.seconds,
+            }
+            self.checkpoints.save(len(self.result.epochs) * len(self.batches) + self.done, tensors, info)
+
+    def _gathered(self, own: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        whole: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(whole, own)
+        return whole
+
+    def _restore(self) -> None:
+        found = None if self.checkpoints is None else self.checkpoints.load()
+        if found is None:
+            return
+        tensors, info = found
+        self.net.load_state_dict(saved.without("model", tensors))
+        saved.load_optimizer(self.optimizer, saved.without("optimizer", tensors))
+        own = saved.without(f"process{self.fabric.global_rank}", tensors)
+        torch.set_rng_state(own["torch"])
+        if "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
+        self.loss_sum.copy_(own["loss_sum"])
+        self.correct.copy_(own["correct"])
+        self.generator.set_state(tensors["order"])
+        epochs = [EpochResult(**{**e, "relative": tuple(e["relative"])}) for e in info["epochs"]]
+        best = saved.without("best", tensors)
+        self.result = TrainResult(epochs, info["best_epoch"], best or None)
+        self.done, self.seconds = info["done"], info["seconds"]
+
+
+def _module(net: Network) -> FieldNetwork:
+    if not isinstance(net, nn.Module) or not callable(getattr(net, "field", None)):
+        raise TypeError(
+            f"net: got {type(net).__name__}, expected a torch.nn.Module with field(images, labels, eta), see "
+            "odeadv.models.Network"
+        )
+    found: Any = net
+    return found  # type: ignore[no-any-return]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _check(data: ImageDataset, config: TrainConfig, fabric: Fabric | None) -> None:
     if len(data.train_images) < config.batch_size:
         raise ValueError(
             f"batch_size: got {config.batch_size} for {len(data.train_images)} training images, expected at most that"
         )
-    device = next(net.parameters()).device
-    batches = Batches(
-        data.train_images,
-        data.train_labels,
-        batch_size=config.batch_size,
-        shuffle=True,
-        augment=True,
-        flip=data.flip,
-        drop_last=True,
-        generator=torch.Generator().manual_seed(config.seed),
-        device=device,
-    )
-    if config.channels_last:
-        net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    net.train()
-    results = []
-    for epoch in range(config.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate(epoch)
-        began = time.perf_counter()
-        loss_sum, correct = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-        for step, (images, labels) in enumerate(batches):
-            try:
-                loss, logits = _forward(net, images, labels, config)
-            except SolveError as error:
-                raise TrainingDiverged(
-                    f"training: epoch {epoch + 1}, step {step + 1}: {error.solution.status.message}; lower lr "
-                    f"({config.lr:g}) or eta ({config.eta:g} at batch size {config.batch_size})"
-                ) from error
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            loss_sum += loss.detach()
-            correct += (logits.detach().argmax(1) == labels).sum()
-            if on_step is not None:
-                on_step(epoch + 1, step + 1, len(batches))
-        seen = len(batches) * config.batch_size
-        result = EpochResult(
-            epoch=epoch + 1,
-            loss=float(loss_sum) / len(batches),
-            accuracy=int(correct) / seen,
-            lr=config.learning_rate(epoch),
-            seconds=time.perf_counter() - began,
+    parts = config.accumulate * (1 if fabric is None else fabric.world_size)
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size: got {config.batch_size} for {parts} equal parts (processes times micro-batches), expected a "
+            "multiple of that; eta belongs to the whole batch"
         )
-        results.append(result)
-        if on_epoch is not None:
-            on_epoch(result)
-    return results
+    eta = getattr(config.defence, "eta", 0.0)
+    if eta and config.batch_size != 128:
+        warnings.warn(
+            f"eta: {eta:g} is for the mean over batches of {config.batch_size}; the paper's values belong to "
+            f"batches of 128, where the same perturbation has eta = {eta * 128 / config.batch_size:g}",
+            stacklevel=3,
+        )
 
 
-def _forward(net: PreActResNet, images: Tensor, labels: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Loss and logits of the solve the defence asks for."""
-    device = images.device.type
-    autocast = torch.autocast(device, dtype=torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
-    with autocast:
-        solution = solve(net.field(images, labels, config.eta), scheme=config.scheme or "lie")
-    assert solution.loss is not None
-    assert solution.output is not None
-    return solution.loss, solution.output
+@contextlib.contextmanager
+def _random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global random state seeded inside, and put back afterwards."""
+    cuda: Sequence[torch.device] = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,258 @@
+"""Typed dataclasses from and to plain data (JSON, YAML): unknown keys and wrong types are errors, by path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class Choice:
+    """Base of things that a configuration names: a subclass ``class Pgd(Objective, name="pgd")`` registers itself.
+
+    In plain data a choice is a mapping with its name under ``"name"`` beside its fields. A name with a colon,
+    ``"package.module:Class"``, is imported, so a choice need not live in this package.
+    """
+
+    name: ClassVar[str]
+    choices: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is None:
+            cls.choices = {}
+            return
+        cls.name = name
+        cls.choices[name] = cls
+
+
+def to_dict(config: Any) -> Any:
+    """``config`` as plain data: dicts, lists, numbers, strings, booleans, None."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        named = {"name": _name(config)} if isinstance(config, Choice) else {}
+        return named | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(kind: type[T], data: Any, path: str = "") -> T:
+    """An instance of the dataclass ``kind`` from plain data.
+
+    Numbers may be written as fractions in strings (``"8/255"``). Fields that are left out have their defaults.
+
+    Args:
+        kind: a dataclass, or a `Choice`.
+        data: a mapping of its fields.
+        path: where ``data`` is, for messages.
+
+    Raises:
+        ValueError: for an unknown key or name, with the near ones, or a value out of range.
+        TypeError: for a value of the wrong type.
+    """
+    result: T = _read(kind, data, path)
+    return result
+
+
+def load(kind: type[T], file: Path) -> T:
+    """`from_dict` of a .json, .yaml or .yml file.
+
+    Raises:
+        ValueError: if the file is not of one of these formats or does not fit, by key.
+        OSError: if it cannot be read.
+    """
+    text = file.read_text(encoding="utf-8")
+    if file.suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"config: got {file}, expected a .json, .yaml or .yml file")
+    if file.suffix == ".json":
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"config: {file} is not JSON: {error}") from None
+    else:
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config: {file} is not YAML: {error}") from None
+    return from_dict(kind, data)
+
+
+def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``data`` with ``"training.lr=0.05"`` and the like applied; values are read as YAML.
+
+    Raises:
+        ValueError: for an assignment without "=", or below something that is not a mapping.
+    """
+    import yaml
+
+    result: dict[str, Any] = json.loads(json.dumps(data))
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign or not key:
+            raise ValueError(f"set: got {assignment!r}, expected KEY=VALUE such as training.lr=0.05")
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise ValueError(f"set: {key}: {parent} is not a mapping, but {place!r}")
+        place[last] = yaml.safe_load(value)
+    return result
+
+
+def key(config: Any) -> str:
+    """A name for ``config``: 16 hexadecimal digits of the SHA-256 of its fields that differ from their defaults.
+
+    Fields that are added later with a default that means "as before" leave it as it is.
+    """
+    text = json.dumps(_essential(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _essential(config: Any) -> Any:
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        result = {"name": _name(config)} if isinstance(config, Choice) else {}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value != default:
+                result[field.name] = _essential(value)
+        return result
+    return to_dict(config)
+
+
+def _name(choice: Choice) -> str:
+    """The name that finds the class of ``choice`` again: its own in this package, else where to import it from."""
+    kind = type(choice)
+    return kind.name if kind.__module__.startswith("odeadv.") else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _read(kind: Any, data: Any, path: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (Union, types.UnionType):
+        return _read_union(arguments, data, path)
+    if origin is Literal:
+        if data not in arguments:
+            raise ValueError(f"{path}: got {data!r}, expected one of {', '.join(map(repr, arguments))}")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise TypeError(f"{path}: got {data!r}, expected a list")
+        return tuple(_read(arguments[0], value, f"{path}[{i}]") for i, value in enumerate(data))
+    if origin is dict or kind is dict or origin is Mapping:
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{path}: got {data!r}, expected a mapping")
+        return dict(data)
+    if isinstance(kind, type) and dataclasses.is_dataclass(data) and isinstance(data, kind):
+        return data
+    if isinstance(kind, type) and issubclass(kind, Choice) and not dataclasses.is_dataclass(kind):
+        return _read_choice(kind, data, path)
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, data, path)
+    return _read_scalar(kind, data, path)
+
+
+def _read_union(kinds: Sequence[Any], data: Any, path: str) -> Any:
+    if data is None and type(None) in kinds:
+        return None
+    rest = [kind for kind in kinds if kind is not type(None)]
+    for kind in rest[:-1]:
+        try:
+            return _read(kind, data, path)
+        except (TypeError, ValueError):
+            continue
+    return _read(rest[-1], data, path)
+
+
+def _read_choice(base: type[Choice], data: Any, path: str) -> Any:
+    if isinstance(data, str):
+        data = {"name": data}
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise TypeError(f"{path}: got {data!r}, expected a mapping with a name, one of {', '.join(base.choices)}")
+    name = data["name"]
+    rest = {key: value for key, value in data.items() if key != "name"}
+    found = _imported(base, name, path) if ":" in name else base.choices.get(name)
+    if found is None:
+        near = _near(name, base.choices)
+        raise ValueError(f"{path}.name: got {name!r}{near}, expected one of {', '.join(base.choices)}")
+    return _read_fields(found, rest, path)
+
+
+def _imported(base: type[Choice], name: str, path: str) -> type[Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path}.name: {name!r} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise TypeError(f"{path}.name: {name!r} is not a subclass of {base.__name__}")
+    return found
+
+
+def _read_fields(kind: Any, data: Any, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{path or 'config'}: got {data!r}, expected a mapping of {kind.__name__}'s fields")
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    dot = f"{path}." if path else ""
+    for name in data:
+        if name not in names:
+            raise ValueError(
+                f"{dot}{name}: is not a key of {kind.__name__}{_near(str(name), names)}; keys are {', '.join(names)}"
+            )
+    values = {name: _read(hints[name], value, f"{dot}{name}") for name, value in data.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.init
+        and field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{dot}{missing[0]}: is missing; {kind.__name__} needs {', '.join(missing)}")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{dot}{error}") from None
+
+
+def _read_scalar(kind: Any, data: Any, path: str) -> Any:
+    if kind is float:
+        if isinstance(data, str):
+            try:
+                return float(Fraction(data.replace(" ", ""))) if "/" in data else float(data)
+            except (ValueError, ZeroDivisionError):
+                raise TypeError(f"{path}: got {data!r}, expected a number") from None
+        if isinstance(data, bool) or not isinstance(data, int | float):
+            raise TypeError(f"{path}: got {data!r}, expected a number")
+        if not math.isfinite(data):
+            raise ValueError(f"{path}: got {data!r}, expected a finite number")
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        expected = {int: "an integer", str: "a string", bool: "true or false"}.get(kind, str(kind))
+        raise TypeError(f"{path}: got {data!r}, expected {expected}")
+    return data
+
+
+def _near(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,105 @@
+"""Files that are either the old ones or the new ones, never half of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INFO = "odeadv"
+
+
+class DamagedFileError(ValueError):
+    """A file that is truncated, altered, or not what its name says."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which replaces ``path`` when the body ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Where a file of another format ends up is told by its name, which savefig goes by: keep the suffix.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        _sync(partial)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, atomically."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write tensors and plain data as one .safetensors file, atomically and with a checksum over both; no pickle.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        info: plain data; kept as JSON in the file's header.
+    """
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(info, sort_keys=True)
+    with replacing(path) as partial:
+        save_file(whole, partial, metadata={_INFO: text, "sha256": _digest(whole, text)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        DamagedFileError: if the file is not whole or has been altered.
+        FileNotFoundError: if it is not there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DamagedFileError(f"{path}: is truncated or damaged ({error})") from None
+    text = metadata.get(_INFO)
+    if text is None:
+        raise DamagedFileError(f"{path}: was not written by odeadv")
+    if metadata.get("sha256") != _digest(tensors, text):
+        raise DamagedFileError(f"{path}: checksum does not match, the file has been altered or damaged")
+    return tensors, json.loads(text)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the system write ``path`` to the disk, so that a rename never comes before its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,302 @@
+"""The command ``odeadv``: train, evaluate, list, tabulate, report, tune, audit and diagnose.
+
+Stands on everything else and holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from odeadv._version import __version__
+
+if TYPE_CHECKING:
+    from odeadv.experiments import RunConfig
+
+_KEYS = """
+A run's configuration has the keys data, model and training; what is left out has its default. In YAML:
+
+    data: {name: cifar10, train_images: 5000, validation_images: 1000}
+    model: {depth: 20, width: 16, damping: lambda-damp}
+    training:
+      objective: {name: pgd, eps: 8/255, alpha: 2/255, steps: 10}
+      defence: {name: layerwise, scheme: strang, eta: 50}
+      epochs: 30
+      milestones: [15, 22]
+      precision: bf16
+
+Objectives: natural, pgd, trades, or "package.module:Class". Defences: none, layerwise (scheme: lie is LAD, strang is
+LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv train --method pgd+lad --print-config`
+prints a whole one. An unknown key is an error.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 if a run failed, 2 for arguments that do not fit."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    try:
+        status: int = args.run(args, parser)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"odeadv {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # diverged, or locked by another process
+        print(f"odeadv {args.command}: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from odeadv import data
+    from odeadv.experiments import PRESETS, TABLES, add_table_arguments
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="odeadv",
+        description="Layer-wise adversarial defence as an ODE: training, evaluation, tables, diagnostics.",
+    )
+    parser.add_argument("--version", action="version", version=f"odeadv {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog, formatter_class=formatter
+        )
+
+    def with_data(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
+
+    def with_run(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", nargs="?", type=Path, help="a .yaml or .json file (see below)")
+        sub.add_argument("--method", help="instead of a file: such as natural, pgd+lad, trades+lad-sm, pgd+lad+noise")
+        sub.add_argument("--preset", choices=PRESETS, default="smoke", help="size of a --method (default: smoke)")
+        sub.add_argument("--dataset", choices=data.names(), help="of a --method, instead of the preset's")
+        sub.add_argument("--seed", type=int, default=0, help="of a --method (default: 0)")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as training.lr=0.05")
+        with_data(sub)
+
+    sub = command("train", "train one network; goes on where it was stopped", _KEYS)
+    with_run(sub)
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    sub.add_argument("--protocol", nargs="*", default=[], help="evaluate by these afterwards: table1, table2, table6")
+    sub.add_argument("--accelerator", default="auto", help="of lightning-fabric: auto, cpu, cuda, mps")
+    sub.add_argument("--devices", type=int, default=1, help="processes on this machine (torchrun's count, under it)")
+    sub.add_argument("--nodes", type=int, default=1, help="machines")
+    sub.add_argument("--tensorboard", action="store_true", help="write event files to the run's folder too")
+    sub.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
+    sub.set_defaults(run=_train)
+
+    sub = command("tune", "choose eta by cross-validation on the training set (Appendix B.1)", _KEYS)
+    with_run(sub)
+    sub.add_argument("--etas", type=float, nargs="+", required=True, help="values to try")
+    sub.add_argument("--folds", type=int, default=5, help="parts of the training set (default: 5)")
+    sub.add_argument("--only-folds", type=int, help="use only so many of them, to save time")
+    sub.add_argument("--protocol", default="table2", help="whose mean robust accuracy decides (default: table2)")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    sub.add_argument("--out", type=Path, help="JSON file for the result")
+    sub.set_defaults(run=_tune)
+
+    sub = command("evaluate", "evaluate trained weights: clean and robust accuracy, as JSON")
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its last.safetensors or best.safetensors")
+    sub.add_argument("--protocol", default="table2", help="table1, table2, table6, autoattack (default: table2)")
+    sub.add_argument("--images", type=int, help="so many test images only, balanced over the classes")
+    sub.add_argument("--out", type=Path, help="JSON file (default: standard output)")
+    with_data(sub)
+    sub.set_defaults(run=_evaluate)
+
+    sub = command("runs", "list the runs in a folder: what they are, how far they are, how accurate")
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    sub.set_defaults(run=_runs)
+
+    sub = command("table", "run what is missing of a table and report it")
+    sub.add_argument("table", choices=TABLES)
+    add_table_arguments(sub)
+    sub.set_defaults(run=_table)
+
+    sub = command("report", "make a table's page and plot again, from the JSON of its runs alone")
+    sub.add_argument("table", choices=TABLES)
+    sub.add_argument("records", type=Path, help="folder of records")
+    sub.add_argument("--preset", choices=PRESETS, default="cpu")
+    sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
+    sub.set_defaults(run=_report)
+
+    sub = command("audit", "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails")
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
+    sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, required=True, help="folder for the page")
+    with_data(sub)
+    sub.set_defaults(run=_audit)
+
+    sub = command("diagnose", "measure the dynamics of trained weights (Eq. 16, Theorems 3.2 and 3.3); writes a page")
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
+    sub.add_argument("--eta", type=float, help="instead of the run's own")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the page")
+    with_data(sub)
+    sub.set_defaults(run=_diagnose)
+    return parser
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    from odeadv import _configuration as configuration
+    from odeadv import experiments
+
+    if (args.config is None) == (args.method is None):
+        raise ValueError("config: give either a configuration file or --method")
+    if args.config is not None:
+        config = experiments.load_config(args.config)
+    else:
+        preset = experiments.PRESETS[args.preset]
+        objective = experiments.parse_method(args.method).objective
+        row, dataset = experiments.Row(args.method), args.dataset or preset.dataset
+        config = experiments.configuration(row, preset.sizes[objective], dataset, args.seed)
+    return experiments.RunConfig.from_dict(configuration.override(config.to_dict(), args.set))
+
+
+def _train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv import data, experiments
+    from odeadv.training import make_fabric
+
+    config = _config(args)
+    if args.print_config:
+        import yaml
+
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return 0
+    images = data.load(config.data.name, args.data)
+    fabric = make_fabric(
+        precision=config.training.precision, accelerator=args.accelerator, devices=args.devices, nodes=args.nodes
+    )
+    fabric.launch()
+    record = experiments.run(
+        config, images, args.runs, protocols=args.protocol, label=config.method, tensorboard=args.tensorboard,
+        fabric=fabric,
+    )  # fmt: skip
+    if fabric.is_global_zero:
+        print(args.runs / config.name)
+        for protocol in args.protocol:
+            print(_summary(protocol, record["evaluations"]["last"][protocol]))
+    return 0
+
+
+def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv import data, experiments
+    from odeadv._files import write_json
+
+    config = _config(args)
+    images = data.load(config.data.name, args.data)
+    found = experiments.tune(
+        config, images, args.etas, runs=args.runs, folds=args.folds, only=args.only_folds, protocol=args.protocol
+    )
+    for candidate in found["candidates"]:
+        scores = ", ".join(f"{100 * score:.2f}" for score in candidate["scores"])
+        print(f"eta {candidate['eta']:g}: {100 * candidate['mean']:.2f} ({scores})")
+    print(f"chosen: eta {found['chosen']:g}")
+    if args.out:
+        write_json(args.out, found)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv import data, evaluate, experiments
+    from odeadv._files import write_json
+
+    net, info = experiments.load_model(args.checkpoint)
+    config = experiments.RunConfig.from_dict(info["run"])
+    images = data.load(config.data.name, args.data).subset(None, args.images)
+    result = evaluate(net, (images.test_images, images.test_labels), args.protocol, batch_size=128).to_dict()
+    if args.out:
+        write_json(args.out, result)
+        print(_summary(args.protocol, result))
+    else:
+        print(json.dumps(result, indent=1))
+    return 0
+
+
+def _runs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv import experiments
+
+    found = experiments.list_runs(args.folder)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    if not found:
+        print(f"no runs in {args.folder}")
+    for entry in found:
+        evaluations = "  ".join(
+            f"{protocol}: clean {100 * values['clean']:.2f}, average {100 * values['average']:.2f}"
+            for protocol, values in entry["evaluations"].items()
+        )
+        print(f"{entry['name']}  {entry['state']}, epoch {entry['epoch']}/{entry['epochs']}  {evaluations}".rstrip())
+    return 0
+
+
+def _table(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv.experiments import TABLES, make_table
+
+    return make_table(TABLES[args.table], args, parser)
+
+
+def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv.experiments import PRESETS, TABLES, write_report
+
+    print(write_report(TABLES[args.table], PRESETS[args.preset], args.dataset, args.records, args.out))
+    return 0
+
+
+def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    import torch
+
+    from odeadv import data, experiments
+    from odeadv.audit import audit
+
+    net, info = experiments.load_model(args.checkpoint)
+    config = experiments.RunConfig.from_dict(info["run"])
+    images = data.load(config.data.name, args.data).subset(None, args.images)
+    generator = torch.Generator().manual_seed(args.seed)
+    result = audit(net, (images.test_images, images.test_labels), eps=args.eps / 255, generator=generator)
+    result.write(args.out)
+    print(result)
+    return 0 if result.passed else 1
+
+
+def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv import data, experiments
+    from odeadv.data import to_float
+    from odeadv.diagnostics import diagnose
+    from odeadv.models import Averaged
+
+    net, info = experiments.load_model(args.checkpoint)
+    config = experiments.RunConfig.from_dict(info["run"])
+    images = data.load(config.data.name, args.data).subset(None, args.images)
+    eta = getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta
+    # The noise is averaged at inference; the dynamics are those of one network.
+    network: Any = net.net if isinstance(net, Averaged) else net
+    field = network.field(to_float(images.test_images), images.test_labels, eta)
+    options = network.solve_options
+    title = f"{config.name}, eta {eta:g}, {len(images.test_labels)} test images"
+    diagnose(field, args.out, substep=options.get("substep"), title=title)
+    print(args.out)
+    return 0
+
+
+def _summary(protocol: str, result: dict[str, object]) -> str:
+    attacks = result["attacks"]
+    assert isinstance(attacks, list)
+    parts = [f"{a['name']}{a['steps']} {a['eps_255']:g}/255: {100 * a['robust_accuracy']:.2f}" for a in attacks]
+    return f"{protocol}: clean {100 * float(str(result['clean_accuracy'])):.2f}, " + ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The command that makes a table: what ``examples/tableN.py`` and ``odeadv table`` run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from odeadv import data
+from odeadv._files import write_json
+from odeadv.experiments._figure2 import METHODS, write_figure2
+from odeadv.experiments._launch import Job, launch
+from odeadv.experiments._report import write_report
+from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations
+
+
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that all tables have."""
+    presets = "; ".join(f"{preset.name}: {preset.says}" for preset in PRESETS.values())
+    parser.add_argument("--preset", choices=PRESETS, default="smoke", help=presets)
+    parser.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
+    parser.add_argument("--methods", nargs="+", metavar="ROW", help="some of the rows, by name")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE)")
+    parser.add_argument("--render", action="store_true", help="only make the page again from the records in --out")
+    parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="one run after the other, or Ray")
+    parser.add_argument("--cpus", type=int, default=1, help="that Ray reserves for a run")
+    parser.add_argument("--gpus", type=float, default=0.0, help="that Ray reserves for a run")
+    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+
+
+def make_table(table: Table, args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Run what is missing of ``table``, copy the records, write the page and the plot; returns an exit status."""
+    preset = PRESETS[args.preset]
+    dataset = args.dataset or preset.dataset
+    out = args.out or args.runs / f"{table.name}-{dataset}-{preset.name}"
+    failed = 0
+    try:
+        if not args.render:
+            pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=args.seeds)
+            if args.list:
+                for row, config in pairs:
+                    print(f"{config.name}  {row.label}, seed {config.training.seed}")
+                return 0
+            jobs = [Job(config, (table.protocol,)) for _, config in pairs]
+            records, failures = launch(
+                jobs, args.runs, args.data, launcher=args.launcher, cpus=args.cpus, gpus=args.gpus
+            )
+            for record, job in zip(records, [j for j in jobs if j not in [f.job for f in failures]], strict=True):
+                write_json(out / f"{job.config.name}.json", record)
+            failed = len(failures)
+            for failure in failures:
+                print(f"{parser.prog}: {failure.job.config.name}: {failure.reason}")
+        print(write_report(table, preset, dataset, out, out))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 1 if failed else 0
+
+
+def make_figure2(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Run what is missing of PGD training, then draw the Eq. 16 ratio from its records; returns an exit status."""
+    preset = PRESETS[args.preset]
+    dataset = args.dataset or preset.dataset
+    args.out = args.out or args.runs / f"figure2-{dataset}-{preset.name}"
+    status = 0
+    if not args.render:
+        args.methods = args.methods or list(METHODS)
+        status = make_table(TABLES["table2"], args, parser)
+        if args.list:
+            return status
+    try:
+        print(write_figure2(preset, dataset, args.out, args.out))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return status
+
+
+def main(name: str, description: str | None, arguments: Sequence[str] | None = None) -> int:
+    """The program of one table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_table_arguments(parser)
+    args = parser.parse_args(arguments)
+    return make_figure2(args, parser) if name == "figure2" else make_table(TABLES[name], args, parser)

@@ -1,0 +1,159 @@
+"""Everything the result of a training depends on, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from odeadv import _configuration as configuration
+from odeadv import models
+from odeadv.data import ImageDataset
+from odeadv.models._network import FieldNetwork
+from odeadv.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained and tested on.
+
+    Attributes:
+        name: of the data set, one of `odeadv.data.names`.
+        train_images, test_images: how many of them, balanced over the classes; None for all.
+        validation_images: how many of all training images are set aside to choose the best epoch (or eta) by;
+            ``train_images`` are taken from the others.
+        folds: for cross-validation, into how many parts the training images are divided (0: they are not); the test
+            images are then part ``fold`` of them, and those of the data set are not used.
+        fold: which part.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    name: str = "cifar10"
+    train_images: int | None = None
+    test_images: int | None = None
+    validation_images: int = 0
+    folds: int = 0
+    fold: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "test_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1, or null for all")
+        if self.validation_images < 0:
+            raise ValueError(f"validation_images: got {self.validation_images}, expected at least 0")
+        if self.folds < 0 or self.folds == 1 or not 0 <= self.fold <= max(0, self.folds - 1):
+            raise ValueError(f"folds, fold: got {self.folds} and {self.fold}, expected at least 2, and fold below it")
+
+    def take(self, data: ImageDataset) -> tuple[ImageDataset, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The subset of the whole ``data`` to train and test on, and the images set aside.
+
+        Raises:
+            ValueError: if there are too few images.
+        """
+        aside = None
+        if self.folds:
+            data = data.fold(self.fold, self.folds)
+        if self.validation_images:
+            data, aside = data.without_validation(self.validation_images)
+        return data.subset(self.train_images, self.test_images), aside
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network; the numbers of classes and the normalisation are the data set's.
+
+    Attributes:
+        name: one of `odeadv.models.names`.
+        depth, width: of a ``"preact_resnet"``; width alone of others.
+        damping: None, ``"damp"`` (In-ResNet) or ``"lambda-damp"``.
+        noise: standard deviation of the noise after every residual sum in training, 0 for none.
+        noise_kind: ``"absolute"``, or ``"relative"`` to the activation's own standard deviation.
+        passes: noisy passes averaged at inference, for a network with noise.
+        options: further arguments of that model.
+    """
+
+    name: str = "preact_resnet"
+    depth: int = 56
+    width: int = 16
+    damping: Literal["damp", "lambda-damp"] | None = None
+    noise: float = 0.0
+    noise_kind: Literal["absolute", "relative"] = "absolute"
+    passes: int = 100
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, data: ImageDataset, generator: torch.Generator | None = None) -> FieldNetwork:
+        """The network for the images of ``data``.
+
+        Raises:
+            TypeError, ValueError: for an unknown model or arguments it does not take.
+        """
+        common = {"width": self.width, "num_classes": data.num_classes, "mean": data.mean, "std": data.std}
+        if self.name == "preact_resnet":
+            common |= {"depth": self.depth, "damping": self.damping}
+            common |= {"noise": self.noise, "noise_kind": self.noise_kind}
+        elif self.damping or self.noise:
+            raise ValueError(f"model: {self.name} has no damping or noise, got {self.damping!r} and {self.noise}")
+        return models.build(self.name, **common, **self.options, generator=generator)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run; how it is evaluated is not part of it, so that tables can share it.
+
+    Attributes:
+        data: what it is trained on.
+        model: what is trained.
+        training: how.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def key(self) -> str:
+        """A hash of what differs from the defaults: equal for equal runs."""
+        return configuration.key(self)
+
+    @property
+    def method(self) -> str:
+        """What sets it apart in words, such as ``"pgd+lad-sm+noise"``; see `odeadv.experiments.method_of`."""
+        from odeadv.experiments._methods import method_of
+
+        return method_of(self)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder: data, method, seed, and enough of the key to be one run's alone."""
+        method = self.method.replace("+", "-")
+        return f"{self.data.name}-{method}-seed{self.training.seed}-{self.key[:8]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        plain: dict[str, Any] = configuration.to_dict(self)
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
+        """From plain data; see `odeadv.experiments.load_config` for files.
+
+        Raises:
+            TypeError, ValueError: naming the key that is unknown, of a wrong type or out of range.
+        """
+        return configuration.from_dict(cls, data)
+
+
+def load_config(file: Path) -> RunConfig:
+    """A run's configuration from a .json, .yaml or .yml file.
+
+    Raises:
+        TypeError, ValueError: naming the key that is unknown, of a wrong type or out of range.
+        OSError: if the file cannot be read.
+    """
+    return configuration.load(RunConfig, file)

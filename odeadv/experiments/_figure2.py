@@ -1,0 +1,86 @@
+"""Figure 2: the Eq. 16 ratio through training, from the epochs that runs have recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from odeadv._files import replacing, write_text
+from odeadv.diagnostics import Trace
+from odeadv.experiments._report import Results, differences, gather
+from odeadv.experiments._run import load_records
+from odeadv.experiments._tables import TABLES, Preset, paper_tables
+
+METHODS = ("pgd", "pgd+lad", "pgd+lad-sm")
+
+
+def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
+    """Make ``out/figure2.md`` and ``out/figure2.png`` from the records of PGD training in a folder.
+
+    Args:
+        preset: at what size.
+        dataset: the preset's, if None; the paper's figure is for cifar100.
+        records: folder of records, see `odeadv.experiments.load_records`.
+        out: folder for the page and the plot.
+
+    Raises:
+        ValueError: if there is no such record.
+    """
+    results = gather(TABLES["table2"], preset, dataset, load_records(records))
+    traces = {
+        (row.label, seed): run["epochs"]
+        for row in results.rows
+        if row.name in METHODS
+        for seed, run in sorted(results.runs[row.name].items())
+        if any(epoch["ratio"] for epoch in run["epochs"])
+    }
+    if not traces:
+        raise ValueError(f"records: none of PGD training on {results.dataset} has an Eq. 16 ratio")
+    text = _page(results, traces)
+    write_text(out / "figure2.md", text)
+    with replacing(out / "figure2.png") as path:
+        _plot(results, traces, path)
+    return text
+
+
+def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
+    paper = paper_tables()["figure2"]
+    lines = [
+        f"**{differences(results)}**",
+        "",
+        f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}",
+        "",
+        "||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, norms over the whole batch tensor, on the last batch of every epoch "
+        "(attacked images, batch statistics, loss averaged over the batch). The paper's, for CIFAR-100: it starts near "
+        f"{paper['start']:.0e}, falls, stays above {paper['minimum_above']:.0e}, and is lowest near the end.",
+        "",
+        "| run | first epoch | lowest | its epoch | last epoch | always above 1e5 | lowest in the last quarter |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (label, seed), epochs in traces.items():
+        values = [epoch["ratio"] for epoch in epochs if epoch["ratio"]]
+        lowest = min(values)
+        at = next(epoch["epoch"] for epoch in epochs if epoch["ratio"] == lowest)
+        above = "yes" if lowest > paper["minimum_above"] else "no"
+        late = "yes" if at > 0.75 * len(epochs) else "no"
+        cells = [f"{label}, seed {seed}", f"{values[0]:.2g}", f"{lowest:.2g}", f"{at} of {len(epochs)}"]
+        lines.append(f"| {' | '.join([*cells, f'{values[-1]:.2g}', above, late])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (label, seed), epochs in traces.items():
+        trace = Trace()
+        for epoch in epochs:
+            if epoch["ratio"]:
+                trace.add(epoch["epoch"], epoch["ratio"])
+        trace.plot(axes, label=f"{label}, seed {seed}")
+    axes.set_title(f"Eq. 16 in PGD training, {results.dataset}, preset {results.preset.name}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120, metadata={"Software": None})

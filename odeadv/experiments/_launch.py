@@ -1,0 +1,141 @@
+"""Many runs: one after the other here, or as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+from odeadv import data
+from odeadv.experiments._config import RunConfig
+from odeadv.experiments._run import Record, RunLockedError, run
+from odeadv.training import TrainingDiverged, make_fabric
+
+Launcher = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and what it is to be evaluated by.
+
+    Attributes:
+        config: the run.
+        protocols: of `odeadv.evaluate`.
+    """
+
+    config: RunConfig
+    protocols: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not end.
+
+    Attributes:
+        job: which.
+        reason: why.
+    """
+
+    job: Job
+    reason: str
+
+
+def launch(
+    jobs: Sequence[Job],
+    runs: Path,
+    folder: Path | None = None,
+    *,
+    launcher: Launcher = "local",
+    cpus: int = 1,
+    gpus: float = 0.0,
+    log: TextIO | None = None,
+    tensorboard: bool = False,
+    accelerator: str = "auto",
+) -> tuple[list[Record], list[Failure]]:
+    """Run all ``jobs``; one that fails does not keep the others from running.
+
+    Args:
+        jobs: what to run; a run that is finished is not run again.
+        runs: the folder of all runs; for Ray on several machines, one that all of them see.
+        folder: with (or for) the data sets.
+        launcher: ``"local"``, one after the other in this process, or ``"ray"``, as many at a time as the cluster
+            has room for (the extra ``ray``).
+        cpus: that Ray reserves for each run, and the threads it has there.
+        gpus: that Ray reserves for each run.
+        log: where progress goes; standard error if not given.
+        tensorboard: write event files too.
+        accelerator: of lightning-fabric.
+
+    Returns:
+        The records of the runs that ended, in the order of ``jobs``, and the failures.
+
+    Raises:
+        ValueError: for an unknown launcher, or one that is not installed.
+        DatasetNotFoundError: if a data set is not there.
+    """
+    if launcher not in ("local", "ray"):
+        raise ValueError(f"launcher: got {launcher!r}, expected 'local' or 'ray'")
+    loaded = {name: data.load(name, folder) for name in dict.fromkeys(job.config.data.name for job in jobs)}
+    log = log or sys.stderr
+    if launcher == "ray":
+        return _on_ray(jobs, runs, folder, cpus, gpus, log)
+    records: list[Record] = []
+    failures: list[Failure] = []
+    for number, job in enumerate(jobs, start=1):
+        label = f"[{number}/{len(jobs)} {job.config.method}, seed {job.config.training.seed}]"
+        try:
+            fabric = make_fabric(precision=job.config.training.precision, accelerator=accelerator)
+            images = loaded[job.config.data.name]
+            records.append(
+                run(
+                    job.config, images, runs, protocols=job.protocols, label=label, log=log, tensorboard=tensorboard,
+                    fabric=fabric,
+                )
+            )  # fmt: skip
+        except (ValueError, OSError, TrainingDiverged, RunLockedError) as error:
+            failures.append(Failure(job, str(error)))
+            print(f"{label} failed: {error}", file=log, flush=True)
+    return records, failures
+
+
+def _on_ray(
+    jobs: Sequence[Job], runs: Path, folder: Path | None, cpus: int, gpus: float, log: TextIO
+) -> tuple[list[Record], list[Failure]]:
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("launcher: 'ray' is not installed; pip install 'odeadv[ray]', or use 'local'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_one)
+    where = runs.resolve(), None if folder is None else Path(folder).resolve()
+    waiting = {task.remote(job, *where, cpus): number for number, job in enumerate(jobs)}
+    results: dict[int, Record | Failure] = {}
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=1)
+        number = waiting.pop(done[0])
+        job = jobs[number]
+        try:
+            results[number] = ray.get(done[0])
+            how = "finished"
+        except Exception as error:  # whatever a worker raised
+            cause = getattr(error, "cause", None) or error
+            results[number] = Failure(job, str(cause))
+            how = f"failed: {cause}"
+        print(f"[{len(results)}/{len(jobs)}] {job.config.name} {how}", file=log, flush=True)
+    records = [results[n] for n in range(len(jobs)) if not isinstance(results[n], Failure)]
+    failures = [found for found in results.values() if isinstance(found, Failure)]
+    return records, failures  # type: ignore[return-value]
+
+
+def _one(job: Job, runs: Path, folder: Path | None, threads: int) -> Record:
+    """One job in a worker; its progress is in the run's folder."""
+    import torch
+
+    torch.set_num_threads(max(1, threads))
+    images = data.load(job.config.data.name, folder)
+    (runs / job.config.name).mkdir(parents=True, exist_ok=True)
+    with (runs / job.config.name / "log.txt").open("a", encoding="utf-8") as log:
+        return run(job.config, images, runs, protocols=job.protocols, log=log)

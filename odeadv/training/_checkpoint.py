@@ -1,0 +1,113 @@
+"""Checkpoints: everything a run needs to go on as if it had not been stopped."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odeadv._files import DamagedFileError, read_tensors, write_tensors
+
+SCHEMA = "odeadv-checkpoint/1"
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was refused, and an older one is used."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder: ``step-00001234.safetensors``, the newest two.
+
+    A file holds tensors and, in its header, JSON; it is written beside and renamed, and carries a checksum.
+
+    Args:
+        folder: made if it is not there.
+        identity: what the run is, as plain data; a checkpoint of another run is refused.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, identity: Any, keep: int = 2) -> None:
+        self.folder, self._identity, self._keep = folder, identity, keep
+
+    def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
+        """Write the checkpoint of ``step`` and remove all but the newest.
+
+        Raises:
+            OSError: if it cannot be written; older ones are still there.
+        """
+        path = self.folder / f"step-{step:08d}.safetensors"
+        try:
+            write_tensors(path, tensors, {"schema": SCHEMA, "identity": self._identity, **info})
+        except Exception as error:  # safetensors wraps a full disk in an error of its own
+            raise OSError(
+                f"checkpoint: {path} cannot be written ({error}); the ones before it are kept: free some space and "
+                "start the run again to go on"
+            ) from error
+        for old in self.paths()[: -self._keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def paths(self) -> list[Path]:
+        """The files, oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint that is whole; None if there is none.
+
+        Raises:
+            ValueError: if it belongs to another run.
+
+        Warns:
+            CheckpointWarning: naming each damaged file that was passed over.
+        """
+        for path in reversed(self.paths()):
+            try:
+                tensors, info = read_tensors(path)
+            except DamagedFileError as error:
+                warnings.warn(f"checkpoint refused: {error}; going back to the one before", CheckpointWarning, 2)
+                continue
+            if info.get("schema") != SCHEMA:
+                raise ValueError(f"{path}: schema is {info.get('schema')!r}, expected {SCHEMA!r}")
+            if info["identity"] != self._identity:
+                raise ValueError(f"{path}: is the checkpoint of another run; give another folder")
+            return tensors, info
+        return None
+
+
+def model_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict(net.state_dict())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by parameter number and name, ``"0.momentum_buffer"``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": value
+        for number, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, in the memory format of the parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, value in tensors.items():
+        number, _, entry = name.partition(".")
+        parameter = parameters[int(number)]
+        like = torch.empty_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value.clone()
+        optimizer.state[parameter][entry] = like.copy_(value)
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with ``prefix.`` before their names."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``tensors`` that have ``prefix.`` before their names, without it."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,106 @@
+"""Several processes as one: who computes which rows of a batch, and batch statistics over all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def make_fabric(
+    *,
+    precision: str = "fp32",
+    accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+) -> Fabric:
+    """The engine: device, precision and processes. Under ``torchrun``, its numbers of processes and nodes are taken.
+
+    Args:
+        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        accelerator: of lightning-fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        devices: processes on this machine.
+        nodes: machines.
+    """
+    from lightning_fabric import Fabric
+
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started us and knows better
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+
+
+def rows_of(rank: int, world: int, part: int, parts: int, batch: int) -> slice:
+    """The rows of a global batch that process ``rank`` of ``world`` computes as micro-batch ``part`` of ``parts``."""
+    size = batch // (world * parts)
+    first = (rank * parts + part) * size
+    return slice(first, first + size)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is summed over all processes as well."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of the batch over all processes, on any device.
+
+    `torch.nn.SyncBatchNorm` does the same on GPUs only. Every process must hold equally many images. Two-pass
+    variance; the running variance is unbiased over the global batch, as in `torch.nn.BatchNorm2d`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input``, (n, channels, height, width)."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _sum_over_processes(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _sum_over_processes((centred * centred).sum((0, 2, 3))) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+                self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var.dtype), factor)
+        scaled = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            scaled = torch.addcmul(self.bias[:, None, None], scaled, self.weight[:, None, None])
+        return scaled.to(input.dtype)
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(value)
+    return total
+
+
+def synchronise_batch_norm(module: nn.Module) -> None:
+    """Give every ``BatchNorm2d`` in ``module`` statistics over all processes, in place; parameters stay the same."""
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = SyncBatchNorm2d

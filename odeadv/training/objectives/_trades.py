@@ -1,0 +1,77 @@
+"""TRADES (Zhang et al. 2019, arXiv:1901.08573)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from odeadv import attacks
+from odeadv._state import Mode
+from odeadv.training._step import Objective, Passed, Step
+from odeadv.training.objectives._pgd import check_attack
+
+
+@dataclass(frozen=True)
+class Trades(Objective, name="trades"):
+    """L(f(x), y) + (1/lam) KL(f(x) || f(x')); x' maximises that divergence.
+
+    With a defence gamma L(f(x), y) + (1 - gamma) L_LAD(f(x'), y) + (1/lam) KL(f(x) || f(x')). The divergence is
+    averaged over the batch; gradients go through both of its sides. Training accuracy is that of f(x).
+
+    Attributes:
+        eps, alpha, steps, mode: of the attack, which starts from x + 0.001 times standard normal noise; as for `Pgd`.
+        lam: the paper's lambda.
+        gamma: share of the clean loss where there is a defence.
+    """
+
+    adversarial = True
+
+    eps: float = 8 / 255
+    alpha: float = 2 / 255
+    steps: int = 10
+    mode: Mode = "eval"
+    lam: float = 1 / 6
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_attack(self.eps, self.alpha, self.steps, self.mode)
+        if not (math.isfinite(self.lam) and self.lam > 0):
+            raise ValueError(f"lam: got {self.lam}, expected a finite number above 0")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma: got {self.gamma}, expected a number in [0, 1]")
+
+    def __call__(self, step: Step) -> Passed:
+        """Attack the divergence, then the passes of the clean and of the attacked images."""
+        attacked = attacks.ifgsm(
+            step.target,
+            step.images,
+            step.labels,
+            eps=self.eps,
+            alpha=self.alpha,
+            steps=self.steps,
+            loss="kl",
+            start=step.images + 0.001 * step.draws.normal(step.images),
+            mode=self.mode,
+        )
+        logits = step.plain(step.images)
+        clean = step.cross_entropy(logits)
+        divergence = batch_kl(logits, step.plain(attacked)) / self.lam
+        if not step.defence.active:
+            return Passed(clean + divergence, logits)
+        defended = step.defended(attacked)
+        return Passed(self.gamma * clean + (1.0 - self.gamma) * defended.loss + divergence, logits)
+
+
+def batch_kl(clean: Tensor, attacked: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(attacked)), averaged over the batch, in at least float32."""
+    dtype = torch.promote_types(clean.dtype, torch.float32)
+    return F.kl_div(
+        F.log_softmax(attacked.to(dtype), dim=1),
+        F.log_softmax(clean.to(dtype), dim=1),
+        log_target=True,
+        reduction="batchmean",
+    )

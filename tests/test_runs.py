@@ -1,0 +1,289 @@
+"""Runs: folders, locks, kill -9, two processes, the command line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from odeadv import cli, data, experiments
+from odeadv._files import DamagedFileError, read_tensors, write_tensors
+from odeadv.experiments import DataConfig, Job, ModelConfig, RunConfig, RunLockedError, launch, load_model, run
+from odeadv.experiments._run import locked
+from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged
+
+pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def small(**changes) -> RunConfig:
+    training = TrainConfig(
+        **{"epochs": 2, "batch_size": 32, "milestones": (1,), "defence": Layerwise("lie", 5.0), **changes}
+    )
+    return RunConfig(DataConfig("digits", 160, 40, 40), ModelConfig(depth=8, width=4), training)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+class TestFolder:
+    def test_a_run_leaves_its_record_metrics_and_weights(self, digits, tmp_path):
+        config = small(objective=Pgd(steps=1))
+        record = run(config, digits, tmp_path, protocols=("table2",), log=StringIO())
+        folder = tmp_path / config.name
+        assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
+            "best.safetensors", "config.json", "last.safetensors", "metrics.jsonl", "record.json",
+        ]  # fmt: skip
+        assert json.loads((folder / "record.json").read_text()) == json.loads(json.dumps(record))
+        assert RunConfig.from_dict(json.loads((folder / "config.json").read_text())) == config
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [1, 2]
+        assert all(line["ratio"] > 0 and line["validation"]["robust"] >= 0 for line in lines)
+        net, info = load_model(folder)
+        assert info["run"] == config.to_dict()
+        assert not net.training
+        evaluated = experiments.load_records(tmp_path)[0]["evaluations"]
+        assert set(evaluated) == {"last", "best"}
+
+    def test_a_finished_run_is_not_run_again_but_evaluated_further(self, digits, tmp_path, monkeypatch):
+        config = small()
+        run(config, digits, tmp_path, protocols=("table1",), log=StringIO())
+        monkeypatch.setattr("odeadv.experiments._run.train", None)
+        before = (tmp_path / config.name / "record.json").read_bytes()
+        log = StringIO()
+        run(config, digits, tmp_path, protocols=("table1",), log=log)
+        assert "already there" in log.getvalue()
+        assert (tmp_path / config.name / "record.json").read_bytes() == before
+        record = run(config, digits, tmp_path, protocols=("table1", "table2"), log=StringIO())
+        assert set(record["evaluations"]["last"]) == {"table1", "table2"}
+
+    def test_the_weights_are_the_ones_evaluated(self, digits, tmp_path):
+        config = small()
+        record = run(config, digits, tmp_path, protocols=("table1",), log=StringIO())
+        net, _ = load_model(tmp_path / config.name / "last.safetensors")
+        subset, _ = config.data.take(digits)
+        images = data.to_float(subset.test_images)
+        with torch.no_grad():
+            accuracy = (net(images).argmax(1) == subset.test_labels).float().mean().item()
+        assert record["evaluations"]["last"]["table1"]["clean_accuracy"] == pytest.approx(accuracy)
+
+    def test_other_data_in_a_runs_folder_are_refused(self, digits, tmp_path):
+        config = small()
+        run(config, digits, tmp_path, log=StringIO())
+        other = replace(digits, train_labels=digits.train_labels.flip(0))
+        with pytest.raises(ValueError, match="other data"):
+            run(config, other, tmp_path, log=StringIO())
+
+    def test_two_processes_cannot_write_one_run(self, digits, tmp_path):
+        config = small()
+        with locked(tmp_path / config.name), pytest.raises(RunLockedError, match="another process is writing"):
+            run(config, digits, tmp_path, log=StringIO())
+        run(config, digits, tmp_path, log=StringIO())
+
+    def test_a_failed_run_does_not_keep_others_from_running(self, digits, tmp_path):
+        jobs = [Job(small(lr=1e30)), Job(small())]
+        records, failures = launch(jobs, tmp_path, log=StringIO())
+        assert [record["key"] for record in records] == [jobs[1].config.key]
+        assert len(failures) == 1
+        assert failures[0].job == jobs[0]
+        assert "lower lr" in failures[0].reason
+        with pytest.raises(ValueError, match=r"^launcher: got 'slurm'"):
+            launch(jobs, tmp_path, launcher="slurm")
+
+
+class TestFiles:
+    def test_what_is_altered_or_cut_off_is_noticed(self, tmp_path):
+        tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64), "c": torch.empty(0)}
+        file = tmp_path / "x.safetensors"
+        write_tensors(file, tensors, {"k": [1, 2.5, None, "ü"]})
+        found, info = read_tensors(file)
+        assert info == {"k": [1, 2.5, None, "ü"]}
+        assert all(
+            torch.equal(value, found[name]) and value.dtype == found[name].dtype for name, value in tensors.items()
+        )
+        whole = file.read_bytes()
+        for position in range(0, len(whole), 7):
+            file.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+            with pytest.raises(DamagedFileError):
+                read_tensors(file)
+            file.write_bytes(whole[:position])
+            with pytest.raises(DamagedFileError):
+                read_tensors(file)
+
+    def test_weights_of_something_else_are_refused(self, tmp_path):
+        write_tensors(tmp_path / "last.safetensors", {"a": torch.ones(1)}, {"schema": "other"})
+        with pytest.raises(ValueError, match="schema is 'other'"):
+            load_model(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            load_model(tmp_path / "nothing")
+
+
+def train_in_a_process(runs: Path, *, processes: int = 1, extra: tuple[str, ...] = ()) -> subprocess.Popen:
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*python, "-m", "odeadv"]
+    else:
+        command = [*python, "-m", "odeadv"]
+    command += ["train", str(runs / "run.json"), "--runs", str(runs), "--accelerator", "cpu", *extra]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
+    config = replace(small(epochs=4, objective=Pgd(steps=3)), model=ModelConfig(depth=8, width=4, noise=0.1))
+    weights = []
+    for name, kills in (("whole", 0), ("killed", 2)):
+        runs = tmp_path / name
+        runs.mkdir()
+        (runs / "run.json").write_text(json.dumps(config.to_dict()))
+        for kill in range(kills):
+            process = train_in_a_process(runs)
+            metrics = runs / config.name / "metrics.jsonl"
+            while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) <= kill):
+                time.sleep(0.02)
+            time.sleep(0.1 * kill)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+            assert not (runs / config.name / "record.json").exists(), "killed too late to prove anything"
+            assert list((runs / config.name / "checkpoints").glob("*.safetensors"))
+        finish(train_in_a_process(runs))
+        weights.append(read_tensors(runs / config.name / "last.safetensors")[0])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [Natural(), Pgd(steps=2)])
+def test_two_processes_give_the_loss_curve_of_one(tmp_path, objective):
+    """The same global batch: LAD's mean, batch statistics and the attack's start are those of the whole batch."""
+    config = small(objective=objective, defence=Layerwise("strang", 20.0), epochs=3)
+    curves, processes_seen = [], []
+    for processes in (1, 2):
+        runs = tmp_path / str(processes)
+        runs.mkdir()
+        (runs / "run.json").write_text(json.dumps(config.to_dict()))
+        finish(train_in_a_process(runs, processes=processes))
+        record = json.loads((runs / config.name / "record.json").read_text())
+        curves.append([(epoch["loss"], epoch["accuracy"]) for epoch in record["epochs"]])
+        processes_seen.append(record["machine"]["processes"])
+    assert processes_seen == [1, 2]
+    for (loss, accuracy), (other_loss, other_accuracy) in zip(*curves, strict=True):
+        assert loss == pytest.approx(other_loss, rel=2e-3)
+        assert accuracy == pytest.approx(other_accuracy, abs=0.02)
+
+
+@pytest.mark.slow
+def test_runs_go_to_ray(tmp_path):
+    pytest.importorskip("ray")
+    jobs = [Job(small(seed=seed), ("table1",)) for seed in range(2)] + [Job(small(lr=1e30))]
+    log = StringIO()
+    records, failures = launch(jobs, tmp_path, launcher="ray", log=log)
+    assert [record["key"] for record in records] == [job.config.key for job in jobs[:2]]
+    assert "lower lr" in failures[0].reason
+    local, _ = launch(jobs[:1], tmp_path / "local", log=StringIO())
+    there = read_tensors(tmp_path / jobs[0].config.name / "last.safetensors")[0]
+    here = read_tensors(tmp_path / "local" / jobs[0].config.name / "last.safetensors")[0]
+    assert all(torch.allclose(value, here[name], atol=1e-5) for name, value in there.items())
+    assert local[0]["key"] == records[0]["key"]
+
+
+class TestCommand:
+    def test_train_evaluate_and_list(self, tmp_path, capsys):
+        file = tmp_path / "run.json"
+        file.write_text(json.dumps(small(epochs=1).to_dict()))
+        runs = tmp_path / "runs"
+        assert cli.main(["train", str(file), "--runs", str(runs), "--accelerator", "cpu", "--protocol", "table1"]) == 0
+        folder = runs / small(epochs=1).name
+        assert str(folder) in capsys.readouterr().out
+        out = tmp_path / "e.json"
+        assert cli.main(["evaluate", str(folder), "--protocol", "table2", "--images", "20", "--out", str(out)]) == 0
+        assert len(json.loads(out.read_text())["attacks"]) == 4
+        capsys.readouterr()
+        assert cli.main(["runs", str(runs)]) == 0
+        line = capsys.readouterr().out
+        assert "natural-lad" in line
+        assert "finished, epoch 1/1" in line
+        assert cli.main(["runs", str(runs), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["state"] == "finished"
+
+    def test_configurations_are_printed_and_changed(self, capsys):
+        assert cli.main(["train", "--method", "pgd+lad", "--set", "training.epochs=3", "--print-config"]) == 0
+        printed = capsys.readouterr().out
+        import yaml
+
+        config = RunConfig.from_dict(yaml.safe_load(printed))
+        assert config.training.epochs == 3
+        assert config.method == "pgd+lad"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["train"], "give either a configuration file or --method"),
+            (["train", "--method", "gpd"], "method: got 'gpd'"),
+            (["train", "--method", "pgd", "--set", "training.epoch=3"], "did you mean 'epochs'"),
+            (["train", "nothing.yaml"], "nothing.yaml"),
+            (["evaluate", "nothing"], "nothing"),
+            (["tune", "--method", "pgd", "--etas", "1"], "has no eta to choose"),
+            (["report", "table1", "nowhere", "--out", "x"], "none of the 0"),
+        ],
+    )
+    def test_errors_are_one_line(self, arguments, message, capsys):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+
+    @pytest.mark.parametrize("command", ["train", "tune", "evaluate", "runs", "table", "report", "audit", "diagnose"])
+    def test_help(self, command, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert "usage: odeadv" in capsys.readouterr().out
+
+    def test_a_diverged_run_is_exit_status_one(self, tmp_path, capsys):
+        file = tmp_path / "run.json"
+        file.write_text(json.dumps(small(lr=1e30).to_dict()))
+        assert cli.main(["train", str(file), "--runs", str(tmp_path), "--accelerator", "cpu"]) == 1
+        assert "lower lr" in capsys.readouterr().err
+
+
+def test_eta_is_chosen_on_folds_of_the_training_set(digits, tmp_path):
+    config = replace(small(epochs=1), data=DataConfig("digits", 120, 30))
+    found = experiments.tune(
+        config, digits, [0.0, 5.0], runs=tmp_path, folds=3, only=2, protocol="table1", log=StringIO()
+    )
+    assert [len(candidate["scores"]) for candidate in found["candidates"]] == [2, 2]
+    best = max(found["candidates"], key=lambda candidate: candidate["mean"])
+    assert found["chosen"] == best["eta"]
+    records = experiments.load_records(tmp_path)
+    assert {record["key"] for record in records} == {k for c in found["candidates"] for k in c["keys"]}
+    assert len({record["data"]["fingerprint"] for record in records}) == 2
+    test = {image.numpy().tobytes() for image in digits.test_images}
+    for fold in range(3):
+        part = digits.fold(fold, 3)
+        assert not test & {image.numpy().tobytes() for image in part.test_images[:50]}
+        assert len(part.train_labels) + len(part.test_labels) == len(digits.train_labels)
+
+
+def test_a_run_that_diverges_raises_and_leaves_no_record(digits, tmp_path):
+    with pytest.raises(TrainingDiverged):
+        run(small(lr=1e30), digits, tmp_path, log=StringIO())
+    assert not list(tmp_path.glob("*/record.json"))
+    shutil.rmtree(tmp_path)
