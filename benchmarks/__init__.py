@@ -1,5 +1,14 @@
 """Benchmarks: `python -m benchmarks` runs them one after the other and writes docs/results/benchmarks/.
 
-Each module has `run() -> dict`, plain data, and `table(data) -> str`, Markdown made of nothing else. Times are seconds,
-medians of interleaved repetitions in one process; run them on an otherwise idle machine.
+A benchmark is a module named in `__main__.NAMES`, with
+
+- `run(quick: bool = False) -> dict`: plain data for JSON; `quick` is the smallest size that runs everything;
+- `render(data: dict) -> str`: Markdown made of nothing else;
+- `limits(data: dict) -> list[limits.Limit]`, if it has figures for the page "how close to the limit";
+- `plot(data: dict, path: Path) -> None`, if it has a picture: a PNG made of nothing else (`_plots.save`).
+
+Figures come in two kinds, and comparing two runs goes by them: a measurement with its spread is the dict
+`{"median": m, "low": q, "high": r}` that `_timing.spread` makes (quartiles); any other number does not depend on the
+machine (an order, an error, a count). Times are of interleaved repetitions in one process (`_timing.interleaved`). Run
+them on an otherwise idle machine. docs/benchmarks.md says how to read and compare them.
 """

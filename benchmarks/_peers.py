@@ -1,96 +1,355 @@
-"""The other solvers on the Fisher-KPP problem; those that are not installed are left out."""
+"""The other solvers, each as a function that solves an initial value problem; who is not installed is left out.
 
-from collections.abc import Callable
+What they are asked for beyond that is put together from it here: the costate of one recording, by solving forward,
+the adjoint equation backward, and everything forward together; and the converged costate by shooting.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Solver = Callable[[], Tensor]
+from ._precision import Answer, Candidate, adaptive
+
+Field = Callable[[Tensor, Tensor], Tensor]
+Ivp = Callable[[Field, Tensor, float, float], tuple[Tensor, int]]  # (f, x0, t0, t1) to x(t1) and evaluations
 TOLERANCES = range(2, 11)
 
 
-def torchdiffeq_solvers(whole: Callable[[Tensor, Tensor], Tensor], u0: Tensor, end: float) -> dict[str, Solver]:
+class Counted:
+    """A field that counts its evaluations."""
+
+    def __init__(self, f: Field) -> None:
+        self.f, self.count = f, 0
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.f(t, x)
+
+
+def torchdiffeq_ivp(method: str, tolerance: float) -> Ivp:
     import torchdiffeq
 
-    ends = torch.tensor([0.0, end], dtype=u0.dtype)
-
-    def make(method: str, tolerance: float) -> Solver:
-        return lambda: torchdiffeq.odeint(whole, u0, ends, method=method, rtol=tolerance, atol=tolerance)[-1]
-
-    return {
-        f"torchdiffeq {method}, tolerance 1e-{k}": make(method, 10.0**-k)
-        for method, tolerances in (("bosh3", range(2, 6)), ("dopri5", TOLERANCES), ("dopri8", TOLERANCES))
-        for k in tolerances
-    }
-
-
-def torchode_solvers(whole: Callable[[Tensor, Tensor], Tensor], u0: Tensor, end: float) -> dict[str, Solver]:
-    try:
-        import torchode
-    except ImportError:
-        return {}
-
-    def make(method: str, tolerance: float) -> Solver:
-        term = torchode.ODETerm(whole)
-        step = getattr(torchode, method)(term=term)
-        controller = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
-        solver = torchode.AutoDiffAdjoint(step, controller)
-        t = torch.tensor([0.0], dtype=u0.dtype)
-        problem = torchode.InitialValueProblem(y0=u0[None], t_start=t, t_end=t + end)
-        return lambda: solver.solve(problem).ys[0, -1]
-
-    return {f"torchode {method}, tolerance 1e-{k}": make(method, 10.0**-k) for method in ("Tsit5",) for k in TOLERANCES}
-
-
-def diffrax_solvers(symbol: Tensor, u0: Tensor, end: float) -> dict[str, Solver]:
-    """Compiled by jax before they are timed (warm)."""
-    try:
-        import diffrax
-        import jax
-        import jax.numpy as jnp
-        import numpy
-    except ImportError:
-        return {}
-    jax.config.update("jax_enable_x64", True)
-    s, start, points = jnp.asarray(symbol.numpy()), jnp.asarray(u0.numpy()), len(u0)
-
-    def diffuse(t, u, args):
-        return jnp.fft.irfft(s * jnp.fft.rfft(u), n=points)
-
-    def react(t, u, args):
-        return u * (1 - u)
-
-    def compiled(method: str) -> Callable:
-        if method == "KenCarp4":
-            terms = diffrax.MultiTerm(diffrax.ODETerm(react), diffrax.ODETerm(diffuse))
-        else:
-            terms = diffrax.ODETerm(lambda t, u, args: diffuse(t, u, args) + react(t, u, args))
-
-        @jax.jit
-        def solve(u, tolerance):
-            solution = diffrax.diffeqsolve(
-                terms,
-                getattr(diffrax, method)(),
-                0.0,
-                end,
-                None,
-                u,
-                stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-                max_steps=100_000,
+    def solve(f: Field, x0: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
+        field, ends = Counted(f), torch.tensor([t0, t1], dtype=x0.dtype)
+        with torch.no_grad():
+            # Without step_t the end is interpolated, which costs dopri8 several digits.
+            path = torchdiffeq.odeint(
+                field, x0, ends, method=method, rtol=tolerance, atol=tolerance, options={"step_t": ends[1:]}
             )
-            return solution.ys[-1]
+        return path[-1], field.count
 
-        return solve
+    return solve
 
-    def make(solve: Callable, tolerance: float) -> Solver:
-        return lambda: torch.from_numpy(numpy.array(solve(start, tolerance).block_until_ready()))
 
-    return {
-        f"diffrax {method} (warm), tolerance 1e-{k}": make(solve, 10.0**-k)
-        # KenCarp4 takes seconds below 1e-6 here, where it is no contender.
-        for method, solve, tolerances in (
-            ("Tsit5", compiled("Tsit5"), TOLERANCES),
-            ("KenCarp4", compiled("KenCarp4"), range(2, 7)),
-        )
-        for k in tolerances
-    }
+def torchode_ivp(method: str, tolerance: float) -> Ivp:
+    import torchode
+
+    def solve(f: Field, x0: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
+        shape = x0.shape
+        # The state as a batch of one; time runs forward as s from 0, for torchode's batches have times of their own.
+        sign = 1.0 if t1 > t0 else -1.0
+        field = Counted(lambda s, x: sign * f(t0 + sign * s[0], x.reshape(shape)).reshape(1, -1))
+        term = torchode.ODETerm(field)
+        controller = torchode.IntegralController(atol=tolerance, rtol=tolerance, term=term)
+        solver = torchode.AutoDiffAdjoint(getattr(torchode, method)(term=term), controller)
+        start = torch.tensor([0.0], dtype=x0.dtype)
+        problem = torchode.InitialValueProblem(y0=x0.reshape(1, -1), t_start=start, t_end=start + abs(t1 - t0))
+        with torch.no_grad():
+            return solver.solve(problem).ys[0, -1].reshape(shape), field.count
+
+    return solve
+
+
+METHODS: tuple[tuple[str, Callable[[str, float], Ivp], str, Sequence[int]], ...] = (
+    ("torchdiffeq", torchdiffeq_ivp, "bosh3", range(2, 6)),
+    ("torchdiffeq", torchdiffeq_ivp, "dopri5", TOLERANCES),
+    ("torchdiffeq", torchdiffeq_ivp, "dopri8", TOLERANCES),
+    ("torchode", torchode_ivp, "Tsit5", TOLERANCES),
+)
+
+
+def torch_peers(solve: Callable[[Ivp], Answer], exponents: Sequence[int] | None = None) -> list[Candidate]:
+    """torchdiffeq and torchode at tolerances: ``solve`` says what with an `Ivp`."""
+    candidates = []
+    for solver, make, method, own in METHODS:
+        if importlib.util.find_spec(solver) is not None:
+            chosen = own if exponents is None else exponents
+            candidates += adaptive(solver, method, lambda tol, m=method, make=make: solve(make(m, tol)), chosen)
+    return candidates
+
+
+# ---- the costate with other solvers ----
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """Eq. 7 as the other solvers need it: f, the gradient of the loss of the final state, and the pieces of the span.
+
+    Attributes:
+        f: for the piece of the span number k, ``f(k)(t, x)``.
+        gradient: dL/dx of a final state.
+        edges: the times between which f is smooth.
+    """
+
+    f: Callable[[int], Field]
+    gradient: Callable[[Tensor], Tensor]
+    x0: Tensor
+    eta: float
+    edges: tuple[float, ...]
+
+
+def pulled(f: Field, t: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """f(t, x) and (df/dx)^T a."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = f(t, x)
+        return value.detach(), torch.autograd.grad(value, x, a)[0]
+
+
+def recorded(ivp: Ivp, problem: Adversarial) -> Answer:
+    """x(T) of Eq. 7 with a(t) of one recording; an evaluation of f and a product count one each."""
+    work = 0
+    states = [problem.x0]
+    for k, (t0, t1) in enumerate(zip(problem.edges, problem.edges[1:], strict=False)):
+        x, count = ivp(problem.f(k), states[-1], t0, t1)
+        states.append(x)
+        work += count
+    costates = [problem.gradient(states[-1])]
+    for k in reversed(range(len(states) - 1)):
+        f = problem.f(k)
+
+        def backward(t: Tensor, both: Tensor, f: Field = f) -> Tensor:
+            value, product = pulled(f, t, both[0], both[1])
+            return torch.stack([value, -product])
+
+        both, count = ivp(backward, torch.stack([states[k + 1], costates[-1]]), problem.edges[k + 1], problem.edges[k])
+        costates.append(both[1])
+        work += 2 * count
+    costates.reverse()
+    y = problem.x0
+    for k, (t0, t1) in enumerate(zip(problem.edges, problem.edges[1:], strict=False)):
+        f = problem.f(k)
+
+        def forward(t: Tensor, three: Tensor, f: Field = f) -> Tensor:
+            value, product = pulled(f, t, three[0], three[1])
+            return torch.stack([value, -product, f(t, three[2]) + problem.eta * three[1]])
+
+        three, count = ivp(forward, torch.stack([states[k], costates[k], y]), t0, t1)
+        y = three[2]
+        work += 3 * count
+    return y, work
+
+
+def shooting(ivp: Ivp, problem: Adversarial, tolerance: float) -> Answer:
+    """x(T) of Eq. 7 with its own costate: a(0) is looked for until a(T) is the gradient of the loss of x(T)."""
+    import numpy
+    from scipy.optimize import root
+
+    work, shape, (t0, t1) = 0, problem.x0.shape, problem.edges
+    f = problem.f(0)
+
+    def both(t: Tensor, z: Tensor) -> Tensor:
+        value, product = pulled(f, t, z[0], z[1])
+        return torch.stack([value + problem.eta * z[1], -product])
+
+    def end(a0: Any) -> Tensor:
+        nonlocal work
+        start = torch.as_tensor(a0, dtype=problem.x0.dtype).reshape(shape)
+        z, count = ivp(both, torch.stack([problem.x0, start]), t0, t1)
+        work += 2 * count
+        return z
+
+    def miss(a0: Any) -> Any:
+        z = end(a0)
+        return (z[1] - problem.gradient(z[0])).reshape(-1).numpy()
+
+    found = root(miss, numpy.zeros(problem.x0.numel()), tol=tolerance)
+    if not found.success and float(numpy.abs(found.fun).max()) > 1e2 * tolerance:
+        raise RuntimeError(f"shooting did not converge: {found.message}")
+    return end(found.x)[0], work
+
+
+def shooting_peers(problem: Adversarial, exponents: Sequence[int] = range(3, 11)) -> list[Candidate]:
+    """Shooting with torchdiffeq."""
+
+    def solve(tolerance: float) -> Answer:
+        return shooting(torchdiffeq_ivp("dopri5", tolerance), problem, tolerance)
+
+    return adaptive("torchdiffeq shooting", "dopri5", solve, exponents)
+
+
+def scipy_peers(
+    f: Callable[[float, Any], Any],
+    product: Callable[[float, Any, Any], Any],
+    gradient: Callable[[Any], Any],
+    x0: Any,
+    span: tuple[float, float],
+    eta: float,
+    exponents: Sequence[int] = range(3, 11),
+) -> list[Candidate]:
+    """The converged costate by SciPy, in numpy with the Jacobian by hand: shooting, and collocation (solve_bvp)."""
+    import numpy
+    from scipy.integrate import solve_bvp, solve_ivp
+    from scipy.optimize import root
+
+    n = len(x0)
+
+    def both(t: Any, z: Any) -> Any:
+        return numpy.concatenate([f(t, z[:n]) + eta * z[n:], -product(t, z[:n], z[n:])])
+
+    def shoot(tolerance: float) -> Answer:
+        work = 0
+
+        def end(a0: Any) -> Any:
+            nonlocal work
+            path = solve_ivp(both, span, numpy.concatenate([x0, a0]), method="DOP853", rtol=tolerance, atol=tolerance)
+            work += 2 * path.nfev
+            return path.y[:, -1]
+
+        def miss(a0: Any) -> Any:
+            z = end(a0)
+            return z[n:] - gradient(z[:n])
+
+        return torch.from_numpy(end(root(miss, numpy.zeros(n), tol=tolerance).x)[:n]), work
+
+    def collocate(tolerance: float) -> Answer:
+        counted = 0
+
+        def rows(t: Any, z: Any) -> Any:
+            nonlocal counted
+            counted += 2 * z.shape[1]
+            return both(t, z)
+
+        def ends(za: Any, zb: Any) -> Any:
+            return numpy.concatenate([za[:n] - x0, zb[n:] - gradient(zb[:n])])
+
+        mesh = numpy.linspace(*span, 11)
+        guess = numpy.concatenate([numpy.tile(x0[:, None], 11), numpy.zeros((n, 11))])
+        result = solve_bvp(rows, ends, mesh, guess, tol=tolerance, max_nodes=20000)
+        if not result.success:
+            raise RuntimeError(result.message)
+        return torch.from_numpy(result.y[:n, -1].copy()), counted
+
+    return [
+        *adaptive("scipy shooting", "DOP853", shoot, exponents),
+        *adaptive("scipy collocation", "solve_bvp", collocate, [k for k in exponents if k < 9]),
+    ]
+
+
+# ---- diffrax: compiled by jax, so the fields are written in it ----
+
+
+def has_diffrax() -> bool:
+    return importlib.util.find_spec("diffrax") is not None
+
+
+def _float64(x: Tensor) -> Any:
+    """``x`` for jax, which has to be told that there are 64 bits."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return jax.numpy.asarray(x.numpy())
+
+
+def _diffrax_solve(solver: str) -> Callable[..., Any]:
+    """(terms, y0, t0, t1, tolerance) to the final state and the evaluations; to be called under jit, in float64."""
+    import diffrax
+
+    method = getattr(diffrax, solver)()
+
+    def solve(terms: Any, y0: Any, t0: float, t1: float, tolerance: Any) -> Any:
+        solution = diffrax.diffeqsolve(
+            terms, method, t0, t1, None, y0, max_steps=100_000,
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+        )  # fmt: skip
+        return solution.ys[-1], solution.stats["num_steps"]
+
+    return solve
+
+
+STAGES = {"Tsit5": 6, "Dopri8": 13}  # new evaluations a step; KenCarp4's implicit ones are not counted
+
+
+def _diffrax(method: str, whole: Callable[[Any], tuple[Any, Any]], exponents: Sequence[int]) -> list[Candidate]:
+    """Candidates for ``whole(tolerance)``, jitted: the final state, and steps times the weight of each, summed."""
+    import jax
+    import numpy
+
+    compiled = jax.jit(whole)
+
+    def solve(tolerance: float) -> Answer:
+        state, steps = compiled(tolerance)
+        work = int(steps) * STAGES[method] if method in STAGES else None
+        return torch.from_numpy(numpy.array(state.block_until_ready())), work
+
+    return adaptive("diffrax", method, solve, exponents, cold=True)
+
+
+def diffrax_split(
+    explicit: Callable[..., Any], implicit: Callable[..., Any], x0: Tensor, span: tuple[float, float], operators: int,
+    exponents: Sequence[int] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """A field in two parts, both explicit, or with the second implicit (KenCarp4)."""
+    if not has_diffrax():
+        return []
+    import diffrax
+
+    start = _float64(x0)
+    candidates = []
+    # KenCarp4 takes seconds below 1e-6, where it is no contender.
+    for method, own in (("Tsit5", TOLERANCES), ("Dopri8", TOLERANCES), ("KenCarp4", range(2, 7))):
+        solve = _diffrax_solve(method)
+        if method == "KenCarp4":
+            terms: Any = diffrax.MultiTerm(diffrax.ODETerm(explicit), diffrax.ODETerm(implicit))
+        else:
+            terms = diffrax.ODETerm(lambda t, y, args: explicit(t, y, args) + implicit(t, y, args))
+
+        def whole(tolerance: Any, solve: Any = solve, terms: Any = terms) -> Any:
+            state, steps = solve(terms, start, *span, tolerance)
+            return state, operators * steps
+
+        candidates += _diffrax(method, whole, own if exponents is None else exponents)
+    return candidates
+
+
+def diffrax_recorded(
+    f: Callable[[Any, Any], Any], gradient: Callable[[Any], Any], x0: Tensor, span: tuple[float, float], eta: float,
+    exponents: Sequence[int] | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """Eq. 7 with a(t) of one recording, as `recorded`, in one compiled function."""
+    if not has_diffrax():
+        return []
+    import diffrax
+    import jax
+    import jax.numpy as jnp
+
+    start = _float64(x0)
+    candidates = []
+    for method in ("Tsit5", "Dopri8"):
+        solve = _diffrax_solve(method)
+
+        def plain(t: Any, x: Any, args: Any) -> Any:
+            return f(t, x)
+
+        def backward(t: Any, z: Any, args: Any) -> Any:
+            value, pull = jax.vjp(lambda x: f(t, x), z[0])
+            return jnp.stack([value, -pull(z[1])[0]])
+
+        def forward(t: Any, z: Any, args: Any) -> Any:
+            value, pull = jax.vjp(lambda x: f(t, x), z[0])
+            return jnp.stack([value, -pull(z[1])[0], f(t, z[2]) + eta * z[1]])
+
+        def whole(tolerance: Any, solve: Any = solve) -> Any:
+            end, first = solve(diffrax.ODETerm(plain), start, span[0], span[1], tolerance)
+            z, second = solve(diffrax.ODETerm(backward), jnp.stack([end, gradient(end)]), span[1], span[0], tolerance)
+            z, third = solve(diffrax.ODETerm(forward), jnp.stack([start, z[1], start]), span[0], span[1], tolerance)
+            return z[2], first + 2 * second + 3 * third
+
+        candidates += _diffrax(method, whole, exponents or TOLERANCES)
+    return candidates

@@ -1,40 +1,89 @@
-"""Timing things side by side."""
+"""Timing things side by side, and saying what machine it was."""
 
+import importlib.metadata
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 
+PEERS = ("torchdiffeq", "torchode", "diffrax", "jax", "numpy", "scipy")
 
-def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every function in each round, the functions taken in turn within a round."""
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every function in each round, the functions taken in turn within a round.
+
+    One that has taken less than ``settle`` seconds runs once more just before it is timed, for what another function
+    left in the caches would be much of its time.
+    """
     for _ in range(warmup):
         for function in functions.values():
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            if seconds[name] and min(seconds[name]) < settle:
+                function()
             began = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median and quartiles of repeated measurements."""
+    values = list(values)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return {"median": middle, "low": low, "high": high}
+
+
 def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
     """Median and quartiles of the round-by-round ratios of two functions."""
-    ratios = [a / b for a, b in zip(seconds[name], seconds[to], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"median": middle, "low": low, "high": high}
+    return spread(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+
+def middle(figure: float | Mapping[str, float]) -> float:
+    """The median of a measurement; a plain number as it is."""
+    return figure["median"] if isinstance(figure, Mapping) else figure
+
+
+def shown(figure: float | Mapping[str, float], form: str = ".2f", scale: float = 1.0) -> str:
+    """A measurement as text, its quartiles in brackets; a plain number without."""
+    if not isinstance(figure, Mapping):
+        return f"{scale * figure:{form}}"
+    low, middle, high = (f"{scale * figure[key]:{form}}" for key in ("low", "median", "high"))
+    return f"{middle} ({low} to {high})"
 
 
 def machine() -> dict[str, object]:
     """What the times were taken on."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return {
-        "processor": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **versions,
     }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

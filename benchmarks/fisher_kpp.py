@@ -1,27 +1,32 @@
 """Fisher-KPP, u_t = u_xx / 2 + u (1 - u) on a periodic line of 256 points, to T = 1: time to reach an accuracy.
 
-Splitting takes the exact flows of diffusion (FFT) and of the logistic equation; the others solve the whole right-hand
-side, diffrax's KenCarp4 with diffusion implicit. Errors are maxima against torchdiffeq's dopri8 at tolerance 1e-13.
+Splitting takes the exact flows of diffusion (FFT) and of the logistic equation, every scheme without negative steps and
+every sub-step for the reaction; the others solve the whole right-hand side, diffrax's KenCarp4 with diffusion implicit.
+Errors are maxima against torchdiffeq's dopri8 at tolerance 1e-13.
 """
 
 import math
-import statistics
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 import odeadv
 
-from ._peers import diffrax_solvers, torchdiffeq_solvers, torchode_solvers
-from ._timing import interleaved, machine
+from ._peers import diffrax_split, has_diffrax, torch_peers, torchdiffeq_ivp
+from ._plots import panels, save
+from ._precision import Candidate, cold_table, draw, fastest, measure, stepped, table
+from ._timing import machine, middle
+from .limits import Limit
 
 POINTS, LENGTH, DIFFUSION, END = 256, 40.0, 0.5, 1.0
-SOLVERS = ("odeadv", "torchdiffeq", "torchode", "diffrax")
 ACCURACIES = [10.0**-k for k in range(2, 9)]
 WAVES = 2 * math.pi / LENGTH * torch.arange(POINTS // 2 + 1, dtype=torch.float64)
 SYMBOL = -DIFFUSION * WAVES**2
+STEPS = {1: (2, 4, 8, 16, 32, 64, 128), 2: (1, 2, 4, 8, 16, 32, 64, 128, 256), 4: (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)}
+HIGH = (1, 2, 3, 4, 6, 8, 12)
+CURVES = ("lie, exact", "strang, exact", "extrapolated-strang4, exact", "extrapolated-strang8, exact")
 
 
 def diffuse(t: Tensor, u: Tensor) -> Tensor:
@@ -41,64 +46,89 @@ def reaction_flow(t: Tensor, dt: Tensor, u: Tensor) -> Tensor:
     return u * growth / (1 + u * (growth - 1))
 
 
-def run() -> dict[str, object]:
+def start() -> Tensor:
+    """Smooth initial data in (0, 1)."""
     place = LENGTH / POINTS * torch.arange(POINTS, dtype=torch.float64)
-    u0 = 0.1 + 0.8 * torch.exp(-((place - LENGTH / 2) ** 2) / 8)
-    ends = torch.tensor([0.0, END], dtype=torch.float64)
+    return 0.1 + 0.8 * torch.exp(-((place - LENGTH / 2) ** 2) / 8)
 
-    def whole(t: Tensor, u: Tensor) -> Tensor:
-        return diffuse(t, u) + react(t, u)
 
-    reference = torchdiffeq.odeint(whole, u0, ends, method="dopri8", rtol=1e-13, atol=1e-13)[-1]
+def splitting(u0: Tensor, quick: bool) -> list[Candidate]:
+    """Every scheme that runs diffusion forward only, with every sub-step for the reaction."""
     field = odeadv.SplitField(
         reaction=odeadv.Operator(react, flow=reaction_flow),
         diffusion=odeadv.Operator(diffuse, flow=diffusion_flow, reversible=False),
     )
-
-    def split(scheme: str, steps: int) -> Tensor:
-        return odeadv.solve(field, u0, (0.0, END), scheme=scheme, steps=steps, substep="exact").xs[-1]
-
-    functions: dict[str, Callable[[], Tensor]] = {}
-    for scheme, counts in {
-        "strang": (1, 2, 4, 8, 16, 32, 64, 128, 256),
-        "extrapolated-strang4": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
-        "extrapolated-strang6": (1, 2, 3, 4, 6, 8, 12),
-        "extrapolated-strang8": (1, 2, 3, 4, 6),
-    }.items():
-        for count in counts:
-            functions[f"odeadv {scheme}, {count} steps"] = lambda s=scheme, n=count: split(s, n)
-    functions |= torchdiffeq_solvers(whole, u0, END)
-    functions |= torchode_solvers(whole, u0, END)
-    functions |= diffrax_solvers(SYMBOL, u0, END)
-    errors, failed = {}, {}
-    for name, function in list(functions.items()):
-        try:
-            errors[name] = float((function() - reference).abs().max())
-        except Exception as error:  # each peer has its own way to give up
-            failed[name] = str(error).splitlines()[0]
-            del functions[name]
-    seconds = interleaved(functions, rounds=7)
-    points = {name: {"error": errors[name], "seconds": statistics.median(values)} for name, values in seconds.items()}
-    fastest = {}
-    for accuracy in ACCURACIES:
-        row = {}
-        for solver in SOLVERS:
-            good = {n: p["seconds"] for n, p in points.items() if n.startswith(solver) and p["error"] <= accuracy}
-            if good:
-                best = min(good, key=good.__getitem__)
-                row[solver] = {"method": best, "seconds": good[best]}
-        fastest[f"{accuracy:.0e}"] = row
-    return {"machine": machine(), "points": points, "fastest": fastest, "failed": failed}
+    candidates = []
+    for name in ("lie", "strang") if quick else odeadv.schemes.names():
+        scheme = odeadv.schemes.get(name)
+        rows = [scheme.stages] if not scheme.mixture else [row for _, row in scheme.mixture]
+        if any(stage.weight < 0 for row in rows for stage in row):
+            continue
+        for substep in ("exact", "rk4") if quick else ("exact", "rk4", "heun", "midpoint", "euler"):
+            counts = (1, 2) if quick else STEPS.get(scheme.order, HIGH)
+            candidates += stepped(
+                f"{name}, {substep}",
+                lambda n, s=name, r=substep: odeadv.solve(
+                    field, u0, (0.0, END), scheme=s, steps=n, substep={"diffusion": "exact", "reaction": r}
+                ),
+                counts,
+            )
+    return candidates
 
 
-def table(data: dict) -> str:
-    solvers = [solver for solver in SOLVERS if any(solver in row for row in data["fastest"].values())]
-    cells = [cell for solver in solvers for cell in (solver, "ms")]
-    lines = [f"| error at most | {' | '.join(cells)} |", f"|{' --- |' * (1 + len(cells))}"]
+def peers(u0: Tensor, quick: bool) -> list[Candidate]:
+    """The other solvers."""
+    exponents = (3,) if quick else None
+
+    def whole(t: Tensor, u: Tensor) -> Tensor:
+        return diffuse(t, u) + react(t, u)
+
+    def solve(ivp: Any) -> tuple[Tensor, int]:
+        state, count = ivp(whole, u0, 0.0, END)
+        return state, 2 * count  # both operators
+
+    candidates = torch_peers(solve, exponents)
+    if has_diffrax():
+        import jax
+        import jax.numpy as jnp
+
+        jax.config.update("jax_enable_x64", True)
+        symbol = jnp.asarray(SYMBOL.numpy())
+        candidates += diffrax_split(
+            lambda t, u, args: u * (1 - u),
+            lambda t, u, args: jnp.fft.irfft(symbol * jnp.fft.rfft(u), n=POINTS),
+            u0,
+            (0.0, END),
+            2,
+            exponents,
+        )
+    return candidates
+
+
+def run(quick: bool = False) -> dict[str, object]:
+    u0 = start()
+    reference, _ = torchdiffeq_ivp("dopri8", 1e-13)(lambda t, u: diffuse(t, u) + react(t, u), u0, 0.0, END)
+    candidates = [*splitting(u0, quick), *peers(u0, quick)]
+    data = measure(candidates, reference, rounds=1 if quick else 7, longest=0.2, always=CURVES)
+    return {"machine": machine(), **data, "fastest": fastest(data["points"], ACCURACIES)}
+
+
+def render(data: dict) -> str:
+    return "\n".join([table(data["points"], data["fastest"]), *cold_table(data["points"])])
+
+
+def plot(data: dict, path: Path) -> None:
+    figure, axes = panels(1, 2)
+    draw(axes[0], "Fisher-KPP", data["points"], CURVES)
+    save(figure, path)
+
+
+def limits(data: dict) -> list[Limit]:
+    rows = []
     for accuracy, row in data["fastest"].items():
-        line = [accuracy]
-        for solver in solvers:
-            best = row.get(solver)
-            line += [best["method"].removeprefix(f"{solver} "), f"{1e3 * best['seconds']:.2f}"] if best else ["", ""]
-        lines.append(f"| {' | '.join(line)} |")
-    return "\n".join(lines)
+        seconds = {solver: middle(data["points"][name]["seconds"]) for solver, name in row.items()}
+        own = seconds.pop("odeadv", None)
+        if own is not None and seconds:
+            rival = min(seconds, key=seconds.__getitem__)
+            rows.append(Limit(f"error {accuracy}: time of {rival} / odeadv", seconds[rival] / own, least=1, form=".1f"))
+    return rows

@@ -1,38 +1,36 @@
 """Cost of a step above the field's own, in eager mode."""
 
-import statistics
-
 import torch
 import torchdiffeq
 from torch import Tensor
 
 import odeadv
 
-from ._timing import interleaved, machine
-
-STEPS = 1000
+from ._timing import interleaved, machine, shown, spread
+from .limits import Limit
 
 
 def field(t: Tensor, x: Tensor) -> Tensor:
     return -x
 
 
-def run() -> dict[str, object]:
+def run(quick: bool = False) -> dict[str, object]:
+    steps, rounds = (20, 2) if quick else (1000, 15)
     x0, t = torch.ones(4), torch.tensor(0.0)
     split = odeadv.SplitField(a=field, b=field)
     ends = torch.tensor([0.0, 1.0])
 
     def alone() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps):
             field(t, x0)
 
     def bare_loop() -> None:
         x = x0
-        for _ in range(STEPS):
+        for _ in range(steps):
             x = x + 1e-3 * field(t, x)
 
     def fixed(method: str) -> object:
-        options = {"step_size": 1.0 / STEPS}
+        options = {"step_size": 1.0 / steps}
         return torchdiffeq.odeint(field, x0, ends, method=method, options=options)
 
     evaluations = {
@@ -46,19 +44,34 @@ def run() -> dict[str, object]:
     functions = {
         "field": alone,
         "bare Python loop, Euler": bare_loop,
-        "odeadv, Euler": lambda: odeadv.solve(field, x0, (0.0, 1.0), scheme="euler", steps=STEPS),
+        "odeadv, Euler": lambda: odeadv.solve(field, x0, (0.0, 1.0), scheme="euler", steps=steps),
         "torchdiffeq, Euler": lambda: fixed("euler"),
-        "odeadv, midpoint": lambda: odeadv.solve(field, x0, (0.0, 1.0), scheme="midpoint", steps=STEPS),
+        "odeadv, midpoint": lambda: odeadv.solve(field, x0, (0.0, 1.0), scheme="midpoint", steps=steps),
         "torchdiffeq, midpoint": lambda: fixed("midpoint"),
-        "odeadv, Strang with Euler, two operators": lambda: odeadv.solve(split, x0, (0.0, 1.0), steps=STEPS),
+        "odeadv, Strang with Euler, two operators": lambda: odeadv.solve(split, x0, (0.0, 1.0), steps=steps),
     }
-    seconds = interleaved(functions, rounds=15)
-    own = statistics.median(seconds["field"]) / STEPS
-    rows = {name: 1e6 * (statistics.median(seconds[name]) / STEPS - count * own) for name, count in evaluations.items()}
-    return {"machine": machine(), "steps": STEPS, "microseconds a step above the field": rows}
+    seconds = interleaved(functions, rounds=rounds)
+    rows = {
+        name: spread(
+            1e6 * (whole - count * own) / steps for whole, own in zip(seconds[name], seconds["field"], strict=True)
+        )
+        for name, count in evaluations.items()
+    }
+    return {"machine": machine(), "steps": steps, "microseconds a step above the field": rows}
 
 
-def table(data: dict) -> str:
+def render(data: dict) -> str:
     rows = data["microseconds a step above the field"]
-    lines = ["| solver | microseconds a step above the field |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {name} | {value:.1f} |" for name, value in rows.items()])
+    lines = ["| solver | microseconds a step above the field (quartiles) |", "| --- | --- |"]
+    return "\n".join(lines + [f"| {name} | {shown(value, '.1f')} |" for name, value in rows.items()])
+
+
+def limits(data: dict) -> list[Limit]:
+    rows = data["microseconds a step above the field"]
+    floor = rows["bare Python loop, Euler"]
+    return [
+        Limit("Euler, microseconds a step above the field", rows["odeadv, Euler"], floor, most=10, form=".1f"),
+        Limit("midpoint, microseconds a step above the field", rows["odeadv, midpoint"], most=10, form=".1f"),
+        Limit("Euler of torchdiffeq, for comparison", rows["torchdiffeq, Euler"], floor, form=".1f"),
+        Limit("midpoint of torchdiffeq, for comparison", rows["torchdiffeq, midpoint"], form=".1f"),
+    ]

@@ -3,16 +3,15 @@
 The graph's memory is the peak of the bytes that autograd keeps for the backward pass, each storage counted once.
 """
 
-import statistics
-
 import torch
 from torch import Tensor
 
 import odeadv
 
-from ._timing import interleaved, machine
+from ._timing import interleaved, machine, ratio, shown, spread
+from .limits import Limit
 
-BATCH, ETA = 32, 50.0
+ETA = 50.0
 
 
 class Ledger:
@@ -41,21 +40,25 @@ class Kept:
             self.ledger.bytes -= self.size
 
 
-def run() -> dict[str, object]:
+def run(quick: bool = False) -> dict[str, object]:
+    batch, depth = (2, 8) if quick else (32, 56)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(BATCH, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    net = odeadv.models.resnet56(generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    images = torch.rand(batch, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    net = odeadv.models.preact_resnet(depth, generator=torch.Generator().manual_seed(0))
+    net = net.to(memory_format=torch.channels_last)
 
     def solve(scheme: str, checkpoints: int | None) -> odeadv.Solution:
         with torch.no_grad():  # so that only the recording keeps a graph
             return odeadv.solve(net.field(images, labels, ETA), scheme=scheme, checkpoints=checkpoints)
 
     counts = {}
-    for scheme in ("lie", "strang", "strang-midpoint"):
+    schemes = ("lie", "strang", "strang-midpoint")
+    for scheme in schemes:
         stats = solve(scheme, None).stats
         counts[scheme] = {"evaluations of f": stats.evaluations["f"], "vector-Jacobian products": stats.vjps}
-    choices = {"whole graph": None, "3 segments": 3, "9 segments": 9, "27 segments": 27}
+    layers = len(net.blocks)
+    choices = {"whole graph": None} | {f"{k} segments": k for k in (3, 9, 27) if k <= layers}
     memory = {}
     for name, checkpoints in choices.items():
         ledger = Ledger()
@@ -63,26 +66,43 @@ def run() -> dict[str, object]:
             solve("lie", checkpoints)
         memory[name] = ledger.peak / 2**20
     functions = {name: (lambda k=checkpoints: solve("lie", k)) for name, checkpoints in choices.items()}
-    seconds = interleaved(functions, rounds=7)
+    functions |= {scheme: (lambda s=scheme: solve(s, None)) for scheme in schemes[1:]}
+    seconds = interleaved(functions, rounds=2 if quick else 9)
     return {
         "machine": machine(),
-        "layers": len(net.blocks),
+        "layers": layers,
         "counts": counts,
         "MiB of the graph": memory,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratio to lie": {scheme: ratio(seconds, scheme, "whole graph") for scheme in schemes[1:]},
     }
 
 
-def table(data: dict) -> str:
+def render(data: dict) -> str:
     lines = [
         f"{data['layers']} layers, one recording and the pass it drives:",
         "",
-        "| scheme | evaluations of f | vector-Jacobian products |",
-        "| --- | --- | --- |",
+        "| scheme | evaluations of f | vector-Jacobian products | time / lie (quartiles) |",
+        "| --- | --- | --- | --- |",
     ]
     for scheme, row in data["counts"].items():
-        lines.append(f"| {scheme} | {row['evaluations of f']} | {row['vector-Jacobian products']} |")
-    lines += ["", "| `checkpoints`, lie | MiB of the graph | seconds |", "| --- | --- | --- |"]
+        counts = f"{row['evaluations of f']} | {row['vector-Jacobian products']}"
+        times = data.get("ratio to lie", {})
+        lines.append(f"| {scheme} | {counts} | {shown(times[scheme]) if scheme in times else ''} |")
+    lines += ["", "| `checkpoints`, lie | MiB of the graph | seconds (quartiles) |", "| --- | --- | --- |"]
     for name, mebibytes in data["MiB of the graph"].items():
-        lines.append(f"| {name} | {mebibytes:.0f} | {data['seconds'][name]:.2f} |")
+        lines.append(f"| {name} | {mebibytes:.0f} | {shown(data['seconds'][name])} |")
     return "\n".join(lines)
+
+
+def limits(data: dict) -> list[Limit]:
+    plain, middle = data["counts"]["strang"], data["counts"]["strang-midpoint"]
+    rows = [
+        Limit(f"exact midpoint, {what} more a layer", (middle[what] - plain[what]) / data["layers"], 1.0, most=1)
+        for what in plain
+    ]
+    if "ratio to lie" in data:
+        rows.append(Limit("exact midpoint, time / lie", data["ratio to lie"]["strang-midpoint"]))
+    whole = data["MiB of the graph"]["whole graph"]
+    least = min(data["MiB of the graph"].values())
+    return [*rows, Limit("graph of a recording, one segment a layer / whole", least / whole, 1 / data["layers"])]

@@ -1,77 +1,211 @@
-"""A training step of ResNet-56 with each defence, beside the floor that counts forward and backward passes."""
+"""A training step of ResNet-56 with each objective and defence, beside the floor that counts passes.
 
-import statistics
-from collections.abc import Callable
+The plain loops are what published code of this line runs: fp32, NCHW, the clean probabilities of TRADES computed again
+in every step of its attack. Memory is the peak of all tensors alive in a step, the network's and the optimiser's
+included. Augmentation is what making an augmented batch costs, against a natural step of ResNet-20.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import odeadv
+from odeadv.data import Batches
+from odeadv.training import Draws, Layerwise, Natural, Pgd, Step, Trades, Undefended
 
-from ._timing import interleaved, machine, ratio
+from ._memory import peak_mebibytes
+from ._timing import interleaved, machine, middle, ratio, shown, spread
+from .limits import Limit
 
-BATCH, ETA = 128, 50.0
-# forward = backward to activations = weight gradients = 1: natural 3, a recording 2 more, a midpoint 2 more
-FLOOR = {"LAD": 5 / 3, "LAD-SM": 5 / 3, "LAD, exact midpoint": 7 / 3}
+ETA, EPS, ALPHA = 50.0, 8 / 255, 2 / 255
+PLAIN = "plain eager fp32 NCHW loop"
+LAD, MIDPOINT = Layerwise("lie", ETA), Layerwise("strang-midpoint", ETA)
+CHEAP = {
+    "natural": (Natural(), Undefended()),
+    "LAD": (Natural(), LAD),
+    "LAD-SM": (Natural(), Layerwise("strang", ETA)),
+    "LAD, exact midpoint": (Natural(), MIDPOINT),
+}
+ATTACKED = {
+    "PGD-10": (Pgd(), Undefended()),
+    "PGD-10 + LAD": (Pgd(), LAD),
+    "TRADES": (Trades(), Undefended()),
+    "TRADES + LAD": (Trades(), LAD),
+}
+# Forward = backward to activations = weight gradients = 1: natural 3, a recording 2 more, a midpoint 2 more; a step of
+# an attack 2; TRADES one forward pass for the clean probabilities, and two passes of 3, with LAD a third of 5.
+FLOOR = {
+    "natural": 3,
+    "LAD": 5,
+    "LAD-SM": 5,
+    "LAD, exact midpoint": 7,
+    "PGD-10": 23,
+    "PGD-10 + LAD": 25,
+    "TRADES": 27,
+    "TRADES + LAD": 32,
+}
+RATIOS = (
+    ("LAD", "natural"),
+    ("LAD-SM", "natural"),
+    ("LAD, exact midpoint", "LAD"),
+    ("PGD-10 + LAD", "PGD-10"),
+    ("TRADES + LAD", "TRADES"),
+    (f"natural, {PLAIN}", "natural"),
+    (f"PGD-10, {PLAIN}", "PGD-10"),
+    (f"TRADES, {PLAIN}", "TRADES"),
+)
 
 
-def run() -> dict[str, object]:
+def plain_losses(
+    net: nn.Module, images: Tensor, labels: Tensor, steps: int, generator: torch.Generator
+) -> dict[str, Callable[[], Tensor]]:
+    """The losses as a plain loop computes them."""
+
+    def attacked(x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        net.eval()
+        for _ in range(steps):
+            x = x.detach().requires_grad_()
+            moved = x.detach() + ALPHA * torch.autograd.grad(loss(net(x)), x)[0].sign()
+            x = torch.min(torch.max(moved, images - EPS), images + EPS).clamp(0.0, 1.0)
+        net.train()
+        return x.detach()
+
+    def divergence(clean: Tensor, other: Tensor) -> Tensor:
+        return F.kl_div(other.log_softmax(1), clean.softmax(1), reduction="batchmean")
+
+    def natural() -> Tensor:
+        return F.cross_entropy(net(images), labels)
+
+    def pgd() -> Tensor:
+        start = images + EPS * (2 * torch.rand(images.shape, generator=generator) - 1)
+        return F.cross_entropy(net(attacked(start, lambda logits: F.cross_entropy(logits, labels))), labels)
+
+    def trades() -> Tensor:
+        start = images + 0.001 * torch.randn(images.shape, generator=generator)
+        x = attacked(start, lambda logits: divergence(net(images), logits))
+        clean = net(images)
+        return F.cross_entropy(clean, labels) + 6.0 * divergence(clean, net(x))
+
+    return {f"{name}, {PLAIN}": loss for name, loss in (("natural", natural), ("PGD-10", pgd), ("TRADES", trades))}
+
+
+def stepping(net: nn.Module, loss: Callable[[], Tensor], bf16: bool) -> Callable[[], None]:
+    """One step of SGD."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def run(quick: bool = False) -> dict[str, object]:
+    depth, batch, attack_steps = (8, 4, 1) if quick else (56, 128, 10)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(BATCH, 3, 32, 32, generator=generator)
-    labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    fast = images.to(memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (4 * batch, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    classes = torch.randint(0, 10, (4 * batch,), generator=generator)
+    images, labels = next(iter(Batches(pixels, classes, batch_size=batch)))
 
-    def network(layout: torch.memory_format) -> odeadv.models.PreActResNet:
-        net = odeadv.models.resnet56(generator=torch.Generator().manual_seed(0))
+    def network(depth: int, layout: torch.memory_format) -> odeadv.models.PreActResNet:
+        net = odeadv.models.preact_resnet(depth, generator=torch.Generator().manual_seed(0))
         return net.to(memory_format=layout).train()
 
-    net, plain = network(torch.channels_last), network(torch.contiguous_format)
+    net, plain = network(depth, torch.channels_last), network(depth, torch.contiguous_format)
 
-    def step(scheme: str, eta: float) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    def ours(objective: object, defence: object) -> Callable[[], None]:
+        draws = Draws(0, 0, slice(0, batch), batch)
+        return stepping(net, lambda: objective(Step(net, images, labels, defence, draws)).loss, bf16=True)
 
-        def function() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = odeadv.solve(net.field(fast, labels, eta), scheme=scheme).loss
-            loss.backward()
-            optimizer.step()
-
-        return function
-
-    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
-
-    def eager_fp32() -> None:
-        plain_optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(plain(images), labels).backward()
-        plain_optimizer.step()
-
-    functions = {
-        "natural, plain eager fp32 NCHW loop": eager_fp32,
-        "natural": step("lie", 0.0),
-        "LAD": step("lie", ETA),
-        "LAD-SM": step("strang", ETA),
-        "LAD, exact midpoint": step("strang-midpoint", ETA),
+    attacked = {
+        name: ours(type(objective)(steps=attack_steps), defence) for name, (objective, defence) in ATTACKED.items()
     }
-    seconds = interleaved(functions, rounds=9)
+    losses = plain_losses(plain, images.contiguous(), labels, attack_steps, generator)
+    loops = {name: stepping(plain, loss, bf16=False) for name, loss in losses.items()}
+    natural = f"natural, {PLAIN}"
+    cheap = {name: ours(*parts) for name, parts in CHEAP.items()} | {natural: loops.pop(natural)}
+    memory = {name: peak_mebibytes(function) for name, function in cheap.items()}
+    seconds = interleaved(cheap, rounds=2 if quick else 9)
+    # Steps with an attack take seconds each: fewer rounds. The networks have been warmed up by now.
+    seconds |= interleaved(attacked | loops, rounds=2 if quick else 3, warmup=0)
+
+    small = network(8 if quick else 20, torch.channels_last)
+    batches = Batches(pixels, classes, batch_size=batch, shuffle=True, augment=True, generator=generator)
+    endless: Iterator[tuple[Tensor, Tensor]] = chain.from_iterable(repeat(batches))
+
+    def natural_loss() -> Tensor:
+        loss = odeadv.solve(small.field(images, labels)).loss
+        assert loss is not None
+        return loss
+
+    share = interleaved(
+        {"augmented batch": lambda: next(endless), "natural step": stepping(small, natural_loss, bf16=True)},
+        rounds=2 if quick else 15,
+    )
     return {
         "machine": machine(),
-        "network": "ResNet-56, batch 128, bf16 autocast, channels_last unless said",
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "images a second": {name: BATCH / statistics.median(values) for name, values in seconds.items()},
-        "ratio to natural": {name: ratio(seconds, name, "natural") for name in functions},
+        "network": f"ResNet-{depth}, batch {batch}, bf16 autocast, channels_last unless said",
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "images a second": {name: spread(batch / value for value in values) for name, values in seconds.items()},
+        "ratios": {f"{name} / {to}": ratio(seconds, name, to) for name, to in RATIOS},
+        "MiB": memory,
+        "memory ratio to natural": {name: value / memory["natural"] for name, value in memory.items()},
+        "augmentation": ratio(share, "augmented batch", "natural step"),
     }
 
 
-def table(data: dict) -> str:
+def floor(ratio: str) -> float | None:
+    """What a ratio of two steps would be if only passes counted."""
+    name, _, to = ratio.partition(" / ")
+    return FLOOR[name] / FLOOR[to] if name in FLOOR and to in FLOOR else None
+
+
+def render(data: dict) -> str:
     lines = [
         f"{data['network']}.",
         "",
-        "| step | images/s | time / natural (quartiles) | floor |",
-        "| --- | --- | --- | --- |",
+        "| step | images/s (quartiles) | passes | MiB | MiB / natural |",
+        f"|{' --- |' * 5}",
     ]
     for name, rate in data["images a second"].items():
-        r = data["ratio to natural"][name]
-        floor = f"{FLOOR[name]:.2f}" if name in FLOOR else ""
-        lines.append(f"| {name} | {rate:.0f} | {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | {floor} |")
+        memory, share = data.get("MiB", {}).get(name), data.get("memory ratio to natural", {}).get(name)
+        sizes = " | " if memory is None else f"{memory:.0f} | {share:.2f}"
+        lines.append(f"| {name} | {shown(rate, '.0f')} | {FLOOR.get(name, '')} | {sizes} |")
+    lines += ["", "| ratio of times | measured (quartiles) | floor |", "| --- | --- | --- |"]
+    for name, value in data["ratios"].items():
+        least = floor(name)
+        lines.append(f"| {name} | {shown(value)} | {'' if least is None else f'{least:.3f}'} |")
+    if "augmentation" in data:
+        share = 100 * middle(data["augmentation"])
+        lines += ["", f"Making an augmented batch takes {share:.1f} % of a natural step of ResNet-20."]
     return "\n".join(lines)
+
+
+AIMS: dict[str, dict[str, float]] = {
+    "LAD / natural": {"most": 1.75},
+    "LAD-SM / natural": {"most": 1.75},
+    "LAD, exact midpoint / LAD": {"most": 1.45},
+    "PGD-10 + LAD / PGD-10": {"most": 1.10},
+    f"natural, {PLAIN} / natural": {"least": 3},
+    f"PGD-10, {PLAIN} / PGD-10": {"least": 3},
+    f"TRADES, {PLAIN} / TRADES": {"least": 3},
+}
+
+
+def limits(data: dict) -> list[Limit]:
+    rows = [
+        Limit(f"time, {name}", value, floor(name), **AIMS.get(name, {}), form=".3f")
+        for name, value in data["ratios"].items()
+    ]
+    for name, value in data.get("memory ratio to natural", {}).items():
+        if name in CHEAP and name != "natural":
+            rows.append(Limit(f"memory, {name} / natural", value, most=1.3 if name == "LAD" else None))
+    if "augmentation" in data:
+        rows.append(Limit("augmented batch / natural step of ResNet-20", data["augmentation"], most=0.05, form=".4f"))
+    return rows

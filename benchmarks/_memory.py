@@ -1,0 +1,50 @@
+"""Memory of what a function makes, counted in tensors: exact, and the same on every run."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the distinct storages that operations return and something still holds, and their peak.
+
+    Every operation passes here, those of a backward pass too; scratch space within one operation does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor)
+        return result
+
+    def _enter(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.held:
+            self.held[key] = storage.nbytes()
+            self.bytes += self.held[key]
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        self.bytes -= self.held.pop(key)
+
+
+def peak_mebibytes(function: Callable[[], object]) -> float:
+    """Peak of the tensors alive in the second of two calls: by then an optimiser has its state."""
+    function()
+    with Ledger() as ledger:
+        function()
+    return ledger.peak / 2**20
