@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ N = 80
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = trained()
+        self.net = copy.deepcopy(trained())  # the tests share that one
 
 
 class Rounded(Wrapped):
