@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
     sub.set_defaults(run=_report)
 
-    sub = command("audit", "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails")
+    sub = command(
+        "audit", "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails"
+    )
     sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
     sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
     sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")

@@ -18,7 +18,7 @@ MADE = {
     "ode": lambda: ode_net(4, 3, stages=2, steps=2, t_end=0.5),
     "dopri5": lambda: ode_net(4, substep=odeadv.TorchDiffEq("dopri5", rtol=1e-3, atol=1e-3)),
     "named": lambda: ode_net(4, substep="torchdiffeq:rk4"),
-    "refined": lambda: refine(preact_resnet(8, 4, damping="damp"), 3, substep="midpoint"),
+    "refined": lambda: refine(preact_resnet(14, 4, damping="damp"), 3, substep="midpoint"),
 }
 
 

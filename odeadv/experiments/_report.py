@@ -14,7 +14,7 @@ from odeadv._files import replacing, write_text
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._methods import passes
 from odeadv.experiments._run import load_records
-from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Table, configurations
+from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Size, Table, configurations
 
 Record = Mapping[str, Any]
 
@@ -302,9 +302,16 @@ def _runs(results: Results) -> list[str]:
         }
     )
     lines += ["", f"Data: {'; '.join(data)}. Versions: {'; '.join(versions)}."]
+    without = [row.label for row in results.table.rows if not _size(results, row).can_run(row)]
+    if without:
+        lines += ["", f"Not at this size, where the network has no block to damp: {', '.join(without)}."]
     if results.missing:
         lines += ["", f"Not run: {', '.join(results.missing)}."]
     return lines
+
+
+def _size(results: Results, row: Row) -> Size:
+    return results.preset.sizes[row.method.split("+")[0]]
 
 
 def differences(results: Results) -> str:

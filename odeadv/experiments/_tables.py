@@ -251,6 +251,10 @@ class Size:
     attack_steps: int = 10
     passes: int = 100
 
+    def can_run(self, row: Row) -> bool:
+        """Whether ``row`` is another method than without its damping: a ResNet-8 has no block to damp."""
+        return parse_method(row.method).damping is None or self.depth >= 14
+
     def epochs_on(self, dataset: str) -> int:
         """Epochs for a data set."""
         return self.epochs if isinstance(self.epochs, int) else self.epochs[dataset]
@@ -277,7 +281,7 @@ class Preset:
 
 ETA = {"cifar10": 50.0, "cifar100": 1000.0, "digits": 50.0, "folder": 50.0}
 _PAPER = Size(56, 16, {"cifar10": 160, "cifar100": 300, "digits": 160, "folder": 160}, "fp32", ETA)
-_SMOKE = Size(8, 8, 12, "fp32", ETA, passes=3)
+_SMOKE = Size(14, 8, 8, "fp32", ETA, passes=3)
 _CPU = Size(8, 16, 8, "bf16", ETA)
 _CPU_ADVERSARIAL = Size(
     8, 16, 40, "bf16", ETA, train_images=2000, test_images=2000, validation_images=500, attack_steps=7,
@@ -289,7 +293,7 @@ PRESETS = {
     for preset in (
         Preset(
             "smoke", "digits", {"natural": _SMOKE, "pgd": _SMOKE, "trades": _SMOKE}, (0,),
-            "shows that everything works: ResNet-8 of width 8, 12 epochs on small images, one seed; minutes",
+            "shows that everything works: ResNet-14 of width 8, 8 epochs on small images, one seed; minutes",
         ),
         Preset(
             "cpu", "cifar10", {"natural": _CPU, "pgd": _CPU_ADVERSARIAL, "trades": _CPU_ADVERSARIAL}, (0, 1, 2),
@@ -339,6 +343,8 @@ def configurations(
 ) -> list[tuple[Row, RunConfig]]:
     """The runs of ``table`` at ``preset``: all rows of the first seed, then of the next.
 
+    Rows with damping are left out where the network has no block to damp, unless they are asked for.
+
     Args:
         table: rows and protocol.
         preset: size.
@@ -350,8 +356,11 @@ def configurations(
         ValueError: for a method that is not a row, or a data set without a value of eta.
     """
     rows = [table.row(name) for name in methods or table.methods]
+    sizes = {row.name: preset.sizes[row.method.split("+")[0]] for row in rows}
+    if not methods:
+        rows = [row for row in rows if sizes[row.name].can_run(row)]
     return [
-        (row, configuration(row, preset.sizes[row.method.split("+")[0]], dataset or preset.dataset, seed))
+        (row, configuration(row, sizes[row.name], dataset or preset.dataset, seed))
         for seed in (preset.seeds if seeds is None else seeds)
         for row in rows
     ]

@@ -131,6 +131,11 @@ class PreActResNet(FieldNetwork):
             raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, ..., 56, ...")
         check_sizes(width=width, num_classes=num_classes)
         make_damping(damping)
+        if damping is not None and depth < 14:
+            raise ValueError(
+                f"damping: got {damping!r} for depth {depth}, which has no block to damp (the first one and those that "
+                "change the state's shape never are); expected depth 14 or more"
+            )
         strength, noise_kind = read_noise(noise, noise_kind)
         self.depth, self.width, self.num_classes = depth, width, num_classes
         self._config = {
