@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import json
 import math
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -32,12 +33,17 @@ class Choice:
         if name is None:
             cls.choices = {}
             return
+        known = cls.choices.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"name: {name!r} is taken by {known.__module__}.{known.__qualname__}; give another name")
         cls.name = name
         cls.choices[name] = cls
 
 
 def to_dict(config: Any) -> Any:
     """``config`` as plain data: dicts, lists, numbers, strings, booleans, None."""
+    if isinstance(config, Choice) and not dataclasses.is_dataclass(config):
+        _name(config)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         named = {"name": _name(config)} if isinstance(config, Choice) else {}
         return named | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -112,7 +118,10 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
             place = place[parent]
             if not isinstance(place, dict):
                 raise ValueError(f"set: {key}: {parent} is not a mapping, but {place!r}")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"set: {key}: {value!r} is not YAML: {error}") from None
     return result
 
 
@@ -139,8 +148,40 @@ def _essential(config: Any) -> Any:
 
 def _name(choice: Choice) -> str:
     """The name that finds the class of ``choice`` again: its own in this package, else where to import it from."""
-    kind = type(choice)
-    return kind.name if kind.__module__.startswith("odeadv.") else f"{kind.__module__}:{kind.__qualname__}"
+    kind: Any = type(choice)
+    if not hasattr(kind, "__dataclass_fields__"):
+        raise TypeError(f"{kind.__name__}: is not a dataclass; decorate it with @dataclass(frozen=True)")
+    if kind.__module__.startswith("odeadv."):
+        return str(kind.name)
+    module = str(kind.__module__)
+    if module == "__main__":  # importable under its own name when run as python -m module
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = module if spec is None else spec.name
+    if module == "__main__" or "." in kind.__qualname__:
+        raise ValueError(
+            f"{kind.__name__}: is defined in {'a program' if module == '__main__' else 'a function or class'}, where "
+            "a configuration cannot find it again; put it at the top of a module that can be imported"
+        )
+    return f"{module}:{kind.__qualname__}"
+
+
+def with_floats(config: Any) -> None:
+    """Make every field of the frozen dataclass ``config`` that is declared a float one, so that equal runs are equal.
+
+    Raises:
+        TypeError: naming a field that is declared a number and is none.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name, None)
+        if hint is float and not isinstance(value, float):
+            object.__setattr__(config, name, _read_scalar(float, value, name))
+        elif hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name}: got {value!r}, expected an integer")
+
+
+def identity(config: Any) -> Any:
+    """What `key` is a hash of: the fields that differ from their defaults, as plain data."""
+    return _essential(config)
 
 
 def _read(kind: Any, data: Any, path: str) -> Any:
@@ -199,11 +240,11 @@ def _read_choice(base: type[Choice], data: Any, path: str) -> Any:
 def _imported(base: type[Choice], name: str, path: str) -> type[Any]:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}.name: {name!r} cannot be imported: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise TypeError(f"{path}.name: {name!r} is not a subclass of {base.__name__}")
+    if not (isinstance(found, type) and issubclass(found, base) and hasattr(found, "__dataclass_fields__")):
+        raise TypeError(f"{path}.name: {name!r} is not a subclass of {base.__name__} that is a dataclass")
     return found
 
 
@@ -239,7 +280,7 @@ def _read_scalar(kind: Any, data: Any, path: str) -> Any:
     if kind is float:
         if isinstance(data, str):
             try:
-                return float(Fraction(data.replace(" ", ""))) if "/" in data else float(data)
+                data = float(Fraction(data.replace(" ", ""))) if "/" in data else float(data)
             except (ValueError, ZeroDivisionError):
                 raise TypeError(f"{path}: got {data!r}, expected a number") from None
         if isinstance(data, bool) or not isinstance(data, int | float):

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from odeadv._version import __version__
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from odeadv.data import ImageDataset
     from odeadv.experiments import RunConfig
 
 _KEYS = """
@@ -126,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("records", type=Path, help="folder of records")
     sub.add_argument("--preset", choices=PRESETS, default="cpu")
     sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
+    sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
     sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
     sub.set_defaults(run=_report)
 
@@ -211,12 +215,12 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from odeadv import data, evaluate, experiments
+    from odeadv import evaluate, experiments
     from odeadv._files import write_json
 
-    net, info = experiments.load_model(args.checkpoint)
+    net, info = _load(args.checkpoint)
     config = experiments.RunConfig.from_dict(info["run"])
-    images = data.load(config.data.name, args.data).subset(None, args.images)
+    images = _test_images(config, args)
     result = evaluate(net, (images.test_images, images.test_labels), args.protocol, batch_size=128).to_dict()
     if args.out:
         write_json(args.out, result)
@@ -236,8 +240,11 @@ def _runs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not found:
         print(f"no runs in {args.folder}")
     for entry in found:
+        if entry["state"] == "unreadable":
+            print(f"{entry['name']}  unreadable: {entry['error']}")
+            continue
         evaluations = "  ".join(
-            f"{protocol}: clean {100 * values['clean']:.2f}, average {100 * values['average']:.2f}"
+            f"{protocol}: clean {_percent(values['clean'])}, average {_percent(values['average'])}"
             for protocol, values in entry["evaluations"].items()
         )
         print(f"{entry['name']}  {entry['state']}, epoch {entry['epoch']}/{entry['epochs']}  {evaluations}".rstrip())
@@ -251,21 +258,24 @@ def _table(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from odeadv.experiments import PRESETS, TABLES, write_report
+    from odeadv.experiments import PRESETS, TABLES, with_eta, write_report
 
-    print(write_report(TABLES[args.table], PRESETS[args.preset], args.dataset, args.records, args.out))
+    table, preset = TABLES[args.table], PRESETS[args.preset]
+    if args.eta is not None:
+        preset = with_eta(preset, table, args.dataset or preset.dataset, args.eta)
+    print(write_report(table, preset, args.dataset, args.records, args.out))
     return 0
 
 
 def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
-    from odeadv import data, experiments
+    from odeadv import experiments
     from odeadv.audit import audit
 
-    net, info = experiments.load_model(args.checkpoint)
+    net, info = _load(args.checkpoint)
     config = experiments.RunConfig.from_dict(info["run"])
-    images = data.load(config.data.name, args.data).subset(None, args.images)
+    images = _test_images(config, args)
     generator = torch.Generator().manual_seed(args.seed)
     result = audit(net, (images.test_images, images.test_labels), eps=args.eps / 255, generator=generator)
     result.write(args.out)
@@ -274,14 +284,14 @@ def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from odeadv import data, experiments
+    from odeadv import experiments
     from odeadv.data import to_float
     from odeadv.diagnostics import diagnose
     from odeadv.models import Averaged
 
-    net, info = experiments.load_model(args.checkpoint)
+    net, info = _load(args.checkpoint)
     config = experiments.RunConfig.from_dict(info["run"])
-    images = data.load(config.data.name, args.data).subset(None, args.images)
+    images = _test_images(config, args)
     eta = getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta
     # The noise is averaged at inference; the dynamics are those of one network.
     network: Any = net.net if isinstance(net, Averaged) else net
@@ -293,10 +303,34 @@ def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
+def _load(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+
+    from odeadv import experiments
+
+    net, info = experiments.load_model(checkpoint)
+    return net.to("cuda" if torch.cuda.is_available() else "cpu"), info
+
+
+def _test_images(config: RunConfig, args: argparse.Namespace) -> ImageDataset:
+    """The data of the run itself (its fold or subset), with so many test images."""
+    from odeadv import data
+
+    subset, _ = config.data.take(data.load(config.data.name, args.data))
+    subset = subset.subset(None, args.images)
+    print(f"{len(subset.test_labels)} test images of {config.data.name}", file=sys.stderr)
+    return subset
+
+
+def _percent(share: float | None) -> str:
+    """In %; attacks that are scored worst so far only have no last-iterate accuracy."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
 def _summary(protocol: str, result: dict[str, object]) -> str:
     attacks = result["attacks"]
     assert isinstance(attacks, list)
-    parts = [f"{a['name']}{a['steps']} {a['eps_255']:g}/255: {100 * a['robust_accuracy']:.2f}" for a in attacks]
+    parts = [f"{a['name']}{a['steps'] or ''} {a['eps_255']:g}/255: {_percent(a['robust_accuracy'])}" for a in attacks]
     return f"{protocol}: clean {100 * float(str(result['clean_accuracy'])):.2f}, " + ", ".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Configurations: plain data in and out, and the messages for what does not fit."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import yaml
@@ -18,7 +18,7 @@ from odeadv.experiments import (
     method_of,
     parse_method,
 )
-from odeadv.training import Layerwise, Natural, Pgd, Trades, TrainConfig, Undefended
+from odeadv.training import Layerwise, Natural, Objective, Pgd, Trades, TrainConfig, Undefended
 
 ALL = [
     (row, config)
@@ -53,6 +53,47 @@ def test_keys_of_committed_runs_never_change():
     assert natural.name == "cifar10-natural-seed0-311527a2"
 
 
+def test_a_key_survives_plain_data_and_other_spellings():
+    for _, config in ALL:
+        assert RunConfig.from_dict(config.to_dict()).key == config.key
+    one = RunConfig(training=TrainConfig(lr=1, defence=Layerwise("lad-sm", 200)))
+    other = RunConfig(training=TrainConfig(lr=1.0, defence=Layerwise("strang", 200.0)))
+    assert one == other
+    assert one.key == other.key == RunConfig.from_dict(json.loads(json.dumps(one.to_dict()))).key
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: TrainConfig(epochs=1.5), TypeError, "^epochs: got 1.5, expected an integer"),
+        (lambda: TrainConfig(milestones=("a",)), ValueError, "^milestones: got"),
+        (lambda: TrainConfig(lr="fast"), TypeError, "^lr: got 'fast'"),
+        (lambda: Pgd(steps=True), TypeError, "^steps: got True"),
+        (lambda: Layerwise("lie", sweeps="converge", perturbation="random"), ValueError, "^sweeps: got 'converge'"),
+        (lambda: Layerwise("strang-midpoint", perturbation="random"), ValueError, "^scheme: got 'strang-midpoint'"),
+    ],
+)
+def test_constructors_check_as_files_do(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_choices_that_no_file_could_name_are_refused():
+    with pytest.raises(ValueError, match=r"^name: 'pgd' is taken by odeadv\.training\.objectives"):
+        type("Other", (Objective,), {"__module__": "elsewhere"}, name="pgd")
+
+    @dataclass(frozen=True)
+    class Local(Objective, name="test-local"):
+        pass
+
+    with pytest.raises(ValueError, match="is defined in a function or class"):
+        RunConfig(training=TrainConfig(objective=Local())).to_dict()
+
+    plain = type("Plain", (Objective,), {"__module__": __name__}, name="test-plain")
+    with pytest.raises(TypeError, match="is not a dataclass"):
+        RunConfig(training=TrainConfig(objective=plain())).key  # noqa: B018
+
+
 def test_tables_share_runs():
     keys = {
         name: {config.key for _, config in configurations(TABLES[name], PRESETS["paper"], dataset="cifar10")}
@@ -64,7 +105,7 @@ def test_tables_share_runs():
 
 def test_methods_are_named_after_what_they_do():
     for row, config in ALL:
-        assert method_of(config) == row.method
+        assert method_of(config) == row.method.replace("+matched", "")
     assert parse_method("pgd+lad-sm+noise").scheme == "strang"
     own = RunConfig(training=TrainConfig(defence=Layerwise("yoshida4", 1.0, ascent=2)))
     assert method_of(own) == "natural+yoshida4+ascent2"
@@ -76,6 +117,7 @@ def test_methods_are_named_after_what_they_do():
         ("gpd", "^method: got 'gpd', expected one that begins with natural, pgd, trades"),
         ("pgd+lap", "'lap' in 'pgd\\+lap' is not known; did you mean 'lad'"),
         ("pgd+lad+lad-sm", "two parts that set its scheme"),
+        ("pgd+lad+matched", "has a defence, whose passes"),
         ("pgd+random", "changes a defence it does not have"),
         ("pgd+sweeps0+lad", "'sweeps0'"),
     ],
@@ -114,6 +156,7 @@ def test_a_file_says_what_differs_from_the_defaults(tmp_path):
         ({"training": {"epochs": "3"}}, TypeError, r"^training\.epochs: got '3', expected an integer"),
         ({"training": {"epochs": True}}, TypeError, r"^training\.epochs: got True"),
         ({"training": {"epochs": 0}}, ValueError, r"^training\.epochs: got 0"),
+        ({"training": {"lr": "nan"}}, ValueError, r"^training\.lr: got nan"),
         ({"training": {"lr": "a/b"}}, TypeError, r"^training\.lr: got 'a/b', expected a number"),
         ({"training": {"milestones": 3}}, TypeError, r"^training\.milestones: got 3, expected a list"),
         ({"training": {"milestones": [1, "x"]}}, TypeError, r"^training\.milestones\[1\]: got 'x'"),
@@ -155,6 +198,8 @@ def test_overrides_are_read_as_yaml():
     assert config.model == replace(ModelConfig(), damping="damp")
     with pytest.raises(ValueError, match=r"^set: got 'lr'"):
         configuration.override(data, ["lr"])
+    with pytest.raises(ValueError, match=r"^set: training\.lr: '\[' is not YAML"):
+        configuration.override(data, ["training.lr=["])
     with pytest.raises(ValueError, match="lr is not a mapping"):
         configuration.override(data, ["training.lr.x=1"])
     with pytest.raises(ValueError, match=r"expected a \.json, \.yaml or \.yml file"):

@@ -14,10 +14,13 @@ from odeadv import data
 from odeadv.experiments import (
     PRESETS,
     TABLES,
+    Row,
     RunConfig,
+    configuration,
     configurations,
     load_records,
     main,
+    with_eta,
     write_report,
 )
 from odeadv.experiments._methods import passes
@@ -83,7 +86,7 @@ def test_every_table_has_a_page_at_every_preset(name, tmp_path):
             records = made_up(table, preset=preset, dataset=dataset)
             text = render(gather(table, PRESETS[preset], dataset, records))
             theirs = preset == "paper" and bool(table.paper(dataset))
-            assert text.startswith("**The paper's protocol.**" if theirs else "**Not")
+            assert text.startswith("**The paper's protocol; where it is silent: " if theirs else "**Not")
             assert "Not run" not in text
             assert ("Not at this size" in text) == (rows_at(table, preset) != list(table.rows))
             for row in rows_at(table, preset):
@@ -192,6 +195,37 @@ def test_passes_are_counted_as_in_the_cost_model():
     assert (counted["pgd"], counted["pgd+lad"], counted["pgd+lad-midpoint"]) == (23, 25, 27)
     assert (counted["trades"], counted["trades+lad"], counted["trades+lad+eta0"]) == (27, 32, 30)
     assert counted["natural+lad+sweeps2"] == 7
+
+
+def test_a_tuned_eta_makes_a_table():
+    table = TABLES["table2"]
+    preset = with_eta(PRESETS["paper"], table, "cifar10", 200)
+    etas = {getattr(c.training.defence, "eta", 0.0) for _, c in configurations(table, preset)}
+    assert etas == {0.0, 200.0}
+    assert preset.sizes["natural"] == PRESETS["paper"].sizes["natural"]
+    records = [
+        record(config, table.protocol, table.columns, lambda n: 0.5 - 0.01 * n)
+        for _, config in configurations(table, preset, seeds=(0,))
+    ]
+    assert "eta 200 instead of 50 (PGD + LAD" in render(gather(table, preset, None, records)).splitlines()[0]
+
+
+def test_matched_baselines_make_as_many_passes():
+    preset = PRESETS["paper"]
+    for objective, size in preset.sizes.items():
+        longer, lad = (configuration(Row(f"{objective}+{part}"), size, "cifar10", 0) for part in ("matched", "lad"))
+        assert longer.training.epochs * passes(longer) == pytest.approx(160 * passes(lad), rel=0.01)
+        assert longer.training.milestones == (longer.training.epochs // 2, longer.training.epochs * 3 // 4)
+
+
+def test_records_that_contradict_each_other_are_refused():
+    table = TABLES["table2"]
+    records = made_up(table)
+    with pytest.raises(ValueError, match="two have the key"):
+        gather(table, PRESETS["cpu"], None, [*records, records[0]])
+    records[0]["data"] = {**records[0]["data"], "fingerprint": "another"}
+    with pytest.raises(ValueError, match="were run on different data"):
+        gather(table, PRESETS["cpu"], None, records)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from io import StringIO
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from odeadv import cli, data, experiments
+from odeadv._configuration import identity
 from odeadv._files import DamagedFileError, read_tensors, write_tensors
 from odeadv.experiments import DataConfig, Job, ModelConfig, RunConfig, RunLockedError, launch, load_model, run
 from odeadv.experiments._run import locked
-from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged
+from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,6 +80,23 @@ class TestFolder:
             accuracy = (net(images).argmax(1) == subset.test_labels).float().mean().item()
         assert record["evaluations"]["last"]["table1"]["clean_accuracy"] == pytest.approx(accuracy)
 
+    def test_what_cannot_be_evaluated_or_is_other_data_is_said_before_training(self, digits, tmp_path):
+        with pytest.raises(ValueError, match="did you mean 'table2'"):
+            run(small(), digits, tmp_path, protocols=("tabel2",), log=StringIO())
+        with pytest.raises(ValueError, match=r"^data: got 'digits', expected 'cifar10'"):
+            run(replace(small(), data=DataConfig("cifar10")), digits, tmp_path, log=StringIO())
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_compared_when_a_run_goes_on_leaves_out_defaults(self):
+        """So that a field added later, with a default that means what was done before, keeps nobody from going on."""
+        assert identity(small()) == {
+            "data": {"name": "digits", "train_images": 160, "test_images": 40, "validation_images": 40},
+            "model": {"depth": 8, "width": 4},
+            "training": {
+                "defence": {"name": "layerwise", "eta": 5.0}, "epochs": 2, "batch_size": 32, "milestones": [1],
+            },
+        }  # fmt: skip
+
     def test_other_data_in_a_runs_folder_are_refused(self, digits, tmp_path):
         config = small()
         run(config, digits, tmp_path, log=StringIO())
@@ -91,14 +111,47 @@ class TestFolder:
         run(config, digits, tmp_path, log=StringIO())
 
     def test_a_failed_run_does_not_keep_others_from_running(self, digits, tmp_path):
-        jobs = [Job(small(lr=1e30)), Job(small())]
+        one_step = replace(small(lr=1e30, batch_size=160, epochs=2))  # weights are lost between two epochs
+        no_model = replace(small(), model=ModelConfig(depth=8, options={"nope": 1}))
+        jobs = [
+            Job(small(lr=1e30)), Job(small(lr=1e30, objective=Pgd(steps=1), defence=Undefended())), Job(one_step),
+            Job(no_model), Job(small()),
+        ]  # fmt: skip
         records, failures = launch(jobs, tmp_path, log=StringIO())
-        assert [record["key"] for record in records] == [jobs[1].config.key]
-        assert len(failures) == 1
-        assert failures[0].job == jobs[0]
-        assert "lower lr" in failures[0].reason
+        assert [record["key"] for record in records] == [jobs[4].config.key]
+        assert [failure.job for failure in failures] == jobs[:4]
+        assert all("training: epoch" in f.reason and "lower lr" in f.reason for f in failures[:3])
+        assert "eta" not in failures[1].reason
+        assert "nope" in failures[3].reason
         with pytest.raises(ValueError, match=r"^launcher: got 'slurm'"):
             launch(jobs, tmp_path, launcher="slurm")
+
+    def test_a_folder_with_anything_in_it_can_be_listed(self, digits, tmp_path, capsys):
+        run(small(), digits, tmp_path, protocols=("table1",), log=StringIO())
+        path = tmp_path / small().name / "record.json"
+        record = json.loads(path.read_text())
+        record["evaluations"]["last"]["worst"] = {"clean_accuracy": 0.5, "average": None}
+        path.write_text(json.dumps(record))
+        for name, text in (
+            ("broken", "{"),
+            ("unknown", '{"trainign": 1}'),
+            ("gone", '{"training": {"objective": "no:X"}}'),
+        ):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text(text)
+        assert cli.main(["runs", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("unreadable: ") == 3
+        assert "worst: clean 50.00, average -" in shown
+
+    def test_looking_does_not_keep_a_run_from_starting(self, tmp_path):
+        holding = FileLock(tmp_path / ".lock", thread_local=False)
+        holding.acquire()
+        timer = threading.Timer(0.2, holding.release)
+        timer.start()
+        with locked(tmp_path):
+            pass
+        timer.join()
 
 
 class TestFiles:

@@ -298,6 +298,22 @@ class TestEta:
         train(plain, tiny_data(8), config(objective=objective, epochs=1))
         assert max((a - b).abs().max() for a, b in zip(nets[0].parameters(), plain.parameters(), strict=True)) > 1e-3
 
+    def test_the_ratio_of_eq_16_is_that_of_the_whole_batch(self):
+        """The images of a batch are alike, so that a part's ratio is the whole one's, once it is scaled."""
+        data = tiny_data(8)
+        same = replace(
+            data,
+            train_images=data.train_images[:1].expand(8, -1, -1, -1).contiguous(),
+            train_labels=torch.zeros(8).long(),
+        )
+        found = [
+            train(self.net(), same, config(lr=0.0, epochs=1, accumulate=parts, defence=LAD)).epochs[0]
+            for parts in (1, 2, 4)
+        ]
+        ratios = [epoch.ratio for epoch in found]
+        assert ratios == pytest.approx([ratios[0]] * 3, rel=0.6)  # crops differ; unscaled it would be 1/2 and 1/4
+        assert [epoch.relative[0] for epoch in found] == pytest.approx([found[0].relative[0]] * 3, rel=0.4)
+
     @pytest.mark.filterwarnings("default")
     def test_a_batch_size_other_than_the_papers_says_what_eta_would_be(self):
         with pytest.warns(UserWarning, match=r"^eta: 2 is for the mean over batches of 8; .* eta = 32$"):

@@ -10,7 +10,18 @@ from odeadv.experiments._launch import Failure, Job, launch
 from odeadv.experiments._methods import Method, method_of, parse_method
 from odeadv.experiments._report import render, write_report
 from odeadv.experiments._run import RunLockedError, list_runs, load_model, load_records, run
-from odeadv.experiments._tables import PRESETS, TABLES, Column, Preset, Row, Size, Table, configuration, configurations
+from odeadv.experiments._tables import (
+    PRESETS,
+    TABLES,
+    Column,
+    Preset,
+    Row,
+    Size,
+    Table,
+    configuration,
+    configurations,
+    with_eta,
+)
 from odeadv.experiments._tune import tune
 
 __all__ = [
@@ -43,6 +54,7 @@ __all__ = [
     "render",
     "run",
     "tune",
+    "with_eta",
     "write_figure2",
     "write_report",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from odeadv._files import write_json
 from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._launch import Job, launch
 from odeadv.experiments._report import write_report
-from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations
+from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations, with_eta
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,7 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
     parser.add_argument("--methods", nargs="+", metavar="ROW", help="some of the rows, by name")
+    parser.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE)")
     parser.add_argument("--render", action="store_true", help="only make the page again from the records in --out")
@@ -35,6 +37,8 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
     """Run what is missing of ``table``, copy the records, write the page and the plot; returns an exit status."""
     preset = PRESETS[args.preset]
     dataset = args.dataset or preset.dataset
+    if args.eta is not None:
+        preset = with_eta(preset, table, dataset, args.eta)
     out = args.out or args.runs / f"{table.name}-{dataset}-{preset.name}"
     failed = 0
     try:
@@ -48,9 +52,11 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
             records, failures = launch(
                 jobs, args.runs, args.data, launcher=args.launcher, cpus=args.cpus, gpus=args.gpus
             )
+            failed = len(failures)
+            if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the page
+                return 1 if failed else 0
             for record, job in zip(records, [j for j in jobs if j not in [f.job for f in failures]], strict=True):
                 write_json(out / f"{job.config.name}.json", record)
-            failed = len(failures)
             for failure in failures:
                 print(f"{parser.prog}: {failure.job.config.name}: {failure.reason}")
         print(write_report(table, preset, dataset, out, out))
@@ -63,12 +69,14 @@ def make_figure2(args: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     """Run what is missing of PGD training, then draw the Eq. 16 ratio from its records; returns an exit status."""
     preset = PRESETS[args.preset]
     dataset = args.dataset or preset.dataset
+    if args.eta is not None:
+        preset = with_eta(preset, TABLES["table2"], dataset, args.eta)
     args.out = args.out or args.runs / f"figure2-{dataset}-{preset.name}"
     status = 0
     if not args.render:
         args.methods = args.methods or list(METHODS)
         status = make_table(TABLES["table2"], args, parser)
-        if args.list:
+        if args.list or int(os.environ.get("RANK", "0")):
             return status
     try:
         print(write_figure2(preset, dataset, args.out, args.out))

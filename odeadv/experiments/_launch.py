@@ -10,8 +10,8 @@ from typing import Literal, TextIO
 
 from odeadv import data
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._run import Record, RunLockedError, run
-from odeadv.training import TrainingDiverged, make_fabric
+from odeadv.experiments._run import Record, run
+from odeadv.training import make_fabric
 
 Launcher = Literal["local", "ray"]
 
@@ -87,6 +87,7 @@ def launch(
         label = f"[{number}/{len(jobs)} {job.config.method}, seed {job.config.training.seed}]"
         try:
             fabric = make_fabric(precision=job.config.training.precision, accelerator=accelerator)
+            fabric.launch()
             images = loaded[job.config.data.name]
             records.append(
                 run(
@@ -94,8 +95,8 @@ def launch(
                     fabric=fabric,
                 )
             )  # fmt: skip
-        except (ValueError, OSError, TrainingDiverged, RunLockedError) as error:
-            failures.append(Failure(job, str(error)))
+        except Exception as error:  # whatever it is, the runs after it are not to blame
+            failures.append(Failure(job, str(error) or type(error).__name__))
             print(f"{label} failed: {error}", file=log, flush=True)
     return records, failures
 

@@ -30,8 +30,9 @@ class Method:
         perturbation: what drives the state.
         damping: of the residual blocks.
         noise: whether there is noise in training.
-        zero: eta = 0, with all passes kept.
+        zero: eta = 0.
         sweeps: recordings.
+        matched: without a defence, trained for as many passes as with LAD.
     """
 
     objective: str
@@ -41,6 +42,7 @@ class Method:
     noise: bool = False
     zero: bool = False
     sweeps: int = 1
+    matched: bool = False
 
     def defence(self, eta: float) -> Defence:
         """Its defence with strength ``eta``."""
@@ -60,7 +62,8 @@ def parse_method(name: str) -> Method:
 
     Parts: ``damp``, ``lambda-damp``; ``lad``, ``lad-sm``, ``lad-midpoint``, ``lad-symmetric`` (schemes ``"lie"``,
     ``"strang"``, ``"strang-midpoint"``, ``"strang-symmetric"``), with ``sweeps2`` and the like; for ablations
-    ``random``, ``shuffled``, ``input`` (what drives the state) and ``eta0`` (all passes, eta = 0); ``noise``.
+    ``random``, ``shuffled``, ``input`` (what drives the state) and ``eta0`` (eta = 0; for TRADES the mix of losses is
+    what is left); ``noise``; and ``matched``, without a defence, for more epochs: as many passes as with LAD.
 
     Raises:
         ValueError: for a part that is none of these, or two of a kind.
@@ -76,6 +79,8 @@ def parse_method(name: str) -> Method:
         found[kind] = value
     if "scheme" not in found and found.keys() & {"perturbation", "zero", "sweeps"}:
         raise ValueError(f"method: {name!r} changes a defence it does not have; add +lad or +lad-sm")
+    if "scheme" in found and "matched" in found:
+        raise ValueError(f"method: {name!r} has a defence, whose passes it cannot be matched to")
     return Method(objective, **found)  # type: ignore[arg-type]
 
 
@@ -86,13 +91,15 @@ def _part(name: str, part: str) -> tuple[str, object]:
         return "scheme", DEFENCES[part]
     if part in PERTURBATIONS:
         return "perturbation", part
+    if part == "matched":
+        return "matched", True
     if part == "noise":
         return "noise", True
     if part == "eta0":
         return "zero", True
     if part.startswith("sweeps") and part[6:].isdigit() and int(part[6:]) >= 1:
         return "sweeps", int(part[6:])
-    known = [*DAMPINGS, *DEFENCES, *PERTURBATIONS, "noise", "eta0", "sweeps2"]
+    known = [*DAMPINGS, *DEFENCES, *PERTURBATIONS, "noise", "eta0", "sweeps2", "matched"]
     near = "".join(f"; did you mean {match!r}?" for match in difflib.get_close_matches(part, known, n=1))
     raise ValueError(f"method: {part!r} in {name!r} is not known{near}; parts are {', '.join(known)}")
 

@@ -111,6 +111,10 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
     """
     dataset = dataset or preset.dataset
     by_key = {record["key"]: record for record in records}
+    if len(by_key) != len(records):
+        keys = [record["key"] for record in records]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"records: two have the key {twice}; keep one of them in the folder")
     runs: dict[str, dict[int, Record]] = {}
     missing = []
     seeds = sorted({*preset.seeds, *(int(record["config"]["training"]["seed"]) for record in records)})
@@ -125,6 +129,9 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
         raise ValueError(
             f"records: none of the {len(records)} given belongs to {table.name} at preset {preset.name} on {dataset}"
         )
+    found = [record for by_seed in runs.values() for record in by_seed.values()]
+    if len({record["data"]["fingerprint"] for record in found}) > 1:
+        raise ValueError("records: those of this table were run on different data; keep one data set in a folder")
     return Results(table, preset, dataset, runs, tuple(missing))
 
 
@@ -246,7 +253,9 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
         if runs:
             values = [results.accuracies(run, "best") for run in runs]
             epochs = ", ".join(str(run["best_epoch"]) for run in runs)
-            lines.append(_line([row.label, epochs, *(_mean(v[key] for v in values) for key in keys)]))
+            lines.append(
+                _line([row.label, _count(runs, "seed"), epochs, *(_mean(v[key] for v in values) for key in keys)])
+            )
     if not lines:
         return []
     return [
@@ -256,7 +265,7 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
         "As the first table, for the weights of the epoch with the highest accuracy on validation images that are "
         "neither trained nor tested on (under IFGSM-10 at 8/255 for adversarial objectives).",
         "",
-        *_header(["Method", "epochs", *labels]),
+        *_header(["Method", "", "epochs", *labels]),
         *lines,
     ]
 
@@ -334,12 +343,15 @@ def differences(results: Results) -> str:
     for text, names in said.items():
         parts.append(text if len(names) == everywhere else f"{text} ({', '.join(names)})")
     seeds = sorted({len(runs) for runs in results.runs.values()})
-    if seeds != [len(PRESETS["paper"].seeds)]:
+    if seeds[0] < len(PRESETS["paper"].seeds):
         parts.append(
             f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} of {len(PRESETS['paper'].seeds)} seeds"
         )
     if not parts:
-        return "The paper's protocol."
+        return (
+            "The paper's protocol; where it is silent: the last, smaller batch of an epoch is left out, attacks run in "
+            "evaluation mode, noise has standard deviation 0.1."
+        )
     return f"Not the paper's protocol: {'; '.join(parts)}."
 
 
@@ -365,7 +377,8 @@ def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
     if here.model.passes != paper.model.passes:
         parts.append(f"{here.model.passes} instead of {paper.model.passes} noisy passes averaged")
     if here.data.train_images or here.data.validation_images:
-        parts.append(f"{run['data']['train_images']} training images")
+        aside = f" and {here.data.validation_images} to validate" if here.data.validation_images else ""
+        parts.append(f"{run['data']['train_images']} training images{aside}")
     if here.data.test_images:
         parts.append(f"{run['data']['test_images']} test images")
     return parts

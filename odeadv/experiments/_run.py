@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 import odeadv
+from odeadv._configuration import identity as essential
 from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors, write_text
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
+from odeadv.evaluation._protocols import resolve_protocol
 from odeadv.experiments._config import RunConfig, load_config
 from odeadv.models import averaged
 from odeadv.models._network import FieldNetwork
@@ -74,12 +76,20 @@ def run(
         ValueError: if the folder holds a run on other data, or the record is damaged.
     """
     folder = runs / config.name
+    for protocol in protocols:
+        resolve_protocol(protocol)
+    if data.name != config.data.name:
+        raise ValueError(f"data: got {data.name!r}, expected {config.data.name!r}, which the configuration names")
     subset, aside = config.data.take(data)
-    fabric = make_fabric(precision=config.training.precision) if fabric is None else fabric
+    if fabric is None:
+        fabric = make_fabric(precision=config.training.precision)
+        fabric.launch()
     log = (log or sys.stderr) if fabric.is_global_zero else _nowhere()
     with locked(folder) if fabric.is_global_zero else contextlib.nullcontext():
         record = _record(folder, config, subset)
         missing = [name for name in protocols if name not in (record or {}).get("evaluations", {}).get("last", {})]
+        if record is not None:  # what a process that was killed may have left
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if record is not None and not missing:
             print(f"{label} already there: {folder / 'record.json'}", file=log, flush=True)
             return record
@@ -109,23 +119,34 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     """
     found = []
     for path in sorted(folder.glob("*/config.json")):
-        config = load_config(path)
-        entry: dict[str, Any] = {"name": path.parent.name, "method": config.method, "state": "finished"}
-        entry |= {"epoch": config.training.epochs, "epochs": config.training.epochs, "evaluations": {}}
-        if (path.parent / "record.json").exists():
-            for protocol, evaluation in _read(path.parent / "record.json")["evaluations"].get("last", {}).items():
-                values = {"clean": evaluation["clean_accuracy"], "average": evaluation["average"]}
-                entry["evaluations"][protocol] = values
-        else:
-            metrics = path.parent / "metrics.jsonl"
-            entry["epoch"] = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
-            try:
-                with locked(path.parent):
-                    entry["state"] = "stopped"
-            except RunLockedError:
-                entry["state"] = "training"
-        found.append(entry)
+        try:
+            found.append(_listed(path.parent, load_config(path)))
+        except (ValueError, TypeError, OSError) as error:
+            found.append({"name": path.parent.name, "state": "unreadable", "error": str(error)})
     return found
+
+
+def _listed(folder: Path, config: RunConfig) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": folder.name, "method": config.method, "state": "finished"}
+    entry |= {"epoch": config.training.epochs, "epochs": config.training.epochs, "evaluations": {}}
+    if (folder / "record.json").exists():
+        for protocol, evaluation in _read(folder / "record.json")["evaluations"].get("last", {}).items():
+            values = {"clean": evaluation["clean_accuracy"], "average": evaluation["average"]}
+            entry["evaluations"][protocol] = values
+        return entry
+    metrics = folder / "metrics.jsonl"
+    entry["epoch"] = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
+    entry["state"] = "training" if _is_locked(folder) else "stopped"
+    return entry
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process has the run; a run that starts at this moment waits for us, see `locked`."""
+    try:
+        with locked(folder, wait=0.0):
+            return False
+    except (RunLockedError, OSError):
+        return True
 
 
 def load_model(file: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -156,8 +177,12 @@ def load_model(file: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: float = 1.0) -> Iterator[None]:
     """Keep other processes from writing ``folder``; the lock ends with the process, however it ends.
+
+    Args:
+        folder: of the run.
+        wait: seconds to try for, so that a listing that looks at the lock for a moment does no harm.
 
     Raises:
         RunLockedError: if another process has it.
@@ -167,7 +192,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait, poll_interval=0.05)
     except Timeout:
         raise RunLockedError(
             f"runs: another process is writing {folder}; wait for it, or give another folder"
@@ -212,7 +237,7 @@ def _trained(
         config.training,
         validation=aside,
         checkpoints=folder / "checkpoints",
-        identity={"data": config.to_dict()["data"], "model": config.to_dict()["model"]},
+        identity=essential(config),
         fabric=fabric,
         on_step=progress.step,
         on_epoch=on_epoch,
@@ -340,6 +365,8 @@ class _Metrics:
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self._path = folder / "metrics.jsonl"
         self._lines: list[str] = []
+        # Epochs of an earlier start are told again when a run goes on; the event files have them already.
+        self._there = len(self._path.read_text(encoding="utf-8").splitlines()) if self._path.exists() else 0
         self._board = None
         if tensorboard:
             try:
@@ -350,9 +377,10 @@ class _Metrics:
 
     def add(self, result: EpochResult) -> None:
         """One more epoch; the file holds exactly the epochs of this run, also after it was interrupted."""
+        again = result.epoch <= self._there
         self._lines.append(json.dumps(asdict(result), allow_nan=False))
         write_text(self._path, "\n".join(self._lines) + "\n")
-        if self._board is not None:
+        if self._board is not None and not again:
             for name, value in _scalars(asdict(result)).items():
                 self._board.add_scalar(name, value, result.epoch)
             self._board.flush()

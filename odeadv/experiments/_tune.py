@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from odeadv.data import ImageDataset
+from odeadv.evaluation._protocols import resolve_protocol
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._run import run
 from odeadv.training import Layerwise
@@ -56,6 +57,7 @@ def tune(
         raise ValueError("etas: got none, expected at least one value")
     if folds < 2 or (only is not None and not 1 <= only <= folds):
         raise ValueError(f"folds, only: got {folds} and {only}, expected at least 2, and only between 1 and folds")
+    resolve_protocol(protocol)
     candidates = []
     for eta in etas:
         training = replace(config.training, defence=replace(defence, eta=eta))

@@ -67,7 +67,8 @@ class Checkpoints:
             try:
                 tensors, info = read_tensors(path)
             except DamagedFileError as error:
-                warnings.warn(f"checkpoint refused: {error}; going back to the one before", CheckpointWarning, 2)
+                rest = "the one before is taken" if path != self.paths()[0] else "none is left, training starts anew"
+                warnings.warn(f"checkpoint refused: {error}; {rest}", CheckpointWarning, 2)
                 continue
             if info.get("schema") != SCHEMA:
                 raise ValueError(f"{path}: schema is {info.get('schema')!r}, expected {SCHEMA!r}")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from odeadv._configuration import with_floats
 from odeadv.training._step import Defence, Objective
 from odeadv.training.defences import Undefended
 from odeadv.training.objectives import Natural
@@ -55,7 +56,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        with_floats(self)
         object.__setattr__(self, "milestones", tuple(self.milestones))
+        if not all(isinstance(epoch, int) and epoch >= 0 for epoch in self.milestones):
+            raise ValueError(f"milestones: got {self.milestones}, expected numbers of epochs")
         for name, base in (("objective", Objective), ("defence", Defence)):
             if not isinstance(getattr(self, name), base):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected an instance of {base.__name__}")

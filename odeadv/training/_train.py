@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 import warnings
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from odeadv import attacks
-from odeadv._configuration import to_dict
+from odeadv._configuration import identity as essential
 from odeadv._solution import SolveError
+from odeadv._state import untouched
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.diagnostics import Perturbation, perturbation
 from odeadv.models import Network
@@ -42,7 +44,8 @@ class EpochResult:
         accuracy: accuracy of the same forward passes, in [0, 1].
         lr: learning rate.
         seconds: wall time.
-        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch; None if not finite.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch (of several parts, on the
+            last one, scaled to the loss averaged over the batch); None if not finite.
         relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
         validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
             objectives (IFGSM-10 at 8/255).
@@ -128,7 +131,7 @@ def train(
         fabric = make_fabric(precision=config.precision)
     if config.channels_last:
         module.to(memory_format=torch.channels_last)
-    with _random_state(config.seed + 7919 * fabric.global_rank, fabric.device):
+    with _random_state(f"odeadv noise {config.seed} {fabric.global_rank}", fabric.device):
         run = _Run(module, data, config, fabric, validation, checkpoints, checkpoint_every, identity)
         return run.go(on_step, on_epoch)
 
@@ -173,7 +176,8 @@ class _Run:
         self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
         self.checkpoints = None
         if checkpoints is not None:
-            whole = {"config": to_dict(config), "run": identity, "data": data.fingerprint()}
+            # As the run's name does, leave out what has its default: fields may be added later.
+            whole = {"config": essential(config), "run": identity, "data": data.fingerprint()}
             whole["processes"] = fabric.world_size
             self.checkpoints = saved.Checkpoints(checkpoints, whole)
         self.result = TrainResult()
@@ -212,20 +216,22 @@ class _Run:
             self.done += 1
             if on_step is not None:
                 on_step(epoch + 1, self.done, len(self.batches))
-            if time.perf_counter() - last_saved > self.every and self.done < len(self.batches):
+            if self.done < len(self.batches) and self._due(last_saved):
                 self.seconds, last_saved = time.perf_counter() - began, time.perf_counter()
                 self._save()
         loss, correct = self._over_processes(self.loss_sum), self._over_processes(self.correct)
-        measured = self._measured()
+        with self._watching(epoch):
+            measured, validation = self._measured(), self._validated()
         result = EpochResult(
             epoch=epoch + 1,
             loss=float(loss) / (len(self.batches) * self.fabric.world_size),
             accuracy=int(correct) / (len(self.batches) * self.config.batch_size),
             lr=lr,
             seconds=time.perf_counter() - began,
-            ratio=_finite(measured.ratio),
+            # The costate of a part's own mean is larger than that of the batch's by the number of parts.
+            ratio=_finite(measured.ratio * self.config.accumulate * self.fabric.world_size),
             relative=tuple(measured.relative) if all(map(math.isfinite, measured.relative)) else (),
-            validation=self._validated(),
+            validation=validation,
         )
         self.result.epochs.append(result)
         self._keep_best(result)
@@ -235,6 +241,17 @@ class _Run:
         self.order_state = self.generator.get_state()
         self._save()
         return result
+
+    def _due(self, last_saved: float) -> bool:
+        """Whether to write a checkpoint within the epoch; all processes come to the same answer."""
+        if self.checkpoints is None:
+            return False
+        if self.fabric.world_size == 1:
+            return time.perf_counter() - last_saved > self.every
+        if self.done % 20:
+            return False
+        answer: bool = self.fabric.broadcast(time.perf_counter() - last_saved > self.every)
+        return answer
 
     def _step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
         """Forward and backward passes of all micro-batches of this process, and one step of SGD."""
@@ -254,27 +271,61 @@ class _Run:
 
     def _forward(self, epoch: int, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         share = 1.0 / (self.config.accumulate * self.fabric.world_size)
-        try:
+        with self._watching(epoch, images, labels):
             loss, logits = self.module(images, labels, draws, share)
-        except SolveError as error:
-            raise self._diverged(epoch, error.solution.status.message, images, labels) from error
+        # Reading the loss waits for the device once a step; a run that trains on after a NaN costs more.
         value = float(loss.detach())
         if not value <= self.config.stop_above:
             raise self._diverged(epoch, f"the loss is {value:g}", images, labels)
         return loss, logits
 
-    def _diverged(self, epoch: int, what: str, images: Tensor, labels: Tensor) -> TrainingDiverged:
+    @contextlib.contextmanager
+    def _watching(self, epoch: int, images: Tensor | None = None, labels: Tensor | None = None) -> Iterator[None]:
+        """Turn what a network that has diverged raises into `TrainingDiverged`."""
+        try:
+            yield
+        except SolveError as error:
+            raise self._diverged(epoch, error.solution.status.message, images, labels) from error
+        except ValueError as error:  # attacks refuse logits that are not finite
+            if self._is_finite(images):
+                raise
+            raise self._diverged(epoch, "logits or a weight are not finite", images, labels) from error
+
+    def _is_finite(self, images: Tensor | None) -> bool:
+        """Whether the weights are, and the logits of ``images`` in evaluation mode."""
+        values = list(self.net.parameters())
+        if images is not None:
+            with torch.no_grad(), untouched(self.net, mode="eval"):
+                values.append(self.net(images))
+        return all(bool(value.isfinite().all()) for value in values)
+
+    def _diverged(
+        self, epoch: int, what: str, images: Tensor | None = None, labels: Tensor | None = None
+    ) -> TrainingDiverged:
         eta = getattr(self.config.defence, "eta", 0.0)
         text = f"training: epoch {epoch + 1}, step {self.done + 1}: {what}; "
         if eta:
-            with contextlib.suppress(SolveError, ValueError):
-                relative = self._perturbation(images, labels).relative
+            when, relative = "", self._perturbation_now(images, labels)
+            if not relative and self.result.epochs:
+                when, relative = " of the epoch before", list(self.result.epochs[-1].relative)
+            if relative:
                 worst = max(range(len(relative)), key=lambda n: (not math.isfinite(relative[n]), relative[n]))
-                text += f"the perturbation ||eta a_n|| / ||x_n|| is largest at layer {worst} ({relative[worst]:.3g}); "
-        text += f"lower lr ({self.config.lr:g}) or eta ({eta:g} at batch size {self.config.batch_size})"
+                text += f"the perturbation ||eta a_n|| / ||x_n||{when} is largest at layer {worst} "
+                text += f"({relative[worst]:.3g}); "
+        text += f"lower lr ({self.config.lr:g})"
+        text += f" or eta ({eta:g} at batch size {self.config.batch_size})" if eta else ""
         if self.checkpoints is not None and self.checkpoints.paths():
             text += f"; the last good checkpoint is {self.checkpoints.paths()[-1]}"
         return TrainingDiverged(text)
+
+    def _perturbation_now(self, images: Tensor | None, labels: Tensor | None) -> list[float]:
+        """The perturbation of every layer on this batch; empty where it cannot be measured any more."""
+        if images is None or labels is None or self.fabric.world_size > 1:  # statistics would wait for all processes
+            return []
+        try:
+            return list(self._perturbation(images, labels).relative)
+        except (SolveError, ValueError):
+            return []
 
     def _perturbation(self, images: Tensor, labels: Tensor) -> Perturbation:
         eta = getattr(self.config.defence, "eta", 0.0) / (self.config.accumulate * self.fabric.world_size)
@@ -420,9 +471,9 @@ def _check(data: ImageDataset, config: TrainConfig, fabric: Fabric | None) -> No
 
 
 @contextlib.contextmanager
-def _random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global random state seeded inside, and put back afterwards."""
+def _random_state(seed: str, device: torch.device) -> Iterator[None]:
+    """Torch's global random state seeded inside from a text, and put back afterwards."""
     cuda: Sequence[torch.device] = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
         yield

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from odeadv._configuration import with_floats
 from odeadv._solve import solve
 from odeadv.models import Network
 from odeadv.splitting import schemes
@@ -30,7 +31,8 @@ class Layerwise(Defence, name="layerwise"):
         sweeps: recordings, each on the trajectory of the last (see `odeadv.solve`); or "converge".
         ascent: recordings that are added up, Eq. 3, instead of ``sweeps``.
         perturbation: what drives the state: the ``"costate"``; or, for ablations, ``"random"`` directions with the
-            costate's norm at every node and for every example, costates ``"shuffled"`` across the batch, or the
+            costate's norm at every node and for every example (one direction for all nodes of a shape, as costates
+            of one segment are nearly parallel), costates ``"shuffled"`` across the micro-batch, or the
             costate at the ``"input"`` alone: x_0 + eta a_0, then the plain network (by the adjoint of Lie, which
             takes G first; LAD itself never perturbs x_0).
 
@@ -45,7 +47,8 @@ class Layerwise(Defence, name="layerwise"):
     perturbation: Perturbation = "costate"
 
     def __post_init__(self) -> None:
-        schemes.get(self.scheme)
+        with_floats(self)
+        object.__setattr__(self, "scheme", schemes.get(self.scheme).name)  # an alias is the same run
         if not math.isfinite(self.eta) or self.eta < 0:
             raise ValueError(f"eta: got {self.eta}, expected a finite number, at least 0")
         if self.sweeps != "converge" and self.sweeps < 1:
@@ -59,8 +62,16 @@ class Layerwise(Defence, name="layerwise"):
                 f"perturbation: got {self.perturbation!r}, expected 'costate', 'random', 'shuffled' or 'input'"
             )
 
-        if self.perturbation == "input" and schemes.get(self.scheme).name != "lie":
+        if self.perturbation == "input" and self.scheme != "lie":
             raise ValueError(f"scheme: got {self.scheme!r} with perturbation='input', expected 'lie'")
+        if self.perturbation != "costate" and self.scheme == "strang-midpoint":
+            raise ValueError(
+                f"scheme: got 'strang-midpoint' with perturbation={self.perturbation!r}; Eq. 9 holds for costates only"
+            )
+        if self.perturbation in ("random", "shuffled") and self.sweeps == "converge":
+            raise ValueError(
+                f"sweeps: got 'converge' with perturbation={self.perturbation!r}, which has no fixed point"
+            )
 
     def __call__(self, net: Network, images: Tensor, labels: Tensor, *, share: float, draws: Draws) -> Passed:
         """Loss and logits of the perturbed pass."""
@@ -87,7 +98,11 @@ def _instead(perturbation: Perturbation, nodes: Sequence[Tensor], draws: Draws) 
     if perturbation == "shuffled":
         order = draws.permutation(len(nodes[0]), nodes[0].device)
         return [node[order] for node in nodes]
-    return [_of_equal_norm(node, draws.normal(node)) for node in nodes]
+    directions: dict[torch.Size, Tensor] = {}
+    for node in nodes:
+        if node.shape not in directions:
+            directions[node.shape] = draws.normal(node)
+    return [_of_equal_norm(node, directions[node.shape]) for node in nodes]
 
 
 def _of_equal_norm(node: Tensor, direction: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from odeadv import attacks
+from odeadv._configuration import with_floats
 from odeadv._state import Mode
 from odeadv.training._step import Objective, Passed, Step
 
@@ -40,6 +41,7 @@ class Pgd(Objective, name="pgd"):
     mode: Mode = "eval"
 
     def __post_init__(self) -> None:
+        with_floats(self)
         check_attack(self.eps, self.alpha, self.steps, self.mode)
 
     def __call__(self, step: Step) -> Passed:

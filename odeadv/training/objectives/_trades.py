@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odeadv import attacks
+from odeadv._configuration import with_floats
 from odeadv._state import Mode
 from odeadv.training._step import Objective, Passed, Step
 from odeadv.training.objectives._pgd import check_attack
@@ -38,6 +39,7 @@ class Trades(Objective, name="trades"):
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
+        with_floats(self)
         check_attack(self.eps, self.alpha, self.steps, self.mode)
         if not (math.isfinite(self.lam) and self.lam > 0):
             raise ValueError(f"lam: got {self.lam}, expected a finite number above 0")
