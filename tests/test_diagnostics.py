@@ -593,8 +593,8 @@ def test_plots_share_axes():
 
 def test_diagnose(tmp_path):
     net, images, labels = small_net()
-    other, _, _ = small_net(damping="damp")
-    fields = {"plain": net.field(images, labels, 3.0), "damped": other.field(images, labels, 3.0)}
+    other, _, _ = small_net()
+    fields = {"plain": net.field(images, labels, 3.0), "twin": other.field(images, labels, 3.0)}
     start = {"plain": net.stem(images + 0.01)}
     result = diagnostics.diagnose(fields, tmp_path / "page", start=start, title="Two networks", about="On two images.")
     written = sorted(path.name for path in (tmp_path / "page").iterdir())
@@ -603,16 +603,16 @@ def test_diagnose(tmp_path):
     assert written == sorted([*(f"{name}.png" for name in names), "diagnostics.json", "diagnostics.md"])
     values = json.loads((tmp_path / "page" / "diagnostics.json").read_text(encoding="utf-8"))
     assert values == json.loads(json.dumps(result.to_dict()))
-    assert sorted(values["fields"]["damped"]) == names
+    assert sorted(values["fields"]["twin"]) == names
     assert result.results["plain"]["perturbation"] == diagnostics.perturbation(fields["plain"])
     assert result.results["plain"]["second_order"] == diagnostics.second_order(fields["plain"])
     assert result.results["plain"]["lipschitz"].to_dict() == diagnostics.lipschitz(fields["plain"]).to_dict()
     assert result.results["plain"]["energy"] == diagnostics.energy(fields["plain"])
     assert not result.results["plain"]["growth"].linear
-    assert result.results["damped"]["growth"].linear
+    assert result.results["twin"]["growth"].linear
     page = result.page.read_text(encoding="utf-8")
     assert page.startswith("# Two networks\n\nOn two images.\n")
-    assert "| | plain | damped |" in page
+    assert "| | plain | twin |" in page
     assert all(f"]({name}.png)" in page for name in names)
 
 
