@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that a configuration can name an objective in a module here
     try:
         status: int = args.run(args, parser)
+    except KeyboardInterrupt:
+        print(f"odeadv {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError) as error:
         print(f"odeadv {args.command}: error: {error}", file=sys.stderr)
         return 2
@@ -79,16 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     def with_run(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("config", nargs="?", type=Path, help="a .yaml or .json file (see below)")
         sub.add_argument("--method", help="instead of a file: such as natural, pgd+lad, trades+lad-sm, pgd+lad+noise")
-        sub.add_argument("--preset", choices=PRESETS, default="smoke", help="size of a --method (default: smoke)")
+        sub.add_argument("--preset", choices=PRESETS, help="size of a --method (default: smoke)")
         sub.add_argument("--dataset", choices=data.names(), help="of a --method, instead of the preset's")
-        sub.add_argument("--seed", type=int, default=0, help="of a --method (default: 0)")
+        sub.add_argument("--seed", type=int, help="instead of the file's, or of a --method (default: 0)")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as training.lr=0.05")
         with_data(sub)
 
     sub = command("train", "train one network; goes on where it was stopped", _KEYS)
     with_run(sub)
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    sub.add_argument("--protocol", nargs="*", default=[], help="evaluate by these afterwards: table1, table2, table6")
+    sub.add_argument("--protocol", nargs="*", default=[], help="evaluate by these afterwards: table1, table2, ...")
     sub.add_argument("--accelerator", default="auto", help="of lightning-fabric: auto, cpu, cuda, mps")
     sub.add_argument("--devices", type=int, default=1, help="processes on this machine (torchrun's count, under it)")
     sub.add_argument("--nodes", type=int, default=1, help="machines")
@@ -140,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
     sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, required=True, help="folder for the page")
+    sub.add_argument("--surrogate", type=Path, help="another run, whose adversarial images are tried on this one")
+    sub.add_argument("--out", type=Path, help="folder for the page (default: audit in the run's folder)")
     with_data(sub)
     sub.set_defaults(run=_audit)
 
@@ -148,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
     sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
     sub.add_argument("--eta", type=float, help="instead of the run's own")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the page")
+    sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
     with_data(sub)
     sub.set_defaults(run=_diagnose)
     return parser
@@ -161,12 +169,16 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if (args.config is None) == (args.method is None):
         raise ValueError("config: give either a configuration file or --method")
     if args.config is not None:
+        if args.preset is not None or args.dataset is not None:
+            raise ValueError("preset, dataset: belong to --method; a file says its own, which --set changes")
         config = experiments.load_config(args.config)
+        if args.seed is not None:
+            config = replace(config, training=replace(config.training, seed=args.seed))
     else:
-        preset = experiments.PRESETS[args.preset]
+        preset = experiments.PRESETS[args.preset or "smoke"]
         objective = experiments.parse_method(args.method).objective
         row, dataset = experiments.Row(args.method), args.dataset or preset.dataset
-        config = experiments.configuration(row, preset.sizes[objective], dataset, args.seed)
+        config = experiments.configuration(row, preset.sizes[objective], dataset, args.seed or 0)
     return experiments.RunConfig.from_dict(configuration.override(config.to_dict(), args.set))
 
 
@@ -215,12 +227,11 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from odeadv import evaluate, experiments
+    from odeadv import evaluate
     from odeadv._files import write_json
 
     net, info = _load(args.checkpoint)
-    config = experiments.RunConfig.from_dict(info["run"])
-    images = _test_images(config, args)
+    images = _test_images(info, args)
     result = evaluate(net, (images.test_images, images.test_labels), args.protocol, batch_size=128).to_dict()
     if args.out:
         write_json(args.out, result)
@@ -270,16 +281,19 @@ def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
-    from odeadv import experiments
     from odeadv.audit import audit
 
     net, info = _load(args.checkpoint)
-    config = experiments.RunConfig.from_dict(info["run"])
-    images = _test_images(config, args)
+    images = _test_images(info, args)
     generator = torch.Generator().manual_seed(args.seed)
-    result = audit(net, (images.test_images, images.test_labels), eps=args.eps / 255, generator=generator)
-    result.write(args.out)
+    surrogate = None if args.surrogate is None else _load(args.surrogate)[0]
+    result = audit(
+        net, (images.test_images, images.test_labels), eps=args.eps / 255, generator=generator, surrogate=surrogate
+    )
+    out = args.out or _beside(args.checkpoint) / "audit"
+    result.write(out)
     print(result)
+    print(out)
     return 0 if result.passed else 1
 
 
@@ -291,16 +305,22 @@ def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     net, info = _load(args.checkpoint)
     config = experiments.RunConfig.from_dict(info["run"])
-    images = _test_images(config, args)
+    images = _test_images(info, args)
     eta = getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta
     # The noise is averaged at inference; the dynamics are those of one network.
     network: Any = net.net if isinstance(net, Averaged) else net
     field = network.field(to_float(images.test_images), images.test_labels, eta)
     options = network.solve_options
     title = f"{config.name}, eta {eta:g}, {len(images.test_labels)} test images"
-    diagnose(field, args.out, substep=options.get("substep"), title=title)
-    print(args.out)
+    out = args.out or _beside(args.checkpoint) / "diagnostics"
+    diagnose(field, out, substep=options.get("substep"), title=title)
+    print(out)
     return 0
+
+
+def _beside(checkpoint: Path) -> Path:
+    """The folder of the run."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 def _load(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -312,13 +332,16 @@ def _load(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
     return net.to("cuda" if torch.cuda.is_available() else "cpu"), info
 
 
-def _test_images(config: RunConfig, args: argparse.Namespace) -> ImageDataset:
+def _test_images(info: dict[str, Any], args: argparse.Namespace) -> ImageDataset:
     """The data of the run itself (its fold or subset), with so many test images."""
+    from odeadv import _configuration as configuration
     from odeadv import data
+    from odeadv.experiments import DataConfig
 
-    subset, _ = config.data.take(data.load(config.data.name, args.data))
+    config = configuration.from_dict(DataConfig, info["run"]["data"])
+    subset, _ = config.take(data.load(config.name, args.data))
     subset = subset.subset(None, args.images)
-    print(f"{len(subset.test_labels)} test images of {config.data.name}", file=sys.stderr)
+    print(f"{len(subset.test_labels)} test images of {config.name}", file=sys.stderr)
     return subset
 
 

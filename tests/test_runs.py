@@ -276,8 +276,32 @@ class TestCommand:
         assert cli.main(["runs", str(runs), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["state"] == "finished"
 
+    def test_a_seed_and_an_objective_of_the_working_directory(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "objective_of_mine.py").write_text(
+            "from dataclasses import dataclass\n"
+            "from odeadv.training import Objective\n"
+            "@dataclass(frozen=True)\n"
+            "class Mine(Objective, name='test-mine'):\n"
+            "    def __call__(self, step):\n"
+            "        return step.defended(step.images)\n"
+        )
+        plain = small(epochs=1).to_dict()
+        plain["training"]["objective"] = {"name": "objective_of_mine:Mine"}
+        (tmp_path / "run.json").write_text(json.dumps(plain))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+        assert cli.main(["train", "run.json", "--seed", "7", "--accelerator", "cpu"]) == 0
+        folder = capsys.readouterr().out.strip()
+        assert "test-mine-lad-seed7" in folder
+        monkeypatch.delitem(sys.modules, "objective_of_mine")
+        (tmp_path / "objective_of_mine.py").unlink()
+        net, _ = load_model(folder)  # the weights do not need it
+        assert not net.training
+        assert cli.main(["evaluate", folder, "--images", "10", "--out", "e.json"]) == 0
+
     def test_configurations_are_printed_and_changed(self, capsys):
-        assert cli.main(["train", "--method", "pgd+lad", "--set", "training.epochs=3", "--print-config"]) == 0
+        changes = ["--set", "training.epochs=3", "--set", "training.milestones=[2]"]
+        assert cli.main(["train", "--method", "pgd+lad", *changes, "--print-config"]) == 0
         printed = capsys.readouterr().out
         import yaml
 
@@ -292,6 +316,7 @@ class TestCommand:
             (["train", "--method", "gpd"], "method: got 'gpd'"),
             (["train", "--method", "pgd", "--set", "training.epoch=3"], "did you mean 'epochs'"),
             (["train", "nothing.yaml"], "nothing.yaml"),
+            (["train", "nothing.yaml", "--preset", "cpu"], "preset, dataset: belong to --method"),
             (["evaluate", "nothing"], "nothing"),
             (["tune", "--method", "pgd", "--etas", "1"], "has no eta to choose"),
             (["report", "table1", "nowhere", "--out", "x"], "none of the 0"),

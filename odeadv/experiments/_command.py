@@ -41,7 +41,9 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="ROW", help="some of the rows, by name")
     parser.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    parser.add_argument("--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE-DATASET-PRESET)"
+    )
     parser.add_argument("--render", action="store_true", help="only make the page again from the records in --out")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="one run after the other, or Ray")
     parser.add_argument("--cpus", type=int, default=1, help="that Ray reserves for a run")
@@ -64,7 +66,8 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
                 for row, config in pairs:
                     print(f"{config.name}  {row.label}, seed {config.training.seed}")
                 total = sum(image_passes(config) for _, config in pairs)
-                print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
+                if total:
+                    print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
                 return 0
             jobs = [Job(config, (table.protocol,)) for _, config in pairs]
             records, failures = launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,11 +150,11 @@ class RunConfig:
         return configuration.from_dict(cls, data)
 
 
-def load_config(file: Path) -> RunConfig:
+def load_config(file: str | os.PathLike[str]) -> RunConfig:
     """A run's configuration from a .json, .yaml or .yml file.
 
     Raises:
         TypeError, ValueError: naming the key that is unknown, of a wrong type or out of range.
         OSError: if the file cannot be read.
     """
-    return configuration.load(RunConfig, file)
+    return configuration.load(RunConfig, Path(file))

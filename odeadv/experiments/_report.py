@@ -127,7 +127,9 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
             runs.setdefault(row.name, {})[config.training.seed] = record
     if not runs:
         raise ValueError(
-            f"records: none of the {len(records)} given belongs to {table.name} at preset {preset.name} on {dataset}"
+            f"records: none of the {len(records)} given belongs to {table.name} at preset {preset.name} on {dataset} "
+            f"(with protocol {table.protocol}); a record belongs where its configuration is one of those that "
+            f"`odeadv table {table.name} --list` names"
         )
     found = [record for by_seed in runs.values() for record in by_seed.values()]
     if len({record["data"]["fingerprint"] for record in found}) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -19,12 +20,13 @@ import torch
 from torch import nn
 
 import odeadv
+from odeadv import _configuration as configuration
 from odeadv._configuration import identity as essential
 from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors, write_text
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
 from odeadv.evaluation._protocols import resolve_protocol
-from odeadv.experiments._config import RunConfig, load_config
+from odeadv.experiments._config import ModelConfig, RunConfig, load_config
 from odeadv.models import averaged
 from odeadv.models._network import FieldNetwork
 from odeadv.training import EpochResult, TrainResult, make_fabric, train
@@ -149,7 +151,7 @@ def _is_locked(folder: Path) -> bool:
         return True
 
 
-def load_model(file: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a ``last.safetensors`` or ``best.safetensors``, in evaluation mode, and what the file says of it.
 
     Args:
@@ -163,17 +165,19 @@ def load_model(file: Path) -> tuple[nn.Module, dict[str, Any]]:
         FileNotFoundError: if there are no such weights.
         ValueError: if the file is damaged or not odeadv's.
     """
+    file = Path(file)
     if file.is_dir():
         file = file / "last.safetensors"
     tensors, info = read_tensors(file)
     if info.get("schema") != WEIGHTS_SCHEMA:
         raise ValueError(f"{file}: schema is {info.get('schema')!r}, expected {WEIGHTS_SCHEMA!r}; is it a checkpoint?")
-    config = RunConfig.from_dict(info["run"])
-    net = config.model.build(_Shape(info["num_classes"], info["mean"], info["std"]))  # type: ignore[arg-type]
+    # The model's part only: weights can be used where the objective they were trained with cannot be imported.
+    config = configuration.from_dict(ModelConfig, info["run"]["model"])
+    net = config.build(_Shape(info["num_classes"], info["mean"], info["std"]))  # type: ignore[arg-type]
     net.load_state_dict(tensors)
     net.to(memory_format=torch.channels_last)
     net.eval()
-    return (averaged(net, passes=config.model.passes) if config.model.noise else net), info
+    return (averaged(net, passes=config.passes) if config.noise else net), info
 
 
 @contextlib.contextmanager

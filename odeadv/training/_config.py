@@ -75,6 +75,12 @@ class TrainConfig:
             raise ValueError(f"stop_above: got {self.stop_above}, expected a number above 0")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
+        if self.milestones and max(self.milestones) > self.epochs:
+            half, late = self.epochs // 2, self.epochs * 3 // 4
+            raise ValueError(
+                f"milestones: got {self.milestones} for {self.epochs} epochs, expected none beyond them; the paper's "
+                f"would be ({half}, {late})"
+            )
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate of epoch number ``epoch``, counted from 0."""
