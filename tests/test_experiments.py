@@ -21,6 +21,7 @@ from odeadv.experiments import (
     load_records,
     main,
     with_eta,
+    write_figure2,
     write_report,
 )
 from odeadv.experiments._methods import passes
@@ -235,6 +236,27 @@ def test_committed_pages_are_made_of_committed_records(page, tmp_path):
     text = write_report(TABLES[name], PRESETS[preset], dataset, RESULTS / "runs", tmp_path)
     assert page.read_text(encoding="utf-8") == text
     assert (page.parent / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("figure2-*/figure2.md")), ids=lambda page: page.parent.name)
+def test_committed_figures_are_made_of_committed_records(page, tmp_path):
+    _, dataset, preset = page.parent.name.rsplit("-", 2)
+    assert page.read_text(encoding="utf-8") == write_figure2(PRESETS[preset], dataset, RESULTS / "runs", tmp_path)
+
+
+def test_figure_2_says_whether_it_is_the_papers(tmp_path):
+    records = made_up(TABLES["table2"], rows=("pgd",), seeds=(0,))
+    ratios = [2e6, 1e6, 3e5, 2e5]
+    records[0]["epochs"] = [{**records[0]["epochs"][0], "epoch": n, "ratio": r} for n, r in enumerate(ratios, start=1)]
+    (tmp_path / "a.json").write_text(json.dumps(records[0]))
+    text = write_figure2(PRESETS["cpu"], "cifar10", tmp_path, tmp_path / "out")
+    assert "| PGD, seed 0 | 2e+06 | 2e+05 | 4 of 4 | 2e+05 | yes | yes |" in text
+    records[0]["epochs"][1]["ratio"] = 5e4
+    (tmp_path / "a.json").write_text(json.dumps(records[0]))
+    text = write_figure2(PRESETS["cpu"], "cifar10", tmp_path, tmp_path / "out")
+    assert "| PGD, seed 0 | 2e+06 | 5e+04 | 2 of 4 | 2e+05 | no | no |" in text
+    with pytest.raises(ValueError, match="none of the 0 given"):
+        write_figure2(PRESETS["cpu"], "cifar10", tmp_path / "nothing", tmp_path / "out")
 
 
 def test_there_are_committed_pages():
