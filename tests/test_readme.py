@@ -40,6 +40,7 @@ def test_the_programs_of_other_pages_run(page):
     for program in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(program, names)
+    assert names.keys() - {"__builtins__"}, f"{page} has no program"
 
 
 @pytest.mark.parametrize("command", ["table1", "test"])

@@ -150,7 +150,7 @@ class TestFolder:
         timer = threading.Timer(0.2, holding.release)
         timer.start()
         with locked(tmp_path):
-            pass
+            assert not holding.is_locked
         timer.join()
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -22,11 +22,12 @@ from torch import nn
 import odeadv
 from odeadv import _configuration as configuration
 from odeadv._configuration import identity as essential
-from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors, write_text
+from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
 from odeadv.evaluation._protocols import resolve_protocol
 from odeadv.experiments._config import ModelConfig, RunConfig, load_config
+from odeadv.experiments._progress import Metrics, Progress
 from odeadv.models import averaged
 from odeadv.models._network import FieldNetwork
 from odeadv.training import EpochResult, TrainResult, make_fabric, train
@@ -96,10 +97,10 @@ def run(
             print(f"{label} already there: {folder / 'record.json'}", file=log, flush=True)
             return record
         if record is None:
-            record = _trained(config, subset, aside, folder, fabric, _Progress(label, config, log), tensorboard)
+            record = _trained(config, subset, aside, folder, fabric, Progress(label, config, log), tensorboard)
         if fabric.is_global_zero:
             for protocol in missing:
-                _evaluate(record, config, subset, folder, protocol, fabric.device, _Progress(label, config, log))
+                _evaluate(record, config, subset, folder, protocol, fabric.device, Progress(label, config, log))
         return record
 
 
@@ -220,7 +221,7 @@ def _trained(
     aside: tuple[torch.Tensor, torch.Tensor] | None,
     folder: Path,
     fabric: Fabric,
-    progress: _Progress,
+    progress: Progress,
     tensorboard: bool,
 ) -> Record:
     """Train, write the weights and the record without evaluations."""
@@ -228,7 +229,7 @@ def _trained(
     net = config.model.build(data, torch.Generator().manual_seed(seed)).to(fabric.device)
     if fabric.is_global_zero:
         write_json(folder / "config.json", config.to_dict())
-    metrics = _Metrics(folder, tensorboard) if fabric.is_global_zero else None
+    metrics = Metrics(folder, tensorboard) if fabric.is_global_zero else None
 
     def on_epoch(result: EpochResult) -> None:
         progress.epoch(result)
@@ -305,7 +306,7 @@ def _evaluate(
     folder: Path,
     protocol: str,
     device: torch.device,
-    progress: _Progress,
+    progress: Progress,
 ) -> None:
     """Evaluate the weights in ``folder`` and write what comes out into the record."""
     for which in ("last", "best"):
@@ -363,107 +364,7 @@ def _read(path: Path) -> Record:
     return dict(record)
 
 
-class _Metrics:
-    """What became of every epoch, as JSON lines and, if asked for, for TensorBoard."""
-
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self._path = folder / "metrics.jsonl"
-        self._lines: list[str] = []
-        # Epochs of an earlier start are told again when a run goes on; the event files have them already.
-        self._there = len(self._path.read_text(encoding="utf-8").splitlines()) if self._path.exists() else 0
-        self._board = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("tensorboard: is not installed; pip install tensorboard, or leave it out") from None
-            self._board = SummaryWriter(str(folder / "tensorboard"))
-
-    def add(self, result: EpochResult) -> None:
-        """One more epoch; the file holds exactly the epochs of this run, also after it was interrupted."""
-        again = result.epoch <= self._there
-        self._lines.append(json.dumps(asdict(result), allow_nan=False))
-        write_text(self._path, "\n".join(self._lines) + "\n")
-        if self._board is not None and not again:
-            for name, value in _scalars(asdict(result)).items():
-                self._board.add_scalar(name, value, result.epoch)
-            self._board.flush()
-
-
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, tuple | list):
-            found |= {f"{prefix}{name}/{n}": float(item) for n, item in enumerate(value)}
-        elif isinstance(value, int | float):
-            found[f"{prefix}{name}"] = float(value)
-    return found
-
-
 def _nowhere() -> TextIO:
     import io
 
     return io.StringIO()
-
-
-class _Progress:
-    """Lines about a run: one an epoch, and within it one that is overwritten (on a terminal) or one a minute."""
-
-    def __init__(self, label: str, config: RunConfig, log: TextIO) -> None:
-        self.label, self.log = label, log
-        self.epochs, self.batch_size = config.training.epochs, config.training.batch_size
-        self.live = log.isatty()
-        self.what = ""
-        self.began = self.shown = time.perf_counter()
-        self.first: float | None = None  # share of the training that was done before
-        self.steps = 0
-
-    def begin(self, what: str) -> None:
-        """A new piece of work."""
-        self.what, self.began = what, time.perf_counter()
-
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        """A step was made."""
-        share = (epoch - 1 + step / steps) / self.epochs
-        if self.first is None:
-            self.first = share
-            return
-        self.steps += 1
-        rate = self.steps * self.batch_size / (time.perf_counter() - self.began)
-        self._now_and_then(f"epoch {epoch}/{self.epochs}, step {step}/{steps}, {rate:.0f} images/s", share, self.first)
-
-    def epoch(self, result: EpochResult) -> None:
-        """An epoch has ended."""
-        share = result.epoch / self.epochs
-        left = "" if self.first is None or share <= self.first else f"  {self._left(share, self.first)}"
-        ratio = "" if result.ratio is None else f"  Eq. 16 ratio {result.ratio:.2g}"
-        valid = "".join(f"  {name} {100 * value:.1f} %" for name, value in (result.validation or {}).items())
-        self._line(
-            f"epoch {result.epoch}/{self.epochs}  loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
-            f"{valid}{ratio}  lr {result.lr:g}  {result.seconds:.0f} s{left}"
-        )
-
-    def evaluated(self, done: int, total: int) -> None:
-        """A batch was evaluated."""
-        if done == total:
-            self._line(f"{self.what}: {time.perf_counter() - self.began:.0f} s")
-        else:
-            self._now_and_then(f"{self.what}, batch {done}/{total}", done / total, 0.0)
-
-    def _now_and_then(self, text: str, share: float, first: float) -> None:
-        now = time.perf_counter()
-        if now - self.shown > (0.5 if self.live else 60.0):
-            self.shown = now
-            (self._overwrite if self.live else self._line)(f"{text}, {self._left(share, first)}")
-
-    def _left(self, share: float, first: float) -> str:
-        seconds = (time.perf_counter() - self.began) * (1.0 - share) / max(share - first, 1e-9)
-        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
-
-    def _line(self, text: str) -> None:
-        print(f"{chr(13) + chr(27) + '[K' if self.live else ''}{self.label} {text}", file=self.log, flush=True)
-
-    def _overwrite(self, text: str) -> None:
-        print(f"\r\x1b[K{self.label} {text}", end="", file=self.log, flush=True)
