@@ -89,7 +89,7 @@ class Learning(Wrapped):
 
 
 class Late(Wrapped):
-    """Answers differently from the sixth call on."""
+    """Answers differently from the twelfth call on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,67 @@ class Late(Wrapped):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return self.net(x) if self.calls < 6 else self.net(x.flip(3))
+        return self.net(x) if self.calls < 12 else self.net(x.flip(3))
+
+
+class BatchStatistics(Wrapped):
+    """Its input is centred by the mean of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - 0.2 * x.mean(dim=(0, 1), keepdim=True))
+
+
+class ByRow(Wrapped):
+    """The answer depends on the parity of the row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + (torch.arange(len(x)) % 2)[:, None] * torch.eye(10)[3]
+
+
+class ByBatchSize(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * (1 + 0.01 * (len(x) > 2))
+
+
+class WhenDifferentiated(Wrapped):
+    """A buffer moves only where gradients are on."""
+
+    moved: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moved", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.moved.add_(1)
+        return self.net(x)
+
+
+class NoisyGradients(Wrapped):
+    """Noise only where a gradient is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.05 * torch.randn_like(x)) if x.requires_grad else self.net(x)
+
+
+class OtherGradients(Wrapped):
+    """Another function, always the same, where a gradient is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flip(3)) if x.requires_grad else self.net(x)
+
+
+class Private(Wrapped):
+    """Keeps what it has seen in a private list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._seen.append(len(x))
+        return self.net(x)
 
 
 class Probabilities(Wrapped):
@@ -125,7 +185,7 @@ def honest() -> Audit:
 def test_an_honest_network_passes_every_line(honest: Audit) -> None:
     assert [(check.name, check.found) for check in honest.checks if check.status != "pass"] == []
     assert honest.passed
-    assert len(honest.checks) == 16
+    assert len(honest.checks) == 17
 
 
 def test_figures_of_the_honest_network(honest: Audit) -> None:
@@ -154,6 +214,13 @@ CAUGHT: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (TooFew, ["number of classes"]),
     (Learning, ["state left alone"]),
     (Late, ["state left alone"]),
+    (BatchStatistics, ["same answer in any batch"]),
+    (ByRow, ["same answer in any batch"]),
+    (ByBatchSize, ["same answer in any batch"]),
+    (WhenDifferentiated, ["state left alone"]),
+    (NoisyGradients, ["same answer twice"]),
+    (OtherGradients, ["same answer twice"]),
+    (Private, ["state left alone"]),
     (Probabilities, ["logits, not probabilities"]),
 ]
 
@@ -177,6 +244,12 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (TooFew, r"labels: got 9, expected class indices < 7"),
     (TooMany, r"model: returned 13 logits an image, expected num_classes, 10"),
     (Learning, "model: its forward changes mean in eval mode"),
+    (BatchStatistics, "model: the logits of an image depend on the other images in its batch.* running statistics"),
+    (ByRow, "model: the logits of an image depend on the other images in its batch"),
+    (ByBatchSize, "model: the logits of an image depend on the other images in its batch"),
+    (WhenDifferentiated, "model: its forward changes moved in eval mode"),
+    (NoisyGradients, "model: two forward passes on the same images differ by"),
+    (OtherGradients, "model: its logits where a gradient could be asked for differ from those without one"),
     (Late, r"model: its logits of the first images have changed during the evaluation.*changed by a forward: calls"),
 ]
 
@@ -185,6 +258,19 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
 def test_evaluate_refuses(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         evaluate(make(), held_out(40), "table1", num_classes=10)
+
+
+def test_what_a_forward_changes_is_in_the_notes() -> None:
+    (note,) = evaluate(Private(), held_out(20), Protocol("p", (AttackSpec("fgsm", EPS),))).notes
+    assert note.startswith("a forward pass changes _seen of the model")
+
+
+@pytest.mark.parametrize("run_it", [evaluate, audit])
+def test_images_of_a_dtype_that_the_model_does_not_take_are_refused(run_it: Callable[..., object]) -> None:
+    options = {"generator": torch.Generator()} if run_it is audit else {}
+    message = r"^images: got torch\.float32, but the model has torch\.float64 .*expected images\.to\(torch\.float64\)"
+    with pytest.raises(ValueError, match=message):
+        run_it(copy.deepcopy(trained()).double(), held_out(20), **options)
 
 
 def test_a_random_model_is_evaluated_by_single_draws_on_request(tmp_path: Path) -> None:
@@ -229,14 +315,14 @@ def test_write(honest: Audit, tmp_path: Path) -> None:
     assert data["schema"] == "odeadv.audit/1"
     page = (tmp_path / "report" / "audit.md").read_text()
     assert all(check.name in page and check.meaning in page for check in honest.checks)
-    assert "16 checks passed, 0 failed, 0 not applicable; 80 examples" in page
+    assert "17 checks passed, 0 failed, 0 not applicable; 80 examples" in page
 
 
 def test_write_of_an_unusable_model(tmp_path: Path) -> None:
     found = run(NotANumber())
     found.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"audit.json", "audit.md"}
-    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 15
+    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 16
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks import fgsm, ifgsm
 from odeadv.evaluation import PROTOCOLS, AttackResult, AttackSpec, Evaluation, Protocol, evaluate
 from odeadv.evaluation._evaluation import wilson_interval
+from odeadv.evaluation._protocols import resolve_protocol
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +152,31 @@ class TestOutcomes:
         assert twice.worst_so_far_outcomes.tolist() == [False, True]
         assert (twice.robust_accuracy, twice.worst_so_far_accuracy) == (1.0, 0.5)
 
+    def test_worst_so_far_of_an_attack_with_options_looks_at_every_iterate(self) -> None:
+        """`eot=1` is plain IFGSM, but not shared: its worst-so-far score is of all iterates, or it is not there."""
+        model, data = oscillating()
+        same = {"eot": 1}
+        worst, last, kept = evaluate(
+            model,
+            data,
+            Protocol(
+                "p",
+                (
+                    AttackSpec("ifgsm", 0.1, 0.05, 2, "worst", same),
+                    AttackSpec("ifgsm", 0.1, 0.05, 2, "last", same),
+                    AttackSpec("ifgsm", 0.1, 0.05, 2, "last", {"keep": "worst"}),
+                ),
+            ),
+        ).attacks
+        assert worst.outcomes is None
+        assert worst.worst_so_far_outcomes.tolist() == kept.worst_so_far_outcomes.tolist() == [False, True]
+        assert last.outcomes.tolist() == [True, True]
+        assert last.worst_so_far_outcomes is None
+        with pytest.raises(ValueError, match=r"^worst_so_far_correct: ifgsm-2 .* give score='worst'"):
+            _ = last.worst_so_far_accuracy
+        with pytest.raises(ValueError, match=r"^options: got keep='last', expected 'worst'"):
+            AttackSpec("pgd", 0.1, 0.05, 2, "worst", {"keep": "last"})
+
     def test_clean_mistakes_count_in_worst_so_far(self) -> None:
         """A last iterate can be right where the clean image is wrong; the attack walks it out of the band."""
         model, (images, labels) = oscillating()
@@ -186,7 +212,7 @@ class TestOutcomes:
         for a, b in zip(result.attacks, expected.attacks, strict=True):
             assert torch.equal(a.outcomes, b.outcomes)
         assert {shape[1:] for shape in model.shapes} == {torch.Size([3, 8, 8])}
-        assert {shape[0] for shape in model.shapes} == {2, 24}  # the probe and the batch
+        assert {shape[0] for shape in model.shapes} == {1, 2, 7, 24}  # the probes and the batch
 
     @pytest.mark.parametrize("channels_last", [True, False])
     @pytest.mark.parametrize("stored", [torch.float64, torch.uint8])
@@ -423,6 +449,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
     ("make", "error", "message"),
     [
         (lambda: AttackSpec("pdg", 0.1, 0.1, 1), ValueError, "name: got 'pdg', expected one of .*; did you mean 'pgd'"),
+        (lambda: AttackSpec("ifgsm", 8, 2, 3), ValueError, r"eps: got 8, expected at most 1 .* units of 1/255\?"),
         (lambda: AttackSpec("autoattack", 0.1, 0.1), ValueError, r"alpha, steps: got 0\.1, None, expected None: Auto"),
         (
             lambda: AttackSpec("autoattack", 0.1, options={"n": 1}),
@@ -454,3 +481,8 @@ def test_device_of_the_model_is_accepted_however_it_is_written() -> None:
     model = Counting(torch.float32)
     for device in ("cpu", torch.device("cpu"), None):
         assert evaluate(model, (IMAGES, LABELS), SHORT, device=device).n == 2
+
+
+@pytest.mark.parametrize("name", ["table3", "table4", "table5", "table7"])
+def test_tables_that_are_evaluated_as_table_2(name: str) -> None:
+    assert resolve_protocol(name) is PROTOCOLS["table2"]

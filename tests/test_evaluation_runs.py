@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -50,6 +51,11 @@ def same(a: Evaluation, b: Evaluation) -> bool:
 
 
 def outcomes(result: Evaluation) -> Tensor:
+    rows = [row for attack in result.attacks for row in (attack.outcomes, attack.worst_so_far_outcomes)]
+    return torch.stack([result.clean_outcomes, *(row for row in rows if row is not None)])
+
+
+def worst(result: Evaluation) -> Tensor:
     return torch.stack([result.clean_outcomes, *(attack.worst_so_far_outcomes for attack in result.attacks)])
 
 
@@ -74,7 +80,7 @@ class TestWorstSoFar:
     def test_queue_gives_what_complete_runs_give(self, batch_size: int) -> None:
         complete = evaluate(trained(), held_out(N), LAST, batch_size=batch_size)
         queued = evaluate(trained(), held_out(N), WORST, batch_size=batch_size)
-        assert torch.equal(outcomes(queued), outcomes(complete))
+        assert torch.equal(worst(queued), worst(complete))
         assert 0 < queued.attacks[2].worst_so_far_correct < queued.attacks[1].worst_so_far_correct < N
         assert all(attack.outcomes is None for attack in queued.attacks)
 
@@ -103,7 +109,7 @@ class TestWorstSoFar:
                 return trained()(x)
 
         evaluate(Watched(), held_out(N), Protocol("p", WORST.attacks[3:]), batch_size=16)
-        queue = sizes[2 + 4 : -1]  # after the probes and the clean batches
+        queue = sizes[8 + 4 : -1]  # after the probes and the clean batches
         assert queue == sorted(queue, reverse=True)
         assert queue[: len(queue) // 2] == [16] * (len(queue) // 2)
 
@@ -143,7 +149,7 @@ class TestResume:
         path = tmp_path / "journal"
         whole = evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path)
         raw = path.read_bytes()
-        for length in [*range(0, len(raw), 211), len(raw) - 1]:
+        for length in [1, 12, *range(0, len(raw), 211), len(raw) - 1]:
             path.write_bytes(raw[:length])
             assert same(evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path), whole)
             assert len(path.read_bytes().splitlines()) == len(raw.splitlines())
@@ -156,7 +162,7 @@ class TestResume:
             evaluate(trained(), held_out(20), LAST, batch_size=8, resume=tmp_path / "j")
         finally:
             handle.remove()
-        assert len(calls) == 3  # the probes
+        assert len(calls) == 9  # the probes
 
     def test_what_is_another_evaluation_is_refused_by_name(self, tmp_path: Path) -> None:
         path, data = tmp_path / "journal", held_out(20)
@@ -175,6 +181,48 @@ class TestResume:
             with pytest.raises(ValueError, match=rf"^resume: .* is the journal of {what} \(its "):
                 evaluate(given.pop("model"), given.pop("data"), given.pop("protocol"), resume=path, **given)
         assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("which", ["passes", "noise", "steps", "refine", "attribute", "hidden"])
+    def test_another_function_of_the_same_weights_is_refused(self, tmp_path: Path, which: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        net = odeadv.models.preact_resnet(8, 4, 10, noise=0.1, generator=generator)
+        loud = odeadv.models.preact_resnet(8, 4, 10, noise=0.5)
+        loud.load_state_dict(net.state_dict())
+        averaged, refine = odeadv.models.averaged, odeadv.models.refine
+
+        class Scaled(nn.Module):
+            def __init__(self, by: object) -> None:
+                super().__init__()
+                self.by, self.calls = by, 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                return net.eval()(x) * (self.by if isinstance(self.by, float) else self.by.by)
+
+        class Factor:
+            def __init__(self, by: float) -> None:
+                self.by = by
+
+        def ode(steps: int) -> nn.Module:
+            torch.manual_seed(0)
+            return odeadv.models.ode_net(steps=steps, generator=torch.Generator().manual_seed(0))
+
+        first, second = {
+            "passes": lambda: (averaged(net, 1), averaged(net, 3)),
+            "noise": lambda: (averaged(net, 1), averaged(loud, 1)),
+            "steps": lambda: (ode(1), ode(2)),
+            "refine": lambda: (refine(net, 1), refine(net, 2)),
+            "attribute": lambda: (Scaled(1.0), Scaled(1.001)),
+            "hidden": lambda: (Scaled(Factor(1.0)), Scaled(Factor(1.1))),  # which only the logits show
+        }[which]()
+        data = torch.rand(3, 3, 16, 16, generator=generator), torch.tensor([0, 1, 2])
+        protocol, path = Protocol("p", (AttackSpec("fgsm", EPS),)), tmp_path / "journal"
+        result = evaluate(first, data, protocol, resume=path)
+        assert same(evaluate(first, data, protocol, resume=path), result)
+        with pytest.raises(ValueError, match=r"^resume: .* is the journal of another model"):
+            evaluate(second, data, protocol, resume=path)
+        if which != "hidden":
+            assert evaluate(second, data, protocol).model != result.model
 
     def test_damage_before_the_last_line_is_an_error(self, tmp_path: Path) -> None:
         path = tmp_path / "journal"
@@ -292,12 +340,13 @@ class TestOtherAttacks:
         expected = ifgsm(trained(), images, labels, eps=EPS, alpha=ALPHA, steps=4, norm="l2")
         assert torch.equal(result.attacks[3].outcomes, trained()(expected).argmax(1) == labels)
 
-    def test_draws_come_from_seed_and_place(self) -> None:
+    def test_draws_come_from_seed_batch_and_spec(self) -> None:
         """The first attack of the first batch, by hand."""
         import hashlib
 
         images, labels = held_out(16)
-        seed = int.from_bytes(hashlib.sha256(b"3 0 0").digest()[:4], "big")
+        place = f"3 0 {json.dumps(self.SPECS[0].to_dict(), sort_keys=True)} 0"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big")
         x = pgd(
             trained(),
             images,
@@ -311,6 +360,38 @@ class TestOtherAttacks:
         )
         result = evaluate(trained(), held_out(N), Protocol("p", self.SPECS), seed=3, batch_size=16)
         assert torch.equal(result.attacks[0].outcomes[:16], trained()(x).argmax(1) == labels)
+
+    def test_draws_do_not_depend_on_the_place(self) -> None:
+        """PGD alone, after another attack, and twice: the second of two equal ones draws anew."""
+        spec, other = AttackSpec("pgd", 0.7 * EPS, 2 * ALPHA, 1), AttackSpec("apgd", EPS, steps=2)
+        drawn: list[Tensor] = []
+
+        class Watched(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                drawn.append(x.detach().clone())
+                return trained()(x)
+
+        def starts(*specs: AttackSpec) -> Tensor:
+            drawn.clear()
+            evaluate(Watched(), held_out(16), Protocol("p", specs), seed=3)
+            return torch.cat([x.flatten(1) for x in drawn if len(x) == 16])
+
+        def has(rows: Tensor, row: Tensor) -> bool:
+            return bool((rows == row).all(dim=1).any())
+
+        alone, after, twice = starts(spec), starts(other, spec), starts(spec, spec)
+        start = alone[16]  # the first image after the clean batch: PGD's random start
+        assert has(after, start)
+        assert has(twice, start)
+        assert int((twice == start).all(dim=1).sum()) == 1
+
+    def test_functions_are_written_by_name(self) -> None:
+        def own(logits: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+        written = AttackSpec("pgd", EPS, ALPHA, 2, options={"loss": own}).to_dict()["options"]["loss"]
+        assert written.endswith("test_functions_are_written_by_name.<locals>.own")
+        assert "0x" not in written
 
     def test_are_counted(self) -> None:
         counts = {"pgd": [0, 0]}
@@ -402,6 +483,23 @@ class TestMcNemar:
             with pytest.raises(ValueError, match=f"^{message}"):
                 mcnemar(a, other, **options)
 
+    @pytest.mark.parametrize("change", [{"alpha": 1 / 255}, {"options": {"restarts": 5}}])
+    def test_attacks_of_one_label_that_differ_are_refused(self, change: dict[str, object]) -> None:
+        a = self.evaluation([1])
+        b = dataclasses.replace(a, attacks=(dataclasses.replace(a.attacks[0], **change),))
+        assert a.attacks[0].label == b.attacks[0].label
+        with pytest.raises(ValueError, match=r"^attack: 0 is .* in a and .* in b, expected the same attack"):
+            mcnemar(a, b)
+
+    def test_data_that_are_not_known_are_warned_of(self) -> None:
+        with pytest.warns(RuntimeWarning, match=r"^mcnemar: an evaluation without a digest of its data"):
+            mcnemar(self.evaluation([1], data=""), self.evaluation([1]))
+
+    def test_worst_so_far_that_was_not_measured_is_refused(self) -> None:
+        result = evaluate(trained(), held_out(20), Protocol("p", MIXED.attacks[-1:]))
+        with pytest.raises(ValueError, match=r"^score: got 'worst', expected 'last'"):
+            mcnemar(result, result, score="worst")
+
     def test_of_two_evaluations(self) -> None:
         a, b = (evaluate(net, held_out(N), LAST) for net in (trained(), Small().eval()))
         found = mcnemar(a, Evaluation.from_dict(b.to_dict()), attack=1)
@@ -424,6 +522,13 @@ class TestJson:
             ({"schema": "odeadv.evaluation/1"}, "schema: got 'odeadv.evaluation/1', expected 'odeadv.evaluation/2'"),
             ({"clean_outcomes": "AAAA"}, "clean_correct: got .*, expected 0 as in the outcomes"),
             ({"clean_outcomes": "AA"}, "outcomes: .*, expected base64 of packed bits"),
+            ({"n": "20"}, "n: got '20', expected int"),
+            ({"seconds": None}, "seconds: got None, expected int or float"),
+            ({"settings": 3}, "settings: got 3, expected dict"),
+            ({"attacks": [3]}, "attacks: got int, expected a mapping for each"),
+            ({"attacks": [{**data["attacks"][0], "eps": "x"}]}, "eps: got 'x', expected int or float"),
+            ({"clean_accuracy": 0.123}, "clean_accuracy: got 0.123, expected .* as in the outcomes"),
+            ({"average": 0.123}, "average: got 0.123, expected .* as in the outcomes"),
             ({"n": 30}, "outcomes: got 3 bytes, expected 4 for 30 outcomes"),
         ]
         for change, message in changes:

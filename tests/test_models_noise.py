@@ -182,13 +182,29 @@ def test_averaged_by_a_seed_repeats_itself_and_by_a_generator_goes_on():
     assert torch.equal(seeded(images), seeded(images))
     drawing = averaged(net, 2, torch.Generator().manual_seed(4))
     calls = [drawing(images) for _ in range(2)]
-    assert torch.equal(calls[0], seeded(images))
+    assert not torch.equal(calls[0], seeded(images))  # noise for each image of its own
     assert not torch.equal(*calls)
     again = averaged(net, 2, torch.Generator().manual_seed(4))
     assert all(torch.equal(call, again(images)) for call in calls)
     assert torch.equal(averaged(net, 2)(images), averaged(net, 2, 0)(images))
     assert not torch.equal(averaged(net, 2)(images), averaged(net, 2, 1)(images))
     assert seeded.num_classes == 7
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_averaged_by_a_seed_is_a_function_of_the_image(kind):
+    """Alone, at another place and in a larger batch an image has the same logits; with a generator it has not."""
+    net, images, _ = make(noise_kind=kind)
+    seeded = averaged(net, 2, 4)
+    with torch.no_grad():
+        logits = seeded(images)
+        alone = torch.cat([seeded(image[None]) for image in images])
+        assert torch.allclose(alone, logits, rtol=1e-12, atol=1e-13)
+        assert torch.allclose(seeded(images.flip(0)).flip(0), logits, rtol=1e-12, atol=1e-13)
+        twice = images[:1].expand(2, -1, -1, -1)
+        assert torch.allclose(*seeded(twice), rtol=1e-12, atol=1e-13)
+        assert not torch.allclose(*averaged(net, 2, torch.Generator().manual_seed(4))(twice), atol=1e-3)
+    assert not any(block.noise.shared for block in net.blocks)
 
 
 def test_the_spread_of_the_mean_falls_with_the_root_of_the_passes():
@@ -211,6 +227,8 @@ def test_averaged_can_be_attacked():
         grads.append(torch.autograd.grad(loss, images)[0])
     assert torch.equal(*grads)
     net.eval().noisy_inference()
+    for block in net.blocks:
+        block.noise.shared = True
     total = torch.zeros(5, 7, dtype=torch.float64)
     for seed in torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(5)).tolist():
         torch.manual_seed(seed)

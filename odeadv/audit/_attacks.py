@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odeadv import attacks
 from odeadv.audit._report import Check
-from odeadv.audit._subject import Subject, not_applicable, verdict
+from odeadv.audit._subject import Subject, not_applicable, resisted, verdict
 from odeadv.evaluation import AttackSpec
 
 _BISECTIONS = 12
@@ -90,7 +90,7 @@ def _iterative(subject: Subject, name: str, found: Found) -> Check:
     eps, steps = subject.eps, subject.steps
     result = subject.evaluated(AttackSpec("fgsm", eps), AttackSpec("ifgsm", eps, eps / 4, steps))
     single, iterative = result.attacks
-    found.resistant &= iterative.worst_so_far_outcomes.to(found.resistant.device)
+    found.resistant &= resisted(iterative).to(found.resistant.device)
     figures = {"fgsm": single.robust_accuracy, "ifgsm": iterative.robust_accuracy, "clean": result.clean_accuracy}
     good = iterative.robust_correct <= single.robust_correct + subject.allowed
     text = (
@@ -124,7 +124,7 @@ def _convergence(subject: Subject, name: str, found: Found) -> Check:
     result = subject.evaluated(*(AttackSpec("ifgsm", subject.eps, subject.eps / 4, count, "worst") for count in counts))
     by_count = dict(zip(counts, result.attacks, strict=True))
     found.against_steps = tuple((count, attack.worst_so_far_accuracy) for count, attack in by_count.items())
-    found.resistant &= by_count[most].worst_so_far_outcomes.to(found.resistant.device)
+    found.resistant &= resisted(by_count[most]).to(found.resistant.device)
     half, last = by_count[max(1, most // 2)].worst_so_far_correct, by_count[most].worst_so_far_correct
     loose = 2 * subject.allowed
     figures = {"at_half": half / subject.n, "at_end": last / subject.n, "allowed": loose}
@@ -137,7 +137,7 @@ def _restarts(subject: Subject, name: str, found: Found) -> Check:
     if count < 2:
         return not_applicable(name, "restarts=1", _MEANING[name])
     specs = (AttackSpec("pgd", eps, eps / 4, subject.steps, "worst") for _ in range(count))
-    runs = [attack.worst_so_far_outcomes.to(found.resistant.device) for attack in subject.evaluated(*specs).attacks]
+    runs = [resisted(attack).to(found.resistant.device) for attack in subject.evaluated(*specs).attacks]
     first = int((found.resistant & runs[0]).sum())
     found.resistant &= torch.stack(runs).all(dim=0)
     more = first - int(found.resistant.sum())

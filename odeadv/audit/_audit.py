@@ -16,6 +16,7 @@ from odeadv.audit._gradients import gradient_checks
 from odeadv.audit._report import Audit
 from odeadv.audit._subject import Subject
 from odeadv.evaluation._images import as_model_input
+from odeadv.evaluation._probe import refuse_dtype
 
 
 def audit(
@@ -62,7 +63,7 @@ def audit(
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
-        ValueError: if an argument is out of range or of the wrong shape.
+        ValueError: if an argument is out of range or of the wrong shape, or the model does not take the images' dtype.
     """
     check_model(model)
     if not isinstance(generator, torch.Generator):
@@ -95,6 +96,7 @@ def audit(
             counts["queries"],
             counts["batch_size"],
         )
+        refuse_dtype(model, subject.images)
         say("behaviour")
         checks, usable = behaviour_checks(subject)
         say("gradients")

@@ -6,7 +6,7 @@ import torch
 
 from odeadv.audit._report import Check
 from odeadv.audit._subject import Subject, not_applicable, verdict
-from odeadv.evaluation._probe import Behaviour, behaviour
+from odeadv.evaluation._probe import Behaviour, batch_dependence, behaviour
 
 _MEANING = {
     "finite logits": (
@@ -19,6 +19,10 @@ _MEANING = {
     "same answer twice": (
         "The model draws random numbers, so one gradient is one draw of many: average over passes (EOT) "
         "before believing a robust accuracy, and check that no dropout was left on."
+    ),
+    "same answer in any batch": (
+        "The logits of an image depend on the other images, its place or the size of its batch, so that neither the "
+        "accuracy nor an attack is about single images: use running statistics, not those of the batch."
     ),
     "state left alone": (
         "The forward pass changes the model, so every image met a different one and the result depends on the "
@@ -57,7 +61,7 @@ def behaviour_checks(subject: Subject) -> tuple[list[Check], bool]:
         return [finite, *_rest("logits are unusable")], False
     subject.random = any(found.random for found in seen)
     classes = _classes(subject, logits.shape[1])
-    checks = [finite, classes, _same_twice(seen), _state(seen), _probabilities(logits)]
+    checks = [finite, classes, _same_twice(seen), _any_batch(subject, seen), _state(seen), _probabilities(logits)]
     return checks, int(subject.labels.max()) < logits.shape[1]
 
 
@@ -82,9 +86,29 @@ def _same_twice(seen: list[Behaviour]) -> Check:
     difference, random = max(found.difference for found in seen), any(found.random for found in seen)
     training = sorted({name for found in seen for name in found.training})
     note = f"; in training mode after eval(): {', '.join(training)}" if training else ""
+    with_gradient, disagrees = max(found.with_gradient for found in seen), any(found.disagrees for found in seen)
+    if disagrees and not random:
+        note += f"; a pass that a gradient could be asked of differs from one without by {with_gradient:.2g}"
     found = f"two forward passes differ by at most {difference:.2g}: EOT is {'' if random else 'not '}needed{note}"
-    figures = {"largest_difference": difference, "training_mode": training}
-    return Check(name, verdict(not random and not training), figures, found, _MEANING[name])
+    figures = {"largest_difference": difference, "with_gradient": with_gradient, "training_mode": training}
+    return Check(name, verdict(not random and not disagrees and not training), figures, found, _MEANING[name])
+
+
+def _any_batch(subject: Subject, seen: list[Behaviour]) -> Check:
+    name = "same answer in any batch"
+    if subject.random:
+        return not_applicable(name, "the model is random, so its answers differ anyway", _MEANING[name])
+    differences: list[float] = []
+    for part, found in zip(subject.batches(), seen, strict=True):
+        difference = batch_dependence(subject.model, subject.images[part], found.logits)
+        differences += [] if difference is None else [difference]
+    largest = max(differences, default=0.0)
+    text = (
+        f"logits alone, in reversed order and in a larger batch differ by up to {largest:.2g}"
+        if differences
+        else "logits alone, in reversed order and in a larger batch are the same"
+    )
+    return Check(name, verdict(not differences), {"largest_difference": largest}, text, _MEANING[name])
 
 
 def _state(seen: list[Behaviour]) -> Check:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.audit._report import Check
-from odeadv.audit._subject import Loss, Subject, cross_entropy, gradient, margin, not_applicable, verdict
+from odeadv.audit._subject import Loss, Subject, cross_entropy, gradient, margin, not_applicable, resisted, verdict
 from odeadv.evaluation import AttackSpec, Protocol, evaluate
 
 _MEANING = {
@@ -73,7 +73,7 @@ def _another_loss(subject: Subject, name: str) -> Check:
     if not scale > 0:
         return not_applicable(name, "all logits of an image are equal", _MEANING[name])
     plain = subject.evaluated(AttackSpec("ifgsm", subject.eps, subject.eps / 4, subject.steps)).attacks[0]
-    survivors = plain.worst_so_far_outcomes.to(subject.labels.device)
+    survivors = resisted(plain).to(subject.labels.device)
     broken = 0
     index = survivors.nonzero().squeeze(1)
     rescaled = _Rescaled(subject.model, scale).eval()
@@ -154,7 +154,7 @@ def _precision(subject: Subject, name: str) -> Check:
     pair = []
     for network, images in ((subject.model, subject.images), (model, subject.images.double())):
         pair.append(evaluate(network, (images, subject.labels), protocol, batch_size=subject.batch_size).attacks[0])
-    single, double = (attack.worst_so_far_outcomes for attack in pair)
+    single, double = (resisted(attack) for attack in pair)
     differ, only_double = int((single != double).sum()), int((single & ~double).sum())
     loose = max(1, 5 * subject.allowed)
     figures = {"outcomes_that_differ": differ, "broken_in_float64_only": only_double, "allowed": loose}

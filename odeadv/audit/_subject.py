@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from odeadv.audit._report import Check, Status
-from odeadv.evaluation import AttackSpec, Evaluation, Protocol, evaluate
+from odeadv.evaluation import AttackResult, AttackSpec, Evaluation, Protocol, evaluate
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -98,6 +98,12 @@ def gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -> tu
         return losses.detach(), torch.zeros_like(images)
     found = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
     return losses.detach(), torch.zeros_like(images) if found is None else found
+
+
+def resisted(attack: AttackResult) -> Tensor:
+    """(n,) bool on the CPU: which examples nothing on the way of the attack broke; it was scored so."""
+    assert attack.worst_so_far_outcomes is not None
+    return attack.worst_so_far_outcomes
 
 
 def verdict(good: bool) -> Status:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from odeadv.attacks._checks import check_logits
 from odeadv.attacks._linf import linf_bounds
-from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, attack_function, takes_generator
+from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, attack_function, takes
 
 
 class Counted(nn.Module):
@@ -63,7 +63,9 @@ def attacked(
         return _autoattack(spec, model, images, labels, own_seed)
     function = attack_function(spec.name)
     arguments = spec.arguments()
-    if takes_generator(function) and "generator" not in arguments:
+    if spec.score == "worst" and takes(function, "keep"):
+        arguments["keep"] = "worst"  # the first iterate that fools, not the last iterate
+    if takes(function, "generator") and "generator" not in arguments:
         arguments["generator"] = torch.Generator(device="cpu").manual_seed(own_seed)
     return function(model, images, labels, **arguments), []
 

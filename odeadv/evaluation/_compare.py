@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -63,6 +65,12 @@ def mcnemar(
         raise ValueError(
             f"b: is of other data ({b.data}), expected those of a ({a.data}): outcomes are compared in pairs"
         )
+    if not (a.data and b.data):
+        warnings.warn(
+            "mcnemar: an evaluation without a digest of its data; whether both are of the same images is not known",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     first, second = (_outcomes(value, attack, score) for value in (a, b))
     if first[0] != second[0]:
         raise ValueError(f"attack: {attack!r} is {first[0]} in a and {second[0]} in b, expected the same attack")
@@ -82,9 +90,10 @@ def exact_p_value(b: int, c: int) -> float:
     return min(1.0, 2 * tail / (1 << trials))
 
 
-def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[str, Tensor]:
+def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple[Any, ...], Tensor]:
+    """What the attack is, and the outcomes."""
     if attack == "clean":
-        return "clean", evaluation.clean_outcomes
+        return ("clean",), evaluation.clean_outcomes
     labels = [result.label for result in evaluation.attacks]
     if isinstance(attack, str):
         if labels.count(attack) != 1:
@@ -95,8 +104,12 @@ def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[str, 
     if not 0 <= attack < len(labels):
         raise ValueError(f"attack: got {attack}, expected 0 to {len(labels) - 1}")
     result = evaluation.attacks[attack]
+    options = json.loads(json.dumps(dict(result.options)))  # as they come back from a file
+    what = (result.name, result.eps, result.alpha, result.steps, options)
     if score == "worst":
-        return labels[attack], result.worst_so_far_outcomes
+        if result.worst_so_far_outcomes is None:
+            raise ValueError(f"score: got 'worst', expected 'last': worst-so-far was not measured for {labels[attack]}")
+        return what, result.worst_so_far_outcomes
     if result.outcomes is None:
         raise ValueError(f"score: got 'last', expected 'worst': {labels[attack]} was scored worst-so-far only")
-    return labels[attack], result.outcomes
+    return what, result.outcomes

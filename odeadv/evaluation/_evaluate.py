@@ -15,9 +15,18 @@ from odeadv._version import __version__
 from odeadv.attacks._checks import check_images, check_labels, check_logits, check_model, positive_integer
 from odeadv.attacks._objective import attacking
 from odeadv.evaluation._evaluation import Evaluation
-from odeadv.evaluation._journal import Journal, data_digest, model_digest
+from odeadv.evaluation._journal import Journal, data_digest, model_digest, probe_logits
 from odeadv.evaluation._prepare import Gradients, prepare
-from odeadv.evaluation._probe import PROBES, behaviour, differs, refuse
+from odeadv.evaluation._probe import (
+    PROBES,
+    batch_dependence,
+    batch_forwards,
+    behaviour,
+    differs,
+    refuse,
+    refuse_batches,
+    refuse_dtype,
+)
 from odeadv.evaluation._protocols import Protocol, resolve_protocol
 from odeadv.evaluation._session import Session
 
@@ -78,7 +87,9 @@ def evaluate(
         TypeError: if an argument is of the wrong type or dtype.
         ValueError: if an argument is out of range or of the wrong shape, the protocol is unknown, logits or gradients
             are not finite, the forward changes buffers or parameters, two forward passes differ (unless
-            ``stochastic``), or the first images have other logits at the end than they had at the beginning.
+            ``stochastic``), a pass differs where a gradient could be asked for, the answer to an image depends on its
+            batch, the images' dtype is none that the model takes, or the first images have other logits at the end than
+            they had at the beginning.
         ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
     """
     began = time.perf_counter()
@@ -94,16 +105,12 @@ def evaluate(
         "channels_last": channels_last,
     }
     settings |= {"fold": fold, "compile": compile, "gradients": gradients, "stochastic": stochastic}
-    identity = {"model": model_digest(model), "data": data_digest(images, labels)}
-    journal = None
-    if resume is not None:
-        attacks = [spec.to_dict() for spec in protocol.attacks]
-        journal = Journal(resume, {**identity, "protocol": protocol.name, "attacks": attacks, "settings": settings})
     with attacking(
         model, "eval", device
     ):  # also leaves inference mode, which the session's tensors must not be made in
         run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
         probe = run.load(slice(0, PROBES)).images
+        refuse_dtype(model, probe)
         first = behaviour(model, probe)
         check_logits(first.logits, len(probe), int(labels.max()))
         if num_classes is not None and first.logits.shape[1] != num_classes:
@@ -111,6 +118,23 @@ def evaluate(
                 f"model: returned {first.logits.shape[1]} logits an image, expected num_classes, {num_classes}"
             )
         refuse(first, stochastic=stochastic)
+        single = not first.random  # of a random model only single draws are asked, which nothing can be told from
+        if single:
+            refuse_batches(batch_dependence(model, probe, first.logits))
+        ignored = first.changed_attributes
+        identity = {"model": model_digest(model, ignored), "data": data_digest(images, labels)}
+        journal = None
+        if resume is not None:
+            header = {
+                **identity,
+                "protocol": protocol.name,
+                "attacks": [spec.to_dict() for spec in protocol.attacks],
+                "settings": settings,
+                "probe": probe_logits(first.logits) if single else None,
+            }
+            journal = Journal(resume, header)
+        if ignored:
+            run.notes.append(f"a forward pass changes {', '.join(ignored)} of the model; its answers did not follow")
         run.prepared = prepare(
             model,
             run.load(slice(0, batch_size)).images if fold or compile else probe,
@@ -120,7 +144,7 @@ def evaluate(
             gradients=gradients,
         )
         run.notes += run.prepared.notes
-        checks: dict[str, Any] = {"probe_forward_passes": 3 * len(probe)}
+        checks: dict[str, Any] = {"probe_forward_passes": 5 * len(probe) + single * batch_forwards(len(probe))}
         run.everything(journal)
         if gradients == "bf16":
             checks["bf16"] = run.bf16_check(model)

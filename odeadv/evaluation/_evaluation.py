@@ -37,7 +37,8 @@ class AttackResult:
         outcomes: (n,) bool on the CPU, true where the images that the attack ended with (for IFGSM the *last
             iterate*) are classified correctly; None if only the worst-so-far score was asked for.
         worst_so_far_outcomes: (n,) bool on the CPU, true where the clean image and *everything scored on the way*
-            (for IFGSM every iterate; else what the attack returned) are.
+            (for IFGSM every iterate; for an attack that returns its best image, that) are; None where only the last
+            iterate was scored (``score="last"`` of PGD and of IFGSM with options).
         options: the attack's further arguments.
     """
 
@@ -46,7 +47,7 @@ class AttackResult:
     alpha: float | None
     steps: int | None
     outcomes: Tensor | None
-    worst_so_far_outcomes: Tensor
+    worst_so_far_outcomes: Tensor | None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,17 +66,24 @@ class AttackResult:
     @property
     def robust_accuracy(self) -> float:
         """The fraction of last iterates that are classified correctly: the paper's figure. ValueError as above."""
-        return self.robust_correct / len(self.worst_so_far_outcomes)
+        return self.robust_correct / self._n
 
     @property
     def worst_so_far_correct(self) -> int:
-        """For how many examples the clean image and every iterate are classified correctly."""
+        """For how many examples the clean image and every iterate are right. ValueError if that was not scored."""
+        if self.worst_so_far_outcomes is None:
+            raise ValueError(f"worst_so_far_correct: {self.label} was scored by what it returned; give score='worst'")
         return int(self.worst_so_far_outcomes.sum())
 
     @property
     def worst_so_far_accuracy(self) -> float:
         """`worst_so_far_correct` as a fraction; never above the robust accuracy, and not comparable with it."""
-        return self.worst_so_far_correct / len(self.worst_so_far_outcomes)
+        return self.worst_so_far_correct / self._n
+
+    @property
+    def _n(self) -> int:
+        outcomes = self.worst_so_far_outcomes if self.outcomes is None else self.outcomes
+        return 0 if outcomes is None else len(outcomes)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,7 +143,8 @@ class Evaluation:
         """Everything as JSON-ready data; ``*_interval`` are 95 % Wilson intervals [low, high].
 
         ``outcomes`` are base64 of packed bits, one an example (`Evaluation.from_dict` unpacks them). Where an attack
-        was scored worst-so-far only, its ``robust_*`` and the ``average`` are None.
+        was scored worst-so-far only, its ``robust_*`` and the ``average`` are None; where worst-so-far was not
+        measured, its ``worst_so_far_*`` are.
         """
         complete = all(attack.outcomes is not None for attack in self.attacks)
         return {
@@ -158,6 +167,7 @@ class Evaluation:
 
     def _attack_to_dict(self, attack: AttackResult) -> dict[str, Any]:
         last = None if attack.outcomes is None else attack.robust_correct
+        worst = None if attack.worst_so_far_outcomes is None else attack.worst_so_far_correct
         return {
             "name": attack.name,
             "eps": attack.eps,
@@ -167,9 +177,9 @@ class Evaluation:
             "steps": attack.steps,
             "options": dict(attack.options),
             **_accuracy("robust", last, self.n),
-            **_accuracy("worst_so_far", attack.worst_so_far_correct, self.n),
-            "outcomes": None if attack.outcomes is None else pack(attack.outcomes),
-            "worst_so_far_outcomes": pack(attack.worst_so_far_outcomes),
+            **_accuracy("worst_so_far", worst, self.n),
+            "outcomes": _packed(attack.outcomes),
+            "worst_so_far_outcomes": _packed(attack.worst_so_far_outcomes),
         }
 
     @classmethod
@@ -177,12 +187,13 @@ class Evaluation:
         """The evaluation that `to_dict` made ``value`` from.
 
         Raises:
-            ValueError: if it is of another schema (the first kept no outcomes), a key is missing, or the outcomes do
-                not fit the accuracies.
+            ValueError: if it is of another schema (the first kept no outcomes), a key is missing or of another type,
+                or the outcomes do not fit the accuracies.
         """
         if value.get("schema") != SCHEMA:
             raise ValueError(f"schema: got {value.get('schema')!r}, expected {SCHEMA!r}")
         try:
+            _check_types(value)
             n = value["n"]
             result = cls(
                 protocol=value["protocol"],
@@ -190,8 +201,8 @@ class Evaluation:
                 attacks=tuple(
                     AttackResult(
                         **{key: row[key] for key in ("name", "eps", "alpha", "steps", "options")},
-                        outcomes=None if row["outcomes"] is None else unpack(row["outcomes"], n),
-                        worst_so_far_outcomes=unpack(row["worst_so_far_outcomes"], n),
+                        outcomes=_unpacked(row["outcomes"], n),
+                        worst_so_far_outcomes=_unpacked(row["worst_so_far_outcomes"], n),
                     )
                     for row in value["attacks"]
                 ),
@@ -206,7 +217,7 @@ class Evaluation:
             [result.to_dict(), *result.to_dict()["attacks"]], [value, *value["attacks"]], strict=True
         ):
             for key in mine:
-                if key.endswith("_correct") and mine[key] != theirs.get(key):
+                if key.endswith(("_correct", "_accuracy", "average")) and not _agree(mine[key], theirs.get(key)):
                     raise ValueError(f"{key}: got {theirs.get(key)!r}, expected {mine[key]!r} as in the outcomes")
         return result
 
@@ -220,16 +231,16 @@ class Evaluation:
         for attack in self.attacks:
             alpha = "" if attack.alpha is None else f"{_in_255(attack.alpha):g}"
             robust = "" if attack.outcomes is None else f"{100 * attack.robust_accuracy:.2f}"
+            worst = "" if attack.worst_so_far_outcomes is None else f"{100 * attack.worst_so_far_accuracy:.2f}"
             lines.append(
-                f"{attack.name:<8}{_in_255(attack.eps):>9g}{alpha:>11}{attack.steps or '':>7}{robust:>10}"
-                f"{100 * attack.worst_so_far_accuracy:>16.2f}"
+                f"{attack.name:<8}{_in_255(attack.eps):>9g}{alpha:>11}{attack.steps or '':>7}{robust:>10}{worst:>16}"
             )
         if all(attack.outcomes is not None for attack in self.attacks):
             lines.append(f"{'average of the attacks':<35}{100 * self.average:>10.2f}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def result_of(spec: AttackSpec, outcomes: Tensor | None, worst: Tensor) -> AttackResult:
+def result_of(spec: AttackSpec, outcomes: Tensor | None, worst: Tensor | None) -> AttackResult:
     """The result of one attack of a protocol."""
     options = spec.to_dict()["options"]
     return AttackResult(spec.name, spec.eps, spec.alpha, spec.steps, outcomes, worst, options)
@@ -241,6 +252,46 @@ def _accuracy(name: str, correct: int | None, n: int) -> dict[str, Any]:
         f"{name}_accuracy": None if correct is None else correct / n,
         f"{name}_interval": None if correct is None else list(wilson_interval(correct, n)),
     }
+
+
+def _packed(outcomes: Tensor | None) -> str | None:
+    return None if outcomes is None else pack(outcomes)
+
+
+def _unpacked(text: object, n: int) -> Tensor | None:
+    return None if text is None else unpack(text, n)
+
+
+def _check_types(value: Mapping[str, Any]) -> None:
+    """ValueError for a value that is of another type than `Evaluation.to_dict` writes."""
+    number, integer, text = (int, float), (int,), (str,)
+    kinds: dict[str, tuple[type, ...]] = {"n": integer, "seconds": number}
+    kinds |= dict.fromkeys(("forward_passes", "gradient_evaluations"), integer)
+    kinds |= dict.fromkeys(("protocol", "model", "data"), text)
+    kinds |= {"settings": (dict,), "checks": (dict,), "attacks": (list, tuple), "notes": (list, tuple)}
+    _check_kinds(value, kinds)
+    if value["n"] < 1:
+        raise ValueError(f"n: got {value['n']}, expected at least 1")
+    absent = (type(None),)
+    attack = {"name": text, "eps": number, "alpha": number + absent, "steps": integer + absent, "options": (dict,)}
+    for row in value["attacks"]:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"attacks: got {type(row).__name__}, expected a mapping for each")
+        _check_kinds(row, attack)
+
+
+def _check_kinds(value: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(value[key], kind) or isinstance(value[key], bool):
+            names = " or ".join(item.__name__ for item in kind)
+            raise ValueError(f"{key}: got {value[key]!r}, expected {names}")
+
+
+def _agree(a: object, b: object) -> bool:
+    """Whether two figures are the same but for the last places."""
+    if isinstance(a, float) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return a == b
 
 
 def _in_255(value: float | None) -> float | None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SCHEMA = "odeadv.evaluation.journal/1"
+from odeadv.evaluation._probe import plain_attributes
+
+SCHEMA = "odeadv.evaluation.journal/2"
 Record = dict[str, Any]
+_START = b'{"schema": "odeadv.evaluation'
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Journal:
@@ -84,7 +89,7 @@ def _read(path: Path) -> list[Record]:
         if record is None:
             if 0 <= end < len(raw) - 1:
                 raise ValueError(f"resume: line {len(records) + 1} of {path} is damaged; remove the file to start over")
-            if not records and not raw.startswith(b'{"schema": "odeadv.evaluation'):
+            if not records and not (raw.startswith(_START) or _START.startswith(raw)):
                 raise ValueError(f"resume: {path} is not a journal of an evaluation; give another path")
             os.truncate(path, good)
             break
@@ -96,7 +101,13 @@ def _read(path: Path) -> list[Record]:
 def _check_header(path: Path, found: Record, expected: Record) -> None:
     names = {"model": "another model", "data": "other data", "schema": "another kind of file"}
     for key, value in expected.items():
-        if found.get(key) != value:
+        if key == "probe":
+            if not _close(found.get(key), value):
+                raise ValueError(
+                    f"resume: {path} is the journal of another model (its logits of the first images differ); give "
+                    "another path or remove the file"
+                )
+        elif found.get(key) != value:
             what = names.get(key, f"another {key}")
             raise ValueError(
                 f"resume: {path} is the journal of {what} (its {key} is {found.get(key)!r}, expected {value!r}); "
@@ -104,9 +115,46 @@ def _check_header(path: Path, found: Record, expected: Record) -> None:
             )
 
 
-def model_digest(model: nn.Module) -> str:
-    """16 hex digits of a SHA-256 over class name and state dict: names, dtypes, shapes and values."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
+def probe_logits(logits: Tensor) -> list[list[float]]:
+    """Logits (n, classes) for a header."""
+    rows: list[list[float]] = logits.double().tolist()
+    return rows
+
+
+def _close(found: object, expected: object) -> bool:
+    """Whether probed logits are the same but for the rounding of another machine: a thousandth of the largest."""
+    if found is None or expected is None:
+        return found is expected
+    try:
+        a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    except (TypeError, ValueError):
+        return False
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
+    """16 hex digits of a SHA-256 over what makes the function.
+
+    Those are the class, ``extra_repr``, ``config`` and plain attributes of every part; the state dict and buffers
+    outside it: names, dtypes, shapes and values.
+
+    Args:
+        model: any module.
+        ignored: full names of attributes that a forward pass changes, such as counters.
+    """
+    digest = hashlib.sha256()
+    for prefix, part in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        own = {name: value for name, value in plain_attributes(part).items() if dot + name not in ignored}
+        own = {
+            name: sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+            for name, value in own.items()
+        }
+        said = (prefix, type(part).__qualname__, part.extra_repr(), getattr(part, "config", None), sorted(own.items()))
+        digest.update(_ADDRESS.sub("", repr(said)).encode())
+    for name, buffer in model.named_buffers():
+        digest.update(name.encode())
+        _add(digest, buffer)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 PROBES = 2  # images in a probing forward pass
+_INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, training, ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Behaviour:
     Attributes:
         logits: of the first.
         difference: largest difference between the two, in the unit of the logits.
-        random: whether that is more than rounding.
+        random: whether that is more than rounding; also of two passes that a gradient could be asked of.
+        with_gradient: largest difference between a pass that a gradient could be asked of and one without.
+        disagrees: whether that is more than rounding.
         changed_tensors: buffers and parameters that a forward pass wrote to.
         changed_attributes: other attributes of modules that it changed.
         training: submodules that were in training mode after it, though eval mode was set before.
@@ -28,24 +31,95 @@ class Behaviour:
     logits: Tensor
     difference: float
     random: bool
+    with_gradient: float
+    disagrees: bool
     changed_tensors: tuple[str, ...]
     changed_attributes: tuple[str, ...]
     training: tuple[str, ...]
 
 
 def behaviour(model: nn.Module, images: Tensor) -> Behaviour:
-    """Run ``model`` twice on ``images``; call it with the model in eval mode and protected."""
+    """Run ``model`` twice on ``images`` without a gradient, and twice so that one could be asked for.
+
+    Call it with the model in eval mode and protected.
+    """
     with torch.no_grad():
         before = _state(model)
         first = _logits(model(images))
         after = _state(model)
         training = tuple(name or "model" for name, part in model.named_modules() if part.training)
         second = _logits(model(images))
-    changed = [key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))]
+    with torch.enable_grad():
+        third, fourth = (_logits(model(images.detach().clone().requires_grad_())) for _ in range(2))
+    last = _state(model)
+    changed = sorted({*_changed(before, after), *_changed(before, last)})
     tensors = sorted(name for kind, name in changed if kind == "tensor")
     attributes = sorted(name for kind, name in changed if kind == "attribute" and not name.endswith(".training"))
-    difference = float((first - second).abs().max()) if first.shape == second.shape else float("inf")
-    return Behaviour(first, difference, differs(first, second), tuple(tensors), tuple(attributes), training)
+    return Behaviour(
+        first,
+        max(_distance(first, second), _distance(third, fourth)),
+        differs(first, second) or differs(third, fourth),
+        _distance(first, third),
+        differs(first, third),
+        tuple(tensors),
+        tuple(attributes),
+        training,
+    )
+
+
+def batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
+    """How much the ``logits`` of ``images`` change with the batch; None if by no more than rounding.
+
+    The first images alone, all of them in reversed order, and all in a larger batch, at other places in it.
+    """
+    few = min(PROBES, len(images))
+    with torch.no_grad():
+        alone = torch.cat([_logits(model(images[i : i + 1])) for i in range(few)])
+        reverse = _logits(model(_laid_out(images.flip(0), images))).flip(0)
+        before = (1 - images[:few]).repeat_interleave(2, dim=0)[: 2 * few - 1]  # an odd number: parities change
+        batch = _laid_out(torch.cat([before, images, 1 - images[:few]]), images)
+        larger = _logits(model(batch))[len(before) :][: len(images)]
+    pairs = ((logits[:few], alone), (logits, reverse), (logits, larger))
+    return max(_distance(a, b) for a, b in pairs) if any(differs(a, b) for a, b in pairs) else None
+
+
+def batch_forwards(n: int) -> int:
+    """How many images `batch_dependence` sends through the model for ``n``."""
+    few = min(PROBES, n)
+    return few + n + (2 * few - 1) + n + few
+
+
+def refuse_dtype(model: nn.Module, images: Tensor) -> None:
+    """ValueError if ``model`` cannot take the dtype of ``images`` and its own is another."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    if own == images.dtype:
+        return
+    try:
+        with torch.no_grad():
+            model(images[:PROBES])
+    except RuntimeError as error:
+        raise ValueError(
+            f"images: got {images.dtype}, but the model has {own} and does not take them ({_first_line(error)}); "
+            f"expected images.to({own}), or the model in {images.dtype}"
+        ) from None
+
+
+def _laid_out(images: Tensor, like: Tensor) -> Tensor:
+    """``images`` in the memory format of ``like``."""
+    last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
+
+
+def _changed(before: Mapping[tuple[str, str], Any], after: Mapping[tuple[str, str], Any]) -> list[tuple[str, str]]:
+    return [key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))]
 
 
 def refuse(found: Behaviour, *, stochastic: bool) -> None:
@@ -60,6 +134,22 @@ def refuse(found: Behaviour, *, stochastic: bool) -> None:
         raise ValueError(
             f"model: two forward passes on the same images differ by {found.difference:.2g}{cause}, so one gradient "
             "says little; average over passes (EOT: a wrapper with passes=) or give stochastic=True for single draws"
+        )
+    if found.disagrees and not found.random:
+        raise ValueError(
+            "model: its logits where a gradient could be asked for differ from those without one by "
+            f"{found.with_gradient:.2g}, so attacks meet another model than is scored; expected a forward that does "
+            "not look at the gradient mode or requires_grad"
+        )
+
+
+def refuse_batches(difference: float | None) -> None:
+    """ValueError if an answer depends on the rest of its batch, by ``difference``."""
+    if difference is not None:
+        raise ValueError(
+            "model: the logits of an image depend on the other images in its batch, its place or the batch size (by "
+            f"{difference:.2g}), so outcomes are not those of the images; expected each image to be answered by "
+            "itself: use running statistics in eval mode, not those of the batch"
         )
 
 
@@ -93,9 +183,26 @@ def _state(model: nn.Module) -> dict[tuple[str, str], Any]:
                 state["attribute", dot + name] = value.get_state()
             elif value is None or isinstance(value, (bool, int, float, str, tuple)):
                 state["attribute", dot + name] = value
-            elif isinstance(value, (list, dict, set)) and not name.startswith("_"):
+            elif isinstance(value, (list, dict, set)) and (not name.startswith("_") or _private(name, value)):
                 state["attribute", dot + name] = repr(value) if len(value) < 1000 else len(value)
     return state
+
+
+def plain_attributes(part: nn.Module) -> dict[str, object]:
+    """Attributes of ``part`` that are plain values, without those that torch itself keeps in every module."""
+    return {name: value for name, value in vars(part).items() if name not in _INTERNAL and _is_plain(value)}
+
+
+def _private(name: str, value: object) -> bool:
+    return name not in _INTERNAL and _is_plain(value)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size))
 
 
 def _same(a: Any, b: Any) -> bool:

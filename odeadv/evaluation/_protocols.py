@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -56,6 +57,10 @@ class AttackSpec:
             raise ValueError(f"score: got {self.score!r}, expected 'last' or 'worst'")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "eps", non_negative("eps", self.eps))
+        if self.eps > 1 and self.options.get("norm", "linf") in ("linf", "Linf"):
+            raise ValueError(
+                f"eps: got {self.eps:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?"
+            )
         if self.name == "fgsm":
             self._fill_fgsm()
         if self.alpha is not None or self.name == "ifgsm":
@@ -73,6 +78,13 @@ class AttackSpec:
         return self.name in ("fgsm", "ifgsm") and not self.options
 
     @property
+    def measures_worst(self) -> bool:
+        """Whether worst-so-far outcomes come with it; not where only a last iterate of several is returned."""
+        if self.shared or self.score == "worst":
+            return True
+        return not takes(attack_function(self.name), "keep") or self.options.get("keep") == "worst"
+
+    @property
     def label(self) -> str:
         """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` where that is the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
@@ -87,7 +99,7 @@ class AttackSpec:
         return {key: value for key, value in own.items() if value is not None} | dict(self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; options that JSON does not have are written by their ``repr``."""
+        """As JSON-ready data; functions are written by name, what else JSON does not have by its ``repr``."""
         options = {key: _plain(value) for key, value in self.options.items()}
         own = {"name": self.name, "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         return {**own, "score": self.score, "options": options}
@@ -114,6 +126,8 @@ class AttackSpec:
         if "eps" not in known:
             raise ValueError(f"name: got {self.name!r}, expected an attack with a radius eps")
         _check_known("options", self.options, [key for key in known if key not in _RESERVED])
+        if self.score == "worst" and self.options.get("keep", "worst") != "worst":
+            raise ValueError(f"options: got keep={self.options['keep']!r}, expected 'worst' or none for score='worst'")
         given = self.arguments()
         for key in ("alpha", "steps"):
             if key in given and key not in known:
@@ -158,9 +172,9 @@ def attack_function(name: object) -> Callable[..., Tensor]:
     return function
 
 
-def takes_generator(function: Callable[..., Tensor]) -> bool:
-    """Whether the attack draws from a generator that it is given."""
-    return "generator" in _keywords(function)
+def takes(function: Callable[..., Tensor], argument: str) -> bool:
+    """Whether the attack has a keyword argument of that name."""
+    return argument in _keywords(function)
 
 
 def _is_attack(value: object) -> bool:
@@ -181,7 +195,10 @@ def _check_known(name: str, given: Mapping[str, object], known: Collection[str])
 def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    named = getattr(value, "__qualname__", None)
+    return f"{getattr(value, '__module__', '')}.{named}" if named else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _fgsm_and_ifgsm_20(name: str, *, eps: tuple[float, ...], alpha: float) -> Protocol:
@@ -209,6 +226,8 @@ def resolve_protocol(protocol: object) -> Protocol:
         return protocol
     if not isinstance(protocol, str):
         raise TypeError(f"protocol: got {protocol!r}, expected a Protocol or one of {', '.join(PROTOCOLS)}")
+    if protocol in ("table3", "table4", "table5", "table7"):  # the paper evaluates them as Table 2
+        protocol = "table2"
     if protocol not in PROTOCOLS:
         near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(protocol, PROTOCOLS, n=1))
         raise ValueError(f"protocol: got {protocol!r}, expected one of {', '.join(PROTOCOLS)}{near}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,11 +87,14 @@ def batch_outcomes(
     notes: list[str] = []
     rows = [clean]
     nothing = torch.zeros_like(clean)
+    specs = [json.dumps(spec.to_dict(), sort_keys=True) for spec in attacks]
     for place, spec in enumerate(attacks):
         if spec.shared:
             rows += scored.get((_run(spec), spec.steps or 1), (nothing, nothing))
         else:
-            last, warned = _separate(spec, counted, batch, clean, seed=seed, place=f"{number} {place}")
+            # Not its place in the protocol: equal specs in a row are told apart by how many came before.
+            drawn_at = f"{number} {specs[place]} {specs[:place].count(specs[place])}"
+            last, warned = _separate(spec, counted, batch, clean, seed=seed, place=drawn_at)
             rows += [last, clean & last]
             notes += warned
     return Found(

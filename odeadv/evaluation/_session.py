@@ -227,7 +227,7 @@ class Session:
             protocol=self.protocol.name,
             clean_outcomes=clean,
             attacks=tuple(
-                result_of(spec, None if spec.score == "worst" else last, worst)
+                result_of(spec, None if spec.score == "worst" else last, worst if spec.measures_worst else None)
                 for spec, last, worst in zip(self.protocol.attacks, attacked[::2], attacked[1::2], strict=True)
             ),
             forward_passes=self.forward_passes,

@@ -31,12 +31,13 @@ class Noise(nn.Module):
 
     Attributes:
         at_inference: whether the noise is on in evaluation mode too.
+        shared: whether all images of a batch see one draw, of an amplitude relative to their own sums.
     """
 
     def __init__(self, std: float, kind: NoiseKind) -> None:
         super().__init__()
         self.std, self.kind = std, kind
-        self.at_inference = False
+        self.at_inference = self.shared = False
 
     @property
     def active(self) -> bool:
@@ -48,10 +49,15 @@ class Noise(nn.Module):
     ) -> Float[Tensor, "n c h w"]:
         """What to add to the velocity ``f`` at ``x``, so that an Euler step of ``dt`` adds std sqrt(dt) N(0, 1)."""
         # Drawn contiguously in at least float32: several times faster, and the same numbers whatever f's layout.
-        drawn = torch.randn(f.shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
+        shape = (1, *f.shape[1:]) if self.shared else f.shape
+        drawn = torch.randn(shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
         with torch.no_grad():
             scale = self.std / math.sqrt(dt)
-            drawn *= scale if self.kind == "absolute" else scale * torch.add(x, f, alpha=dt).to(drawn.dtype).std()
+            if self.kind == "relative":
+                total = torch.add(x, f, alpha=dt).to(drawn.dtype)
+                drawn = drawn * (scale * (total.std(dim=(1, 2, 3), keepdim=True) if self.shared else total.std()))
+            else:
+                drawn *= scale
             return torch.empty_like(f).copy_(drawn)
 
     def extra_repr(self) -> str:
@@ -112,9 +118,10 @@ class Averaged(nn.Module):
     Args:
         net: a network made with ``noise``.
         passes: how many.
-        generator: a seed, None being 0: every call draws the same noise for images of the same shape, so that this is
-            a function of the batch, which an attack can follow. Or a CPU generator: every call draws new noise, and
-            the same sequence of calls is repeated by an equal generator.
+        generator: a seed, None being 0: every call draws the same noise, one for each pass and block that all images
+            of the batch share (relative noise by the standard deviation of each image's own sum), so that this is a
+            function of the image, which an attack can follow. Or a CPU generator: every call draws new noise for
+            every image, and the same sequence of calls is repeated by an equal generator.
         recompute: where gradients are asked for, keep no pass's graph and run each again in the backward pass:
             memory of one pass instead of all, for a third more time. Logits and gradients are the same.
 
@@ -164,7 +171,8 @@ class Averaged(nn.Module):
         return total / self.passes
 
     def _once(self, images: Tensor, seed: int) -> Tensor:
-        with untouched(self.net, mode="eval"), noisy(self.net), _seeded(seed, images.device):
+        shared = not isinstance(self.generator, torch.Generator)
+        with untouched(self.net, mode="eval"), noisy(self.net, shared=shared), _seeded(seed, images.device):
             logits: Tensor = self.net(images)
         return logits
 
@@ -174,16 +182,16 @@ class Averaged(nn.Module):
 
 
 @contextlib.contextmanager
-def noisy(net: nn.Module) -> Iterator[None]:
-    """Noise on inside, whatever the mode of ``net``."""
-    before = [(noise, noise.at_inference) for noise in noises_of(net)]
+def noisy(net: nn.Module, *, shared: bool = False) -> Iterator[None]:
+    """Noise on inside, whatever the mode of ``net``; one draw for all images of a batch if ``shared``."""
+    before = [(noise, noise.at_inference, noise.shared) for noise in noises_of(net)]
     try:
-        for noise, _ in before:
-            noise.at_inference = True
+        for noise, _, _ in before:
+            noise.at_inference, noise.shared = True, shared
         yield
     finally:
-        for noise, on in before:
-            noise.at_inference = on
+        for noise, on, together in before:
+            noise.at_inference, noise.shared = on, together
 
 
 @contextlib.contextmanager
