@@ -281,6 +281,7 @@ def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
+    from odeadv import experiments
     from odeadv.audit import audit
 
     net, info = _load(args.checkpoint)
@@ -291,7 +292,10 @@ def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         net, (images.test_images, images.test_labels), eps=args.eps / 255, generator=generator, surrogate=surrogate
     )
     out = args.out or _beside(args.checkpoint) / "audit"
-    result.write(out)
+    name = experiments.RunConfig.from_dict(info["run"]).name
+    result.write(
+        out, f"{name}, weights of epoch {info['epoch']}, the first test images of each class, seed {args.seed}."
+    )
     print(result)
     print(out)
     return 0 if result.passed else 1

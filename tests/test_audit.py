@@ -307,13 +307,14 @@ def test_a_transfer_that_beats_gradients_is_caught() -> None:
 
 
 def test_write(honest: Audit, tmp_path: Path) -> None:
-    honest.write(tmp_path / "report")
+    honest.write(tmp_path / "report", "A small network.")
     files = {path.name for path in (tmp_path / "report").iterdir()}
     assert files == {"audit.json", "audit.md", "accuracy_against_eps.png", "accuracy_against_steps.png"}
     data = json.loads((tmp_path / "report" / "audit.json").read_text())
-    assert data == json.loads(json.dumps(honest.to_dict()))
+    assert data == json.loads(json.dumps(honest.to_dict() | {"about": "A small network."}))
     assert data["schema"] == "odeadv.audit/1"
     page = (tmp_path / "report" / "audit.md").read_text()
+    assert page.startswith("# Audit of a robustness evaluation\n\nA small network.\n\n17 checks passed")
     assert all(check.name in page and check.meaning in page for check in honest.checks)
     assert "17 checks passed, 0 failed, 0 not applicable; 80 examples" in page
 

@@ -93,12 +93,13 @@ class Audit:
             "against_steps": [list(point) for point in self.against_steps],
         }
 
-    def to_markdown(self) -> str:
-        """A page: verdict, table, and what failed."""
+    def to_markdown(self, about: str = "") -> str:
+        """A page: verdict, table, and what failed; ``about`` says what was audited."""
         counts = {status: sum(check.status == status for check in self.checks) for status in _MARKS}
         lines = [
             "# Audit of a robustness evaluation",
             "",
+            *([about, ""] if about else []),
             f"{counts['pass']} checks passed, {counts['fail']} failed, {counts['not applicable']} not applicable; "
             f"{self.n} examples, eps = {255 * self.eps:g}/255.",
             "",
@@ -121,15 +122,20 @@ class Audit:
         lines += [f"- **{check.name}**: {check.meaning}" for check in self.checks]
         return "\n".join(lines) + "\n"
 
-    def write(self, folder: str | Path) -> None:
-        """Write ``audit.json``, ``audit.md`` and, if there are curves, two plots into ``folder``, each atomically."""
+    def write(self, folder: str | Path, about: str = "") -> None:
+        """Write ``audit.json``, ``audit.md`` and, if there are curves, two plots into ``folder``, each atomically.
+
+        Args:
+            folder: made if it is not there.
+            about: a sentence on what was audited.
+        """
         folder = Path(folder)
-        write_json(folder / "audit.json", self.to_dict())
+        write_json(folder / "audit.json", self.to_dict() | {"about": about})
         if self.against_eps:
             points = [(255 * eps, accuracy) for eps, accuracy in self.against_eps]
             _plot(folder / "accuracy_against_eps.png", points, "eps (1/255)", mark=255 * self.eps)
             _plot(folder / "accuracy_against_steps.png", self.against_steps, "steps of IFGSM")
-        write_text(folder / "audit.md", self.to_markdown())
+        write_text(folder / "audit.md", self.to_markdown(about))
 
     def __repr__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
