@@ -21,6 +21,7 @@ import odeadv
 from odeadv.fields import Piecewise
 
 from . import orders
+from ._expm import matrix_exp
 from ._peers import (
     Adversarial,
     Ivp,
@@ -112,7 +113,7 @@ LINEAR_CURVES = (
 
 def _linear() -> tuple[odeadv.AdversarialField, Adversarial]:
     field = odeadv.AdversarialField(
-        odeadv.Operator(lambda t, x: orders.A @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(dt * orders.A) @ x),
+        odeadv.Operator(lambda t, x: orders.A @ x, flow=lambda t, dt, x: matrix_exp(dt * orders.A) @ x),
         lambda x: 0.5 * x @ (orders.Q @ x),
         orders.ETA,
     )
@@ -143,7 +144,7 @@ def linear_converged_form() -> Tensor:
     """x(T) with the costate of the trajectory itself: [x; a]' = [[A, eta], [0, -A^T]] [x; a], a(T) = Q x(T)."""
     a, q, eye = orders.A, orders.Q, torch.eye(3, dtype=orders.A.dtype)
     block = torch.cat([torch.cat([a, orders.ETA * eye], 1), torch.cat([0 * a, -a.T], 1)])
-    m = torch.linalg.matrix_exp(orders.END * block)
+    m = matrix_exp(orders.END * block)
     a0 = torch.linalg.solve(m[3:, 3:] - q @ m[:3, 3:], q @ m[:3, :3] @ orders.X0)
     return m[:3, :3] @ orders.X0 + m[:3, 3:] @ a0
 

@@ -212,6 +212,9 @@ def driven(
     return field.driven_by(a)
 
 
+AdversarialField._recorder = staticmethod(driven)  # fields know no solver, but one that is called needs a recording
+
+
 def _read(
     field: VectorField,
     x0: Tensor | None,

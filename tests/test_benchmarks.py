@@ -3,17 +3,13 @@
 import copy
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import (  # noqa: E402
+from benchmarks import __main__ as command
+from benchmarks import (
     _compare,
     _memory,
     _peers,
@@ -350,3 +346,6 @@ def test_the_committed_page_is_that_of_its_json():
     assert (folder / "README.md").read_text(encoding="utf-8") == command.page(folder)
     rows = limits.render(command.results(folder), command.module)
     assert (folder / "limits.md").read_text(encoding="utf-8") == rows
+
+
+ROOT = Path(__file__).parents[1]

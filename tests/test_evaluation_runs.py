@@ -290,6 +290,12 @@ class TestFolding:
         assert result.notes[0].startswith("not folded")
         assert torch.equal(outcomes(result), outcomes(evaluate(trained(), held_out(20), LAST)))
 
+    def test_bf16_gradients_that_are_only_imitated_give_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("odeadv._precision.bf16_is_native", lambda device: False)
+        with pytest.warns(RuntimeWarning, match="gradients: 'bf16' is imitated on this CPU"):
+            evaluate(trained(), held_out(20), LAST, gradients="bf16")
+
+    @pytest.mark.filterwarnings("ignore:gradients:RuntimeWarning")
     def test_bf16_gradients_are_reported_beside_full_ones(self) -> None:
         plain, rough = (evaluate(trained(), held_out(N), MIXED, gradients=kind) for kind in ("full", "bf16"))
         assert torch.equal(plain.clean_outcomes, rough.clean_outcomes)  # scored in float32 all the same

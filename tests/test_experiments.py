@@ -62,12 +62,12 @@ def record(config: RunConfig, protocol: str, columns, accuracy) -> dict:
     }
 
 
-def rows_at(table, preset="cpu"):
+def rows_at(table, preset="bf16"):
     """The rows that can be run at that size."""
     return [row for row in table.rows if PRESETS[preset].sizes[row.method.split("+")[0]].can_run(row)]
 
 
-def made_up(table, rows=None, seeds=(0, 1, 2), preset="cpu", dataset="cifar10"):
+def made_up(table, rows=None, seeds=(0, 1, 2), preset="bf16", dataset="cifar10"):
     """Records whose accuracies differ by row, column and seed."""
     return [
         record(
@@ -113,19 +113,19 @@ def test_every_row_that_the_paper_prints_is_a_row_here():
 def test_the_figures_are_means_and_deviations_over_the_seeds():
     table = TABLES["table1"]
     records = made_up(table)
-    results = gather(table, PRESETS["cpu"], None, records)
+    results = gather(table, PRESETS["bf16"], None, records)
     text = render(results)
     for row in rows_at(table):
         clean = [100 * r["evaluations"]["last"]["table1"]["clean_accuracy"] for r in results.runs[row.name].values()]
         cell = f"| {row.label} | here, 3 seeds | {statistics.fmean(clean):.2f} ± {statistics.stdev(clean):.2f} |"
         assert cell in text
     assert "| natural | paper | 92.89 | 67.22 | 49.80 | 56.98 | 19.20 | 48.30 |" in text
-    assert render(gather(table, PRESETS["cpu"], None, records[::-1])) == text
+    assert render(gather(table, PRESETS["bf16"], None, records[::-1])) == text
 
 
 def test_differences_are_paired_by_seed_with_students_interval():
     table = TABLES["table2"]
-    results = gather(table, PRESETS["cpu"], None, made_up(table))
+    results = gather(table, PRESETS["bf16"], None, made_up(table))
     lad, pgd = results.runs["pgd+lad"], results.runs["pgd"]
     by_hand = [
         100 * statistics.fmean(
@@ -166,7 +166,7 @@ def test_only_runs_of_the_table_and_preset_count():
     table = TABLES["table2"]
     records = made_up(table, rows=("pgd", "pgd+lad"), seeds=(0, 1))
     others = made_up(TABLES["table1"]) + made_up(table, preset="paper")
-    results = gather(table, PRESETS["cpu"], None, records + others)
+    results = gather(table, PRESETS["bf16"], None, records + others)
     assert {name: sorted(runs) for name, runs in results.runs.items()} == {"pgd": [0, 1], "pgd+lad": [0, 1]}
     assert "Not run: pgd+lad-sm seed 0, pgd+lad-midpoint seed 0" in render(results)
     assert "Not at this size, where the network has no block to damp: PGD + In-ResNet, PGD + lambda-In" in render(
@@ -176,12 +176,19 @@ def test_only_runs_of_the_table_and_preset_count():
         gather(table, PRESETS["smoke"], None, made_up(TABLES["table1"]))
 
 
-def test_what_differs_from_the_paper_stands_in_the_first_line():
+def test_what_differs_from_the_paper_stands_in_the_first_line(monkeypatch):
     table = TABLES["table2"]
-    text = render(gather(table, PRESETS["cpu"], None, made_up(table, seeds=(0,)))).splitlines()[0]
+    text = render(gather(table, PRESETS["bf16"], None, made_up(table, seeds=(0,)))).splitlines()[0]
     for part in (
         "ResNet-8 of width 16 instead of ResNet-56", "40 instead of 160 epochs", "bf16 instead of fp32",
         "7 instead of 10 attack steps", "2 training images", "1 of 3 seeds",
+    ):  # fmt: skip
+        assert part in text
+    with_other = with_eta(PRESETS["cpu"], table, "cifar10", 25)
+    monkeypatch.setitem(PRESETS, "cpu", with_other)
+    text = render(gather(table, with_other, None, made_up(table, seeds=(0, 1), preset="cpu"))).splitlines()[0]
+    for part in (
+        "ResNet-14 of width 8", "64 instead of 128 images a batch", "eta 25 (50 in batches of 128) instead of 50",
     ):  # fmt: skip
         assert part in text
 
@@ -223,10 +230,10 @@ def test_records_that_contradict_each_other_are_refused():
     table = TABLES["table2"]
     records = made_up(table)
     with pytest.raises(ValueError, match="two have the key"):
-        gather(table, PRESETS["cpu"], None, [*records, records[0]])
+        gather(table, PRESETS["bf16"], None, [*records, records[0]])
     records[0]["data"] = {**records[0]["data"], "fingerprint": "another"}
     with pytest.raises(ValueError, match="were run on different data"):
-        gather(table, PRESETS["cpu"], None, records)
+        gather(table, PRESETS["bf16"], None, records)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
@@ -249,14 +256,14 @@ def test_figure_2_says_whether_it_is_the_papers(tmp_path):
     ratios = [2e6, 1e6, 3e5, 2e5]
     records[0]["epochs"] = [{**records[0]["epochs"][0], "epoch": n, "ratio": r} for n, r in enumerate(ratios, start=1)]
     (tmp_path / "a.json").write_text(json.dumps(records[0]))
-    text = write_figure2(PRESETS["cpu"], "cifar10", tmp_path, tmp_path / "out")
+    text = write_figure2(PRESETS["bf16"], "cifar10", tmp_path, tmp_path / "out")
     assert "| PGD, seed 0 | 2e+06 | 2e+05 | 4 of 4 | 2e+05 | yes | yes |" in text
     records[0]["epochs"][1]["ratio"] = 5e4
     (tmp_path / "a.json").write_text(json.dumps(records[0]))
-    text = write_figure2(PRESETS["cpu"], "cifar10", tmp_path, tmp_path / "out")
+    text = write_figure2(PRESETS["bf16"], "cifar10", tmp_path, tmp_path / "out")
     assert "| PGD, seed 0 | 2e+06 | 5e+04 | 2 of 4 | 2e+05 | no | no |" in text
     with pytest.raises(ValueError, match="none of the 0 given"):
-        write_figure2(PRESETS["cpu"], "cifar10", tmp_path / "nothing", tmp_path / "out")
+        write_figure2(PRESETS["bf16"], "cifar10", tmp_path / "nothing", tmp_path / "out")
 
 
 def test_there_are_committed_pages():
@@ -287,7 +294,7 @@ def test_every_row_of_every_table_can_be_built(preset):
 
 
 def test_the_command_lists_runs_and_refuses_what_is_no_row(capsys):
-    assert main("table2", "about", ["--list", "--preset", "cpu", "--seeds", "0"]) == 0
+    assert main("table2", "about", ["--list", "--preset", "bf16", "--seeds", "0"]) == 0
     listed = capsys.readouterr()
     assert len(listed.out.splitlines()) == len(rows_at(TABLES["table2"]))
     images = 40 * (2000 // 128) * 128 * (17 + 2 * 19 + 21)  # one plain row, LAD and LAD-SM, the exact midpoint
@@ -320,7 +327,7 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("number", range(1, 8))
 def test_examples_run_as_programs(number):
     program = ROOT / "examples" / f"table{number}.py"
-    command = [sys.executable, str(program), "--list", "--seeds", "0", "--preset", "cpu"]
+    command = [sys.executable, str(program), "--list", "--seeds", "0", "--preset", "bf16"]
     command += ["--dataset", "cifar100"] if number in (5, 7) else []
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert len(done.stdout.splitlines()) == len(rows_at(TABLES[f"table{number}"]))

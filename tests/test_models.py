@@ -298,3 +298,24 @@ def test_autocast_to_bfloat16_runs_both_passes():
     assert sol.loss.dtype == torch.float32
     sol.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [2, 3, 8])
+def test_the_projection_is_a_strided_convolution(channels, layout):
+    """Without oneDNN's own, which wrote beyond its memory for fewer than 8 channels on a CPU with AVX2 alone."""
+    generator = torch.Generator().manual_seed(0)
+    block = odeadv.models.preact_resnet(8, channels, generator=generator).blocks[1]
+    ours = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1))
+    images = torch.rand(6, channels, 9, 8, generator=generator).contiguous(memory_format=layout)
+    found, expected = images.clone().requires_grad_(), images.clone().requires_grad_()
+    mine = ours.to(memory_format=layout)(found)
+    theirs = torch.nn.functional.conv2d(expected.contiguous(), ours.weight.contiguous(), stride=2)
+    assert mine.shape == (6, 2 * channels, 5, 4)
+    torch.testing.assert_close(mine, theirs)
+    direction = torch.rand(mine.shape, generator=generator)
+    gradients = [
+        torch.autograd.grad(out, [x, ours.weight], direction) for out, x in ((mine, found), (theirs, expected))
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)

@@ -10,7 +10,7 @@ import odeadv
 ROOT = Path(odeadv.__file__).parent
 # A folder may import from those before it in this order, and from itself.
 LAYERS = (
-    ("_version", "_state", "_files", "_configuration"),
+    ("_version", "_state", "_files", "_configuration", "_precision"),
     ("fields",),
     ("splitting",),
     ("costate",),

@@ -217,7 +217,8 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
             process.stdout.close()
             assert not (runs / config.name / "record.json").exists(), "killed too late to prove anything"
             assert list((runs / config.name / "checkpoints").glob("*.safetensors"))
-        finish(train_in_a_process(runs))
+        told = finish(train_in_a_process(runs))
+        assert ("goes on with epoch" in told) == bool(kills)
         weights.append(read_tensors(runs / config.name / "last.safetensors")[0])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 

@@ -11,6 +11,7 @@ from conftest import measured_order
 from torch import Tensor
 
 import odeadv
+from benchmarks._expm import matrix_exp
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 
@@ -28,17 +29,17 @@ def scalar_field(eta: float = ETA) -> odeadv.AdversarialField:
 
 
 def linear_field(eta: float = ETA) -> odeadv.AdversarialField:
-    operator = odeadv.Operator(lambda t, x: A @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(A * dt) @ x)
+    operator = odeadv.Operator(lambda t, x: A @ x, flow=lambda t, dt, x: matrix_exp(A * dt) @ x)
     return odeadv.AdversarialField(operator, lambda x: 0.5 * x @ Q @ x, eta=eta)
 
 
 def linear_one_recording(eta: float = ETA) -> Tensor:
     """x(T) where a(t) is the costate of the unperturbed trajectory: one matrix exponential."""
-    a0 = torch.linalg.matrix_exp(A.T * T) @ Q @ torch.linalg.matrix_exp(A * T) @ Y0
+    a0 = matrix_exp(A.T * T) @ Q @ matrix_exp(A * T) @ Y0
     block = torch.cat(
         [torch.cat([A, eta * torch.eye(3, dtype=A.dtype)], dim=1), torch.cat([torch.zeros_like(A), -A.T], dim=1)]
     )
-    return (torch.linalg.matrix_exp(block * T) @ torch.cat([Y0, a0]))[:3]
+    return (matrix_exp(block * T) @ torch.cat([Y0, a0]))[:3]
 
 
 # ---- the meanings of dL/dx(t) of spec section 1 ----
@@ -164,10 +165,10 @@ def exact_flows() -> odeadv.SplitField:
     """Two operators that do not commute, one of them time-dependent, with exact flows."""
 
     def stretch(t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
-        return torch.linalg.matrix_exp(C * (dt + ((t + dt) ** 2 - t**2) / 2)) @ x
+        return matrix_exp(C * (dt + ((t + dt) ** 2 - t**2) / 2)) @ x
 
     return odeadv.SplitField(
-        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: matrix_exp(B * dt) @ x),
         stretch=odeadv.Operator(lambda t, x: (1 + t) * (C @ x), flow=stretch),
     )
 
@@ -381,14 +382,14 @@ def test_order_of_the_costate_between_nodes(kind, order):
         )
         grid = T / steps
         time = (math.floor(t / grid) + 0.3) * grid
-        exact = torch.linalg.matrix_exp(A.T * (T - time)) @ Q @ torch.linalg.matrix_exp(A * T) @ Y0
+        exact = matrix_exp(A.T * (T - time)) @ Q @ matrix_exp(A * T) @ Y0
         return float((sol.costate(time) - exact).norm())
 
     assert measured_order(error) == pytest.approx(order, abs=0.25)
 
 
 def test_the_exact_midpoint_beats_the_mean_of_theorem_3_2():
-    exact = torch.linalg.matrix_exp(A.T * (T - 0.5 * T / 8)) @ Q @ torch.linalg.matrix_exp(A * T) @ Y0
+    exact = matrix_exp(A.T * (T - 0.5 * T / 8)) @ Q @ matrix_exp(A * T) @ Y0
     error = {}
     for scheme in ("strang", "strang-midpoint"):
         sol = odeadv.solve(linear_field(), Y0, (0.0, T), scheme=scheme, substep={"f": "exact"}, steps=8)
@@ -432,6 +433,65 @@ def test_an_adversarial_field_in_torchdiffeq_by_one_call(recordings):
         assert torch.allclose(end, linear_one_recording(), atol=1e-6)
     same = odeadv.solve(field, Y0, (0.0, T), steps=100, scheme="strang-symmetric", substep="rk4")
     assert torch.equal(same.xs[-1], sol.xs[-1])
+
+
+def carrying(steps: int = 200, **kwargs) -> odeadv.AdversarialField:
+    """The linear problem with its span and steps, and no initial state."""
+    field = linear_field()
+    return odeadv.AdversarialField(field.f, field.loss, field.eta, t_span=(0.0, T), steps=steps, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5", "explicit_adams"])
+def test_an_adversarial_field_runs_unchanged_in_torchdiffeq(method):
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    times = torch.linspace(0.0, T, 401, dtype=torch.float64)
+    found = torchdiffeq.odeint(carrying(), Y0, times, method=method)
+    same = torchdiffeq.odeint(odeadv.driven(carrying(), Y0), Y0, times, method=method)
+    assert torch.equal(found, same)
+
+
+def test_unchanged_in_torchdiffeq_the_recording_has_the_order_of_euler():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    times = torch.linspace(0.0, T, 401, dtype=torch.float64)
+
+    def error(steps: int) -> float:
+        end = torchdiffeq.odeint(carrying(steps), Y0, times, method="rk4")[-1]
+        return float((end - linear_one_recording()).norm())
+
+    assert measured_order(error, (100, 200, 400)) == pytest.approx(1, abs=0.1)
+
+
+def test_each_solve_in_torchdiffeq_has_its_own_recording():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    times = torch.tensor([0.0, T], dtype=torch.float64)
+    options = {"method": "rk4", "options": {"step_size": T / 100}}
+    weight = torch.nn.Parameter(torch.tensor(LAM, dtype=torch.float64))
+    field = odeadv.AdversarialField(lambda t, x: weight * x, sum_of_squares, ETA, t_span=(0.0, T), steps=100)
+    fresh = odeadv.AdversarialField(lambda t, x: weight * x, sum_of_squares, ETA, t_span=(0.0, T), steps=100)
+    first = torchdiffeq.odeint(field, X0, times, **options)
+    other = torchdiffeq.odeint(field, 3 * X0, times, **options)
+    assert torch.allclose(other, 3 * first, rtol=1e-12)  # a linear problem: the costate is three times as large
+    first.sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        weight.mul_(2.0)
+    again = torchdiffeq.odeint(field, X0, times, **options)
+    assert torch.equal(again, torchdiffeq.odeint(fresh, X0, times, **options))
+    assert not torch.allclose(again, first)
+    single = torchdiffeq.odeint(field, X0.float(), times.float(), **options)  # 0.1 is not the same in float32
+    assert single.dtype == torch.float32
+
+
+def test_the_start_of_a_span_is_known_in_every_precision():
+    field = odeadv.AdversarialField(lambda t, x: -x, sum_of_squares, ETA, t_span=(0.1, 1.3), steps=4)
+    for dtype in (torch.float32, torch.float64):
+        assert field(torch.tensor(0.1, dtype=dtype), X0.to(dtype)).shape == X0.shape
+    backward = odeadv.AdversarialField(lambda t, x: -x, sum_of_squares, ETA, t_span=(1.3, 0.1), steps=4)
+    with pytest.raises(TypeError, match=r"start at t_span\[0\]"):
+        backward(torch.tensor(0.1), X0)
+    backward(torch.tensor(1.3), X0)
+    assert torch.isfinite(backward(torch.tensor(0.1), X0)).all()
+    assert backward.transformed(lambda nodes: nodes)._drive is None
 
 
 def test_driven_records_and_does_nothing_else():
@@ -752,7 +812,7 @@ def test_statistics_of_a_field_within_a_field():
 @pytest.mark.parametrize(("inner", "order"), [("lie", 1), ("strang", 2), ("blanes-moan4", 4)])
 def test_a_split_field_within_a_split_field(inner, order):
     two = odeadv.SplitField(
-        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: matrix_exp(B * dt) @ x),
         stretch=lambda t, x: (1 + t) * (C @ x),
     )
     field = odeadv.SplitField(pair=two, decay=odeadv.Operator(lambda t, x: -x, flow=lambda t, dt, x: x * (-dt).exp()))
@@ -780,7 +840,7 @@ def test_nested_exact_flows_keep_their_own_clock(outer, steps):
 
     inner = odeadv.SplitField(
         wave=odeadv.Operator(lambda t, x: torch.cos(3 * t) * x, flow=wave),
-        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: torch.linalg.matrix_exp(B * dt) @ x),
+        rotate=odeadv.Operator(lambda t, x: B @ x, flow=lambda t, dt, x: matrix_exp(B * dt) @ x),
     )
     field = odeadv.SplitField(stretch=lambda t, x: C @ x, inner=inner)
     exact = odeadv.solve(field, Z0, (0.0, 1.0), scheme="rk4", steps=500).xs[-1]
@@ -1022,5 +1082,6 @@ def test_bad_fields_are_refused_when_made(make, error, message):
 
 
 def test_an_adversarial_field_outside_solve_says_what_to_do():
-    with pytest.raises(TypeError, match=r"odeadv\.driven\(field, .*field\.driven_by\(solution\.costate\)"):
+    advice = r"t_span and steps.*odeadv\.driven\(field, .*field\.driven_by\(solution\.costate\)"
+    with pytest.raises(TypeError, match=advice):
         scalar_field()(torch.tensor(0.0), X0)

@@ -268,6 +268,18 @@ class TestState:
         assert not torch.equal(whole, Draws(1, 6, slice(0, 8), 8).uniform(torch.empty(8, 3)))
         assert not torch.equal(whole, Draws(2, 5, slice(0, 8), 8).uniform(torch.empty(8, 3)))
 
+    @pytest.mark.parametrize("native", [True, False])
+    def test_bf16_that_is_only_imitated_gives_a_warning(self, native, monkeypatch):
+        monkeypatch.setattr("odeadv._precision.bf16_is_native", lambda device: native)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for precision in ("bf16", "fp32"):
+                train(tiny_net(), tiny_data(), config(precision=precision, epochs=1, milestones=()))
+        said = [str(warning.message) for warning in caught if "imitated" in str(warning.message)]
+        assert len(said) == (0 if native else 1)
+        assert native or said[0].startswith("precision: 'bf16' is imitated on this CPU")
+
+    @pytest.mark.filterwarnings("ignore:precision:RuntimeWarning")
     def test_bf16_autocast_stays_near_fp32(self):
         losses = {}
         for precision in ("fp32", "bf16"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeadv._precision import warn_of_imitated_bf16
 from odeadv._version import __version__
 from odeadv.attacks._checks import check_images, check_labels, check_logits, check_model, positive_integer
 from odeadv.attacks._objective import attacking
@@ -91,6 +92,9 @@ def evaluate(
             batch, the images' dtype is none that the model takes, or the first images have other logits at the end than
             they had at the beginning.
         ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
+
+    Warns:
+        RuntimeWarning: if the model could not be folded or compiled, or bf16 is only imitated on this CPU.
     """
     began = time.perf_counter()
     protocol = resolve_protocol(protocol)
@@ -99,6 +103,8 @@ def evaluate(
     images, labels = _checked(data)
     device = _device(model, images, device)
     _check_options(progress, seed, num_classes, gradients)
+    if gradients == "bf16":
+        warn_of_imitated_bf16("gradients", device, "full")
     settings: dict[str, Any] = {
         "batch_size": min(batch_size, len(images)),
         "seed": seed,

@@ -74,6 +74,8 @@ class Progress:
         share = (epoch - 1 + step / steps) / self.epochs
         if self.first is None:
             self.first = share
+            if (epoch, step) != (1, 1):
+                self._line(f"goes on with epoch {epoch}/{self.epochs}, step {step}/{steps}; what was before is kept")
             return
         self.steps += 1
         rate = self.steps * self.batch_size / (time.perf_counter() - self.began)

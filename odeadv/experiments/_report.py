@@ -375,7 +375,9 @@ def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
         parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
     eta = mine["defence"].get("eta"), theirs["defence"].get("eta")
     if eta[0] != eta[1]:
-        parts.append(f"eta {eta[0]:g} instead of {eta[1]:g}")
+        an_image = eta[0] * theirs["batch_size"] / mine["batch_size"]
+        same = f" ({an_image:g} in batches of {theirs['batch_size']})" if an_image != eta[0] else ""
+        parts.append(f"eta {eta[0]:g}{same} instead of {eta[1]:g}")
     if here.model.passes != paper.model.passes:
         parts.append(f"{here.model.passes} instead of {paper.model.passes} noisy passes averaged")
     if here.data.train_images or here.data.validation_images:

@@ -2,8 +2,7 @@
 
 A field is a named sum of operators, and may carry its own problem (initial state, time span, steps).
 `AdversarialField` is the paper's Eq. 7, dx/dt = f(t, x) + eta * a(t); its second operator, the costate, is recorded
-by the solver. Imports nothing from the rest of the package but
-how to run a user's modules without a trace.
+by the solver. Imports nothing from the rest of the package but how to run a user's modules without a trace.
 """
 
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field

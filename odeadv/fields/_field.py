@@ -6,8 +6,9 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from odeadv._state import modules_of
@@ -118,6 +119,9 @@ class AdversarialField(VectorField):
         ValueError: if ``eta`` is not finite.
     """
 
+    #: Records a costate from a field and an initial state: `odeadv.driven`, which the solver puts here.
+    _recorder: ClassVar[Callable[[AdversarialField, Tensor], VectorField]]
+
     def __init__(
         self,
         f: Operator | VectorFunction,
@@ -140,10 +144,40 @@ class AdversarialField(VectorField):
         self.readout = readout
         self.transforms: tuple[NodeTransform, ...] = ()
         self._modules = modules_of(loss, readout, *modules)
+        self._drive: VectorField | None = None
         operator = (
             f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
         )
         super().__init__({"f": operator, "costate": Unrecorded()}, Problem(x0, t_span, dt, steps))
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        """f(t, x) + eta * a(t) for other solvers, on the ``t_span`` and by the ``dt`` or ``steps`` the field carries.
+
+        An evaluation at the start of the span is taken for the start of a solve: the costate is recorded from there,
+        by `odeadv.driven` with its defaults, and drives until the next such evaluation. So every solve has the
+        recording of its own initial state and weights, and a method that evaluates the start twice records twice.
+
+        Args:
+            t: 0-d tensor.
+            x: the state; returns its shape.
+
+        Raises:
+            TypeError: if the field has no span or steps, or is evaluated elsewhere before it was at the start.
+            ValueError, SolveError: see `odeadv.driven`.
+        """
+        if self._starts_at(t):
+            self._drive = type(self)._recorder(self, x.detach())
+        elif self._drive is None:
+            return super().__call__(t, x)  # which says what to do
+        return self._drive(t, x)
+
+    def _starts_at(self, t: Tensor) -> bool:
+        """Whether ``t`` is the start of the span up to rounding; False if the field does not carry its steps."""
+        problem = self.problem
+        if problem.t_span is None or (problem.dt is None and problem.steps is None):
+            return False
+        rounding = 4 * torch.finfo(t.dtype).eps * max(map(abs, problem.t_span))
+        return abs(float(t) - problem.t_span[0]) <= rounding
 
     @property
     def f(self) -> Operator:
@@ -173,6 +207,7 @@ class AdversarialField(VectorField):
         if not callable(transform):
             raise TypeError(f"transform: got {type(transform).__name__}, expected a callable transform(nodes)")
         field = copy.copy(self)
+        field._drive = None
         field.transforms = (*self.transforms, transform)
         field._modules = modules_of(*self._modules, transform)
         return field

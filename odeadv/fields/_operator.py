@@ -223,8 +223,8 @@ class Unrecorded(Operator):
     def _refuse(t: Tensor, x: Tensor) -> Tensor:
         raise TypeError(
             "field: dL/dx(t) of an AdversarialField is not known before a costate is recorded; use "
-            "odeadv.solve(field, ...), or in another solver odeadv.driven(field, x0, t_span, steps=...), which records "
-            "it, or field.driven_by(solution.costate)"
+            "odeadv.solve(field, ...). In another solver, give the field its t_span and steps (or dt) and start at "
+            "t_span[0], or use odeadv.driven(field, x0, t_span, steps=...) or field.driven_by(solution.costate)"
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from odeadv import attacks
 from odeadv._configuration import identity as essential
+from odeadv._precision import warn_of_imitated_bf16
 from odeadv._solution import SolveError
 from odeadv._state import untouched
 from odeadv.data import Batches, ImageDataset, to_float
@@ -124,11 +125,16 @@ def train(
         TrainingDiverged: if a loss or state is NaN or infinite or the loss above ``config.stop_above``, with the
             epoch, the step, the layer with the largest perturbation, and what to try.
         OSError: if a checkpoint cannot be written.
+
+    Warns:
+        RuntimeWarning: if bf16 is asked for on a CPU that only imitates it.
     """
     module = _module(net)
     _check(data, config, fabric)
     if fabric is None:
         fabric = make_fabric(precision=config.precision)
+    if config.precision == "bf16":
+        warn_of_imitated_bf16("precision", fabric.device, "fp32")
     if config.channels_last:
         module.to(memory_format=torch.channels_last)
     with _random_state(f"odeadv noise {config.seed} {fabric.global_rank}", fabric.device):
