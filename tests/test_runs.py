@@ -154,6 +154,20 @@ class TestFolder:
         timer.join()
 
 
+def test_event_files_are_what_tensorboard_reads(tmp_path, digits):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = small()
+    record = run(config, digits, tmp_path, log=StringIO(), tensorboard=True)
+    events = reader.EventAccumulator(str(tmp_path / config.name / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "accuracy", "lr", "ratio", "validation/clean"):
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        kept = [
+            (epoch["epoch"], epoch["validation"]["clean"] if "/" in name else epoch[name]) for epoch in record["epochs"]
+        ]
+        assert told == [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in kept]
+
+
 class TestFiles:
     def test_what_is_altered_or_cut_off_is_noticed(self, tmp_path):
         tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64), "c": torch.empty(0)}
