@@ -73,13 +73,19 @@ def check_unmodified(name: str, x: Tensor, before: int) -> None:
 
 def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
     """``f(t, x)``, refused if it writes to ``x`` or is not of its shape; not for torch.compile, see `version`."""
-    # What `version`, `check_unmodified` and `same_shape` do, written out: calls are most of what a step costs.
     before = -1 if x.is_inference() else x._version
     value = f(t, x)
+    # What `returned` does, written out: calls are most of what a step costs.
     if before >= 0 and x._version != before:
         check_unmodified("f", x, before)
     if isinstance(value, Tensor) and value.dtype is x.dtype and value.shape == x.shape:
         return value
+    return same_shape("f", value, x)
+
+
+def returned(value: object, x: Tensor, before: int) -> Tensor:
+    """``value``, what f returned for ``x`` of that `version`, refused as `checked` does."""
+    check_unmodified("f", x, before)
     return same_shape("f", value, x)
 
 

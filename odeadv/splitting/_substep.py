@@ -82,6 +82,11 @@ class RungeKutta:
         weights = [(j, b) for j, b in enumerate(self.weights) if b]
         object.__setattr__(self, "_nonzero", (list(zip(self.nodes, rows, strict=True)), weights))
 
+    @property
+    def is_euler(self) -> bool:
+        """Whether it is Euler's method under any name: one evaluation, at the start, taken whole."""
+        return self.nodes == (0.0,) and self.weights == (1.0,)
+
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
         """See `SubStep.advance`."""
         if isinstance(operator, Forcing):
@@ -108,8 +113,6 @@ class RungeKutta:
         stages: list[tuple[float, list[tuple[int, float]]]]
         weights: list[tuple[int, float]]
         stages, weights = self._nonzero  # type: ignore[attr-defined]
-        if len(stages) == 1 and weights == [(0, 1.0)]:  # Euler: loops of one turn are not free
-            return lambda x, h, times: x.add(checked(f, next(times), x), alpha=h)
 
         def advance(x: Tensor, h: float, times: Iterator[Tensor]) -> Tensor:
             slopes: list[Tensor] = []
