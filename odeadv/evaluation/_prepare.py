@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +53,7 @@ class Prepared:
     def scorer(self, labels: Tensor) -> Scorer:
         """For one batch with these labels."""
         fast = self.compiled if self.compiled is not None and len(labels) == self.batch_size else self.gradient
-        return Scorer(self.exact, fast, labels, self.approximate)
+        return Scorer(self.exact, fast, labels, self.approximate, self.scorer)
 
 
 class Scorer:
@@ -63,24 +64,38 @@ class Scorer:
         fast: gives gradients, and scores too unless ``approximate``.
         labels: (n,).
         approximate: whether what ``fast`` gets wrong has to be confirmed by ``exact``.
+        make: makes the scorer of other labels.
     """
 
-    def __init__(self, exact: nn.Module, fast: nn.Module, labels: Tensor, approximate: bool) -> None:
+    def __init__(
+        self,
+        exact: nn.Module,
+        fast: nn.Module,
+        labels: Tensor,
+        approximate: bool,
+        make: Callable[[Tensor], Scorer],
+    ) -> None:
+        self.approximate, self._make, self._parts = approximate, make, list[Scorer]()
         self._exact = Objective(exact, labels)
         self._fast = self._exact if fast is exact else Objective(fast, labels)
-        self._model, self._labels, self._approximate = exact, labels, approximate
+        self._model, self._labels = exact, labels
         self._confirmed = 0
 
     @property
     def forward_passes(self) -> int:
         """Images sent through the model so far, whichever its form."""
         both = self._exact.forward_passes + (0 if self._fast is self._exact else self._fast.forward_passes)
-        return both + self._confirmed
+        return both + self._confirmed + sum(part.forward_passes for part in self._parts)
 
     @property
     def gradient_evaluations(self) -> int:
         """How many of these were also differentiated."""
-        return self._fast.gradient_evaluations
+        return self._fast.gradient_evaluations + sum(part.gradient_evaluations for part in self._parts)
+
+    def part(self, keep: Tensor) -> Scorer:
+        """For the examples chosen by ``keep``, (n,) bool; what it costs is counted here too."""
+        self._parts.append(self._make(self._labels[keep]))
+        return self._parts[-1]
 
     def correct(self, images: Tensor) -> Tensor:
         """(n,) bool: which images are classified correctly."""
@@ -98,7 +113,7 @@ class Scorer:
         """
         logits, gradient = self._fast.logits_and_gradient(images)
         correct = logits.argmax(dim=1) == self._labels
-        if not self._approximate:
+        if not self.approximate:
             return correct, gradient
         suspects = (~correct if open is None else ~correct & open).nonzero().squeeze(1)
         if len(suspects):
@@ -107,6 +122,13 @@ class Scorer:
             correct[suspects] = exact.logits(images[suspects]).argmax(dim=1) == self._labels[suspects]
             self._confirmed += exact.forward_passes
         return correct, gradient
+
+
+def rows(tensor: Tensor, keep: Tensor) -> Tensor:
+    """Rows of ``tensor``, in its memory format (plain indexing may lose it)."""
+    taken = tensor[keep]
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return taken.contiguous(memory_format=torch.channels_last) if last else taken
 
 
 def prepare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from odeadv.evaluation._attack import Counted, attacked
 from odeadv.evaluation._prepare import Prepared
 from odeadv.evaluation._protocols import AttackSpec
-from odeadv.evaluation._shared import Run, shared_outcomes
+from odeadv.evaluation._shared import Run, SharedRuns
 
 
 class Batch(NamedTuple):
@@ -58,6 +58,7 @@ def batch_outcomes(
     seed: int,
     number: int,
     queued: bool = False,
+    repeatable: bool = True,
 ) -> Found:
     """What the attacks do to one batch; rows of those that are queued (`worst_groups`) are left false.
 
@@ -69,6 +70,7 @@ def batch_outcomes(
         seed: of the attacks that draw.
         number: of the batch.
         queued: run also what is otherwise queued, on the whole batch.
+        repeatable: the model answers the same to the same images.
     """
     images, labels = batch
     scorer = prepared.scorer(labels)
@@ -82,7 +84,10 @@ def batch_outcomes(
         clean, clean_gradient = scorer.correct_and_gradient(images)
     else:
         clean = scorer.correct(images)
-    scored = shared_outcomes(scorer, images, clean, clean_gradient, lengths) if lengths else {}
+    scored: Mapping[tuple[Run, int], tuple[Tensor, Tensor]] = {}
+    if lengths:
+        shared = SharedRuns(scorer, images, clean, clean_gradient, lengths, repeatable=repeatable)
+        scored = shared.outcomes()
     counted = Counted(prepared.exact, highest_label)
     notes: list[str] = []
     rows = [clean]

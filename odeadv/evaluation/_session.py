@@ -93,6 +93,7 @@ class Session:
             highest_label=int(self.labels.max()),
             seed=self.seed,
             number=number,
+            repeatable=not self.stochastic,
         )
         self.outcomes[:, part] = found.rows.cpu()
         self.finished.add(number)
@@ -125,6 +126,7 @@ class Session:
             alpha=group[1],
             steps=steps,
             batch_size=self.batch_size,
+            repeatable=not self.stochastic,
         )
         pending: list[tuple[Tensor, Tensor]] = []
         counted = (0, 0)

@@ -1,4 +1,4 @@
-"""Worst-so-far IFGSM: examples leave as soon as they are fooled, and others take their places."""
+"""Worst-so-far IFGSM: examples leave once they are fooled or never will be, and others take their places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from odeadv.attacks._linf import Bounds, linf_bounds, sign_step
-from odeadv.evaluation._prepare import Prepared
+from odeadv.evaluation._cycles import Cycles
+from odeadv.evaluation._prepare import Prepared, rows
 
 Load = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -24,6 +25,8 @@ class Queue:
         alpha: size of one step.
         steps: after how many steps an example that was never fooled leaves.
         batch_size: images in one forward pass.
+        repeatable: the same images always have the same gradients: an example whose iterates come back to where they
+            were leaves, for it will not be fooled.
 
     Attributes:
         forward_passes: images sent through the model so far.
@@ -40,10 +43,12 @@ class Queue:
         alpha: float,
         steps: int,
         batch_size: int,
+        repeatable: bool = True,
     ) -> None:
         self.forward_passes = self.gradient_evaluations = 0
         self._prepared, self._load, self._waiting = prepared, load, waiting
         self._eps, self._alpha, self._steps, self._batch_size = eps, alpha, steps, batch_size
+        self._repeatable = repeatable
 
     def run(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (indices, fooled_at), (k,) each, of examples as they leave.
@@ -70,6 +75,12 @@ class Queue:
                 batch = batch.subset(~leaving)
             batch.x = batch.bounds.project(sign_step(batch.x, gradient, self._alpha))
             batch.step = batch.step + 1
+            if self._repeatable:
+                again = batch.cycles.periods(batch.x, batch.step) > 0
+                if again.any():  # classified correctly all the way round
+                    index = batch.index[again].cpu()
+                    yield index, torch.full_like(index, self._steps + 1)
+                    batch = batch.subset(~again)
 
     def _filled(self, batch: _Batch) -> _Batch:
         room = self._batch_size - len(batch.index)
@@ -81,18 +92,20 @@ class Queue:
     def _loaded(self, index: Tensor) -> _Batch:
         images, labels = self._load(index)
         step = torch.zeros(len(index), dtype=torch.int64, device=labels.device)
-        return _Batch(index.to(labels.device), images, labels, linf_bounds(images, self._eps), step)
+        bounds = linf_bounds(images, self._eps)
+        return _Batch(index.to(labels.device), images, labels, bounds, step, Cycles(images, step))
 
 
 class _Batch:
-    """Examples under attack: where each is from, its iterate, and how many steps it has made."""
+    """Examples under attack: where each is from, its iterate, how many steps it has made, and where it has been."""
 
-    def __init__(self, index: Tensor, x: Tensor, labels: Tensor, bounds: Bounds, step: Tensor) -> None:
-        self.index, self.x, self.labels, self.bounds, self.step = index, x, labels, bounds, step
+    def __init__(self, index: Tensor, x: Tensor, labels: Tensor, bounds: Bounds, step: Tensor, cycles: Cycles) -> None:
+        self.index, self.x, self.labels, self.bounds, self.step, self.cycles = index, x, labels, bounds, step, cycles
 
     def subset(self, keep: Tensor) -> _Batch:
-        bounds = Bounds(_take(self.bounds.lower, keep), _take(self.bounds.upper, keep))
-        return _Batch(self.index[keep], _take(self.x, keep), self.labels[keep], bounds, self.step[keep])
+        bounds = Bounds(rows(self.bounds.lower, keep), rows(self.bounds.upper, keep))
+        cycles = Cycles(rows(self.cycles.kept, keep), self.cycles.kept_at[keep])
+        return _Batch(self.index[keep], rows(self.x, keep), self.labels[keep], bounds, self.step[keep], cycles)
 
     def joined(self, other: _Batch) -> _Batch:
         if not len(self.index):
@@ -100,17 +113,14 @@ class _Batch:
         bounds = Bounds(
             torch.cat([self.bounds.lower, other.bounds.lower]), torch.cat([self.bounds.upper, other.bounds.upper])
         )
+        cycles = Cycles(
+            torch.cat([self.cycles.kept, other.cycles.kept]), torch.cat([self.cycles.kept_at, other.cycles.kept_at])
+        )
         return _Batch(
             torch.cat([self.index, other.index]),
             torch.cat([self.x, other.x]),
             torch.cat([self.labels, other.labels]),
             bounds,
             torch.cat([self.step, other.step]),
+            cycles,
         )
-
-
-def _take(tensor: Tensor, keep: Tensor) -> Tensor:
-    """Rows of ``tensor``, in its memory format (plain indexing may lose it)."""
-    taken = tensor[keep]
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return taken.contiguous(memory_format=torch.channels_last) if last else taken
