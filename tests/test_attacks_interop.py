@@ -181,6 +181,22 @@ class TestTorchattacks:
         assert held[0] == pytest.approx(held[1], abs=0.05)
         assert held[0] < 0.95
 
+    def test_square_in_l2_agrees_in_robust_accuracy(self, trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+        pytest.importorskip("pyautoattack")
+        from pyautoattack.square import SquareAttack
+
+        model, images, labels = trained
+        enlarged = functional.interpolate(images, scale_factor=2)  # a window has at least 3 pixels a side
+        small = nn.Sequential(nn.AvgPool2d(2), model).eval()
+        shared: dict[str, Any] = {"norm": "L2", "eps": 2.0, "n_queries": 300, "p_init": 0.1, "seed": 0}
+        with torch.random.fork_rng(devices=[]):
+            theirs = SquareAttack(small, **shared, device="cpu").perturb(enlarged, labels)
+        ours = square(small, enlarged, labels, eps=2.0, norm="l2", queries=300, generator=seeded())
+        with torch.no_grad():
+            held = [(small(x).argmax(1) == labels).float().mean().item() for x in (ours, theirs, enlarged)]
+        assert held[0] == pytest.approx(held[1], abs=0.05)
+        assert held[0] < held[2] - 0.1
+
     def test_their_attack_on_our_models(self) -> None:
         net = models.preact_resnet(depth=8, width=4).eval()
         images, labels = torch.rand(4, 3, 16, 16, generator=seeded()), torch.arange(4)

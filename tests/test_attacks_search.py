@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from odeadv.attacks import Tally, apgd, square
 from odeadv.attacks._apgd import checkpoints
-from odeadv.attacks._square import _window, side
+from odeadv.attacks._l2 import L2Ball
+from odeadv.attacks._square import _window, share, side
+from odeadv.attacks._square_l2 import Bumps, pattern, tiled
 
 
 @pytest.fixture(autouse=True)
@@ -197,11 +199,15 @@ class TestSquare:
 
     def test_sides(self) -> None:
         """p halves at queries 10, 50, 200, ... of 10,000: Section 3 and Appendix of the paper."""
-        sides = [side(k, queries=10_000, p=0.8, shape=(32, 32)) for k in (1, 10, 11, 51, 201, 501, 1001, 2001, 9000)]
+
+        def of(query: int, queries: int, p: float, shape: tuple[int, int]) -> int:
+            return side(share(query, queries=queries, p=p), shape)
+
+        sides = [of(k, 10_000, 0.8, (32, 32)) for k in (1, 10, 11, 51, 201, 501, 1001, 2001, 9000)]
         assert sides == [round(math.sqrt(0.8 / 2**h) * 32) for h in (0, 0, 1, 2, 3, 4, 5, 6, 9)]
-        assert side(6, queries=5000, p=0.8, shape=(32, 32)) == sides[2]  # the schedule is rescaled
-        assert side(9999, queries=10_000, p=0.01, shape=(4, 4)) == 1
-        assert side(1, queries=10, p=1.0, shape=(2, 50)) == 2
+        assert of(6, 5000, 0.8, (32, 32)) == sides[2]  # the schedule is rescaled
+        assert of(9999, 10_000, 0.01, (4, 4)) == 1
+        assert of(1, 10, 1.0, (2, 50)) == 2
 
     def test_every_query_differs_from_the_best_so_far_by_one_square_of_the_corners(self) -> None:
         inner = square_model()
@@ -223,7 +229,7 @@ class TestSquare:
         best, highest = spy.seen[0], margin(spy.seen[0])
         for number, query in enumerate(spy.seen[1:], start=1):
             changed = (query != best)[0].any(0)
-            size = side(number, queries=60, p=0.8, shape=(10, 10))
+            size = side(share(number, queries=60, p=0.8), (10, 10))
             rows, columns = changed.any(1).nonzero()[:, 0], changed.any(0).nonzero()[:, 0]
             if len(rows):
                 assert rows.max() - rows.min() < size
@@ -295,3 +301,91 @@ class TestSquare:
         given: dict[str, Any] = {"eps": 0.1, "generator": seeded(), "images": self.images(2)} | change
         with pytest.raises(ValueError, match=f"^{message}"):
             square(square_model(), given.pop("images"), torch.tensor([0, 1]), **given)
+
+
+class TestSquareInL2:
+    """Algorithm 3 of Andriushchenko et al. 2020."""
+
+    EPS = 0.4
+
+    def images(self, n: int = 5) -> Tensor:
+        return 0.3 + 0.4 * torch.rand(n, 3, 11, 9, generator=seeded(3), dtype=torch.float64)
+
+    def test_bump_is_the_one_of_the_paper(self) -> None:
+        by_hand = torch.tensor([[0.25, -0.25, -0.25], [1.25, -0.25, -1.25], [0.25, -0.25, -0.25]])
+        torch.testing.assert_close(pattern(3), by_hand.double() / by_hand.double().norm())
+        for size in range(1, 12):
+            assert pattern(size).norm() == pytest.approx(1.0)
+
+    def test_first_query_has_bumps_in_tiles(self) -> None:
+        images = self.images()
+        offset = tiled(images, seeded(), eps=self.EPS) - images
+        assert torch.allclose(offset.flatten(1).norm(dim=1), torch.tensor(self.EPS).double())
+        covered = (offset.abs() > 0).any(dim=1).all(dim=0)  # tiles of side 1 cover everything
+        assert covered.all()
+        wide = 0.5 * torch.ones(1, 1, 32, 32, dtype=torch.float64)
+        offset = tiled(wide, seeded(), eps=1.0) - wide
+        assert (offset[0, 0, 0] == 0).all()
+        tile = offset[0, 0, 1:7, 1:7] * 5  # 25 tiles of equal length
+        found = [sign * bump for sign in (1, -1) for bump in (pattern(6), pattern(6).T)]
+        assert any(torch.allclose(tile, bump) for bump in found)
+
+    @pytest.mark.parametrize("share_of_pixels", [0.03, 0.3, 0.9])
+    def test_proposals_move_the_length_of_two_windows_into_one(self, share_of_pixels: float) -> None:
+        images = self.images()
+        ball = L2Ball(images, self.EPS)
+        bumps = Bumps(ball, seeded(4))
+        noise = torch.randn(images.shape, generator=seeded(5), dtype=images.dtype)
+        used = 0.8
+        best = images + used * self.EPS * noise / noise.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        index = torch.tensor([0, 2, 3])
+        size = bumps.side(share_of_pixels)
+        assert size % 2 == 1
+        offset = (bumps.proposed(best[index], share_of_pixels, index) - images[index]).flatten(1).norm(dim=1)
+        torch.testing.assert_close(offset, torch.full_like(offset, self.EPS))
+        moved = bumps.proposed(best[index], share_of_pixels, index)
+        for before, after, clean in zip(best[index], moved, images[index], strict=True):
+            gone = (after == clean).all(dim=0)  # the second window, less the first
+            same = (after == before).all(dim=0)
+            window = ~gone & ~same
+            rows, columns = window.any(dim=1).nonzero().flatten(), window.any(dim=0).nonzero().flatten()
+            assert len(rows) == len(columns) == size
+            assert window[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            assert gone.sum() <= size**2
+            for channel in range(3):
+                old = (before - clean)[channel][window].reshape(size, size)
+                new = (after - clean)[channel][window].reshape(size, size)
+                acted = (before - clean)[channel][gone | window].square().sum()
+                available = (acted + (1 - used**2) * self.EPS**2 / 3).sqrt()
+                ways = [old / old.norm() + sign * bump for sign in (1, -1) for bump in (pattern(size), pattern(size).T)]
+                assert any(torch.allclose(new, available * way / way.norm()) for way in ways)
+
+    def test_more_queries_break_more_within_the_ball(self) -> None:
+        inner = square_model().double()
+        images = torch.rand(60, *TestSquare().images(1).shape[1:], generator=seeded(6), dtype=torch.float64)
+        labels = inner(images).argmax(1)
+        right = []
+        for queries in (1, 20, 200):
+            attacked = square(inner, images, labels, eps=0.3, norm="l2", queries=queries, generator=seeded())
+            assert (attacked - images).flatten(1).norm(dim=1).max() <= 0.3
+            assert attacked.min() >= 0
+            assert attacked.max() <= 1
+            right.append(int((inner(attacked).argmax(1) == labels).sum()))
+        assert right[0] > right[1] > right[2]
+
+    def test_an_example_does_not_depend_on_which_others_are_fooled(self) -> None:
+        inner = square_model()
+        images = TestSquare().images(4)
+        labels = inner(images).argmax(1)
+        shared: dict[str, Any] = {"eps": 0.05, "norm": "l2", "queries": 30}
+        honest = square(inner, images, labels, generator=seeded(), **shared)
+        misled = labels.clone()
+        misled[1:] = (labels[1:] + 1) % 4
+        assert torch.equal(square(inner, images, misled, generator=seeded(), **shared)[0], honest[0])
+
+    def test_tiny_images(self) -> None:
+        for shape in ((2, 1, 1, 1), (2, 3, 2, 2), (2, 1, 4, 1)):
+            images = torch.rand(shape, generator=seeded())
+            net = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 2))
+            attacked = square(net, images, torch.tensor([0, 1]), eps=0.2, norm="l2", queries=9, generator=seeded())
+            assert (attacked - images).flatten(1).norm(dim=1).max() <= 0.2

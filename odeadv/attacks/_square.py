@@ -1,19 +1,26 @@
-"""The Square attack: random search that needs no gradient."""
+"""The Square attack: random search that needs no gradient. Its proposals in L2 are in `_square_l2`."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from odeadv._state import Mode
+from odeadv.attacks._ball import BALLS, Norm
 from odeadv.attacks._best import Best
-from odeadv.attacks._checks import check_generator, check_images, non_negative, positive_integer
+from odeadv.attacks._checks import check_generator, check_images, non_negative, one_of, positive_integer
+from odeadv.attacks._l2 import L2Ball
 from odeadv.attacks._linf import Bounds
 from odeadv.attacks._objective import Loss, Tally
 from odeadv.attacks._setting import Setting, setting
+from odeadv.attacks._square_l2 import Bumps, tiled
 
+_SHARES = {"linf": 0.8, "l2": 0.1}
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, at these queries of 10,000
 
 
@@ -24,21 +31,24 @@ def square(
     *,
     eps: float,
     generator: torch.Generator,
+    norm: Norm = "linf",
     queries: int = 5000,
     loss: Loss = "margin",
     target: Tensor | None = None,
-    p: float = 0.8,
+    p: float | None = None,
     eot: int = 1,
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """The Square attack in the L-infinity norm: random squares of +-eps, kept where they raise the loss.
+    """The Square attack: changes of random squares, kept where they raise the loss or fool the model.
 
-    The first query has vertical stripes of +-eps, each one pixel wide. Every later one sets a random square to
-    x + eps or x - eps, the sign drawn for each channel, and is kept if the loss is higher or the model fooled. The side
-    of the square is sqrt(p * height * width), p halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of
-    10,000, rescaled to ``queries``. No gradient is asked for: the model may be of any kind. Source: Andriushchenko et
-    al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random search", Algorithms 1 and 2.
+    L-infinity: the first query has vertical stripes of +-eps, each one pixel wide; every later one sets a random square
+    to x + eps or x - eps, the sign drawn for each channel. L2: the first query has bumps of random signs in tiles all
+    over; every later one moves the length that the perturbation has in two random squares into one of them, as a bump
+    of random sign on what is there (the side is odd and at least 3). The side of the square is
+    sqrt(p * height * width), p halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000, rescaled
+    to ``queries``. No gradient is asked for: the model may be of any kind. Source: Andriushchenko et al. 2020, "Square
+    Attack: a query-efficient black-box adversarial attack via random search", Algorithms 1 to 3.
 
     Args:
         model: as for `fgsm`, but it need not be differentiable.
@@ -46,10 +56,11 @@ def square(
         labels: as for `fgsm`.
         eps: as for `fgsm`.
         generator: as for `fgsm`.
+        norm: ``"linf"`` or ``"l2"``.
         queries: how often each example goes through the model at most (times ``eot``); it stops once it is fooled.
         loss: as for `fgsm`.
         target: as for `fgsm`.
-        p: the share of the pixels in the first squares, in (0, 1].
+        p: the share of the pixels in the first squares, in (0, 1]; None takes the authors' 0.8, for L2 0.1.
         eot: how many forward passes logits and losses are averaged over.
         mode: as for `fgsm`.
         tally: as for `fgsm`; ``tally.queries`` says how many each example took.
@@ -64,7 +75,8 @@ def square(
     """
     eps = non_negative("eps", eps)
     queries = positive_integer("queries", queries)
-    p = non_negative("p", p)
+    one_of("norm", norm, BALLS)
+    p = _SHARES[norm] if p is None else non_negative("p", p)
     if not 0 < p <= 1:
         raise ValueError(f"p: got {p!r}, expected a number in (0, 1]")
     check_generator(generator)
@@ -76,10 +88,10 @@ def square(
         images,
         labels,
         eps=eps,
-        norm="linf",
+        norm=norm,
         loss=loss,
         target=target,
-        start=_stripes,
+        start=partial(tiled, eps=eps) if norm == "l2" else _stripes,
         restarts=1,
         eot=eot,
         generator=generator,
@@ -87,13 +99,55 @@ def square(
         tally=tally,
     )
     with given as attack:
-        return _search(attack, generator, queries=queries, p=p)
+        proposals: Proposals
+        if isinstance(attack.ball, L2Ball):
+            proposals = Bumps(attack.ball, generator)
+        else:
+            assert isinstance(attack.ball, Bounds)
+            proposals = Corners(attack.ball, generator)
+        return _search(attack, proposals, queries=queries, p=p)
 
 
-def side(query: int, *, queries: int, p: float, shape: tuple[int, int]) -> int:
-    """The side of the square in query ``query`` (from 1) of ``queries``, in pixels, at least 1."""
+def share(query: int, *, queries: int, p: float) -> float:
+    """The share of the pixels in the square of query ``query`` (from 1) of ``queries``."""
     rescaled = query * 10_000 // queries
-    share = p / 2 ** sum(rescaled > step for step in _HALVINGS)
+    return float(p * 0.5 ** sum(rescaled > step for step in _HALVINGS))
+
+
+class Proposals(Protocol):
+    """What the search tries next."""
+
+    def proposed(self, best: Tensor, share: float, index: Tensor) -> Tensor:
+        """Images to try instead of ``best``, (k, channels, height, width), of the examples ``index``, (k,)."""
+
+
+@dataclass(frozen=True)
+class Corners:
+    """In the L-infinity norm: a random square set to x + eps or x - eps, by channel (Algorithm 2).
+
+    Attributes:
+        ball: the allowed set.
+        generator: the source of all randomness.
+    """
+
+    ball: Bounds
+    generator: torch.Generator
+
+    def proposed(self, best: Tensor, share: float, index: Tensor) -> Tensor:
+        """See `Proposals`."""
+        lower, upper = self.ball
+        n, channels, height, width = lower.shape
+        size = side(share, (height, width))
+        # Drawn for all examples, so that those of one do not depend on which others are fooled.
+        rows, columns = (_window(n, length, size, self.generator) for length in (height, width))
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        raised = _signs((n, channels, 1, 1), self.generator, lower)[index] > 0
+        inside = inside.to(best.device)[index]
+        return torch.where(inside, torch.where(raised, upper[index], lower[index]), best)
+
+
+def side(share: float, shape: tuple[int, int]) -> int:
+    """The side of a square with ``share`` of the pixels of an image, in pixels, at least 1."""
     return min(max(round(math.sqrt(share * shape[0] * shape[1])), 1), *shape)
 
 
@@ -103,10 +157,7 @@ def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + _signs((n, channels, 1, width), generator, images)
 
 
-def _search(attack: Setting, generator: torch.Generator, *, queries: int, p: float) -> Tensor:
-    assert isinstance(attack.ball, Bounds)
-    lower, upper = attack.ball
-    n, channels, height, width = attack.images.shape
+def _search(attack: Setting, proposals: Proposals, *, queries: int, p: float) -> Tensor:
     objective, best = attack.objective, Best(attack.images)
     x = attack.begin()
     scores = objective.evaluate(x)
@@ -116,16 +167,11 @@ def _search(attack: Setting, generator: torch.Generator, *, queries: int, p: flo
         if len(index) == 0:
             break
         if not attack.independent:
-            index = torch.arange(n, device=index.device)
-        size = side(query, queries=queries, p=p, shape=(height, width))
-        # Drawn for all examples, so that those of one do not depend on which others are fooled.
-        rows, columns = (_window(n, length, size, generator) for length in (height, width))
-        inside = rows[:, None, :, None] & columns[:, None, None, :]
-        raised = _signs((n, channels, 1, 1), generator, attack.images)[index] > 0
-        inside = inside.to(x.device)[index]
-        x = torch.where(inside, torch.where(raised, upper[index], lower[index]), best.images[index])
-        scores = objective.evaluate(x, index)
-        best.offer(x, scores.losses, objective.fooled(scores, index), index)
+            index = torch.arange(len(x), device=index.device)
+        tried = proposals.proposed(best.images[index], share(query, queries=queries, p=p), index)
+        tried = attack.ball.rows(index).project(tried)
+        scores = objective.evaluate(tried, index)
+        best.offer(tried, scores.losses, objective.fooled(scores, index), index)
     return best.images
 
 
