@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +283,41 @@ class TestModelsFromElsewhere:
         net = models.preact_resnet(depth=8, width=4)
         images, labels = torch.rand(2, 3, 16, 16, generator=seeded()), torch.arange(2)
         assert attack(net, images, labels).shape == images.shape
+
+    def test_robustbench_takes_our_models(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its `benchmark` itself, on images of ours. What it calls autoattack is on PyPI as pyautoattack only."""
+        autoattack = pytest.importorskip("pyautoattack")
+
+        class AutoAttack(autoattack.AutoAttack):
+            def __init__(self, model: nn.Module, *, log_path: object, **options: Any) -> None:
+                super().__init__(model, **options | {"version": "custom", "attacks": ["apgd-ce"], "seed": 0})
+                self.apgd.n_iter = 5
+
+            def run_standard_evaluation(self, x: Tensor, y: Tensor, bs: int, state_path: object) -> Tensor:
+                return super().run_standard_evaluation(x, y, batch_size=bs)[0]
+
+        state = types.SimpleNamespace(EvaluationState=None)
+        monkeypatch.setitem(sys.modules, "autoattack", types.SimpleNamespace(AutoAttack=AutoAttack, state=state))
+        monkeypatch.setitem(sys.modules, "autoattack.state", state)
+        try:
+            import robustbench
+            from robustbench import data
+        except ImportError as error:  # also where what it needs is not there
+            pytest.skip(f"could not import robustbench: {error}")
+
+        net = models.preact_resnet(depth=8, width=4, generator=seeded()).eval()
+        before = copy.deepcopy(net.state_dict())
+        images = torch.rand(6, 3, 32, 32, generator=seeded())
+        with torch.no_grad():
+            labels = net(images).argmax(1)
+        labels[0] = (labels[0] + 1) % 10
+        loaders = {key: lambda *_: (images, labels) for key in data._clean_dataset_loaders}
+        monkeypatch.setattr(data, "_clean_dataset_loaders", loaders)
+        clean, robust = robustbench.benchmark(net, n_examples=6, threat_model="Linf", eps=8 / 255, batch_size=3)
+        assert clean == pytest.approx(5 / 6)
+        assert robust <= clean
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert not net.training
 
     def test_autoattack_takes_our_models(self) -> None:
         """RobustBench's ``benchmark`` runs AutoAttack on the module it is given."""
