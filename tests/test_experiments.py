@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from odeadv import data
+from odeadv.evaluation import AttackResult, Evaluation
 from odeadv.experiments import (
     PRESETS,
     TABLES,
@@ -331,3 +333,65 @@ def test_examples_run_as_programs(number):
     command += ["--dataset", "cifar100"] if number in (5, 7) else []
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert len(done.stdout.splitlines()) == len(rows_at(TABLES[f"table{number}"]))
+
+
+def evaluated(table, outcomes: dict[str, list[bool]]) -> dict:
+    """An evaluation by the table's protocol, or by AutoAttack, with these outcomes."""
+    bits = {key: torch.tensor(value) for key, value in outcomes.items()}
+    if "auto" in bits:
+        spec = table.autoattack.attacks[0]
+        attacks = (AttackResult(spec.name, spec.eps, None, None, None, bits["auto"]),)
+    else:
+        attacks = tuple(
+            AttackResult(c.attack, c.eps_255 / 255, 2 / 255, c.steps, bits[c.key], bits[c.key] & bits["clean"])
+            for c in table.columns
+        )
+    return Evaluation("made up", bits["clean"], attacks, 1, 1, 1.0).to_dict()
+
+
+class TestAutoAttack:
+    def records(self) -> list[dict]:
+        """Four test images, the first two of them under AutoAttack; PGD and LAD in two seeds."""
+        table = TABLES["table2"]
+        found = []
+        for row, config in configurations(table, PRESETS["cpu"], methods=["pgd", "pgd+lad"], seeds=(0, 1)):
+            better = row.name == "pgd+lad" or config.training.seed == 1
+            whole = {c.key: [True, better, False, False] for c in table.columns}
+            whole["clean"] = [True, False, True, True]
+            one = record(config, table.protocol, table.columns, lambda n: 0.5)
+            one["evaluations"]["last"] = {
+                "table2": evaluated(table, whole),
+                "autoattack-8@2": evaluated(table, {"clean": [True, False], "auto": [row.name == "pgd+lad", False]}),
+            }
+            found.append(one)
+        return found
+
+    def test_section_has_all_figures_of_the_same_images(self):
+        text = render(gather(TABLES["table2"], PRESETS["cpu"], "cifar10", self.records()))
+        section = text.split("## AutoAttack")[1].split("##")[0]
+        assert "at 8/255 on the first test images" in section
+        header = "| Method |  | images | Acc | IFGSM-20 8 | IFGSM-20 8, worst so far | AutoAttack 8 | difference |"
+        assert header in section
+        # Of the first two images; IFGSM leaves the second one right in one seed of PGD, but its clean image is wrong.
+        pgd = "| PGD | 2 seeds | 2 | 50.00 ± 0.00 | 75.00 ± 35.36 | 50.00 ± 0.00 | 0.00 ± 0.00 |  |"
+        lad = "| PGD + LAD | 2 seeds | 2 | 50.00 ± 0.00 | 100.00 ± 0.00 | 50.00 ± 0.00 | 50.00 ± 0.00 | "
+        assert pgd in section
+        assert f"{lad}+50.00 [+50.00, +50.00] |" in section
+
+    def test_no_section_without_it(self):
+        records = self.records()
+        for one in records:
+            del one["evaluations"]["last"]["autoattack-8@2"]
+        assert "AutoAttack" not in render(gather(TABLES["table2"], PRESETS["cpu"], "cifar10", records))
+
+    def test_radius_is_one_of_the_table(self):
+        for table in TABLES.values():
+            assert table.autoattack_255 in [column.eps_255 for column in table.columns if column.attack == "ifgsm"]
+            assert table.autoattack.attacks[0].eps == pytest.approx(table.autoattack_255 / 255)
+
+    def test_is_refused_before_any_work_without_its_package(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setitem(sys.modules, "pyautoattack", None)
+        with pytest.raises(SystemExit, match="2"):
+            main("table2", None, ["--autoattack", "5", "--runs", str(tmp_path)])
+        assert "needs the package pyautoattack" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())

@@ -19,7 +19,18 @@ from filelock import FileLock
 from odeadv import cli, data, experiments
 from odeadv._configuration import identity
 from odeadv._files import DamagedFileError, read_tensors, write_tensors
-from odeadv.experiments import DataConfig, Job, ModelConfig, RunConfig, RunLockedError, launch, load_model, run
+from odeadv.evaluation import Evaluation
+from odeadv.experiments import (
+    DataConfig,
+    Job,
+    Measurement,
+    ModelConfig,
+    RunConfig,
+    RunLockedError,
+    launch,
+    load_model,
+    run,
+)
 from odeadv.experiments._run import locked
 from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended
 
@@ -69,6 +80,20 @@ class TestFolder:
         assert (tmp_path / config.name / "record.json").read_bytes() == before
         record = run(config, digits, tmp_path, protocols=("table1", "table2"), log=StringIO())
         assert set(record["evaluations"]["last"]) == {"table1", "table2"}
+
+    def test_some_of_the_images_may_be_evaluated_and_the_last_weights_only(self, digits, tmp_path):
+        config = small()
+        some = Measurement("table1", 12, best=False)
+        record = run(config, digits, tmp_path, protocols=("table1", some), log=StringIO())
+        assert set(record["evaluations"]["last"]) == {"table1", "table1@12"}
+        assert set(record["evaluations"]["best"]) == {"table1"}
+        part, whole = (record["evaluations"]["last"][key] for key in ("table1@12", "table1"))
+        assert part["n"] == 12
+        outcomes = [Evaluation.from_dict(each).clean_outcomes for each in (part, whole)]
+        assert torch.equal(outcomes[0], outcomes[1][:12])
+        assert not list((tmp_path / config.name).glob("*.journal"))
+        with pytest.raises(ValueError, match="images: got 0"):
+            Measurement("table1", 0)
 
     def test_the_weights_are_the_ones_evaluated(self, digits, tmp_path):
         config = small()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from odeadv.attacks._checks import check_logits
 from odeadv.attacks._linf import linf_bounds
-from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, attack_function, takes
+from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, takes
 
 
 class Counted(nn.Module):
@@ -68,6 +68,12 @@ def attacked(
     if takes(function, "generator") and "generator" not in arguments:
         arguments["generator"] = torch.Generator(device="cpu").manual_seed(own_seed)
     return function(model, images, labels, **arguments), []
+
+
+def require_packages(protocol: Protocol) -> None:
+    """Import what its attacks need, or raise the ImportError that says how to get it."""
+    if any(spec.name == AUTOATTACK for spec in protocol.attacks):
+        _pyautoattack()
 
 
 def _autoattack(

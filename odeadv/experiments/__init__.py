@@ -9,7 +9,7 @@ from odeadv.experiments._figure2 import write_figure2
 from odeadv.experiments._launch import Failure, Job, launch
 from odeadv.experiments._methods import Method, method_of, parse_method
 from odeadv.experiments._report import render, write_report
-from odeadv.experiments._run import RunLockedError, list_runs, load_model, load_records, run
+from odeadv.experiments._run import Measurement, RunLockedError, list_runs, load_model, load_records, run
 from odeadv.experiments._tables import (
     PRESETS,
     TABLES,
@@ -31,6 +31,7 @@ __all__ = [
     "DataConfig",
     "Failure",
     "Job",
+    "Measurement",
     "Method",
     "ModelConfig",
     "Preset",

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from odeadv import data
 from odeadv._files import write_json
+from odeadv.evaluation._attack import require_packages
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._launch import Job, launch
 from odeadv.experiments._methods import passes
 from odeadv.experiments._report import write_report
+from odeadv.experiments._run import Measurement
 from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations, with_eta
 
 TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}
@@ -45,6 +47,10 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE-DATASET-PRESET)"
     )
     parser.add_argument("--render", action="store_true", help="only make the page again from the records in --out")
+    parser.add_argument(
+        "--autoattack", type=int, metavar="N",
+        help="AutoAttack too, on the first N test images (of the last weights; needs the package pyautoattack)",
+    )  # fmt: skip
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="one run after the other, or Ray")
     parser.add_argument("--cpus", type=int, default=1, help="that Ray reserves for a run")
     parser.add_argument("--gpus", type=float, default=0.0, help="that Ray reserves for a run")
@@ -69,7 +75,11 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
                 if total:
                     print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
                 return 0
-            jobs = [Job(config, (table.protocol,)) for _, config in pairs]
+            protocols: tuple[str | Measurement, ...] = (table.protocol,)
+            if args.autoattack is not None:
+                protocols = (*protocols, Measurement(table.autoattack, args.autoattack, best=False))
+                require_packages(table.autoattack)
+            jobs = [Job(config, protocols) for _, config in pairs]
             records, failures = launch(
                 jobs, args.runs, args.data, launcher=args.launcher, cpus=args.cpus, gpus=args.gpus
             )
@@ -81,7 +91,7 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
             for failure in failures:
                 print(f"{parser.prog}: {failure.job.config.name}: {failure.reason}")
         print(write_report(table, preset, dataset, out, out))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 1 if failed else 0
 

@@ -10,7 +10,7 @@ from typing import Literal, TextIO
 
 from odeadv import data
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._run import Record, run
+from odeadv.experiments._run import Measurement, Record, run
 from odeadv.training import make_fabric
 
 Launcher = Literal["local", "ray"]
@@ -22,11 +22,11 @@ class Job:
 
     Attributes:
         config: the run.
-        protocols: of `odeadv.evaluate`.
+        protocols: of `odeadv.evaluate`, see `run`.
     """
 
     config: RunConfig
-    protocols: tuple[str, ...] = ()
+    protocols: tuple[str | Measurement, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from odeadv import _configuration as plain
 from odeadv._files import replacing, write_text
+from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._methods import passes
 from odeadv.experiments._run import load_records
@@ -175,6 +178,7 @@ def render(results: Results) -> str:
         *_results(results, keys, labels),
         *_claims(results, keys, labels),
         *_stricter(results),
+        *_autoattack(results),
         *_best(results, keys, labels),
         *_runs(results),
     ]
@@ -241,6 +245,69 @@ def _stricter(results: Results) -> list[str]:
         worst = [results.accuracies(run, score="worst_so_far_accuracy") for run in results.runs[row.name].values()]
         lines.append(_line([row.label, *(_mean(v[column.key] for v in worst) for column in results.table.columns)]))
     return lines
+
+
+def _autoattack(results: Results) -> list[str]:
+    """Accuracy under AutoAttack on some of the test images, beside IFGSM on the same ones."""
+    table, lines = results.table, list[str]()
+    name = table.autoattack.name
+    beside = [c for c in table.columns if c.attack == "ifgsm" and math.isclose(c.eps_255, table.autoattack_255)]
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in results.rows:
+        for seed, run in results.runs[row.name].items():
+            for key, evaluation in run["evaluations"]["last"].items():
+                if key.split("@")[0] == name:
+                    by_seed = found.setdefault((key, row.name), {})
+                    by_seed[seed] = _on_the_same_images(
+                        Evaluation.from_dict(evaluation),
+                        Evaluation.from_dict(run["evaluations"]["last"][table.protocol]),
+                        beside,
+                    )
+    if not found:
+        return []
+    labels = [label for column in beside for label in (column.label, f"{column.label}, worst so far")]
+    for (key, row_name), by_seed in found.items():
+        row = table.row(row_name)
+        base = table.baseline(row)
+        against = found.get((key, base.name), {}) if base is not None else {}
+        common = sorted(by_seed.keys() & against.keys())
+        difference = Difference(tuple(by_seed[s]["auto"] - against[s]["auto"] for s in common)) if common else None
+        values = list(by_seed.values())
+        cells = [row.label, _count(values, "seed"), f"{values[0]['images']:.0f}"]
+        cells += [_mean(v[k] for v in values) for k in values[0] if k != "images"]
+        lines.append(_line([*cells, "" if difference is None else str(difference)]))
+    return [
+        "",
+        "## AutoAttack",
+        "",
+        f"The strongest of four attacks, one of them without gradients (Croce and Hein 2020; version standard of "
+        f"pyautoattack), at {table.autoattack_255:g}/255 on the first test images, with the other figures for the same "
+        "images. It counts an example as lost once anything breaks it, so it belongs beside the worst so far. "
+        "Differences to the undefended row are in percentage points and paired, as above. The paper does not give it.",
+        "",
+        *_header(["Method", "", "images", "Acc", *labels, f"AutoAttack {table.autoattack_255:g}", "difference"]),
+        *lines,
+    ]
+
+
+def _on_the_same_images(auto: Evaluation, whole: Evaluation, columns: Sequence[Column]) -> dict[str, float]:
+    """Accuracies in % on the images of ``auto``, the first of those of ``whole``."""
+    n = auto.n
+
+    def percent(outcomes: Tensor | None) -> float:
+        assert outcomes is not None
+        return 100 * int(outcomes[:n].sum()) / n
+
+    values = {"images": float(n), "acc": percent(auto.clean_outcomes)}
+    for column in columns:
+        attack = next(
+            a
+            for a in whole.attacks
+            if (a.name, a.steps) == (column.attack, column.steps) and math.isclose(255 * a.eps, column.eps_255)
+        )
+        values[column.key] = percent(attack.outcomes)
+        values[f"{column.key} worst"] = percent(attack.worst_so_far_outcomes)
+    return {**values, "auto": percent(auto.attacks[0].worst_so_far_outcomes)}
 
 
 def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,9 +23,11 @@ import odeadv
 from odeadv import _configuration as configuration
 from odeadv._configuration import identity as essential
 from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors
+from odeadv.attacks._checks import positive_integer
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
-from odeadv.evaluation._protocols import resolve_protocol
+from odeadv.evaluation._attack import require_packages
+from odeadv.evaluation._protocols import Protocol, resolve_protocol
 from odeadv.experiments._config import ModelConfig, RunConfig, load_config
 from odeadv.experiments._progress import Metrics, Progress
 from odeadv.models import averaged
@@ -40,6 +42,36 @@ WEIGHTS_SCHEMA = "odeadv.weights/1"
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What a run is evaluated by.
+
+    Attributes:
+        protocol: of `odeadv.evaluate`.
+        images: the first so many test images only (they are balanced over the classes); None for all.
+        best: whether the weights of the best epoch are evaluated too, beside the last ones.
+
+    Raises:
+        ValueError, TypeError: for an unknown protocol, or no images.
+    """
+
+    protocol: str | Protocol
+    images: int | None = None
+    best: bool = True
+
+    def __post_init__(self) -> None:
+        resolve_protocol(self.protocol)
+        if self.images is not None:
+            positive_integer("images", self.images)
+
+    @property
+    def key(self) -> str:
+        """Its name in records: ``"table2"``, ``"autoattack@200"``."""
+        # The name asked for, "table5", not what the paper evaluates it by.
+        name = self.protocol if isinstance(self.protocol, str) else self.protocol.name
+        return name if self.images is None else f"{name}@{self.images}"
+
+
 class RunLockedError(RuntimeError):
     """Another process is writing the run."""
 
@@ -49,7 +81,7 @@ def run(
     data: ImageDataset,
     runs: Path,
     *,
-    protocols: Sequence[str] = (),
+    protocols: Sequence[str | Measurement] = (),
     label: str = "",
     log: TextIO | None = None,
     tensorboard: bool = False,
@@ -65,7 +97,7 @@ def run(
         config: the run.
         data: the data set named in it, whole; the run takes its subset.
         runs: the folder of all runs.
-        protocols: of `odeadv.evaluate`.
+        protocols: of `odeadv.evaluate`, by name, or as `Measurement`.
         label: shown with the progress.
         log: where progress goes; standard error if not given.
         tensorboard: write event files for TensorBoard too (needs the package tensorboard).
@@ -77,10 +109,12 @@ def run(
     Raises:
         RunLockedError: if another process is writing this run.
         ValueError: if the folder holds a run on other data, or the record is damaged.
+        ImportError: if a protocol has AutoAttack and pyautoattack is not installed; before any work.
     """
     folder = runs / config.name
-    for protocol in protocols:
-        resolve_protocol(protocol)
+    wanted = [each if isinstance(each, Measurement) else Measurement(each) for each in protocols]
+    for measurement in wanted:
+        require_packages(resolve_protocol(measurement.protocol))
     if data.name != config.data.name:
         raise ValueError(f"data: got {data.name!r}, expected {config.data.name!r}, which the configuration names")
     subset, aside = config.data.take(data)
@@ -90,7 +124,8 @@ def run(
     log = (log or sys.stderr) if fabric.is_global_zero else _nowhere()
     with locked(folder) if fabric.is_global_zero else contextlib.nullcontext():
         record = _record(folder, config, subset)
-        missing = [name for name in protocols if name not in (record or {}).get("evaluations", {}).get("last", {})]
+        done = (record or {}).get("evaluations", {}).get("last", {})
+        missing = [measurement for measurement in wanted if measurement.key not in done]
         if record is not None:  # what a process that was killed may have left
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if record is not None and not missing:
@@ -99,8 +134,8 @@ def run(
         if record is None:
             record = _trained(config, subset, aside, folder, fabric, Progress(label, config, log), tensorboard)
         if fabric.is_global_zero:
-            for protocol in missing:
-                _evaluate(record, config, subset, folder, protocol, fabric.device, Progress(label, config, log))
+            for measurement in missing:
+                _evaluate(record, config, subset, folder, measurement, fabric.device, Progress(label, config, log))
         return record
 
 
@@ -304,33 +339,34 @@ def _evaluate(
     config: RunConfig,
     data: ImageDataset,
     folder: Path,
-    protocol: str,
+    measurement: Measurement,
     device: torch.device,
     progress: Progress,
 ) -> None:
     """Evaluate the weights in ``folder`` and write what comes out into the record."""
+    key = measurement.key
     for which in ("last", "best"):
         file = folder / f"{which}.safetensors"
-        if not file.exists() and which == "best":
+        if which == "best" and not (file.exists() and measurement.best):
             continue
         net, _ = load_model(file)
         net.to(device)
-        progress.begin(f"evaluating {protocol}, {which} weights")
+        progress.begin(f"evaluating {key}, {which} weights")
         began = time.perf_counter()
-        journal = folder / f"{which}-{protocol}.journal"
+        journal = folder / f"{which}-{key}.journal"
         evaluation = evaluate(
             net,
-            (data.test_images, data.test_labels),
-            protocol,
+            (data.test_images[: measurement.images], data.test_labels[: measurement.images]),
+            measurement.protocol,
             batch_size=128,
             progress=progress.evaluated,
             resume=journal,
         ).to_dict()
         evaluation["seconds"] = time.perf_counter() - began
-        record["evaluations"].setdefault(which, {})[protocol] = evaluation
+        record["evaluations"].setdefault(which, {})[key] = evaluation
     write_json(folder / "record.json", record)
     for which in ("last", "best"):
-        (folder / f"{which}-{protocol}.journal").unlink(missing_ok=True)
+        (folder / f"{which}-{key}.journal").unlink(missing_ok=True)
 
 
 def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | None:

@@ -9,6 +9,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
+from odeadv.evaluation import AttackSpec, Protocol
+from odeadv.evaluation._protocols import AUTOATTACK
 from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig
 from odeadv.experiments._methods import parse_method, passes
 from odeadv.training import TrainConfig
@@ -86,6 +88,7 @@ class Table:
         rows: its methods.
         datasets: those that the paper gives it for.
         average: whether the mean of the columns is one as well.
+        autoattack_255: radius of AutoAttack in 1/255, where it is asked for; one of the columns'.
     """
 
     name: str
@@ -95,6 +98,12 @@ class Table:
     rows: tuple[Row, ...]
     datasets: tuple[str, ...] = ("cifar10", "cifar100")
     average: bool = True
+    autoattack_255: float = 8.0
+
+    @property
+    def autoattack(self) -> Protocol:
+        """AutoAttack at its radius."""
+        return Protocol(f"autoattack-{self.autoattack_255:g}", (AttackSpec(AUTOATTACK, self.autoattack_255 / 255),))
 
     def row(self, name: str) -> Row:
         """The row called ``name``.
@@ -174,6 +183,7 @@ TABLES = {
         Table(
             "table1", "Table 1: natural training", "table1", _SMALL,
             _rows("natural", "natural+damp", "natural+lambda-damp", "natural+lad", "natural+lad-sm"),
+            autoattack_255=1.0,
         ),
         Table(
             "table2", "Table 2: PGD training", "table2", _LARGE,
@@ -214,6 +224,7 @@ TABLES = {
                 "natural+lad-sm", "natural+lad-sm+random", "natural+lad-sm+shuffled", "natural+lad-symmetric",
                 "natural+lad+sweeps2",
             ),
+            autoattack_255=1.0,
         ),
         Table(
             "ablations-pgd", "Ablations of PGD training", "table2", _LARGE,
