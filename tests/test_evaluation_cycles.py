@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odeadv import attacks
 from odeadv.evaluation import AttackSpec, Evaluation, Protocol, evaluate
-from odeadv.evaluation._cycles import SHARE, SHORTEST, Cycles
+from odeadv.evaluation._cycles import KEPT_FOR, KEPT_SHARE, SHORT, Cycles
 
 ALPHA = EPS / 4
 LENGTHS = (5, 20, 21, 100, 333, 334)
@@ -31,25 +31,24 @@ class TestCycles:
         cycles = Cycles(paths[:, :1, None], torch.zeros(len(walks), dtype=torch.int64))
         found: dict[int, int] = {}
         for k in range(1, length):
-            periods = cycles.periods(paths[:, k, None, None], torch.full((len(walks),), k))
-            for i in periods.nonzero().flatten().tolist():
+            cycles, ago = cycles.after(paths[:, k, None, None], torch.full((len(walks),), k))
+            for i in ago.nonzero().flatten().tolist():
                 entry, period = walks[i]
-                assert k - int(periods[i]) >= entry
-                assert int(periods[i]) % period == 0
+                assert k - int(ago[i]) >= entry
+                assert int(ago[i]) % period == 0
                 if i not in found:  # the first return to the kept iterate is one period later
-                    assert int(periods[i]) == period
+                    assert int(ago[i]) == period
                 found.setdefault(i, k)
         for i, (entry, period) in enumerate(walks):
-            window = max(SHORTEST, length // SHARE)
-            if period <= SHORTEST:
-                assert found[i] <= entry + window + period
+            if period <= KEPT_FOR:
+                assert found[i] <= entry + max(KEPT_FOR, KEPT_SHARE * length) + period
 
     def test_needs_every_pixel_to_return(self) -> None:
         step = torch.zeros(2, dtype=torch.int64)
         x = torch.rand(2, 3, 4, 4)
         other = x.clone()
         other[1, 2, 3, 3] = torch.nextafter(other[1, 2, 3, 3], torch.tensor(2.0))
-        assert Cycles(x, step).periods(other, step + 7).tolist() == [7, 0]
+        assert Cycles(x, step).after(other, step + 7)[1].tolist() == [7, 0]
 
 
 def by_hand(model: nn.Module, images: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -130,3 +129,68 @@ class TestOutcomes:
         images, labels = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
         result = evaluated(Noisy(), images, labels, score, stochastic=True)
         assert result.gradient_evaluations >= 2 * (max(LENGTHS) - 1)
+
+    def test_radii_that_part_late_have_cycles_of_their_own(self) -> None:
+        """The second of two pixels rises only while the first, which goes round in two steps, is at a place."""
+        unit = 1 / 1024
+        place = 0.5 + 31 * unit
+
+        class Gated(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                p, q = x.flatten(1).unbind(1)
+                gate = ((p.detach() - place).abs() < unit / 4).to(p)
+                slope = gate * q - 1e3 * (p - place - 0.4 * unit) ** 2
+                value = torch.where(q.detach() > 0.5 + 20.5 * unit, 1.0, -1.0)  # fooled after 21 rises
+                return torch.stack([0 * q, slope + (value - slope).detach()], dim=1)
+
+        images, labels = torch.full((1, 2), 0.5, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+        specs = tuple(AttackSpec("ifgsm", radius * unit, unit, 200) for radius in (31, 48))
+        together = evaluate(Gated(), (images, labels), Protocol("both", specs)).attacks
+        for spec, attack in zip(specs, together, strict=True):
+            alone = evaluate(Gated(), (images, labels), Protocol("one", (spec,))).attacks[0]
+            assert attack.outcomes.tolist() == alone.outcomes.tolist()
+            assert attack.worst_so_far_outcomes.tolist() == alone.worst_so_far_outcomes.tolist()
+        assert together[1].outcomes.tolist() == [False]
+
+    @pytest.mark.parametrize("score", ["last", "worst"])
+    def test_of_gradients_that_are_drawn_are_not_foreseen(self, score: str) -> None:
+        """The same logits on every pass: only the gradients tell."""
+
+        class Shaky(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: object, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: object, gradient: Tensor) -> Tensor:
+                return torch.where(torch.rand_like(gradient) < 0.02, -gradient, gradient)
+
+        class Drawn(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                slope = Shaky.apply(x.flatten(1)).mean(dim=1)
+                return torch.stack([torch.zeros_like(slope), slope - slope.detach() - 1.0], dim=1)  # never fooled
+
+        images, labels = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
+        result = evaluated(Drawn(), images, labels, score)
+        assert result.gradient_evaluations >= 4 * (max(LENGTHS) - 1)
+        assert any("gradients of the same images differ" in note for note in result.notes)
+
+    @pytest.mark.filterwarnings("ignore:gradients:RuntimeWarning")
+    @pytest.mark.parametrize("steps", [SHORT, 200])
+    def test_by_bf16_gradients_are_scored_in_full_precision(self, steps: int) -> None:
+        """Logits that bfloat16 takes for right and float32 for wrong at the bound, where the run stays."""
+
+        class Linear(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(1, 2, bias=False)
+                self.linear.weight.data = torch.tensor([[0.0], [1.0]])
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.linear(x.flatten(1)) * 1.0 - torch.tensor([0.0, 0.512])
+
+        images, labels = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.int64)
+        protocol = Protocol("worst", (AttackSpec("ifgsm", 0.0125, 0.0125 / 20, steps, "worst"),))
+        full, rough = (evaluate(Linear(), (images, labels), protocol, gradients=kind) for kind in ("full", "bf16"))
+        assert full.attacks[0].worst_so_far_outcomes.tolist() == [False]
+        assert rough.attacks[0].worst_so_far_outcomes.tolist() == [False]

@@ -1085,3 +1085,63 @@ def test_an_adversarial_field_outside_solve_says_what_to_do():
     advice = r"t_span and steps.*odeadv\.driven\(field, .*field\.driven_by\(solution\.costate\)"
     with pytest.raises(TypeError, match=advice):
         scalar_field()(torch.tensor(0.0), X0)
+
+
+class TestStatesAndTimesOfOtherKinds:
+    """What the flat loops of fixed steps must take, and what they must refuse."""
+
+    @staticmethod
+    def split() -> odeadv.SplitField:
+        return odeadv.SplitField(a=lambda t, x: -x * (1 + t), b=lambda t, x: 0.5 * x)
+
+    @pytest.mark.parametrize("scheme", ["euler", "midpoint", "rk4"])
+    def test_a_state_made_in_inference_mode(self, scheme: str) -> None:
+        with torch.inference_mode():
+            x0 = torch.arange(1.0, 4.0)
+        plain = odeadv.solve(lambda t, x: -x * t, x0.clone(), (0.0, 1.0), scheme=scheme, steps=300)
+        made = odeadv.solve(lambda t, x: -x * t, x0, (0.0, 1.0), scheme=scheme, steps=300)
+        assert torch.equal(made.xs[-1], plain.xs[-1])
+        split = odeadv.solve(self.split(), x0, (0.0, 1.0), scheme="strang", steps=5).xs[-1]
+        assert torch.equal(split, odeadv.solve(self.split(), x0.clone(), (0.0, 1.0), scheme="strang", steps=5).xs[-1])
+        with torch.inference_mode():
+            inside = odeadv.solve(self.split(), x0, (0.0, 1.0), scheme="strang", steps=5).xs[-1]
+        assert torch.equal(inside, split)
+
+    @pytest.mark.parametrize("substep", ["euler", "rk4"])
+    def test_without_values(self, substep: str) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            end = odeadv.solve(self.split(), torch.ones(3), (0.0, 1.0), scheme="strang", steps=5, substep=substep).xs[
+                -1
+            ]
+        assert end.shape == (3,)
+
+    @pytest.mark.parametrize(("scheme", "substep"), [("strang", "euler"), ("lie", "rk4"), ("strang", "midpoint")])
+    def test_a_field_that_writes_to_the_time(self, scheme: str, substep: str) -> None:
+        def writes(t: Tensor, x: Tensor) -> Tensor:
+            t *= 2
+            return torch.sin(t) * x
+
+        field = odeadv.SplitField(a=lambda t, x: -t * x, b=writes)
+        with pytest.raises(ValueError, match=r"^f: modifies the time t in place"):
+            odeadv.solve(field, torch.ones(2), (0.0, 1.0), scheme=scheme, steps=5, substep=substep)
+
+    def test_times_are_those_of_each_evaluation(self) -> None:
+        """Evaluations at equal times share a tensor, others do not; forward and backward in time."""
+        for span in ((0.0, 1.0), (1.0, 0.0)):
+            seen: list[tuple[str, float]] = []
+            field = odeadv.SplitField(
+                a=lambda t, x, seen=seen: seen.append(("a", float(t))) or -x,
+                b=lambda t, x, seen=seen: seen.append(("b", float(t))) or x,
+            )
+            odeadv.solve(field, torch.ones(2, dtype=torch.float64), span, scheme="strang", steps=2, substep="rk4")
+            sign, start = span[1] - span[0], span[0]
+            expected = []
+            for n in range(2):
+                begin = start + sign * 0.5 * n
+                halves = [("b", begin, 0.25), ("a", begin, 0.5), ("b", begin + sign * 0.25, 0.25)]
+                for name, at, length in halves:
+                    expected += [(name, at + sign * node * length) for node in (0.0, 0.5, 0.5, 1.0)]
+            assert [name for name, _ in seen] == [name for name, _ in expected]
+            assert [t for _, t in seen] == pytest.approx([t for _, t in expected])

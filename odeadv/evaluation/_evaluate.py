@@ -19,6 +19,7 @@ from odeadv.evaluation._evaluation import Evaluation
 from odeadv.evaluation._journal import Journal, data_digest, model_digest, probe_logits
 from odeadv.evaluation._prepare import Gradients, prepare
 from odeadv.evaluation._probe import (
+    GRADIENT_PROBES,
     PROBES,
     batch_dependence,
     batch_forwards,
@@ -151,6 +152,8 @@ def evaluate(
         )
         run.notes += run.prepared.notes
         checks: dict[str, Any] = {"probe_forward_passes": 5 * len(probe) + single * batch_forwards(len(probe))}
+        tried = run.try_gradients(GRADIENT_PROBES)
+        checks["probe_forward_passes"] += tried
         run.everything(journal)
         if gradients == "bf16":
             checks["bf16"] = run.bf16_check(model)

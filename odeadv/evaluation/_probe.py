@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 PROBES = 2  # images in a probing forward pass
+GRADIENT_PROBES = 64  # images whose gradients are computed twice, before long runs
 _INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, training, ...
 
 

@@ -57,8 +57,8 @@ def batch_outcomes(
     highest_label: int,
     seed: int,
     number: int,
+    repeatable: bool,
     queued: bool = False,
-    repeatable: bool = True,
 ) -> Found:
     """What the attacks do to one batch; rows of those that are queued (`worst_groups`) are left false.
 
@@ -69,8 +69,8 @@ def batch_outcomes(
         highest_label: the largest label of all batches.
         seed: of the attacks that draw.
         number: of the batch.
+        repeatable: whether the same images always have the same gradients.
         queued: run also what is otherwise queued, on the whole batch.
-        repeatable: the model answers the same to the same images.
     """
     images, labels = batch
     scorer = prepared.scorer(labels)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks._objective import constant
 from odeadv.evaluation._attack import derived_seed
 from odeadv.evaluation._bits import pack, unpack
+from odeadv.evaluation._cycles import SHORT
 from odeadv.evaluation._evaluation import Evaluation, result_of
 from odeadv.evaluation._images import as_model_input
 from odeadv.evaluation._journal import Journal
@@ -44,6 +45,7 @@ class Session:
         self.images, self.labels, self.protocol, self.batch_size = images, labels, protocol, batch_size
         self.device, self.channels_last, self.progress, self.seed = device, channels_last, progress, seed
         self.stochastic = stochastic
+        self.repeatable = not stochastic
         own = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.dtype = next(own, torch.get_default_dtype())
         n, rows = len(images), 1 + 2 * len(protocol.attacks)
@@ -56,6 +58,24 @@ class Session:
         self.notes: list[str] = []
         self.earlier = 0.0
         self._since = time.perf_counter()
+
+    def try_gradients(self, n: int) -> int:
+        """Find out whether the first ``n`` images have the same gradients twice, if a long run would make use of it.
+
+        Returns:
+            How many images were differentiated for it.
+        """
+        if not self.repeatable or all((spec.steps or 1) <= SHORT for spec in self.protocol.attacks if spec.shared):
+            return 0
+        images, labels = self.load(slice(0, n))
+        scorer = self.prepared.scorer(labels)
+        if not torch.equal(scorer.gradient(images), scorer.gradient(images)):
+            self.repeatable = False
+            self.notes.append(
+                "gradients of the same images differ from one pass to the next: a random backward pass, or sums in no "
+                "fixed order; if they are random, average over passes before believing the robust accuracies"
+            )
+        return scorer.gradient_evaluations
 
     def load(self, part: slice | Tensor) -> Batch:
         """Images and labels as the model takes them."""
@@ -93,7 +113,7 @@ class Session:
             highest_label=int(self.labels.max()),
             seed=self.seed,
             number=number,
-            repeatable=not self.stochastic,
+            repeatable=self.repeatable,
         )
         self.outcomes[:, part] = found.rows.cpu()
         self.finished.add(number)
@@ -126,7 +146,7 @@ class Session:
             alpha=group[1],
             steps=steps,
             batch_size=self.batch_size,
-            repeatable=not self.stochastic,
+            repeatable=self.repeatable,
         )
         pending: list[tuple[Tensor, Tensor]] = []
         counted = (0, 0)
@@ -194,7 +214,16 @@ class Session:
         rows = []
         for first in range(0, n, self.batch_size):
             batch = self.load(slice(first, min(first + self.batch_size, n)))
-            found = batch_outcomes(full, batch, specs, highest_label=highest, seed=self.seed, number=0, queued=True)
+            found = batch_outcomes(
+                full,
+                batch,
+                specs,
+                highest_label=highest,
+                seed=self.seed,
+                number=0,
+                repeatable=self.repeatable,
+                queued=True,
+            )
             rows.append(found.rows.cpu())
         exact, mine = torch.cat(rows, dim=1), self._outcomes()[:, :n]
         attacks: list[dict[str, Any]] = []

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from odeadv.attacks._linf import Bounds, linf_bounds, sign_step
-from odeadv.evaluation._cycles import Cycles
+from odeadv.evaluation._cycles import SHORT, Cycles
 from odeadv.evaluation._prepare import Scorer, rows
 
 Run = tuple[float, float]  # eps, alpha
-# Cycles are looked for beyond this many steps only, and those in one leave when they are this part of a batch: shorter
-# runs hardly have any, and a batch of another size may round otherwise.
-SHORT, PART = 20, 0.25
+LEAVE_TOGETHER = 0.25  # examples in a cycle leave when they are this share of a batch: its make-up changes seldom
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class SharedRuns:
         clean_gradient: Tensor,
         lengths: Mapping[Run, Sequence[int]],
         *,
-        repeatable: bool = True,
+        repeatable: bool,
     ) -> None:
         self._scorer, self._images, self._clean, self._gradient = scorer, images, clean, clean_gradient
         self._lengths = lengths
@@ -161,10 +159,10 @@ class SharedRuns:
         steps = torch.full_like(branch.index, step)
         if branch.cycles is None:
             return replace(branch, cycles=Cycles(branch.x, steps))
-        found = branch.cycles.periods(branch.x, steps)
-        branch = replace(branch, periods=torch.where(branch.periods > 0, branch.periods, found))
+        cycles, found = branch.cycles.after(branch.x, steps)
+        branch = replace(branch, cycles=cycles, periods=torch.where(branch.periods > 0, branch.periods, found))
         cyclic = branch.periods > 0
-        if cyclic.sum() < PART * len(cyclic):
+        if cyclic.sum() < LEAVE_TOGETHER * len(cyclic):
             return branch
         self._foresee(branch, cyclic, step)
         return None if cyclic.all() else branch.without(cyclic)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from odeadv.attacks._linf import Bounds, linf_bounds, sign_step
-from odeadv.evaluation._cycles import Cycles
+from odeadv.evaluation._cycles import SHORT, Cycles
 from odeadv.evaluation._prepare import Prepared, rows
 
 Load = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -25,8 +25,8 @@ class Queue:
         alpha: size of one step.
         steps: after how many steps an example that was never fooled leaves.
         batch_size: images in one forward pass.
-        repeatable: the same images always have the same gradients: an example whose iterates come back to where they
-            were leaves, for it will not be fooled.
+        repeatable: whether the same images always have the same gradients: an example whose iterates come back to
+            where they were then leaves, for it will not be fooled.
 
     Attributes:
         forward_passes: images sent through the model so far.
@@ -43,7 +43,7 @@ class Queue:
         alpha: float,
         steps: int,
         batch_size: int,
-        repeatable: bool = True,
+        repeatable: bool,
     ) -> None:
         self.forward_passes = self.gradient_evaluations = 0
         self._prepared, self._load, self._waiting = prepared, load, waiting
@@ -69,6 +69,7 @@ class Queue:
             self.gradient_evaluations += scorer.gradient_evaluations
             leaving = ~correct | ending
             if leaving.any():
+                correct = self._confirmed(batch, correct & ending, correct)
                 fooled_at = torch.where(correct, self._steps + 1, batch.step)
                 yield batch.index[leaving].cpu(), fooled_at[leaving].cpu()
                 gradient = gradient[~leaving]
@@ -76,11 +77,23 @@ class Queue:
             batch.x = batch.bounds.project(sign_step(batch.x, gradient, self._alpha))
             batch.step = batch.step + 1
             if self._repeatable:
-                again = batch.cycles.periods(batch.x, batch.step) > 0
+                batch.cycles, ago = batch.cycles.after(batch.x, batch.step)
+                again = (ago > 0) & (batch.step > SHORT)
                 if again.any():  # classified correctly all the way round
-                    index = batch.index[again].cpu()
-                    yield index, torch.full_like(index, self._steps + 1)
+                    correct = self._confirmed(batch, again, again)
+                    fooled_at = torch.where(correct, self._steps + 1, batch.step)
+                    yield batch.index[again].cpu(), fooled_at[again].cpu()
                     batch = batch.subset(~again)
+
+    def _confirmed(self, batch: _Batch, chosen: Tensor, correct: Tensor) -> Tensor:
+        """``correct``, for ``chosen`` examples by an exact pass if so far only approximate ones have found them so."""
+        if not self._prepared.approximate or not chosen.any():
+            return correct
+        scorer = self._prepared.scorer(batch.labels[chosen])
+        confirmed = correct.clone()
+        confirmed[chosen] = scorer.correct(rows(batch.x, chosen))
+        self.forward_passes += scorer.forward_passes
+        return confirmed
 
     def _filled(self, batch: _Batch) -> _Batch:
         room = self._batch_size - len(batch.index)

@@ -108,7 +108,8 @@ class Operator:
     """One term of a vector field, dx/dt = f(t, x), with its exact flow if that is known.
 
     Args:
-        f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state; returns a tensor of the shape of ``x``.
+        f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state, neither of which it may write to; returns a tensor
+            of the shape of ``x``.
         flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``; ``t`` and
             ``dt`` are 0-d tensors and ``dt`` may be negative. Used by the sub-step ``"exact"``.
         modules: modules that ``f`` or ``flow`` runs, so that a recording pass can protect their buffers. A module, a

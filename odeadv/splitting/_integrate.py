@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Jump, Operator, Sum, Tally, VectorFunction, clock_dtype, returned
+from odeadv.fields._operator import Jump, Operator, Sum, Tally, VectorFunction, clock_dtype, returned, version
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
@@ -108,20 +108,22 @@ class Stepper:
         sizes = iter(grid.sizes)
         for first in range(0, len(grid), BATCH):
             ends = grid.times[first : first + BATCH + 1]
-            times = _evaluation_times(ends, rows, methods, x)
+            times, table = _evaluation_times(ends, rows, methods, x)
+            before = version(table)
             for row, method in zip(rows, methods, strict=True):
                 self.tallies[row.operator].evaluations += (len(ends) - 1) * len(method.nodes)
             steps = islice(sizes, len(ends) - 1)
-            if euler:
+            if euler and not x.is_inference():  # a state from outside may be, also where the mode is off
                 for end in _euler_states(x, zip(steps, times, strict=True), functions, weights):
                     x = end
                     yield x
-                continue
-            each = chain.from_iterable(times)
-            for h in steps:
-                for advance, weight in bound:
-                    x = advance(x, h * weight, each)
-                yield x
+            else:
+                each = chain.from_iterable(times)
+                for h in steps:
+                    for advance, weight in bound:
+                        x = advance(x, h * weight, each)
+                    yield x
+            _check_times(table, before)
 
     def march(self, x: Tensor, grid: Grid) -> Tensor:
         """The state at the end of ``grid``; stages that continue one another across steps are made one.
@@ -239,25 +241,42 @@ def _euler_states(
 
 def _evaluation_times(
     ends: Sequence[float], rows: Sequence[Row], methods: Sequence[RungeKutta], x: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """For each step between ``ends`` the times at which ``methods`` evaluate, in their order, made as one tensor."""
+) -> tuple[Iterator[tuple[Tensor, ...]], Tensor]:
+    """For each step between ``ends`` the times at which ``methods`` evaluate, in their order; the tensor they are of.
+
+    A tensor for a time costs a microsecond: evaluations at the same times share theirs.
+    """
     nodes = torch.tensor(ends, dtype=torch.float64, device="cpu")
     step = Step(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # all steps as one, by the same arithmetic
-    places: list[int] = []
-    columns: list[Tensor] = []
+    columns: dict[tuple[float, ...], Tensor] = {}
+    order: list[tuple[float, ...]] = []
     for row, method in zip(rows, methods, strict=True):
         start = step.time(row.start)
+        stop = row.start if row.frozen else row.stop
         clock = Clock(start, start if row.frozen else step.time(row.stop), start)
         for node in method.nodes:
-            time: Tensor = clock.at(node)  # type: ignore[assignment]
-            # A tensor for a time costs a microsecond: evaluations at the same times share theirs.
-            same = next((place for place, other in enumerate(columns) if torch.equal(other, time)), len(columns))
-            places.append(same)
-            if same == len(columns):
-                columns.append(time)
-    table = torch.stack(columns).to(x.device, clock_dtype(x.dtype))
-    distinct = [column.unbind() for column in table]
-    return zip(*(distinct[place] for place in places))  # noqa: B905  # of one length, all of them
+            key = (
+                (row.start,)
+                if node == 0.0 or stop == row.start
+                else (stop,)
+                if node == 1.0
+                else (row.start, stop, node)
+            )
+            columns.setdefault(key, clock.at(node))  # type: ignore[arg-type]
+            order.append(key)
+    table = torch.stack(list(columns.values())).to(x.device, clock_dtype(x.dtype))
+    distinct = dict(zip(columns, (column.unbind() for column in table), strict=True))
+    return zip(*(distinct[key] for key in order)), table  # noqa: B905  # of one length, all of them
+
+
+def _check_times(table: Tensor, before: int) -> None:
+    """Refuse a field that has written to a time: other evaluations, of other operators too, are given the same tensor.
+
+    Raises:
+        ValueError: if the `version` of ``table`` is not ``before`` any more.
+    """
+    if before >= 0 and table._version != before:
+        raise ValueError("f: modifies the time t in place; return a new tensor and leave t as it is")
 
 
 def _rows(stages: Composition) -> list[Row]:
