@@ -103,8 +103,13 @@ class Stepper:
         methods = [self._prepared[row.operator] for row in rows]
         functions = [self.operators[row.operator].f for row in rows]
         weights = [row.weight for row in rows]
-        euler = all(method.is_euler for method in methods) and not torch.is_inference_mode_enabled()
-        bound = [(method.bound(f), w) for method, f, w in zip(methods, functions, weights, strict=True)]
+        versioned = not torch.is_inference_mode_enabled()
+        if versioned and x.is_inference():
+            x = x.clone()  # which counts what is written to it, as all states after it do
+        euler = versioned and all(method.is_euler for method in methods)
+        bound = [
+            (method.bound(f, versioned=versioned), w) for method, f, w in zip(methods, functions, weights, strict=True)
+        ]
         sizes = iter(grid.sizes)
         for first in range(0, len(grid), BATCH):
             ends = grid.times[first : first + BATCH + 1]
@@ -113,7 +118,7 @@ class Stepper:
             for row, method in zip(rows, methods, strict=True):
                 self.tallies[row.operator].evaluations += (len(ends) - 1) * len(method.nodes)
             steps = islice(sizes, len(ends) - 1)
-            if euler and not x.is_inference():  # a state from outside may be, also where the mode is off
+            if euler:
                 for end in _euler_states(x, zip(steps, times, strict=True), functions, weights):
                     x = end
                     yield x

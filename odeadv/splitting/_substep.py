@@ -17,7 +17,7 @@ from odeadv.fields._operator import (
     VectorFunction,
     as_time,
     check_unmodified,
-    checked,
+    returned,
     same_shape,
     version,
 )
@@ -105,10 +105,11 @@ class RungeKutta:
             x = torch.add(x, slopes[j], alpha=h * weight)
         return x
 
-    def bound(self, f: VectorFunction) -> Bound:
+    def bound(self, f: VectorFunction, *, versioned: bool) -> Bound:
         """`advance` along ``f``, with what is the same on every step looked up: ``bound(x, h, times)``.
 
-        ``times`` gives the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau.
+        ``times`` gives the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau;
+        ``versioned`` says whether tensors count what is written to them, as they do outside inference mode.
         """
         stages: list[tuple[float, list[tuple[int, float]]]]
         weights: list[tuple[int, float]]
@@ -116,11 +117,18 @@ class RungeKutta:
 
         def advance(x: Tensor, h: float, times: Iterator[Tensor]) -> Tensor:
             slopes: list[Tensor] = []
+            dtype, shape = x.dtype, x.shape
             for _, row in stages:
                 y = x
                 for j, coefficient in row:
                     y = y.add(slopes[j], alpha=h * coefficient)
-                slopes.append(checked(f, next(times), y))
+                before = y._version if versioned else -1
+                value = f(next(times), y)
+                if not (isinstance(value, Tensor) and value.dtype is dtype and value.shape == shape) or (
+                    versioned and y._version != before
+                ):
+                    value = returned(value, y, before)
+                slopes.append(value)
             for j, weight in weights:
                 x = x.add(slopes[j], alpha=h * weight)
             return x
