@@ -26,6 +26,7 @@ NAMES = (
     "training_step",
     "schemes_training",
     "evaluation",
+    "agreement",
 )
 RESULTS, QUICK = Path("docs/results/benchmarks"), Path("build/benchmarks")
 

@@ -1,29 +1,34 @@
-"""Robust evaluation beside torchattacks, foolbox and ART on a briefly trained ResNet-20, in fp32.
+"""Robust evaluation beside torchattacks, foolbox and ART on trained ResNets, in fp32.
 
 The protocol of Table 2: clean, FGSM and IFGSM-20 at 8/255 and 12/255, on the same images in batches of 128. The peers
-are given an eager NCHW model, as their users do. Outcomes are compared example by example with those of plain
-`evaluate`. The time of bf16 gradients has the check against full ones in it. One gradient of a batch is timed by itself
-too: the evaluation of a compiled model has the seconds of compiling in it, which an evaluation of few images does not
-make up for. Where the CPU only imitates bfloat16 it is left out.
-Worst-so-far IFGSM-1000 is compared with torchattacks, which runs every step on every image, on a naturally trained
-network and on one trained on FGSM examples. Peers that are not installed are left out.
+are given an eager NCHW model, as their users do; the ResNet-56 is run beside torchattacks only. Outcomes are compared
+example by example with those of plain `evaluate`. The time of bf16 gradients has the check against full ones in it;
+where the CPU only imitates bfloat16 they are left out. One gradient of a batch is timed by itself too: an evaluation of
+a compiled model has the seconds of compiling in it, which few images do not make up for; and the gradients of a
+protocol alone, by the fastest way, are what no evaluation goes below.
+IFGSM-1000, worst so far and by its last iterate, is compared with torchattacks, which runs every step on every image,
+on a naturally trained ResNet-20 and on one trained on one-step adversarial examples from random starts. Peers that are
+not installed are left out. Networks are trained once and kept in build/benchmarks/networks.
 """
 
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import odeadv
 from odeadv._precision import bf16_is_native
-from odeadv.data import DatasetNotFoundError, load, to_float
+from odeadv.data import DatasetNotFoundError, ImageDataset, load, to_float
 from odeadv.evaluation import PROTOCOLS, AttackSpec, Evaluation, Protocol, evaluate
 from odeadv.evaluation._prepare import prepare
+from odeadv.training import Natural, Pgd, TrainConfig, train
 
-from ._timing import interleaved, machine, ratio, shown, spread
+from ._timing import interleaved, machine, middle, ratio, shown, spread
 from .limits import Limit
 
 EPS, ALPHA = (8 / 255, 12 / 255), 2 / 255
@@ -87,29 +92,54 @@ def art_attack(net: nn.Module, x: Tensor, y: Tensor) -> Attack:
 PEERS = {"torchattacks": torchattacks_attack, "foolbox": foolbox_attack, "ART": art_attack}
 
 
-def images_and_labels() -> tuple[str, Tensor, Tensor, Tensor, Tensor]:
-    """CIFAR-10 if it is found, else the digits: name, training and test images in [0, 1], labels."""
+@dataclass(frozen=True)
+class Network:
+    """A network to evaluate, and how it is trained.
+
+    Attributes:
+        depth: of a ResNet of width 16.
+        images, epochs: it is trained on.
+        robust: on FGSM examples at 8/255 from random starts (alpha = 10/255).
+    """
+
+    depth: int
+    images: int
+    epochs: int
+    robust: bool = False
+
+    def trained(self, data: ImageDataset, folder: Path) -> nn.Module:
+        """In evaluation mode and NCHW, read from ``folder`` if it is there."""
+        net = odeadv.models.preact_resnet(
+            self.depth, mean=data.mean, std=data.std, generator=torch.Generator().manual_seed(0)
+        )
+        kind = "robust" if self.robust else "natural"
+        path = folder / f"{data.name}-resnet{self.depth}-{kind}-{self.images}x{self.epochs}.safetensors"
+        if path.exists():
+            net.load_state_dict(load_file(path))
+        else:
+            objective = Pgd(eps=EPS[0], alpha=10 / 255, steps=1) if self.robust else Natural()
+            drops = (self.epochs // 2, self.epochs * 3 // 4)
+            train(net, data.subset(self.images, None), TrainConfig(objective, epochs=self.epochs, milestones=drops))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in net.state_dict().items()}, path)
+        return net.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+
+
+NETWORKS = {
+    "ResNet-20, natural": Network(20, 10_000, 8),
+    "ResNet-20, robust": Network(20, 4_000, 12, robust=True),
+    "ResNet-56, natural": Network(56, 4_000, 5),
+}
+QUICK = {name: Network(8, 128, 1, network.robust) for name, network in NETWORKS.items()}
+FOLDER = Path("build/benchmarks/networks")
+
+
+def dataset() -> ImageDataset:
+    """CIFAR-10 if it is found, else the digits."""
     try:
-        data = load("cifar10", download=False)
+        return load("cifar10", download=False)
     except DatasetNotFoundError:
-        data = load("digits")
-    return data.name, to_float(data.train_images), data.train_labels, to_float(data.test_images), data.test_labels
-
-
-def trained(depth: int, x: Tensor, y: Tensor, epochs: int, eps: float) -> nn.Module:
-    """A ResNet after a few epochs, on FGSM examples if ``eps`` is above 0."""
-    generator = torch.Generator().manual_seed(0)
-    net = odeadv.models.preact_resnet(depth, generator=generator).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(epochs):
-        for part in torch.randperm(len(x), generator=generator).split(64):
-            images = x[part].contiguous(memory_format=torch.channels_last)
-            if eps:
-                images = odeadv.attacks.fgsm(net, images, y[part], eps=eps)
-            optimizer.zero_grad()
-            F.cross_entropy(net.train()(images), y[part]).backward()
-            optimizer.step()
-    return net.to(memory_format=torch.contiguous_format).eval()
+        return load("digits")
 
 
 def peer_outcomes(make: Callable[..., Attack], net: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
@@ -132,7 +162,9 @@ def own_outcomes(result: Evaluation) -> Tensor:
     return torch.stack([result.clean_outcomes, *(attack.outcomes for attack in result.attacks)])
 
 
-def table2(net: nn.Module, x: Tensor, y: Tensor, protocol: Protocol, rounds: int, quick: bool) -> dict[str, object]:
+def table2(
+    net: nn.Module, x: Tensor, y: Tensor, protocol: Protocol, peers: Sequence[str], rounds: int, quick: bool
+) -> dict[str, object]:
     steps = protocol.attacks[2].steps
     found: dict[str, Tensor] = {}
     functions: dict[str, Callable[[], None]] = {}
@@ -150,7 +182,8 @@ def table2(net: nn.Module, x: Tensor, y: Tensor, protocol: Protocol, rounds: int
         return function
 
     missing = []
-    for name, make in PEERS.items():
+    for name in peers:
+        make = PEERS[name]
         try:
             make(net, x[:2], y[:2])
         except ImportError:
@@ -159,7 +192,7 @@ def table2(net: nn.Module, x: Tensor, y: Tensor, protocol: Protocol, rounds: int
             functions[name] = peer(name, make)
     options = OWN if quick else OWN | {COMPILED: {"fold": True, "compile": True}}
     functions |= {name: own(name, chosen) for name, chosen in options.items()}
-    seconds = interleaved(functions, rounds=rounds, warmup=0 if not quick else 1)
+    seconds = interleaved(functions, rounds=rounds, warmup=0)
     fastest = min((name for name in functions if name in PEERS), key=lambda n: min(seconds[n]), default=None)
     plain = evaluate(net, (x, y), protocol)
     reference = own_outcomes(plain)
@@ -208,107 +241,149 @@ def one_gradient(net: nn.Module, x: Tensor, y: Tensor, rounds: int, quick: bool)
     }
 
 
-def worst_so_far(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> dict[str, object]:
-    """IFGSM at 8/255 of many steps: our queue, and torchattacks, which scores the last iterate."""
-    protocol = Protocol("worst", (AttackSpec("ifgsm", EPS[0], ALPHA, steps, "worst"),))
-    result = evaluate(net, (x, y), protocol, fold=True)
-    functions: dict[str, Callable[[], object]] = {"odeadv, fold": lambda: evaluate(net, (x, y), protocol, fold=True)}
+def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, object]:
+    """IFGSM at 8/255 of many steps, worst so far and by its last iterate; torchattacks has the latter only."""
+    kinds = {"worst so far": "worst", "last iterate": "last"}
+    protocols = {
+        name: Protocol(name, (AttackSpec("ifgsm", EPS[0], ALPHA, steps, kind),)) for name, kind in kinds.items()
+    }
+    results: dict[str, Evaluation] = {}
+    final: list[Tensor] = []
+    functions: dict[str, Callable[[], object]] = {
+        name: lambda name=name: results.update({name: evaluate(net, (x, y), protocols[name], fold=True)})
+        for name in protocols
+    }
     try:
         attack = torchattacks_attack(net, x, y)
-        attack(EPS[0], 2)
     except ImportError:
         attack = None
     else:
-        functions["torchattacks"] = lambda: attack(EPS[0], steps)
-    seconds = interleaved(functions, rounds=rounds, warmup=0)
-    times = ratio(seconds, "torchattacks", "odeadv, fold") if attack else None
+        functions["torchattacks"] = lambda: final.append(attack(EPS[0], steps))
+    seconds = interleaved(functions, rounds=1, warmup=0)
+    accuracy = {
+        "worst so far": results["worst so far"].attacks[0].worst_so_far_accuracy,
+        "last iterate": results["last iterate"].attacks[0].robust_accuracy,
+    }
+    differ = None
+    if attack is not None:
+        with torch.no_grad():
+            correct = net(final[-1]).argmax(dim=1) == y
+        differ = int((correct != results["last iterate"].attacks[0].outcomes).sum())
     return {
         "images": len(x),
         "steps": steps,
-        "clean accuracy": result.clean_accuracy,
-        "worst-so-far accuracy": result.attacks[0].worst_so_far_accuracy,
-        "gradients an image": result.gradient_evaluations / len(x),
+        "clean accuracy": results["last iterate"].clean_accuracy,
+        "accuracy": accuracy,
+        "gradients an image": {name: result.gradient_evaluations / len(x) for name, result in results.items()},
         "seconds": {name: spread(values) for name, values in seconds.items()},
-        "times faster than torchattacks": times,
+        "times faster than torchattacks": {name: ratio(seconds, "torchattacks", name) for name in results}
+        if attack
+        else {},
+        "last iterates with another outcome than torchattacks'": differ,
     }
 
 
 def run(quick: bool = False) -> dict[str, object]:
-    depth, epochs, n, few, long, rounds = (8, 1, 16, 8, 20, 1) if quick else (20, 4, 128, 32, 1000, 3)
-    name, train, train_labels, test, test_labels = images_and_labels()
-    count = 256 if quick else 2048
-    began = time.perf_counter()
-    natural = trained(depth, train[:count], train_labels[:count], epochs, 0.0)
-    robust = trained(depth, train[:count], train_labels[:count], epochs, EPS[0])
-    took = time.perf_counter() - began
-    x, y = test[:n].contiguous(), test_labels[:n]
+    n, few, long = (16, 8, 20) if quick else (128, 32, 1000)
+    data = dataset()
+    chosen = QUICK if quick else NETWORKS
+    nets = {name: network.trained(data, FOLDER) for name, network in chosen.items()}
+    x, y = to_float(data.test_images[:n]).contiguous(), data.test_labels[:n]
     protocol = PROTOCOLS["table2"]
     if quick:
         specs = (AttackSpec(s.name, s.eps, s.alpha, min(s.steps, 3)) for s in protocol.attacks)
         protocol = Protocol("quick", tuple(specs))
+    compared = {"ResNet-20, natural": (list(PEERS), 3), "ResNet-56, natural": (list(PEERS)[:1], 2)}
     return {
         "machine": machine(),
-        "network": f"ResNet-{depth}, {epochs} epochs on {count} images of {name}",
-        "seconds of training": took,
-        "table2": table2(natural, x, y, protocol, rounds, quick),
-        "gradient": one_gradient(natural, x[:128], y[:128], 3 if quick else 15, quick),
-        "worst": {
-            kind: worst_so_far(net, x[:few], y[:few], long, 1)
-            for kind, net in (("natural", natural), ("robust", robust))
+        "data": data.name,
+        "networks": {name: asdict(network) for name, network in chosen.items()},
+        "table2": {
+            name: table2(nets[name], x, y, protocol, peers, 1 if quick else rounds, quick)
+            for name, (peers, rounds) in compared.items()
+        },
+        "gradient": {name: one_gradient(nets[name], x, y, 3 if quick else 9, quick) for name in compared},
+        "long": {
+            name: long_runs(nets[f"ResNet-20, {name}"], x[:few].contiguous(), y[:few], long)
+            for name in ("natural", "robust")
         },
     }
 
 
 def render(data: dict) -> str:
-    part = data["table2"]
-    lines = [
-        f"{data['network']}; {part['images']} images, IFGSM-{part['steps']}: {part['forward passes an image']:g} "
-        f"forward passes and {part['gradients an image']:g} gradients an image.",
-        "",
-        f"| | seconds (quartiles) | times faster than {part['fastest peer']} | differ: clean, FGSM, IFGSM |",
-        "| --- | --- | --- | --- |",
-    ]
-    faster = part["times faster than the fastest peer"]
-    for name, figure in part["seconds"].items():
-        times = shown(faster[name]) if name in faster else ""
-        differ = ", ".join(str(value) for value in part["outcomes that differ"][name])
-        lines.append(f"| {name} | {shown(figure)} | {times} | {differ} |")
-    gradient = data["gradient"]
+    lines = []
+    for name, part in data["table2"].items():
+        network = data["networks"][name]
+        lines += [
+            f"{name}: {network['epochs']} epochs on {network['images']} images of {data['data']}; accuracy "
+            f"{', '.join(f'{value:.1f}' for value in part['accuracy in %'])} % (clean, FGSM, IFGSM-{part['steps']}) on "
+            f"{part['images']} images; {part['forward passes an image']:g} forward passes and "
+            f"{part['gradients an image']:g} gradients an image.",
+            "",
+            f"| | seconds (quartiles) | times faster than {part['fastest peer']} | differ: clean, FGSM, IFGSM |",
+            "| --- | --- | --- | --- |",
+        ]
+        faster = part["times faster than the fastest peer"]
+        for solver, figure in part["seconds"].items():
+            times = shown(faster[solver]) if solver in faster else ""
+            differ = ", ".join(str(value) for value in part["outcomes that differ"][solver])
+            lines.append(f"| {solver} | {shown(figure)} | {times} | {differ} |")
+        if part["not installed"]:
+            lines += ["", f"Not installed: {', '.join(part['not installed'])}."]
+        gradient = data["gradient"][name]
+        lines += [
+            "",
+            f"| one gradient of {gradient['images']} images | milliseconds | times faster than the plain loop |",
+            "| --- | --- | --- |",
+        ]
+        for way, figure in gradient["milliseconds"].items():
+            times = shown(gradient["times faster than the plain loop"][way])
+            lines.append(f"| {way} | {shown(figure, '.0f')} | {times} |")
+        lines.append("")
     lines += [
-        "",
-        f"| one gradient of {gradient['images']} images | milliseconds | times faster than the plain loop |",
-        "| --- | --- | --- |",
+        "| IFGSM of ResNet-20 | images | steps | score | clean, % | robust, % | gradients an image | seconds | "
+        "times faster than torchattacks |",
+        f"|{' --- |' * 9}",
     ]
-    for name, figure in gradient["milliseconds"].items():
-        times = shown(gradient["times faster than the plain loop"][name])
-        lines.append(f"| {name} | {shown(figure, '.0f')} | {times} |")
-    lines += [
-        "",
-        "| worst-so-far IFGSM | steps | clean, % | robust, % | gradients an image | times faster than torchattacks |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for kind, row in data["worst"].items():
-        times = row["times faster than torchattacks"]
-        faster = shown(times) if times else ""
-        lines.append(
-            f"| {kind} | {row['steps']} | {100 * row['clean accuracy']:.1f} | "
-            f"{100 * row['worst-so-far accuracy']:.1f} | {row['gradients an image']:.1f} | {faster} |"
-        )
-    if part["not installed"]:
-        lines += ["", f"Not installed: {', '.join(part['not installed'])}."]
+    notes = []
+    for kind, row in data["long"].items():
+        for score, gradients in row["gradients an image"].items():
+            faster = row["times faster than torchattacks"]
+            times, took = f"{middle(faster[score]):.1f}" if faster else "", middle(row["seconds"][score])
+            lines.append(
+                f"| {kind} | {row['images']} | {row['steps']} | {score} | {100 * row['clean accuracy']:.1f} | "
+                f"{100 * row['accuracy'][score]:.1f} | {gradients:.1f} | {took:.2f} | {times} |"
+            )
+        differ = row["last iterates with another outcome than torchattacks'"]
+        if differ is not None:
+            notes.append(f"{differ} of {row['images']} ({kind})")
+    if notes:
+        lines += ["", f"Last iterates with another outcome than torchattacks': {', '.join(notes)}."]
     return "\n".join(lines)
 
 
+def _alone(data: dict, name: str, gradients: float) -> float:
+    """Seconds of so many gradients of images, by the fastest way measured."""
+    gradient = data["gradient"][name]
+    return gradients * min(map(middle, gradient["milliseconds"].values())) / 1e3 / gradient["images"]
+
+
 def limits(data: dict) -> list[Limit]:
-    """Speed against the peers."""
+    """Speed against the peers; the floor is the peer's time over that of the gradients alone, by the fastest way."""
     found = []
-    faster = data["table2"]["times faster than the fastest peer"]
-    for name, times in faster.items():
-        aim = AIM["bf16" if "bf16" in name else "full"]
-        found.append(Limit(f"Table 2 protocol, {name}: times faster than the fastest peer", times, least=aim))
-    for kind, row in data["worst"].items():
-        times = row["times faster than torchattacks"]
-        if times is not None:
-            what = f"worst-so-far IFGSM-{row['steps']}, {kind} network: times faster than torchattacks"
-            found.append(Limit(what, times, least=AIM[kind]))
+    for name, part in data["table2"].items():
+        peer = part["fastest peer"]
+        if peer is None:
+            continue
+        least = _alone(data, name, part["gradients an image"] * part["images"])
+        ceiling = middle(part["seconds"][peer]) / least
+        for solver, times in part["times faster than the fastest peer"].items():
+            what = f"Table 2 protocol, {name}, {solver}: times faster than {peer}"
+            aim = AIM["bf16" if "bf16" in solver else "full"]
+            found.append(Limit(what, times, None if "bf16" in solver else ceiling, least=aim))
+    for kind, row in data["long"].items():
+        for score, times in row["times faster than torchattacks"].items():
+            what = f"IFGSM-{row['steps']}, {kind} network, {score}: times faster than torchattacks"
+            aim = AIM[kind] if score == "worst so far" else None
+            found.append(Limit(what, times, least=aim, form=".1f"))
     return found

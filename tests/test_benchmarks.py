@@ -15,6 +15,7 @@ from benchmarks import (
     _peers,
     _precision,
     _timing,
+    evaluation,
     fisher_kpp,
     limits,
     orders,
@@ -29,6 +30,7 @@ HERE = (
     "fisher_kpp",
     "recording",
     "training_step",
+    pytest.param("evaluation", marks=pytest.mark.slow),
 )
 
 
@@ -37,6 +39,14 @@ def _without_jax(monkeypatch):
     """Compiling in jax takes longer than all the rest; what is compiled is tried apart."""
     for module in (_peers, fisher_kpp, work_precision):
         monkeypatch.setattr(module, "has_diffrax", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _without_other_attacks(monkeypatch, tmp_path):
+    """On the digits, whose networks are trained here; the peers have tests of agreement of their own."""
+    monkeypatch.setenv("ODEADV_DATA", str(tmp_path))
+    monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
+    monkeypatch.setattr(evaluation, "PEERS", {})
 
 
 @pytest.fixture(autouse=True)
