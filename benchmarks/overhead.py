@@ -110,7 +110,7 @@ def limits(data: dict) -> list[Limit]:
             most=10,
             form=".1f",
         ),
-        Limit("the same as a bare Python loop", rows["bare Python loop, Strang with Euler"], form=".1f"),
+        Limit("the same as a bare Python loop", rows["bare Python loop, Strang with Euler"], rows[THREE], form=".1f"),
         Limit("Euler of torchdiffeq, for comparison", rows["torchdiffeq, Euler"], floor, form=".1f"),
-        Limit("midpoint of torchdiffeq, for comparison", rows["torchdiffeq, midpoint"], form=".1f"),
+        Limit("midpoint of torchdiffeq, for comparison", rows["torchdiffeq, midpoint"], rows[TWO], form=".1f"),
     ]

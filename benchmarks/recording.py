@@ -87,7 +87,7 @@ def render(data: dict) -> str:
     ]
     for scheme, row in data["counts"].items():
         counts = f"{row['evaluations of f']} | {row['vector-Jacobian products']}"
-        times = data.get("ratio to lie", {})
+        times = data["ratio to lie"]
         lines.append(f"| {scheme} | {counts} | {shown(times[scheme]) if scheme in times else ''} |")
     lines += ["", "| `checkpoints`, lie | MiB of the graph | seconds (quartiles) |", "| --- | --- | --- |"]
     for name, mebibytes in data["MiB of the graph"].items():
@@ -101,8 +101,8 @@ def limits(data: dict) -> list[Limit]:
         Limit(f"exact midpoint, {what} more a layer", (middle[what] - plain[what]) / data["layers"], 1.0, most=1)
         for what in plain
     ]
-    if "ratio to lie" in data:
-        rows.append(Limit("exact midpoint, time / lie", data["ratio to lie"]["strang-midpoint"]))
+    passes = sum(middle.values()) / sum(data["counts"]["lie"].values())
+    rows.append(Limit("exact midpoint, time / lie", data["ratio to lie"]["strang-midpoint"], passes))
     whole = data["MiB of the graph"]["whole graph"]
     least = min(data["MiB of the graph"].values())
     return [*rows, Limit("graph of a recording, one segment a layer / whole", least / whole, 1 / data["layers"])]

@@ -398,7 +398,7 @@ def _within(
 
 def _status(so_far: Status, *values: Tensor | None) -> Status:
     """``so_far``, unless a value is not finite, or cannot be looked at."""
-    finite = [value.isfinite().all() for value in values if value is not None]
+    finite = [(value.detach() * 0).sum() == 0 for value in values if value is not None]  # cheaper than isfinite().all()
     try:
         if not bool(torch.stack(finite).all()):
             return Status.NON_FINITE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from evaluation_nets import EPS, held_out, trained
@@ -70,7 +72,7 @@ def by_hand(model: nn.Module, images: Tensor, labels: Tensor, lengths: tuple[int
     return torch.stack(last), torch.stack(worst)
 
 
-def evaluated(model: nn.Module, images: Tensor, labels: Tensor, score: str = "last", **options: bool) -> Evaluation:
+def evaluated(model: nn.Module, images: Tensor, labels: Tensor, score: str = "last", **options: Any) -> Evaluation:
     specs = tuple(AttackSpec("ifgsm", EPS, ALPHA, k, score) for k in LENGTHS)  # type: ignore[arg-type]
     return evaluate(model, (images, labels), Protocol("long", specs), **options)
 
@@ -129,6 +131,21 @@ class TestOutcomes:
         images, labels = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
         result = evaluated(Noisy(), images, labels, score, stochastic=True)
         assert result.gradient_evaluations >= 2 * (max(LENGTHS) - 1)
+
+    @pytest.mark.parametrize("score", ["last", "worst"])
+    @pytest.mark.filterwarnings("ignore:gradients")  # a CPU may only imitate bfloat16
+    def test_of_random_models_are_not_foreseen_by_the_check_of_bf16_gradients(self, score: str) -> None:
+        differentiated = [0]
+
+        class Noisy(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                differentiated[0] += len(x) * (x.requires_grad and not torch.is_autocast_enabled("cpu"))
+                return Parabola()(x + 1e-4 * torch.randn_like(x)) - torch.tensor([0.0, 1.0])  # never fooled
+
+        images, labels = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
+        result = evaluated(Noisy(), images, labels, score, stochastic=True, gradients="bf16")
+        assert result.checks["bf16"]["n"] == 2
+        assert differentiated[0] >= 2 * (max(LENGTHS) - 1)
 
     def test_radii_that_part_late_have_cycles_of_their_own(self) -> None:
         """The second of two pixels rises only while the first, which goes round in two steps, is at a place."""

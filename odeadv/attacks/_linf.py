@@ -23,8 +23,15 @@ class Bounds(NamedTuple):
         return sign_step(x, gradient, alpha if isinstance(alpha, Tensor) else min(alpha, 2.0))  # 2 leaves the box
 
     def rows(self, index: Tensor) -> Bounds:
-        """The bounds of the images ``index`` only."""
-        return Bounds(self.lower[index], self.upper[index])
+        """The bounds of the images ``index`` only, numbers or (n,) bool."""
+        return Bounds(rows(self.lower, index), rows(self.upper, index))
+
+
+def rows(images: Tensor, index: Tensor) -> Tensor:
+    """``images`` chosen by ``index``, numbers or (n,) bool, in their memory format (plain indexing may lose it)."""
+    taken = images[index]
+    last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
+    return taken.contiguous(memory_format=torch.channels_last) if last else taken
 
 
 def linf_bounds(images: Tensor, eps: float) -> Bounds:

@@ -18,7 +18,7 @@ from odeadv.attacks._l2 import L2Ball
 from odeadv.attacks._linf import Bounds
 from odeadv.attacks._objective import Loss, Tally
 from odeadv.attacks._setting import Setting, setting
-from odeadv.attacks._square_l2 import Bumps, tiled
+from odeadv.attacks._square_l2 import Bumps, signs, tiled
 
 _SHARES = {"linf": 0.8, "l2": 0.1}
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, at these queries of 10,000
@@ -141,7 +141,7 @@ class Corners:
         # Drawn for all examples, so that those of one do not depend on which others are fooled.
         rows, columns = (_window(n, length, size, self.generator) for length in (height, width))
         inside = rows[:, None, :, None] & columns[:, None, None, :]
-        raised = _signs((n, channels, 1, 1), self.generator, lower)[index] > 0
+        raised = signs((n, channels, 1, 1), self.generator).to(lower)[index] > 0
         inside = inside.to(best.device)[index]
         return torch.where(inside, torch.where(raised, upper[index], lower[index]), best)
 
@@ -154,7 +154,7 @@ def side(share: float, shape: tuple[int, int]) -> int:
 def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
     """Clean images plus or minus 1 in vertical stripes, one pixel wide; projection leaves eps of it."""
     n, channels, _, width = images.shape
-    return images + _signs((n, channels, 1, width), generator, images)
+    return images + signs((n, channels, 1, width), generator).to(images)
 
 
 def _search(attack: Setting, proposals: Proposals, *, queries: int, p: float) -> Tensor:
@@ -180,9 +180,3 @@ def _window(n: int, length: int, size: int, generator: torch.Generator) -> Tenso
     first = torch.randint(length - size + 1, (n, 1), generator=generator, device=generator.device)
     places = torch.arange(length, device=generator.device)
     return (places >= first) & (places < first + size)
-
-
-def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Independent -1 and 1, each with probability 1/2, on the device and in the dtype of ``like``."""
-    bits = torch.randint(2, shape, generator=generator, device=generator.device)
-    return (2 * bits - 1).to(like)

@@ -46,7 +46,7 @@ class Bumps:
             torch.randint(length - side + 1, (2, n), generator=self.generator, device=self.generator.device)
             for length in (height, width)
         ]
-        signs = _signs((n, channels, 1, 1), self.generator)[index.to(self.generator.device)].to(best)
+        sign = signs((n, channels, 1, 1), self.generator)[index.to(self.generator.device)].to(best)
         turned = torch.randint(2, (n, 1, 1), generator=self.generator, device=self.generator.device) > 0
         (top, other_top), (left, other_left) = (corner.to(index.device)[:, index] for corner in corners)
         bump = pattern(side).to(best)
@@ -66,7 +66,7 @@ class Bumps:
         unused = (self.ball.eps**2 - _length(offset, (1, 2, 3)) ** 2).clamp(min=0) / channels
         available = (_length(offset * (here | there), (2, 3)) ** 2 + unused).sqrt()
         inside = offset * here
-        mixed = signs * placed + divided(inside, _length(inside, (2, 3)))
+        mixed = sign * placed + divided(inside, _length(inside, (2, 3)))
         taken = divided(mixed, _length(mixed, (2, 3))) * available
         return clean + torch.where(here, taken, offset * ~there)
 
@@ -76,10 +76,10 @@ def tiled(images: Tensor, generator: torch.Generator, *, eps: float) -> Tensor:
     n, channels, height, width = images.shape
     side = max(min(height, width) // TILES, 1)
     rows, columns = height // side, width // side
-    signs = _signs((n, channels, rows, 1, columns, 1), generator)
+    sign = signs((n, channels, rows, 1, columns, 1), generator)
     turned = torch.randint(2, (n, 1, rows, 1, columns, 1), generator=generator, device=generator.device) > 0
-    bump = pattern(side).to(signs.device)
-    tiles = signs * torch.where(turned, bump.T[:, None, :], bump[:, None, :])
+    bump = pattern(side).to(sign.device)
+    tiles = sign * torch.where(turned, bump.T[:, None, :], bump[:, None, :])
     covered = tiles.reshape(n, channels, rows * side, columns * side).to(images)
     whole = torch.zeros_like(images)
     top, left = (height - rows * side) // 2, (width - columns * side) // 2
@@ -108,5 +108,6 @@ def _length(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x.square().sum(dim=axes, keepdim=True).sqrt()
 
 
-def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent -1.0 and 1.0, each with probability 1/2, on the generator's device."""
     return 2.0 * torch.randint(2, shape, generator=generator, device=generator.device) - 1.0

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from odeadv.attacks._linf import rows
+
 # Cycles are looked for beyond this many steps only: shorter runs hardly have any, and a batch that examples have left
 # may round otherwise.
 SHORT = 20
@@ -30,6 +32,10 @@ class Cycles:
 
     kept: Tensor
     kept_at: Tensor
+
+    def rows(self, keep: Tensor) -> Cycles:
+        """Of the examples chosen by ``keep``, (n,) bool, only."""
+        return Cycles(rows(self.kept, keep), self.kept_at[keep])
 
     def after(self, x: Tensor, step: Tensor) -> tuple[Cycles, Tensor]:
         """With the iterates ``x`` that are reached after ``step`` steps, (n,) int64, each one more than before.

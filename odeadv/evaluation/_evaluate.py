@@ -56,7 +56,9 @@ def evaluate(
     and backward pass gives the clean accuracy, FGSM at every radius and the first step of every IFGSM; attacks that
     differ in their number of steps only come from one run; IFGSM at two radii is one run for as long as the iterates
     are the same; the forward pass that scores an iterate is that of the next step's gradient. Where only the
-    worst-so-far score is asked for (`AttackSpec.score`), fooled examples leave and the batch is refilled. Weight
+    worst-so-far score is asked for (`AttackSpec.score`), fooled examples leave and the batch is refilled. Examples
+    whose iterates come back, to the last bit, to where they were go round in a cycle and leave long runs: their later
+    outcomes are those of the cycle (where the same images have the same gradients, which is tried first). Weight
     gradients are never computed. Arithmetic is in the dtype of the images, without any autocast of its own.
 
     Args:

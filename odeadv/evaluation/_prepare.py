@@ -124,13 +124,6 @@ class Scorer:
         return correct, gradient
 
 
-def rows(tensor: Tensor, keep: Tensor) -> Tensor:
-    """Rows of ``tensor``, in its memory format (plain indexing may lose it)."""
-    taken = tensor[keep]
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return taken.contiguous(memory_format=torch.channels_last) if last else taken
-
-
 def prepare(
     model: nn.Module, probe: Tensor, *, batch_size: int, folded: bool, compiled: bool, gradients: Gradients
 ) -> Prepared:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from odeadv.attacks._linf import Bounds, linf_bounds, sign_step
+from odeadv.attacks._linf import Bounds, linf_bounds, rows, sign_step
 from odeadv.evaluation._cycles import SHORT, Cycles
-from odeadv.evaluation._prepare import Scorer, rows
+from odeadv.evaluation._prepare import Scorer
 
 Run = tuple[float, float]  # eps, alpha
 LEAVE_TOGETHER = 0.25  # examples in a cycle leave when they are this share of a batch: its make-up changes seldom
@@ -50,9 +50,9 @@ class _Branch:
             x=rows(self.x, keep),
             gradient=rows(self.gradient, keep),
             index=self.index[keep],
-            bounds={run: Bounds(rows(b.lower, keep), rows(b.upper, keep)) for run, b in self.bounds.items()},
+            bounds={run: bounds.rows(keep) for run, bounds in self.bounds.items()},
             scorer=self.scorer.part(keep),
-            cycles=None if self.cycles is None else Cycles(rows(self.cycles.kept, keep), self.cycles.kept_at[keep]),
+            cycles=None if self.cycles is None else self.cycles.rows(keep),
             periods=self.periods[keep],
         )
 

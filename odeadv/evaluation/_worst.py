@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from odeadv.attacks._linf import Bounds, linf_bounds, sign_step
+from odeadv.attacks._linf import Bounds, linf_bounds, rows, sign_step
 from odeadv.evaluation._cycles import SHORT, Cycles
-from odeadv.evaluation._prepare import Prepared, rows
+from odeadv.evaluation._prepare import Prepared
 
 Load = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -116,8 +116,7 @@ class _Batch:
         self.index, self.x, self.labels, self.bounds, self.step, self.cycles = index, x, labels, bounds, step, cycles
 
     def subset(self, keep: Tensor) -> _Batch:
-        bounds = Bounds(rows(self.bounds.lower, keep), rows(self.bounds.upper, keep))
-        cycles = Cycles(rows(self.cycles.kept, keep), self.cycles.kept_at[keep])
+        bounds, cycles = self.bounds.rows(keep), self.cycles.rows(keep)
         return _Batch(self.index[keep], rows(self.x, keep), self.labels[keep], bounds, self.step[keep], cycles)
 
     def joined(self, other: _Batch) -> _Batch:
