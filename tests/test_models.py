@@ -319,3 +319,4 @@ def test_the_projection_is_a_strided_convolution(channels, layout):
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+    assert gradients[0][0].is_contiguous(memory_format=layout)  # or all before it would work on mixed layouts, slowly

@@ -225,7 +225,8 @@ class _Strided1x1(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
         """The convolution of ``x``."""
-        return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
+        # Pooling windows of one pixel choose pixels as slices do, but their backward pass keeps the memory format.
+        return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight)
 
 
 def conv(channels_in: int, channels_out: int, size: int, stride: int) -> nn.Conv2d:
