@@ -140,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
     sub.set_defaults(run=_report)
 
+    sub = command("budget", "count what all tables ask for at a preset, in image passes and hours; runs nothing")
+    sub.add_argument("--preset", choices=PRESETS, default="paper")
+    sub.add_argument(
+        "--rates", type=float, nargs="+", default=[2500.0, 10000.0], metavar="N",
+        help="images a second in natural training that hours are given for (default: 2500 10000)",
+    )  # fmt: skip
+    sub.add_argument("--out", type=Path, help="folder for budget.json and budget.md (default: print the page)")
+    sub.set_defaults(run=_budget)
+
     sub = command(
         "audit", "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails"
     )
@@ -275,6 +284,14 @@ def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.eta is not None:
         preset = with_eta(preset, table, args.dataset or preset.dataset, args.eta)
     print(write_report(table, preset, args.dataset, args.records, args.out))
+    return 0
+
+
+def _budget(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv.experiments import PRESETS, _budget, write_budget
+
+    preset = PRESETS[args.preset]
+    print(write_budget(preset, args.rates, args.out) if args.out else _budget.page(_budget.plain(preset, args.rates)))
     return 0
 
 

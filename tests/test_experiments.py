@@ -18,6 +18,7 @@ from odeadv.experiments import (
     TABLES,
     Row,
     RunConfig,
+    budget,
     configuration,
     configurations,
     load_records,
@@ -305,6 +306,37 @@ def test_the_command_lists_runs_and_refuses_what_is_no_row(capsys):
         main("table2", "about", ["--methods", "natural"])
     assert stopped.value.code == 2
     assert "is not a row of table2" in capsys.readouterr().err
+
+
+def test_the_budget_counts_every_run_and_evaluation_once():
+    rows = {(row.table, row.dataset): row for row in budget(PRESETS["paper"])}
+    first = rows["table1", "cifar10"]
+    epochs = 3 * 160 * (50_000 // 128) * 128  # of one row in three seeds
+    assert (first.runs, first.new) == (15, 15)
+    assert first.training == epochs * (3 * 3 + 2 * 5)  # three rows of 3 passes, LAD and LAD-SM
+    assert first.evaluation == 15 * 10_000 * (1 + 2 * 3 + 2 * 41)
+    assert first.hours(1000) == pytest.approx((first.training + first.evaluation) / 3000 / 3600)
+    second, noisy, strong = rows["table2", "cifar10"], rows["table4", "cifar10"], rows["table6", "cifar10"]
+    assert second.training == epochs * (3 * 23 + 2 * 25 + 27)
+    assert (noisy.runs, noisy.new) == (18, 9)  # the plain rows are those of Table 2, and evaluated alike
+    assert noisy.evaluation == 9 * 10_000 * 89 * 100
+    assert strong.new == strong.training == 0
+    assert strong.evaluation == 18 * 10_000 * (1 + 41 + 201 + 2001)
+    small = {(row.table, row.dataset): row for row in budget(PRESETS["cpu"])}["table1", "cifar10"]
+    assert small.evaluation == 2 * 15 * 2000 * 89  # last and best weights
+
+
+def test_the_page_of_the_budget_is_made_by_its_command(tmp_path, capsys):
+    from odeadv import cli
+
+    assert cli.main(["budget", "--out", str(tmp_path)]) == 0
+    for name in ("budget.json", "budget.md"):
+        assert (tmp_path / name).read_bytes() == (RESULTS / "budget" / name).read_bytes()
+    capsys.readouterr()
+    assert cli.main(["budget"]) == 0
+    assert capsys.readouterr().out.strip() == (tmp_path / "budget.md").read_text(encoding="utf-8").strip()
+    assert cli.main(["budget", "--rates", "0"]) == 2
+    assert "rates: got [0.0]" in capsys.readouterr().err
 
 
 def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):

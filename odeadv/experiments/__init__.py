@@ -3,6 +3,7 @@
 The top of the package; imports everything below it.
 """
 
+from odeadv.experiments._budget import Budget, budget, write_budget
 from odeadv.experiments._command import add_table_arguments, main, make_table
 from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig, load_config
 from odeadv.experiments._figure2 import write_figure2
@@ -27,6 +28,7 @@ from odeadv.experiments._tune import tune
 __all__ = [
     "PRESETS",
     "TABLES",
+    "Budget",
     "Column",
     "DataConfig",
     "Failure",
@@ -41,6 +43,7 @@ __all__ = [
     "Size",
     "Table",
     "add_table_arguments",
+    "budget",
     "configuration",
     "configurations",
     "launch",
@@ -56,6 +59,7 @@ __all__ = [
     "run",
     "tune",
     "with_eta",
+    "write_budget",
     "write_figure2",
     "write_report",
 ]

@@ -11,26 +11,12 @@ from pathlib import Path
 from odeadv import data
 from odeadv._files import write_json
 from odeadv.evaluation._attack import require_packages
-from odeadv.experiments._config import RunConfig
+from odeadv.experiments._budget import training_passes
 from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._launch import Job, launch
-from odeadv.experiments._methods import passes
 from odeadv.experiments._report import write_report
 from odeadv.experiments._run import Measurement
 from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations, with_eta
-
-TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}
-
-
-def image_passes(config: RunConfig) -> int:
-    """Images sent through the network in training: forward, to activations and weight gradients count 1 each.
-
-    Divided by the passes a second of a machine (three times its images a second in natural training) this is how
-    long the training takes.
-    """
-    training = config.training
-    images = config.data.train_images or TRAIN_IMAGES.get(config.data.name, 0)
-    return passes(config) * (images // training.batch_size) * training.batch_size * training.epochs
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +57,7 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
             if args.list:
                 for row, config in pairs:
                     print(f"{config.name}  {row.label}, seed {config.training.seed}")
-                total = sum(image_passes(config) for _, config in pairs)
+                total = sum(training_passes(config) for _, config in pairs)
                 if total:
                     print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
                 return 0
