@@ -56,7 +56,8 @@ def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], Mod
         "",
         "Made by `python -m benchmarks` from the JSON files beside it, nothing else.",
     ]
-    parts += ["Medians with quartiles; the floor counts passes, or is the time of a loop that does nothing else."]
+    parts += ["Medians with quartiles. The floor counts passes, or is what a bare loop or convolutions alone come to;"]
+    parts += ["where more is better it is a ceiling."]
     for name, data in results.items():
         benchmark = module(name)
         if hasattr(benchmark, "limits"):

@@ -21,6 +21,7 @@ from odeadv.splitting import (
     Adaptive,
     Exact,
     Grid,
+    Nested,
     Scheme,
     Stepper,
     SubStep,
@@ -142,6 +143,10 @@ def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *
         )
     names = list(field.operators)
     back = [names[int(i)] for i in scheme.goes_back if not field.operators[names[int(i)]].reversible]
+    for name, method in substeps.items():
+        operator = field.operators[name]
+        if isinstance(method, Nested) and isinstance(operator, Sum):
+            back += method.runs_back(operator)
     if back:
         warnings.warn(
             f"scheme: {scheme.name!r} runs the irreversible operator {back[0]!r} backward; take one without negative "
@@ -163,6 +168,8 @@ def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
         chosen = dict.fromkeys(field.operators, get_substep(substep))
     for name, method in chosen.items():
         operator = field.operators[name]
+        if isinstance(method, Nested) and not isinstance(operator, Forcing | Unrecorded):
+            chosen[name] = method.of(operator)
         known = isinstance(operator, Forcing | Unrecorded) or all(
             isinstance(part, Jump) or part.flow is not None for part in operator.pieces or (operator,)
         )
@@ -236,6 +243,14 @@ def read_times(
         TypeError, ValueError: naming the argument that does not fit.
     """
     span = _span(field.problem.t_span if t_span is None else t_span)
+    fixed = [name for name, operator in field.operators.items() if not operator.reversible]
+    if fixed and span[1] < span[0]:
+        warnings.warn(
+            f"t_span: {span} runs backward, and with it the irreversible operator {fixed[0]!r}; expected an increasing "
+            "span",
+            AccuracyWarning,
+            stacklevel=4,
+        )
     if dt is not None and steps is not None:
         raise ValueError(f"dt, steps: got dt={dt!r} and steps={steps!r}, expected one of the two")
     if dt is None and steps is None:

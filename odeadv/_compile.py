@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,19 +84,26 @@ class CompiledSolver:
         x = read_initial_state(self.field, x0)
         assert grid is not None
         assert grid.h is not None
-        step = self._step(grid.h, x)
+        signed = math.copysign(self.dt, grid.h)
+        # The size of a step is a constant of its graph; how the ends of a span round must not ask for another one.
+        step = self._step(signed if math.isclose(grid.h, signed, rel_tol=1e-12) else grid.h, x)
         xs = [x]
         clock = torch.tensor(grid.times, dtype=clock_dtype(x.dtype), device=x.device)
         for t in clock[:-1].unbind():
             x = step(x, t)
         xs.append(x)
+        finite = bool(x.isfinite().all())
         solution = Solution(
             clock[[0, -1]],
             torch.stack(xs),
-            status=Status.SUCCESS if bool(x.isfinite().all()) else Status.NON_FINITE,
+            status=Status.SUCCESS if finite else Status.NON_FINITE,
             stats=Stats(steps=len(grid)),
             scheme=self.method.name,
-            last_good=lambda: _last_good(self.method.stepper(self.field), x0, grid, self.field),
+            last_good=lambda: (
+                (grid.times[-1], x.detach())
+                if finite
+                else _last_good(self.method.stepper(self.field), x0, grid, self.field)
+            ),
         )
         if throw and solution.status is not Status.SUCCESS:
             raise SolveError(solution)

@@ -58,7 +58,7 @@ class Stats:
 
 HINTS = {
     Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
-    Status.NOT_CONVERGED: "plain sweeps diverge from eta * I = 1 on, and there is no fixed point at it: take a smaller "
+    Status.NOT_CONVERGED: "plain sweeps diverge from eta * I = 1 on, and at 1 there is no fixed point: take another "
     "eta, or more memory for the acceleration (odeadv.Converge(memory=20)), or pass throw=False to get the last sweep",
     Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",
     Status.TOO_MANY_STEPS: "loosen rtol or atol, or allow more (odeadv.Adaptive(most=...)); throw=False returns the "
@@ -138,7 +138,8 @@ class Solution:
     def last_good(self) -> tuple[float, Tensor]:
         """The last time that a step ended on, and its state, at which everything was still finite.
 
-        The final ones after a success. After a failure the steps are run again, without effect, to find them.
+        The final ones after a success. After a failure the steps are run again, without effect and with the weights
+        of this moment, to find them; a failure that does not come back is then not found again.
         """
         assert self._last_good is not None
         return self._last_good()
@@ -176,7 +177,7 @@ class Solution:
     def __repr__(self) -> str:
         shape = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else f"{len(self.xs)} tensors"
         cost = ", ".join(f"{name} {count}" for name, count in self.stats.evaluations.items())
-        loss = "" if self.loss is None else f", loss={self.loss.item():.6g}"
+        loss = "" if self.loss is None or self.status is Status.UNKNOWN else f", loss={self.loss.item():.6g}"
         return (
             f"Solution({self.scheme}: t {self.ts[0].item():g} to {self.ts[-1].item():g}, {self.stats.steps} steps, "
             f"xs {shape}{loss}, evaluations: {cost}, vjps {self.stats.vjps}, {self.status.name})"

@@ -76,8 +76,8 @@ def solve(
         rtol: relative tolerance of an adaptive step, 1e-4 by default.
         atol: absolute tolerance of an adaptive step, 1e-6 by default.
         save_at: None keeps the two ends, ``"steps"`` every step, a sequence of times those: within a step by a cubic
-            Hermite polynomial from two more evaluations of the field, for methods of order above four by a part of
-            the step; without effect on buffers and random state.
+            Hermite polynomial from two more evaluations of the field, for methods of order above four and sub-steps
+            other than explicit Runge-Kutta methods by a part of the step; without effect on buffers and random state.
         substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
             operator; "euler" for operators not in it, and by default.
         costate: a(t) between recorded nodes, ``"linear"`` (Theorem 3.2), ``"hermite"`` (cubic, slopes from Eq. 9)
@@ -130,17 +130,21 @@ def solve(
     work.stats.states_held = max(work.stats.states_held, _held(a) + len(xs))
 
     saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
+    status = _status(work.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
+    failed = status is Status.NON_FINITE
     solution = Solution(
         torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
         saved,
-        status=_status(work.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved)),
+        status=status,
         stats=work.stats,
         scheme=method.name,
         output=output,
         loss=loss,
         costate=a,
         record=work.record if isinstance(field, AdversarialField) else None,
-        last_good=lambda: _last_good(method.stepper(driven), x, grid, driven),
+        last_good=lambda: (
+            _last_good(method.stepper(driven), x, grid, driven) if failed else (grid.times[-1], final.detach())
+        ),
     )
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
         raise SolveError(solution)
@@ -380,14 +384,16 @@ def _within(
 ) -> Tensor:
     """Dense output of the scheme's order: the ends themselves, a cubic Hermite polynomial or a part of a step between.
 
-    The polynomial's error is of fourth order; where that is not enough, the step is taken again up to ``t`` only.
+    The polynomial's error is of fourth order, and in proportion to slopes of the field. Where the order is not enough,
+    or sub-steps stay accurate however steep the field is, as exact flows do, the step is taken again up to ``t`` only.
     """
     if t == step.t0:
         return before
     if t == step.t1:
         return after
+    stepper.refuse_jump(step)
     s = (t - step.t0) / step.h
-    if order > 4:
+    if order > 4 or not stepper.explicit:
         with aside(field.modules, before.device):
             return stepper.advance(before, Step(step.t0, t, t - step.t0))
     with aside(field.modules, before.device):

@@ -323,3 +323,16 @@ def test_bad_tolerances(arguments, message):
     net = odeadv.models.preact_resnet(8, 2)
     with pytest.raises(ValueError, match=r"^dt: adaptive steps need a field without jumps"):
         odeadv.solve(net.field(torch.rand(1, 3, 8, 8), torch.tensor([0])), dt="adaptive")
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_smallest_step_above_the_first_trial_is_no_failure_where_larger_steps_will_do(span):
+    loose = odeadv.Adaptive(rtol=0.1, atol=0.1, smallest=0.1)
+    sol = odeadv.solve(lambda t, x: -x, X0, span, scheme="rk4", dt=loose)
+    assert sol.status is odeadv.Status.SUCCESS
+    factor = math.exp(span[0] - span[1])
+    torch.testing.assert_close(sol.xs[-1], factor * X0, rtol=1e-2, atol=1e-2)
+    far = odeadv.solve(lambda t, x: -x, X0, (1e6, 1e6 + 1e-6), scheme="rk4", dt="adaptive")
+    assert far.status is odeadv.Status.SUCCESS
+    with pytest.raises(odeadv.SolveError, match="below the smallest"):
+        odeadv.solve(lambda t, x: x**2, X0, (0.0, 2.0), scheme="rk4", dt=odeadv.Adaptive(smallest=1e-3))

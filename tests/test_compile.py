@@ -97,3 +97,15 @@ def test_what_cannot_be_compiled_is_said():
         solver(X0, (0.0, 1.0))
     with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
         odeadv.compile_solver(lambda t, x: 1e300 * x**3, dt=0.25, backend="eager")(X0, (0.0, 1.0))
+
+
+def test_the_rounding_of_a_span_asks_for_no_other_graph():
+    backend = CountingBackend()
+    solver = odeadv.compile_solver(field(), dt=0.1, substep="midpoint", backend=backend)
+    for k in range(20):
+        solver(X0, (0.1 * k, 0.1 * k + 0.1))
+        solver(X0, (0.0, 0.1 * (k + 1)))
+    assert len(backend.graphs) == 1
+    assert torch.allclose(
+        solver(X0, (0.1, 0.0)).xs[-1], odeadv.solve(field(), X0, (0.1, 0.0), dt=0.1, substep="midpoint").xs[-1]
+    )

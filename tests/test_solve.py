@@ -1145,3 +1145,103 @@ class TestStatesAndTimesOfOtherKinds:
                     expected += [(name, at + sign * node * length) for node in (0.0, 0.5, 0.5, 1.0)]
             assert [name for name, _ in seen] == [name for name, _ in expected]
             assert [t for _, t in seen] == pytest.approx([t for _, t in expected])
+
+
+# ---- stiff fields and other people's solvers as sub-steps ----
+
+
+@pytest.mark.parametrize("scheme", ["lie", "strang", "extrapolated-strang4"])
+def test_dense_output_of_exact_flows_is_as_good_as_a_step_however_stiff_the_field(scheme):
+    """A Hermite polynomial through slopes of 1e4 would be off by hundreds."""
+    rate = 1e4
+    field = odeadv.SplitField(
+        a=odeadv.Operator(lambda t, x: torch.ones_like(x), flow=lambda t, dt, x: x + dt),
+        b=odeadv.Operator(lambda t, x: -rate * x, flow=lambda t, dt, x: x * torch.exp(-rate * dt)),
+    )
+    start, options = torch.ones(1, dtype=torch.float64), {"scheme": scheme, "substep": "exact"}
+    dense = odeadv.solve(field, start, (0.0, 1.0), steps=10, save_at=[0.05, 0.53], **options).xs
+    assert torch.equal(dense[0], odeadv.solve(field, start, (0.0, 0.05), steps=1, **options).xs[-1])
+    assert bool((dense.abs() < 0.1).all())  # the solution is 1e-4, a step of Strang 0.025 off
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [("bosh3", 1e-5), ("fehlberg2", 1e-4), ("dopri5", 1e-10), ("dopri8", 1e-12)]
+)
+def test_adaptive_methods_of_torchdiffeq_end_where_a_stage_ends(method, most):
+    """Interpolating there cost them two digits and more, and shorter stages made it worse."""
+    field = odeadv.SplitField(a=lambda t, x: -x, b=lambda t, x: torch.cos(t) * x)
+    start, exact = torch.ones(1, dtype=torch.float64), math.exp(math.sin(1.0) - 1.0)
+    options = {"scheme": "kahan-li6", "substep": f"torchdiffeq:{method}", "steps": 16}
+    assert odeadv.solve(field, start, (0.0, 1.0), **options).xs[-1].item() == pytest.approx(exact, abs=most)
+
+
+def test_assertions_of_a_field_and_step_limits_of_torchdiffeq_are_not_taken_for_blow_up():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 7, "seven, please"
+        return -x
+
+    with pytest.raises(AssertionError, match="seven, please"):
+        odeadv.solve(f, X0, (0.0, 1.0), steps=2, substep="torchdiffeq:dopri5")
+    short = odeadv.TorchDiffEq("dopri5", options={"max_num_steps": 1})
+    with pytest.raises(ValueError, match="substep: 'torchdiffeq:dopri5' needs more steps than its option"):
+        odeadv.solve(lambda t, x: torch.sin(20 * t) * x, X0, (0.0, 10.0), steps=1, substep=short)
+
+
+def test_last_good_of_a_success_is_the_end_of_that_very_run():
+    drop = torch.nn.Dropout(0.5)
+    x0 = torch.ones(50, dtype=torch.float64)
+    sol = odeadv.solve(lambda t, x: -drop(x), x0, (0.0, 1.0), steps=4, save_at=[0.3])
+    whole = odeadv.solve(lambda t, x: -x, x0, (0.0, 1.0), steps=4)
+    time, state = sol.last_good
+    assert time == 1.0
+    assert torch.equal(state, sol.last_good[1])  # not run again, with other draws
+    assert not torch.equal(state, whole.xs[-1])
+
+
+def warned(*args, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        odeadv.solve(*args, **options)
+    return [str(warning.message) for warning in caught if warning.category is odeadv.AccuracyWarning]
+
+
+def test_irreversible_operators_are_seen_within_nested_fields_and_in_backward_spans():
+    melt = odeadv.Operator(lambda t, x: -x, reversible=False)
+    inner = odeadv.SplitField(u=melt, v=lambda t, x: torch.cos(t) * x)
+    field = odeadv.SplitField(a=inner, b=lambda t, x: torch.sin(t) * x)
+    span = {"x0": X0, "t_span": (0.0, 1.0), "steps": 2}
+    found = warned(field, **span, scheme="yoshida4", substep="rk4")
+    assert any("irreversible operator 'a'" in text for text in found)
+    nested = {"a": odeadv.Nested("yoshida4", "rk4"), "b": "rk4"}
+    found = warned(field, **span, scheme="strang", substep=nested)
+    assert any("irreversible operator 'u'" in text for text in found)
+    assert not warned(field, **span, scheme="strang", substep={"a": odeadv.Nested("strang", "rk4"), "b": "rk4"})
+    found = warned(odeadv.SplitField(a=melt, b=field), X0, (1.0, 0.0), steps=2, substep="midpoint")
+    assert any("t_span: (1.0, 0.0) runs backward" in text for text in found)
+
+
+def test_orders_of_nested_and_multistep_substeps_are_not_overstated():
+    inner = odeadv.SplitField(u=lambda t, x: -x, v=lambda t, x: torch.cos(t) * x)
+    field = odeadv.SplitField(a=inner, b=lambda t, x: torch.sin(t) * x)
+    span = {"x0": X0, "t_span": (0.0, 1.0), "steps": 2, "scheme": "yoshida4"}
+    found = warned(field, **span, substep={"a": odeadv.Nested("yoshida4", {"u": "rk4"}), "b": "rk4"})
+    assert any("'a' by 'nested yoshida4'" in text for text in found)  # v is left with the midpoint rule
+    assert not warned(field, **span, substep={"a": odeadv.Nested("yoshida4", {"u": "rk4", "v": "rk4"}), "b": "rk4"})
+    with pytest.raises(ValueError, match="no inner operator is called 'w'"):
+        odeadv.solve(field, **span, substep={"a": odeadv.Nested("yoshida4", {"w": "rk4"})})
+    plain = odeadv.SplitField(a=lambda t, x: -x, b=lambda t, x: torch.cos(t) * x)
+    for method in ("explicit_adams", "implicit_adams", "fixed_adams"):
+        options = {"scheme": "kahan-li6", "substep": f"torchdiffeq:{method}", "steps": 2}
+        assert warned(plain, X0, (0.0, 1.0), **options)
+
+
+def test_a_solution_can_be_shown_inside_vmap():
+    shown = []
+
+    def loss(x: Tensor) -> Tensor:
+        sol = odeadv.solve(scalar_field(), x, (0.0, T), steps=3)
+        shown.append(repr(sol))
+        return sol.xs[-1]
+
+    torch.func.vmap(loss)(torch.ones(3, 1, dtype=torch.float64))
+    assert "UNKNOWN" in shown[0]

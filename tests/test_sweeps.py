@@ -429,3 +429,13 @@ def test_a_transformed_costate_is_linear_between_nodes():
         with pytest.raises(ValueError, match=f"^costate: got {message} a transformed field.* costate='linear'"):
             odeadv.solve(field, BATCH, (0.0, 1.0), steps=2, **arguments)
     assert "transformed" in repr(field)
+
+
+@pytest.mark.parametrize(("eta_I", "rtol"), [(0.9, 1e-2), (0.95, 1e-2), (1.05, 1e-2), (0.99, 1e-4), (0.95, 1e-8)])
+def test_a_loose_tolerance_does_not_refuse_a_fixed_point_that_is_far_from_the_first_recording(eta_I, rtol):
+    """x(T) = x0 e^(lam T) / (1 - eta I): large near eta I = 1, whatever the tolerance."""
+    lam, x0 = 0.5, torch.ones(1, dtype=torch.float64)
+    eta = eta_I * 2 * lam / (math.exp(2 * lam) - 1)
+    field = odeadv.AdversarialField(lambda t, x: lam * x, lambda x: 0.5 * (x**2).sum(), eta=eta)
+    sol = odeadv.solve(field, x0, (0.0, 1.0), steps=50, sweeps=odeadv.Converge(rtol=rtol), **ACCURATE)
+    assert sol.xs[-1].item() == pytest.approx(math.exp(lam) / (1 - eta_I), rel=1e-2)

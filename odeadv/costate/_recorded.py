@@ -172,8 +172,6 @@ class SummedCostate:
         count = len(self.grid.times)
         return [_total(part.nodes[n] for part in self.parts) for n in range(count)]
 
-    # for nodes in zip(*(part.nodes for part in self.parts), strict=True)]
-
     def __call__(self, t: float | Tensor) -> Tensor:
         """The sum at ``t``; see `RecordedCostate`."""
         return _total(part(t) for part in self.parts)

@@ -125,7 +125,8 @@ class Sweeping:
         """Fixed-point iteration on the nodes, accelerated: u -> the costate recorded on the trajectory driven by u."""
         recorded = self._record(None)
         image = _flat(recorded)
-        rtol = settings.rtol or torch.finfo(recorded.nodes[0].dtype).eps ** (2.0 / 3.0)
+        eps = torch.finfo(recorded.nodes[0].dtype).eps
+        rtol, most = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
         u, first = image, decides(image.norm(), "sweeps: 'converge'")
         history: list[tuple[Tensor, Tensor]] = []
         self.converged = False
@@ -138,7 +139,7 @@ class Sweeping:
             self.residuals.append(residual)
             if not residual < GROWTH:
                 return last
-            if residual <= rtol and scale <= max(first, 1e-300) * rtol**-0.5:
+            if residual <= rtol and scale <= max(first, 1e-300) * most:
                 self.converged = True
                 break
             history = [*history, (change, image)][-settings.memory - 1 :]

@@ -250,6 +250,7 @@ class Sum(Operator):
         super().__init__(
             lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
             modules=modules_of(*operators),
+            reversible=all(operator.reversible for operator in operators),
         )
         self.operators = tuple(operators)
         self.names = tuple(names)

@@ -37,8 +37,9 @@ class Adaptive:
     Attributes:
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
-        first: size of the first trial; by default a hundredth of the span.
-        smallest: give up below this; by default 1e-13 of the largest time.
+        first: size of the first trial; by default a hundredth of the span, or ``smallest`` if that is more.
+        smallest: give up where a step of this size is rejected; by default 1e-13 of the largest time. A step that is
+            cut short by the end of the span may be smaller.
         most: trial steps at the most, rejected ones included.
         estimate: how the error of a step is estimated.
 
@@ -115,7 +116,7 @@ def choose_grid(
     sign = 1.0 if end > t else -1.0
     stops = [*sorted((e for e in edges if sign * t < sign * e < sign * end), key=lambda e: sign * e), end]
     smallest = settings.smallest or 1e-13 * max(abs(t), abs(end))
-    size = settings.first or abs(end - t) / 100
+    size = max(settings.first or abs(end - t) / 100, smallest)
     times, x, rejected, previous = [t], x0, 0, 1.0
     order = min(order, 20.0)
     attempt = trial or doubling(stepper, order)
@@ -133,7 +134,7 @@ def choose_grid(
                 t, x = target, y
                 factor = SAFETY * max(error, 1e-10) ** (-0.7 * power) * previous ** (0.4 * power)
                 grown = tried * min(GROW, max(SHRINK, factor))
-                size = max(size, grown) if tried == left else grown
+                size = max(size if tried == left else smallest, grown)
                 previous = max(error, 1e-4)
                 if tried == left:
                     stops.pop(0)

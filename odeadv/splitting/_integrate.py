@@ -151,19 +151,28 @@ class Stepper:
         x = self._through(x, step, self._flowing(step), rows[1:-1])
         return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
 
-    def velocity(self, x: Tensor, t: float, step: Step) -> Tensor:
-        """dx/dt at the time ``t`` of ``step``, all operators added up.
+    @property
+    def explicit(self) -> bool:
+        """Whether all sub-steps are explicit Runge-Kutta methods, which are accurate for slopes that are not steep."""
+        return all(isinstance(method, RungeKutta) for method in self.substeps)
+
+    def refuse_jump(self, step: Step) -> None:
+        """Refuse a step between whose ends there are no states.
 
         Raises:
             ValueError: if the field jumps there.
         """
+        if any(isinstance(operator.on(step.t0, step.t1), Jump) for operator in self.operators):
+            raise ValueError(
+                f"save_at: the field jumps from {step.t0:g} to {step.t1:g}, where no state is defined in between"
+            )
+
+    def velocity(self, x: Tensor, t: float, step: Step) -> Tensor:
+        """dx/dt at the time ``t`` of ``step``, on which there is no jump, all operators added up."""
         values = []
         for operator, tally in zip(self.operators, self.tallies, strict=True):
             local = operator.on(step.t0, step.t1)
-            if isinstance(local, Jump):
-                raise ValueError(
-                    f"save_at: the field jumps from {step.t0:g} to {step.t1:g}, where no state is defined in between"
-                )
+            assert isinstance(local, Operator)
             values.append(local.velocity(t, x, tally))
         return sum(values[1:], start=values[0])
 

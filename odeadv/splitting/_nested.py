@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,8 +50,8 @@ class Nested:
         order = schemes.get(self.scheme).order if isinstance(self.scheme, str) else self.scheme.order
         return min([order, *(get_substep(substep).order for substep in inner)])
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
-        """See `SubStep.advance`.
+    def of(self, operator: Operator) -> Nested:
+        """The same with a sub-step for every term of ``operator``: ``"midpoint"`` for those that have none.
 
         Raises:
             ValueError: if the operator is not a sum, or ``substep`` names an operator that it does not have.
@@ -59,18 +59,44 @@ class Nested:
         if not isinstance(operator, Sum):
             raise ValueError("substep: Nested is for an operator that is a SplitField of at least two operators")
         names = operator.names
-        if isinstance(self.substep, Mapping):
-            unknown = [name for name in self.substep if name not in names]
-            if unknown:
-                raise ValueError(
-                    f"substep: no inner operator is called {unknown[0]!r}; it has {', '.join(map(repr, names))}"
-                )
-            substeps = [get_substep(self.substep.get(name, "midpoint")) for name in names]
-        else:
-            substeps = [get_substep(self.substep)] * len(names)
-        scheme = schemes.get(self.scheme, len(names)) if isinstance(self.scheme, str) else self.scheme
-        scheme = scheme.numbered(names)
-        stepper = Stepper(operator.operators, substeps, scheme.compositions, [tally] * len(names))
+        given = self.substep if isinstance(self.substep, Mapping) else dict.fromkeys(names, self.substep)
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(
+                f"substep: no inner operator is called {unknown[0]!r}; it has {', '.join(map(repr, names))}"
+            )
+        chosen = {name: get_substep(given.get(name, "midpoint")) for name in names}
+        return replace(
+            self,
+            substep={
+                name: method.of(term) if isinstance(method, Nested) else method
+                for (name, method), term in zip(chosen.items(), operator.operators, strict=True)
+            },
+        )
+
+    def runs_back(self, operator: Sum) -> list[str]:
+        """The irreversible terms of ``operator`` that run backward, by their names."""
+        back = {int(i) for i in self._table(operator).goes_back}
+        found = []
+        for i, (name, term) in enumerate(zip(operator.names, operator.operators, strict=True)):
+            method = self.substep.get(name) if isinstance(self.substep, Mapping) else self.substep
+            if i in back and not term.reversible:
+                found.append(name)
+            elif isinstance(method, Nested) and isinstance(term, Sum):
+                found += method.runs_back(term)
+        return found
+
+    def _table(self, operator: Sum) -> Scheme:
+        scheme = schemes.get(self.scheme, len(operator.names)) if isinstance(self.scheme, str) else self.scheme
+        return scheme.numbered(operator.names)
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+        """See `SubStep.advance`; raises as `of`."""
+        substeps = self.of(operator).substep
+        assert isinstance(operator, Sum)
+        assert isinstance(substeps, Mapping)
+        methods = [get_substep(substeps[name]) for name in operator.names]
+        stepper = Stepper(operator.operators, methods, self._table(operator).compositions, [tally] * len(methods))
         running = clock.stop - clock.start
         for k in range(self.steps):
             begin = clock.start + running * (k / self.steps)

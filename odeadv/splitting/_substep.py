@@ -165,12 +165,14 @@ class Exact:
 
 @dataclass(frozen=True)
 class TorchDiffEq:
-    """Any method of `torchdiffeq.odeint`, adaptive ones included.
+    """Any method of `torchdiffeq.odeint`, adaptive ones included, which are told to step to the end of the stage.
+
+    (Otherwise they step beyond and interpolate, which costs digits and shows them times outside the stage.)
 
     Attributes:
         method: torchdiffeq's name of it.
         rtol, atol: tolerances of adaptive methods.
-        options: passed on.
+        options: passed on; ``"step_t"`` goes on the fraction of the stage, from 0 to 1.
         order: what the method's order is taken to be, for warnings.
     """
 
@@ -186,20 +188,39 @@ class TorchDiffEq:
         return f"torchdiffeq:{self.method}"
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
-        """See `SubStep.advance`."""
+        """See `SubStep.advance`; all NaN where the method's steps shrink to nothing.
+
+        Raises:
+            ValueError: if it needs more steps than ``options["max_num_steps"]``.
+        """
         from torchdiffeq import odeint
 
         def scaled(s: Tensor, y: Tensor) -> Tensor:
             return h * operator.velocity(clock.at(float(s.detach())), y, tally)
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
+        options = ({"step_t": span[1:]} if _is_adaptive(self.method) else {}) | dict(self.options)
         try:
-            path: Tensor = odeint(
-                scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=dict(self.options)
-            )
-        except AssertionError:  # torchdiffeq's way to say that its step size went to zero
+            path: Tensor = odeint(scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
+        except AssertionError as error:  # torchdiffeq's way to give up; others are the field's own
+            reason = str(error)
+            if reason.startswith("max_num_steps exceeded"):
+                raise ValueError(
+                    f"substep: {self.name!r} needs more steps than its option max_num_steps allows, "
+                    f"{self.options.get('max_num_steps')}; expected more, or looser tolerances, or more stages"
+                ) from error
+            if not reason.startswith(("underflow in dt", "non-finite values in state")):
+                raise
             return torch.full_like(x, torch.nan)
         return path[-1]
+
+
+def _is_adaptive(method: str) -> bool:
+    """Whether torchdiffeq chooses the steps of ``method`` itself and can be told where one has to end."""
+    from torchdiffeq._impl.odeint import SOLVERS
+    from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+
+    return issubclass(SOLVERS[method], RKAdaptiveStepsizeODESolver)
 
 
 def _quadrature(
@@ -222,8 +243,9 @@ def _quadrature(
     return x
 
 
-# Adaptive methods follow their tolerances instead.
+# Adaptive methods follow their tolerances instead. A stage is one step of those of Adams, and their first is by rk4.
 _FIXED_ORDERS = {"euler": 1.0, "midpoint": 2.0, "heun2": 2.0, "heun3": 3.0, "rk4": 4.0}
+_FIXED_ORDERS |= dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams"), 4.0)
 
 _NAMED: dict[str, SubStep] = {
     method.name: method
