@@ -116,8 +116,15 @@ def render(out: Path, names: list[str]) -> str:
 def earlier(name: str, out: Path, given: Path | None) -> dict[str, Any] | None:
     """The earlier run that benchmark ``name`` is to be compared with."""
     path = out / f"{name}.json" if given is None else given / f"{name}.json" if given.is_dir() else given
-    data = read(path) if path.exists() else None
-    return data if data is not None and data.get("benchmark", path.stem) == name else None
+    try:
+        data = read(path) if path.exists() else None
+    except ValueError as error:  # what has just been measured is worth more
+        print(f"{path}: not compared, for it is not JSON ({error})", file=sys.stderr)
+        return None
+    if data is not None and data.get("benchmark", path.stem) != name:
+        print(f"{path}: not compared, for it is of {data.get('benchmark', path.stem)}, not {name}", file=sys.stderr)
+        return None
+    return data
 
 
 def run(name: str, benchmark: ModuleType, quick: bool) -> dict[str, Any]:

@@ -53,11 +53,11 @@ def middle(figure: float | Mapping[str, float]) -> float:
 
 
 def shown(figure: float | Mapping[str, float], form: str = ".2f", scale: float = 1.0) -> str:
-    """A measurement as text, its quartiles in brackets; a plain number without."""
-    if not isinstance(figure, Mapping):
-        return f"{scale * figure:{form}}"
-    low, middle, high = (f"{scale * figure[key]:{form}}" for key in ("low", "median", "high"))
-    return f"{middle} ({low} to {high})"
+    """A measurement as text, its quartiles in brackets; a plain number, or one measured once, without."""
+    if not isinstance(figure, Mapping) or figure["low"] == figure["high"]:
+        return f"{scale * middle(figure):{form}}"
+    low, median, high = (f"{scale * figure[key]:{form}}" for key in ("low", "median", "high"))
+    return f"{median} ({low} to {high})"
 
 
 def machine() -> dict[str, object]:

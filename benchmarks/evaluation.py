@@ -247,7 +247,7 @@ def one_gradient(net: nn.Module, x: Tensor, y: Tensor, rounds: int, quick: bool)
     }
 
 
-def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, object]:
+def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> dict[str, object]:
     """IFGSM at 8/255 of many steps, worst so far and by its last iterate; torchattacks has the latter only."""
     kinds = {"worst so far": "worst", "last iterate": "last"}
     protocols = {
@@ -265,7 +265,7 @@ def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, obj
         attack = None
     else:
         functions["torchattacks"] = lambda: final.append(attack(EPS[0], steps))
-    seconds = interleaved(functions, rounds=1, warmup=0)
+    seconds = interleaved(functions, rounds=rounds, warmup=0)
     accuracy = {
         "worst so far": results["worst so far"].attacks[0].worst_so_far_accuracy,
         "last iterate": results["last iterate"].attacks[0].robust_accuracy,
@@ -290,7 +290,7 @@ def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int) -> dict[str, obj
 
 
 def run(quick: bool = False) -> dict[str, object]:
-    many, few, long = (16, 8, 20) if quick else (512, 32, 1000)
+    many, few, long = (16, 8, 20) if quick else (256, 16, 1000)
     data = dataset()
     chosen = QUICK if quick else NETWORKS
     nets = {name: network.trained(data, FOLDER) for name, network in chosen.items()}
@@ -305,12 +305,12 @@ def run(quick: bool = False) -> dict[str, object]:
         "data": data.name,
         "networks": {name: asdict(network) for name, network in chosen.items()},
         "table2": {
-            name: table2(nets[name], x[:n], y[:n], protocol, peers, 1 if quick else 2, quick)
+            name: table2(nets[name], x[:n], y[:n], protocol, peers, 1 if quick else 3, quick)
             for name, (peers, n) in compared.items()
         },
         "gradient": {name: one_gradient(nets[name], x[:128], y[:128], 3 if quick else 9, quick) for name in compared},
         "long": {
-            name: long_runs(nets[f"ResNet-20, {name}"], x[:few].contiguous(), y[:few], long)
+            name: long_runs(nets[f"ResNet-20, {name}"], x[:few].contiguous(), y[:few], long, 1 if quick else 3)
             for name in ("natural", "robust")
         },
     }
@@ -355,10 +355,10 @@ def render(data: dict) -> str:
     for kind, row in data["long"].items():
         for score, gradients in row["gradients an image"].items():
             faster = row["times faster than torchattacks"]
-            times, took = f"{middle(faster[score]):.1f}" if faster else "", middle(row["seconds"][score])
+            times, took = shown(faster[score], ".1f") if faster else "", shown(row["seconds"][score])
             lines.append(
                 f"| {kind} | {row['images']} | {row['steps']} | {score} | {100 * row['clean accuracy']:.1f} | "
-                f"{100 * row['accuracy'][score]:.1f} | {gradients:.1f} | {took:.2f} | {times} |"
+                f"{100 * row['accuracy'][score]:.1f} | {gradients:.1f} | {took} | {times} |"
             )
         differ = row["last iterates with another outcome than torchattacks'"]
         if differ is not None:

@@ -6,8 +6,9 @@ Errors are maxima against torchdiffeq's dopri8 at tolerance 1e-13. The flows of 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import odeadv
 from ._peers import diffrax_split, has_diffrax, torch_peers, torchdiffeq_ivp
 from ._plots import panels, save
 from ._precision import SETTLE, Candidate, Points, cold_table, draw, fastest, measure, stepped, table
-from ._timing import interleaved, machine, middle, spread
+from ._timing import interleaved, machine, middle, ratio, spread
 from .limits import Limit
 
 POINTS, LENGTH, DIFFUSION, END = 256, 40.0, 0.5, 1.0
@@ -140,10 +141,21 @@ def run(quick: bool = False) -> dict[str, object]:
     u0 = start()
     reference, _ = torchdiffeq_ivp("dopri8", 1e-13)(lambda t, u: diffuse(t, u) + react(t, u), u0, 0.0, END)
     candidates = [*splitting(u0, quick), *peers(u0, quick)]
-    data = measure(candidates, reference, rounds=1 if quick else 7, longest=0.2, always=CURVES)
-    best = fastest(data["points"], ACCURACIES)
+    data = measure(candidates, reference, rounds=1 if quick else 15, longest=0.2, always=CURVES)
+    best, rounds = fastest(data["points"], ACCURACIES), data.pop("rounds")
     alone = flows_alone(data["points"], {row["odeadv"] for row in best.values() if "odeadv" in row}, u0, quick)
-    return {"machine": machine(), **data, "fastest": best, "flows alone": alone}
+    return {"machine": machine(), **data, "fastest": best, "ratios": ratios(best, rounds), "flows alone": alone}
+
+
+def ratios(best: Mapping[str, Mapping[str, str]], rounds: Mapping[str, list[float]]) -> dict[str, dict[str, object]]:
+    """For every accuracy the fastest other solver, and how many times as long as ours it takes."""
+    found: dict[str, dict[str, object]] = {}
+    for accuracy, row in best.items():
+        others = {solver: name for solver, name in row.items() if solver != "odeadv"}
+        if others and "odeadv" in row:
+            rival = min(others, key=lambda solver: median(rounds[others[solver]]))
+            found[accuracy] = {"to": rival, "times": ratio(rounds, others[rival], row["odeadv"])}
+    return found
 
 
 def render(data: dict) -> str:
@@ -158,12 +170,9 @@ def plot(data: dict, path: Path) -> None:
 
 def limits(data: dict) -> list[Limit]:
     rows = []
-    for accuracy, row in data["fastest"].items():
-        seconds = {solver: middle(data["points"][name]["seconds"]) for solver, name in row.items()}
-        own = seconds.pop("odeadv", None)
-        if own is not None and seconds:
-            rival = min(seconds, key=seconds.__getitem__)
-            ceiling = seconds[rival] / middle(data["flows alone"][row["odeadv"]])
-            what = f"error {accuracy}: time of {rival} / odeadv"
-            rows.append(Limit(what, seconds[rival] / own, ceiling, least=1, form=".1f"))
+    for accuracy, found in data["ratios"].items():
+        row, rival = data["fastest"][accuracy], found["to"]
+        ceiling = middle(data["points"][row[rival]]["seconds"]) / middle(data["flows alone"][row["odeadv"]])
+        what = f"error {accuracy}: time of {rival} / odeadv"
+        rows.append(Limit(what, found["times"], ceiling, least=1, form=".1f"))
     return rows

@@ -18,8 +18,9 @@ class Limit(NamedTuple):
     Attributes:
         figure: what is measured.
         measured: it, with its spread if it has one.
-        floor: what no implementation goes below (or above, where more is better), if that is known: a number, or the
-            measurement of something that does nothing else.
+        floor: what the arithmetic alone comes to, if that is known, and implementations do not go below (or above,
+            where more is better) but for rounding and luck: a number, or the measurement of something that does
+            nothing else.
         most, least: what is aimed at.
         form: how numbers are written.
     """
@@ -56,8 +57,10 @@ def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], Mod
         "",
         "Made by `python -m benchmarks` from the JSON files beside it, nothing else.",
     ]
-    parts += ["Medians with quartiles. The floor counts passes, or is what a bare loop or convolutions alone come to;"]
-    parts += ["where more is better it is a ceiling."]
+    parts += [
+        "Medians with quartiles where a figure was measured more than once. The floor is what the arithmetic alone"
+    ]
+    parts += ["comes to, counted or measured (additions, flows, convolutions); where more is better it is a ceiling."]
     for name, data in results.items():
         benchmark = module(name)
         if hasattr(benchmark, "limits"):

@@ -389,6 +389,7 @@ def run(quick: bool = False) -> dict[str, object]:
             longest=problem.longest,
             always=problem.curves,
         )
+        del data["rounds"]
         accuracies = [0.1, *ACCURACIES[:4]] if name == "network" else ACCURACIES
         measured[name] = {**data, "fastest": fastest(data["points"], accuracies), "curves": list(problem.curves)}
     return {"machine": machine(), "problems": measured}

@@ -163,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("diagnose", "measure the dynamics of trained weights (Eq. 16, Theorems 3.2 and 3.3); writes a page")
     sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--beside", type=Path, help="another one, on the same images and page, such as one without LAD")
+    sub.add_argument(
+        "--attack", type=float, metavar="EPS",
+        help="follow the difference that FGSM of this radius in 1/255 makes, not a random one",
+    )  # fmt: skip
     sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
     sub.add_argument("--eta", type=float, help="instead of the run's own")
     sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
@@ -319,22 +324,39 @@ def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from odeadv import experiments
+    import torch
+
+    from odeadv import attacks, experiments
     from odeadv.data import to_float
     from odeadv.diagnostics import diagnose
     from odeadv.models import Averaged
 
-    net, info = _load(args.checkpoint)
-    config = experiments.RunConfig.from_dict(info["run"])
-    images = _test_images(info, args)
-    eta = getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta
-    # The noise is averaged at inference; the dynamics are those of one network.
-    network: Any = net.net if isinstance(net, Averaged) else net
-    field = network.field(to_float(images.test_images), images.test_labels, eta)
-    options = network.solve_options
-    title = f"{config.name}, eta {eta:g}, {len(images.test_labels)} test images"
+    checkpoints = [args.checkpoint, *([args.beside] if args.beside else [])]
+    loaded = [(net, info, experiments.RunConfig.from_dict(info["run"])) for net, info in map(_load, checkpoints)]
+    etas = [getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta for *_, config in loaded]
+    if args.eta is None and not all(etas):
+        etas = [max(etas)] * len(etas)  # side by side, both are driven by the eta that one of them was trained with
+        if not any(etas):
+            print("odeadv diagnose: trained without a defence, so eta is 0; --eta measures another", file=sys.stderr)
+    test = _test_images(loaded[0][1], args)
+    images, labels = to_float(test.test_images), test.test_labels
+    fields, starts, substeps = {}, {}, []
+    for (net, _, config), eta in zip(loaded, etas, strict=True):
+        # The noise is averaged at inference; the dynamics are those of one network.
+        network: Any = net.net if isinstance(net, Averaged) else net
+        name = config.name if args.beside else ""
+        fields[name] = network.field(images, labels, eta)
+        substeps.append(network.solve_options.get("substep"))
+        if args.attack is not None:
+            attacked = attacks.fgsm(network, images, labels, eps=args.attack / 255)
+            with torch.no_grad():
+                starts[name] = network.stem(attacked)
+    if len(fields) < len(loaded) or any(substep != substeps[0] for substep in substeps):
+        raise ValueError("beside: expected another run, of a network that is solved by the same sub-steps")
+    names = " and ".join(f"{config.name}, eta {eta:g}" for (*_, config), eta in zip(loaded, etas, strict=True))
+    title = f"{names}, {len(labels)} test images"
     out = args.out or _beside(args.checkpoint) / "diagnostics"
-    diagnose(field, out, substep=options.get("substep"), title=title)
+    diagnose(fields, out, substep=substeps[0], start=starts or None, title=title)
     print(out)
     return 0
 

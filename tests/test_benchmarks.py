@@ -279,6 +279,24 @@ def test_the_command_compares_with_what_it_replaces(tmp_path, capsys):
     assert ", 0 changed beyond the spread" in (other / "comparison.md").read_text(encoding="utf-8")
 
 
+def test_an_old_run_that_cannot_be_compared_with_is_named_and_the_new_one_kept(tmp_path, capsys):
+    out = ["orders", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    (tmp_path / "orders.json").write_text("{")
+    assert command.main(out) == 0
+    assert "orders.json: not compared, for it is not JSON" in capsys.readouterr().err
+    assert json.loads((tmp_path / "orders.json").read_text())["benchmark"] == "orders"
+    other = tmp_path / "overhead.json"
+    other.write_text('{"benchmark": "overhead"}')
+    elsewhere = [*out[:-1], str(tmp_path / "elsewhere")]
+    assert command.main([*elsewhere, "--compare", str(other)]) == 0
+    assert "overhead.json: not compared, for it is of overhead, not orders" in capsys.readouterr().err
+
+
+def test_a_figure_that_was_measured_once_has_no_spread():
+    assert _timing.shown(_timing.spread([2.0])) == "2.00"
+    assert _timing.shown(_timing.spread([1.0, 2.0, 3.0])) == "2.00 (1.50 to 2.50)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["speed"], "NAME: got 'speed', expected some of overhead"), (["--compare", "none.json"], "none.json does not")],

@@ -684,3 +684,64 @@ def test_the_programs_of_the_page_run():
     exported = set(re.findall(r"`([a-z_]+|Trace)`", page.split("| read it as |")[1].split("\n\n")[0]))
     functions = {name for name in diagnostics.__all__ if name.islower()} - {"diagnose"}
     assert exported == functions | {"Trace"}
+
+
+# ---- what a hostile reading found ----
+
+
+def test_contraction_of_a_field_with_kinks_is_measured_where_the_hessian_sees_nothing():
+    """f = W2 relu(W1 x), linear loss: piecewise linear, so the Hessian is 0, and sweeps still do not settle."""
+    generator, n = torch.Generator().manual_seed(0), 200
+    first, second = (torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5 for _ in range(2))
+    weights, x0 = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = {}
+    for name, act in (("relu", torch.relu), ("tanh", torch.tanh)):
+        field = odeadv.AdversarialField(
+            lambda t, x, act=act: second @ act(first @ x),
+            lambda x: weights @ x,
+            eta=0.3,
+            x0=x0,
+            t_span=(0, 1),
+            steps=10,
+        )
+        options = {"scheme": "lie"}
+        found[name] = diagnostics.contraction(field, **options)
+        nodes = [torch.cat([*odeadv.solve(field, sweeps=k, **options).costate.nodes]) for k in (1, 2, 3)]
+        shrunk = (nodes[2] - nodes[1]).norm() / (nodes[1] - nodes[0]).norm()
+        assert found[name].measured == pytest.approx(float(shrunk), rel=1e-9)
+    assert found["relu"].factor == 0.0
+    assert found["relu"].measured > 0.05
+    assert found["tanh"].measured == pytest.approx(found["tanh"].factor, rel=0.5)
+
+
+@pytest.mark.parametrize(("d", "outlier"), [(3000, 1.3), (3000, -1.3), (50, 1.05)])
+def test_a_start_within_many_equal_eigenvalues_is_not_taken_for_the_largest(d, outlier):
+    curvature = torch.ones(d, dtype=torch.float64)
+    curvature[0] = outlier
+    field = odeadv.AdversarialField(lambda t, x: 0 * x, lambda x: 0.5 * (curvature * x * x).sum(), eta=0.9)
+    x0 = torch.ones(d, dtype=torch.float64)
+    found = diagnostics.contraction(field, x0, (0.0, 1.0), steps=4, scheme="lie", most=400)
+    assert found.factor == pytest.approx(0.9 * abs(outlier), rel=0.02)
+    assert found.eigenvalue == pytest.approx(0.9 * outlier, rel=0.02)
+
+
+def test_a_single_sensitive_component_among_many_is_found():
+    rate = torch.full((200_000,), -0.1)
+    rate[0] = 1.0
+    found = diagnostics.lipschitz(lambda t, x: rate * x, torch.ones(200_000), (0.0, 1.0), steps=1)
+    assert found.layer == [pytest.approx(2.0, rel=0.02)]
+    assert found.summary()["layers whose estimate has not converged"] == 0.0
+    short = diagnostics.lipschitz(lambda t, x: rate * x, torch.ones(200_000), (0.0, 1.0), steps=1, most=2)
+    assert short.summary()["layers whose estimate has not converged"] == 1.0
+
+
+def test_time_in_a_tensor_and_in_a_number_at_once():
+    """Autograd has one of the two only: f_t = 3 cos(3 t) A x + b."""
+    b = torch.tensor([0.4, -0.3], dtype=torch.float64)
+    matrix = torch.tensor([[0.1, 0.9], [-0.7, 0.2]], dtype=torch.float64)
+    field = odeadv.AdversarialField(
+        lambda t, x: math.sin(3 * float(t)) * (matrix @ x) + t * b, lambda x: 0.5 * (x**2).sum(), eta=0.1
+    )
+    x0 = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    found = diagnostics.second_order(field, x0, (0.0, 1.0), steps=4)
+    assert found.time[0] == pytest.approx(float((3 * matrix @ x0 + b).norm()), rel=1e-7)

@@ -316,6 +316,26 @@ class TestCommand:
         assert cli.main(["runs", str(runs), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["state"] == "finished"
 
+    def test_diagnose_one_run_and_two_side_by_side(self, digits, tmp_path, capsys):
+        lad, plain = small(epochs=1), small(epochs=1, defence=Undefended())
+        for config in (lad, plain):
+            run(config, digits, tmp_path, log=StringIO())
+        first, second, out = str(tmp_path / lad.name), str(tmp_path / plain.name), tmp_path / "page"
+        assert cli.main(["diagnose", second, "--images", "20"]) == 0
+        assert "so eta is 0; --eta measures another" in capsys.readouterr().err
+        assert (tmp_path / plain.name / "diagnostics" / "diagnostics.md").exists()
+        options = ["--images", "20", "--attack", "8", "--out", str(out)]
+        assert cli.main(["diagnose", first, "--beside", second, *options]) == 0
+        found = json.loads((out / "diagnostics.json").read_text())
+        assert set(found["fields"]) == {lad.name, plain.name}
+        for measured in found["fields"].values():
+            assert measured["contraction"]["eta"] == 5.0  # of the run that was trained with one
+            assert measured["growth"]["linear"] is False
+            assert measured["growth"]["size"] > 0
+        assert f"| | {lad.name} | {plain.name} |" in (out / "diagnostics.md").read_text()
+        assert cli.main(["diagnose", first, "--beside", first, "--images", "20"]) == 2
+        assert "beside: expected another run" in capsys.readouterr().err
+
     def test_a_seed_and_an_objective_of_the_working_directory(self, tmp_path, capsys, monkeypatch):
         (tmp_path / "objective_of_mine.py").write_text(
             "from dataclasses import dataclass\n"

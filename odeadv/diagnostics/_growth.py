@@ -53,6 +53,7 @@ class Lipschitz(Result):
             "median of a layer": median(self.layer),
             "largest": max(self.layer),
             "product": self.bound,
+            "layers whose estimate has not converged": float(self.converged.count(False)),
         }
 
     def _draw(self, axes: Axes, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,25 +62,30 @@ def _grad(y: Tensor, x: Tensor, weights: Tensor, *, keep: bool = False) -> Tenso
 
 
 def time_derivative(layer: Layer, x: Tensor) -> Tensor:
-    """f_t(t_n, x) of a layer that is an ODE step, by autograd; by differences where f reads its time as a number."""
+    """f_t(t_n, x) of a layer that is an ODE step: by autograd, unless differences show that it misses a part.
+
+    A field that reads its time as a Python number, there alone or beside the tensor, is not in the graph with it.
+    """
     state = x.detach()
     start = torch.as_tensor(layer.step.t0, dtype=_clock(state), device=state.device)
     t = start.clone().requires_grad_()
     y = layer.velocity(state, t)
+    exact = torch.zeros_like(state)
     if y.requires_grad:
         probe = torch.zeros_like(y, requires_grad=True)
         (pulled,) = torch.autograd.grad(y, t, probe, create_graph=True, allow_unused=True)
-        if pulled is not None:
-            return _grad(pulled, probe, torch.ones_like(pulled)) if pulled.requires_grad else torch.zeros_like(state)
-    # Not in the graph of its time: constant in it, or evaluated from a Python number.
-    delta = torch.finfo(start.dtype).eps ** (1.0 / 3.0) * max(1.0, abs(layer.step.t0))
+        if pulled is not None and pulled.requires_grad:
+            exact = _grad(pulled, probe, torch.ones_like(pulled))
+    eps = torch.finfo(start.dtype).eps
+    delta = eps ** (1.0 / 3.0) * max(1.0, abs(layer.step.t0))
     delta = min(delta, 0.25 * abs(layer.step.h)) * (1.0 if layer.step.h > 0 else -1.0)
-    first, second = (layer.velocity(state, start + k * delta).detach() for k in (1, 2))
     here = y.detach()
+    first, second = (layer.velocity(state, start + k * delta).detach() for k in (1, 2))
+    rate: Tensor = (4.0 * first - 3.0 * here - second) / (2.0 * delta)
     if torch.equal(first, here) and torch.equal(second, here):
         return torch.zeros_like(here)
-    rate: Tensor = (4.0 * first - 3.0 * here - second) / (2.0 * delta)
-    return rate
+    noise = 20.0 * torch.finfo(here.dtype).eps * norm(here) / abs(delta)
+    return exact if norm(rate - exact) <= 0.05 * norm(rate) + noise else rate
 
 
 def _clock(x: Tensor) -> torch.dtype:
@@ -107,16 +113,23 @@ def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, mo
 
     ||A v|| is a lower bound of ||A||. That ||A v - (v . A v) v|| <= rtol ||A v|| ends the iteration: some eigenvalue is
     then that close. That the estimate has stopped changing would not tell, for it does so at other eigenvectors too.
+    Nor does that residual while it grows: a vector among many equal eigenvalues has a small one at once, and what makes
+    it grow is the part of a larger eigenvalue. So it has to be small twice in turn, the second time no larger.
     """
+    rounding = 10.0 * torch.finfo(start.dtype).eps
     size = norm(start)
     v = start / size if size else start
     modulus = rayleigh = 0.0
+    before = math.inf
     for count in range(1, most + 1):
         image = apply(v)
         modulus, rayleigh = norm(image), inner(v, image)
-        if norm(image - rayleigh * v) <= rtol * modulus:
+        residual = norm(image - rayleigh * v)
+        # Rounding alone leaves residuals that may grow, but stay at its level.
+        settled = before <= rtol and (residual <= before * modulus or residual <= rounding * modulus)
+        if modulus == 0.0 or settled:
             return Eigenvalue(modulus, rayleigh, count, True)
-        v = image / modulus
+        v, before = image / modulus, residual / modulus
     return Eigenvalue(modulus, rayleigh, most, False)
 
 
