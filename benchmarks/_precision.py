@@ -76,13 +76,13 @@ def measure(
     *,
     longest: float,
     always: Iterable[str] = (),
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Errors (maximum norm, relative), work and times of the candidates; what failed, and why.
 
     Every candidate is solved once (twice if the first call compiles) and timed; those near the fastest at their
     accuracy are then timed again in interleaved rounds, and so are the methods in ``always``. Settings of a method come
-    from coarse to fine, and stop when a solve has taken ``longest`` seconds (`PATIENCE` for the others). The seconds of
-    every round are in ``"rounds"``, for ratios; they are not meant to be kept.
+    from coarse to fine, and stop when a solve has taken ``longest`` seconds (`PATIENCE` for the others). The seconds
+    of every round are returned beside the results, for ratios.
     """
     points: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -127,7 +127,7 @@ def measure(
         points[name]["seconds"] = spread(seconds)
     for point in points.values():
         point.pop("once")
-    return {"points": points, "failed": failed, "rounds": again}
+    return {"points": points, "failed": failed}, again
 
 
 def _near(points: Points) -> set[str]:

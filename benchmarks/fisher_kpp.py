@@ -141,8 +141,8 @@ def run(quick: bool = False) -> dict[str, object]:
     u0 = start()
     reference, _ = torchdiffeq_ivp("dopri8", 1e-13)(lambda t, u: diffuse(t, u) + react(t, u), u0, 0.0, END)
     candidates = [*splitting(u0, quick), *peers(u0, quick)]
-    data = measure(candidates, reference, rounds=1 if quick else 15, longest=0.2, always=CURVES)
-    best, rounds = fastest(data["points"], ACCURACIES), data.pop("rounds")
+    data, rounds = measure(candidates, reference, rounds=1 if quick else 15, longest=0.2, always=CURVES)
+    best = fastest(data["points"], ACCURACIES)
     alone = flows_alone(data["points"], {row["odeadv"] for row in best.values() if "odeadv" in row}, u0, quick)
     return {"machine": machine(), **data, "fastest": best, "ratios": ratios(best, rounds), "flows alone": alone}
 

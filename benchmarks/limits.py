@@ -58,9 +58,9 @@ def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], Mod
         "Made by `python -m benchmarks` from the JSON files beside it, nothing else.",
     ]
     parts += [
-        "Medians with quartiles where a figure was measured more than once. The floor is what the arithmetic alone"
+        "Medians with quartiles where a figure was measured more than once. The floor is what the arithmetic alone",
+        "comes to, counted or measured (additions, flows, convolutions); where more is better it is a ceiling.",
     ]
-    parts += ["comes to, counted or measured (additions, flows, convolutions); where more is better it is a ceiling."]
     for name, data in results.items():
         benchmark = module(name)
         if hasattr(benchmark, "limits"):

@@ -1,5 +1,7 @@
 """Cost of a step above the field's own, in eager mode."""
 
+from collections.abc import Callable
+
 import torch
 import torchdiffeq
 from torch import Tensor
@@ -17,6 +19,18 @@ ONE, TWO, THREE = (
 
 def field(t: Tensor, x: Tensor) -> Tensor:
     return -x
+
+
+def additions(x0: Tensor, t: Tensor, steps: int, *weights: float) -> Callable[[], None]:
+    """The floor of methods with so many evaluations a step."""
+
+    def function() -> None:
+        x = x0
+        for _ in range(steps):
+            for weight in weights:
+                x = x.add(field(t, x), alpha=weight)
+
+    return function
 
 
 def run(quick: bool = False) -> dict[str, object]:
@@ -40,24 +54,6 @@ def run(quick: bool = False) -> dict[str, object]:
             x = x + 0.5e-3 * field(t, x)
             x = x + 1e-3 * field(t, x)
             x = x + 0.5e-3 * field(t, x)
-
-    def one_addition() -> None:
-        x = x0
-        for _ in range(steps):
-            x = x.add(field(t, x), alpha=1e-3)
-
-    def two_additions() -> None:
-        x = x0
-        for _ in range(steps):
-            x = x.add(field(t, x), alpha=0.5e-3)
-            x = x.add(field(t, x), alpha=1e-3)
-
-    def three_additions() -> None:
-        x = x0
-        for _ in range(steps):
-            x = x.add(field(t, x), alpha=0.5e-3)
-            x = x.add(field(t, x), alpha=1e-3)
-            x = x.add(field(t, x), alpha=0.5e-3)
 
     def fixed(method: str) -> object:
         options = {"step_size": 1.0 / steps}
@@ -83,9 +79,9 @@ def run(quick: bool = False) -> dict[str, object]:
         "odeadv, midpoint": lambda: odeadv.solve(field, x0, (0.0, 1.0), scheme="midpoint", steps=steps),
         "torchdiffeq, midpoint": lambda: fixed("midpoint"),
         "bare Python loop, Strang with Euler": bare_strang,
-        ONE: one_addition,
-        TWO: two_additions,
-        THREE: three_additions,
+        ONE: additions(x0, t, steps, 1e-3),
+        TWO: additions(x0, t, steps, 0.5e-3, 1e-3),
+        THREE: additions(x0, t, steps, 0.5e-3, 1e-3, 0.5e-3),
         STRANG: lambda: odeadv.solve(split, x0, (0.0, 1.0), steps=steps),
     }
     seconds = interleaved(functions, rounds=rounds)

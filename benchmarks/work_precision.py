@@ -382,14 +382,13 @@ def run(quick: bool = False) -> dict[str, object]:
     measured = {}
     for name, make in PROBLEMS.items():
         problem = make(quick)
-        data = measure(
+        data, _ = measure(
             problem.candidates,
             problem.reference,
             rounds=1 if quick else problem.rounds,
             longest=problem.longest,
             always=problem.curves,
         )
-        del data["rounds"]
         accuracies = [0.1, *ACCURACIES[:4]] if name == "network" else ACCURACIES
         measured[name] = {**data, "fastest": fastest(data["points"], accuracies), "curves": list(problem.curves)}
     return {"machine": machine(), "problems": measured}

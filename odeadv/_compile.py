@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odeadv._arguments import SubSteps, read_initial_state, read_method, read_times
 from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._solve import _last_good
+from odeadv._solve import _last_good, _status
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
 from odeadv.fields._operator import VectorFunction, clock_dtype
@@ -92,17 +92,17 @@ class CompiledSolver:
         for t in clock[:-1].unbind():
             x = step(x, t)
         xs.append(x)
-        finite = bool(x.isfinite().all())
+        status = _status(Status.SUCCESS, x)
         solution = Solution(
             clock[[0, -1]],
             torch.stack(xs),
-            status=Status.SUCCESS if finite else Status.NON_FINITE,
+            status=status,
             stats=Stats(steps=len(grid)),
             scheme=self.method.name,
             last_good=lambda: (
-                (grid.times[-1], x.detach())
-                if finite
-                else _last_good(self.method.stepper(self.field), x0, grid, self.field)
+                _last_good(self.method.stepper(self.field), x0, grid, self.field)
+                if status is Status.NON_FINITE
+                else (grid.times[-1], x.detach())
             ),
         )
         if throw and solution.status is not Status.SUCCESS:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from odeadv._version import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from odeadv.data import ImageDataset
     from odeadv.experiments import RunConfig
@@ -324,41 +324,50 @@ def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    import torch
-
-    from odeadv import attacks, experiments
+    from odeadv import experiments
     from odeadv.data import to_float
     from odeadv.diagnostics import diagnose
     from odeadv.models import Averaged
 
-    checkpoints = [args.checkpoint, *([args.beside] if args.beside else [])]
-    loaded = [(net, info, experiments.RunConfig.from_dict(info["run"])) for net, info in map(_load, checkpoints)]
-    etas = [getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta for *_, config in loaded]
+    loaded = [_load(checkpoint) for checkpoint in (args.checkpoint, args.beside) if checkpoint is not None]
+    configs = [experiments.RunConfig.from_dict(info["run"]) for _, info in loaded]
+    # The noise is averaged at inference; the dynamics are those of one network.
+    nets: list[Any] = [net.net if isinstance(net, Averaged) else net for net, _ in loaded]
+    substeps = [net.solve_options.get("substep") for net in nets]
+    if len({config.name for config in configs}) < len(configs) or any(
+        config.data.name != configs[0].data.name or substep != substeps[0]
+        for config, substep in zip(configs, substeps, strict=True)
+    ):
+        raise ValueError("beside: expected another run, on the same data, of a network solved by the same sub-steps")
+    etas = [getattr(config.training.defence, "eta", 0.0) if args.eta is None else args.eta for config in configs]
     if args.eta is None and not all(etas):
         etas = [max(etas)] * len(etas)  # side by side, both are driven by the eta that one of them was trained with
         if not any(etas):
             print("odeadv diagnose: trained without a defence, so eta is 0; --eta measures another", file=sys.stderr)
     test = _test_images(loaded[0][1], args)
-    images, labels = to_float(test.test_images), test.test_labels
-    fields, starts, substeps = {}, {}, []
-    for (net, _, config), eta in zip(loaded, etas, strict=True):
-        # The noise is averaged at inference; the dynamics are those of one network.
-        network: Any = net.net if isinstance(net, Averaged) else net
-        name = config.name if args.beside else ""
-        fields[name] = network.field(images, labels, eta)
-        substeps.append(network.solve_options.get("substep"))
-        if args.attack is not None:
-            attacked = attacks.fgsm(network, images, labels, eps=args.attack / 255)
-            with torch.no_grad():
-                starts[name] = network.stem(attacked)
-    if len(fields) < len(loaded) or any(substep != substeps[0] for substep in substeps):
-        raise ValueError("beside: expected another run, of a network that is solved by the same sub-steps")
-    names = " and ".join(f"{config.name}, eta {eta:g}" for (*_, config), eta in zip(loaded, etas, strict=True))
-    title = f"{names}, {len(labels)} test images"
+    device = next(nets[0].parameters()).device
+    images, labels = to_float(test.test_images).to(device), test.test_labels.to(device)
+    names = [config.name for config in configs] if args.beside else [""]
+    fields = {name: net.field(images, labels, eta) for name, net, eta in zip(names, nets, etas, strict=True)}
+    starts = None
+    if args.attack is not None:
+        starts = {name: _attacked(net, images, labels, args.attack) for name, net in zip(names, nets, strict=True)}
+    runs = " and ".join(f"{config.name}, eta {eta:g}" for config, eta in zip(configs, etas, strict=True))
     out = args.out or _beside(args.checkpoint) / "diagnostics"
-    diagnose(fields, out, substep=substeps[0], start=starts or None, title=title)
+    diagnose(fields, out, substep=substeps[0], start=starts, title=f"{runs}, {len(labels)} test images")
     print(out)
     return 0
+
+
+def _attacked(net: Any, images: Tensor, labels: Tensor, eps_255: float) -> Tensor:
+    """The initial state of the images that FGSM makes of ``images``."""
+    import torch
+
+    from odeadv import attacks
+
+    with torch.no_grad():
+        state: Tensor = net.stem(attacks.fgsm(net, images, labels, eps=eps_255 / 255))
+    return state
 
 
 def _beside(checkpoint: Path) -> Path:

@@ -237,7 +237,7 @@ def test_a_method_that_fails_or_diverges_is_named_and_the_rest_measured():
         _precision.Candidate("x", "bad", "1", broken),
         _precision.Candidate("x", "wild", "1", lambda: (one * torch.nan, 4)),
     ]
-    data = _precision.measure(made, one, 2, longest=1.0)
+    data, _ = _precision.measure(made, one, 2, longest=1.0)
     assert data["failed"] == {"x bad, 1": "underflow in dt", "x wild, 1": "diverged"}
     assert data["points"]["x good, 1"]["error"] == pytest.approx(1e-3)
     assert set(data["points"]["x good, 1"]["seconds"]) == {"median", "low", "high"}

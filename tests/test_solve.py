@@ -262,6 +262,11 @@ def test_an_adaptive_torchdiffeq_substep_in_a_split_field():
     assert torch.allclose(sol.xs[-1], X0 * math.exp(-1.0), rtol=1e-8)
 
 
+def test_a_torchdiffeq_substep_without_its_method_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match=r"^substep: torchdiffeq has no method 'dopri6'; it has dopri8"):
+        odeadv.TorchDiffEq("dopri6")
+
+
 # ---- bitwise identities ----
 
 

@@ -126,7 +126,7 @@ class Sweeping:
         recorded = self._record(None)
         image = _flat(recorded)
         eps = torch.finfo(recorded.nodes[0].dtype).eps
-        rtol, most = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
+        rtol, out_of_proportion = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
         u, first = image, decides(image.norm(), "sweeps: 'converge'")
         history: list[tuple[Tensor, Tensor]] = []
         self.converged = False
@@ -139,7 +139,7 @@ class Sweeping:
             self.residuals.append(residual)
             if not residual < GROWTH:
                 return last
-            if residual <= rtol and scale <= max(first, 1e-300) * most:
+            if residual <= rtol and scale <= max(first, 1e-300) * out_of_proportion:
                 self.converged = True
                 break
             history = [*history, (change, image)][-settings.memory - 1 :]

@@ -131,9 +131,9 @@ def contraction(
         first = record(unit, start, grid, method.stepper(unit))
         base, split = _joined(first.nodes)
 
-        def sweep(forcing: Tensor) -> Tensor:
-            along = unit.driven_by(replace(first, nodes=split(forcing), differentiate=True))
-            return _joined(record(unit, start, grid, method.stepper(along), differentiate=True).nodes)[0]
+        def sweep(forcing: Tensor, *, differentiate: bool = True) -> Tensor:
+            along = unit.driven_by(replace(first, nodes=split(forcing), differentiate=differentiate))
+            return _joined(record(unit, start, grid, method.stepper(along), differentiate=differentiate).nodes)[0]
 
         linear = Linearised(sweep, eta * base)
         if not bool(linear.value.isfinite().all()):
@@ -147,7 +147,7 @@ def contraction(
 
         found = largest(apply, random_like(base, generator), rtol=rtol, most=most)
         second = linear.value
-        third = sweep(eta * second).detach() if eta else second
+        third = sweep(eta * second, differentiate=False) if eta else second
     return Contraction(
         factor=abs(eta) * found.modulus,
         eigenvalue=eta * found.rayleigh,

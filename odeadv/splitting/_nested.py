@@ -56,6 +56,17 @@ class Nested:
         Raises:
             ValueError: if the operator is not a sum, or ``substep`` names an operator that it does not have.
         """
+        terms, chosen = self._chosen(operator)
+        return replace(
+            self,
+            substep={
+                name: method.of(term) if isinstance(method, Nested) else method
+                for (name, method), term in zip(chosen.items(), terms.operators, strict=True)
+            },
+        )
+
+    def _chosen(self, operator: Operator) -> tuple[Sum, dict[str, SubStep]]:
+        """The operator as the sum that it is, and the sub-step of each of its terms; raises as `of`."""
         if not isinstance(operator, Sum):
             raise ValueError("substep: Nested is for an operator that is a SplitField of at least two operators")
         names = operator.names
@@ -65,14 +76,7 @@ class Nested:
             raise ValueError(
                 f"substep: no inner operator is called {unknown[0]!r}; it has {', '.join(map(repr, names))}"
             )
-        chosen = {name: get_substep(given.get(name, "midpoint")) for name in names}
-        return replace(
-            self,
-            substep={
-                name: method.of(term) if isinstance(method, Nested) else method
-                for (name, method), term in zip(chosen.items(), operator.operators, strict=True)
-            },
-        )
+        return operator, {name: get_substep(given.get(name, "midpoint")) for name in names}
 
     def runs_back(self, operator: Sum) -> list[str]:
         """The irreversible terms of ``operator`` that run backward, by their names."""
@@ -92,11 +96,9 @@ class Nested:
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
         """See `SubStep.advance`; raises as `of`."""
-        substeps = self.of(operator).substep
-        assert isinstance(operator, Sum)
-        assert isinstance(substeps, Mapping)
-        methods = [get_substep(substeps[name]) for name in operator.names]
-        stepper = Stepper(operator.operators, methods, self._table(operator).compositions, [tally] * len(methods))
+        terms, chosen = self._chosen(operator)
+        methods = list(chosen.values())
+        stepper = Stepper(terms.operators, methods, self._table(terms).compositions, [tally] * len(methods))
         running = clock.stop - clock.start
         for k in range(self.steps):
             begin = clock.start + running * (k / self.steps)

@@ -174,6 +174,9 @@ class TorchDiffEq:
         rtol, atol: tolerances of adaptive methods.
         options: passed on; ``"step_t"`` goes on the fraction of the stage, from 0 to 1.
         order: what the method's order is taken to be, for warnings.
+
+    Raises:
+        ValueError: if torchdiffeq has no such method.
     """
 
     method: str = "dopri5"
@@ -181,6 +184,12 @@ class TorchDiffEq:
     atol: float = 1e-9
     options: Mapping[str, Any] = field(default_factory=dict)
     order: float = float("inf")
+
+    def __post_init__(self) -> None:
+        from torchdiffeq._impl.odeint import SOLVERS
+
+        if self.method not in SOLVERS:
+            raise ValueError(f"substep: torchdiffeq has no method {self.method!r}; it has {', '.join(SOLVERS)}")
 
     @property
     def name(self) -> str:
@@ -277,10 +286,6 @@ def get_substep(substep: str | SubStep) -> SubStep:
         key = substep.strip().lower()
         if key.startswith("torchdiffeq:"):
             method = key.removeprefix("torchdiffeq:")
-            from torchdiffeq._impl.odeint import SOLVERS
-
-            if method not in SOLVERS:
-                raise ValueError(f"substep: torchdiffeq has no method {method!r}; it has {', '.join(SOLVERS)}")
             return TorchDiffEq(method, order=_FIXED_ORDERS.get(method, float("inf")))
         if key not in _NAMED:
             near = difflib.get_close_matches(key, _NAMED, n=2)
