@@ -87,23 +87,18 @@ class CompiledSolver:
         signed = math.copysign(self.dt, grid.h)
         # The size of a step is a constant of its graph; how the ends of a span round must not ask for another one.
         step = self._step(signed if math.isclose(grid.h, signed, rel_tol=1e-12) else grid.h, x)
-        xs = [x]
+        ends = [(grid.times[0], x)]
         clock = torch.tensor(grid.times, dtype=clock_dtype(x.dtype), device=x.device)
         for t in clock[:-1].unbind():
             x = step(x, t)
-        xs.append(x)
-        status = _status(Status.SUCCESS, x)
+        ends.append((grid.times[-1], x))
         solution = Solution(
             clock[[0, -1]],
-            torch.stack(xs),
-            status=status,
+            torch.stack([end for _, end in ends]),
+            status=_status(Status.SUCCESS, x),
             stats=Stats(steps=len(grid)),
             scheme=self.method.name,
-            last_good=lambda: (
-                _last_good(self.method.stepper(self.field), x0, grid, self.field)
-                if status is Status.NON_FINITE
-                else (grid.times[-1], x.detach())
-            ),
+            last_good=lambda: _last_good(self.method.stepper(self.field), ends, grid, self.field),
         )
         if throw and solution.status is not Status.SUCCESS:
             raise SolveError(solution)

@@ -138,8 +138,9 @@ class Solution:
     def last_good(self) -> tuple[float, Tensor]:
         """The last time that a step ended on, and its state, at which everything was still finite.
 
-        The final ones after a success. After a failure the steps are run again, without effect and with the weights
-        of this moment, to find them; a failure that does not come back is then not found again.
+        The final ones after a success. After a failure the steps between the last saved state that is finite and the
+        first that is not are run again, without effect and with the weights of this moment; with ``save_at="steps"``
+        there are none, and what is returned is the failed run's own.
         """
         assert self._last_good is not None
         return self._last_good()

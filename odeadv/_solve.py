@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -131,7 +132,7 @@ def solve(
 
     saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
     status = _status(work.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
-    failed = status is Status.NON_FINITE
+    start, end = (grid.times[0], x), (grid.times[-1], final)
     solution = Solution(
         torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
         saved,
@@ -142,9 +143,7 @@ def solve(
         loss=loss,
         costate=a,
         record=work.record if isinstance(field, AdversarialField) else None,
-        last_good=lambda: (
-            _last_good(method.stepper(driven), x, grid, driven) if failed else (grid.times[-1], final.detach())
-        ),
+        last_good=lambda: _last_good(method.stepper(driven), [start, *zip(ts, xs, strict=False), end], grid, driven),
     )
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
         raise SolveError(solution)
@@ -345,11 +344,22 @@ def _held(a: Costate | None) -> int:
     return sum(len(part.nodes) + len(part.states) for part in _parts(a))
 
 
-def _last_good(stepper: Stepper, x0: Tensor, grid: Grid, field: VectorField) -> tuple[float, Tensor]:
-    """The end of the last step up to which all states are finite, by running them again."""
-    t, x = grid.times[0], x0.detach()
-    with aside(field.modules, x0.device), torch.no_grad():
-        for step in grid:
+def _last_good(
+    stepper: Stepper, saved: Sequence[tuple[float, Tensor]], grid: Grid, field: VectorField
+) -> tuple[float, Tensor]:
+    """The end of the last step up to which all states are finite, by running again the steps between two of ``saved``.
+
+    ``saved`` are times and states of the solve in their order, its start and its end among them.
+    """
+    bad = next((k for k, (_, x) in enumerate(saved) if not bool(x.isfinite().all())), None)
+    if bad is None:
+        return saved[-1][0], saved[-1][1].detach()
+    limit, nodes = grid.sign * saved[bad][0], set(grid.times)
+    t, x = [(t, x.detach()) for t, x in saved[: max(bad, 1)] if t in nodes][-1]
+    with aside(field.modules, x.device), torch.no_grad():
+        for step in grid.part(grid.times.index(t), len(grid)):
+            if grid.sign * step.t1 >= limit:
+                break
             y = stepper.advance(x, step)
             if not bool(y.isfinite().all()):
                 break
@@ -365,11 +375,26 @@ def _run(
     saved: list[Tensor] = []
     if not len(grid):
         return x, [x] * len(times)
-    for step, end in zip(grid, stepper.states(x, grid), strict=True):
+    for step, end in _strides(stepper, x, grid, times):
         before, x = x, end
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
             saved.append(_within(stepper, step, before, x, times[len(saved)], field, order))
     return x, saved
+
+
+def _strides(stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float]) -> Iterator[tuple[Step, Tensor]]:
+    """The steps of ``grid`` with their ends; those between which nothing is saved as one, where that saves flows."""
+    if not stepper.joins:
+        yield from zip(grid, stepper.states(x, grid), strict=True)
+        return
+    nodes = {0, len(grid)}
+    for t in times:
+        n = grid.locate(t)
+        nodes |= {node for node in (n, n + 1) if grid.times[node] == t} or {n, n + 1}
+    for first, last in pairwise(sorted(nodes)):
+        x = stepper.march(x, grid.part(first, last))
+        t0, t1 = grid.times[first], grid.times[last]
+        yield grid[first] if last == first + 1 else Step(t0, t1, t1 - t0), x
 
 
 def _reached(times: Sequence[float], grid: Grid, status: Status) -> list[float]:

@@ -166,6 +166,14 @@ def test_a_scheme_is_a_table_or_a_mixture_of_tables():
 
 # ---- names for operators ----
 
+
+def test_complex_weights_are_refused_with_what_there_is_instead():
+    with pytest.raises(TypeError, match=r"^weight: got \(0\.5\+0\.3j\), expected a real number; .*extrapolated_strang"):
+        Stage(0, 0.5 + 0.3j)
+    with pytest.raises(TypeError, match=r"^start: got None, expected a real number$"):
+        Stage(0, 0.5, None)
+
+
 NAMED = Scheme("mine", (Stage("wave", 0.5), Stage("decay", 1.0), Stage("wave", 0.5)), 2, "test")
 
 

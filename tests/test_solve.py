@@ -205,6 +205,24 @@ def test_flows_that_follow_one_another_across_steps_are_one():
     assert euler.stats.evaluations == {"rotate": 10, "stretch": 20}  # merging would change Euler's result
 
 
+def test_flows_are_one_between_the_times_that_are_saved():
+    def solve(save_at):
+        return odeadv.solve(exact_flows(), Z0, (0.0, 1.0), steps=8, substep="exact", save_at=save_at)
+
+    end, each = solve(None), solve("steps")
+    assert torch.equal(solve([1.0]).xs[-1], end.xs[-1])
+    assert solve([1.0]).stats.evaluations == {"rotate": 8, "stretch": 9}
+    some = solve([0.0, 0.5, 0.7, 1.0])  # a node, and a time within a step, which takes a part of that step more
+    assert some.stats.evaluations == {"rotate": 9, "stretch": 14}
+    assert some.xs.shape == (4, *Z0.shape)
+    assert torch.allclose(some.xs[[0, 1, 3]], each.xs[[0, 4, 8]], rtol=0, atol=1e-15)
+    inside = odeadv.solve(exact_flows(), each.xs[5], (0.625, 0.7), steps=1, substep="exact").xs[-1]
+    assert torch.allclose(some.xs[2], inside, rtol=0, atol=1e-15)
+    back = odeadv.solve(exact_flows(), end.xs[-1], (1.0, 0.0), steps=8, substep="exact", save_at=[0.5, 0.0])
+    assert back.stats.evaluations == {"rotate": 8, "stretch": 10}
+    assert torch.allclose(back.xs, each.xs[[4, 0]], rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("scheme", "substep", "reversible", "message"),
     [
@@ -906,6 +924,26 @@ def test_the_last_good_state_of_a_solve_that_failed():
     with pytest.raises(odeadv.SolveError) as caught:
         odeadv.solve(f, X0, (0.0, 1.0), steps=10)
     assert caught.value.solution.last_good[0] == t
+
+
+@pytest.mark.parametrize(
+    ("save_at", "calls"), [("steps", 10), (None, 10 + 9), ([0.4, 1.0], 10 + 5), ([0.35], 10 + 2 + 9)]
+)
+def test_a_failure_that_does_not_come_back_leaves_the_last_good_state(save_at, calls):
+    count = 0
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return x * math.nan if count == 8 + 2 * (save_at == [0.35]) else -x
+
+    sol = odeadv.solve(f, X0, (0.0, 1.0), steps=10, save_at=save_at, throw=False)
+    assert sol.status is odeadv.Status.NON_FINITE
+    t, x = sol.last_good
+    assert count == calls
+    # Nothing from the end on, which is known to be bad; found to the step where every step was kept.
+    assert t == pytest.approx(0.7 if save_at == "steps" else 0.9)
+    assert torch.equal(x, odeadv.solve(lambda t, x: -x, X0, (0.0, 1.0), steps=10, save_at="steps").xs[round(10 * t)])
 
 
 def test_states_held():

@@ -69,6 +69,10 @@ class Grid:
         equal = self.h is not None and abs(t1 - t0) < 1.5 * abs(self.h)
         return Step(t0, t1, self.h if equal and self.h is not None else t1 - t0)
 
+    def part(self, first: int, last: int) -> Grid:
+        """The steps from the node numbered ``first`` to ``last``."""
+        return Grid(self.times[first : last + 1], self.h)
+
     def snap(self, t: float) -> float:
         """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do)."""
         after = bisect_right(self.times, self.sign * t, key=lambda time: self.sign * time)

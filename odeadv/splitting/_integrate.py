@@ -136,7 +136,7 @@ class Stepper:
         Joining is done for exact flows only, where it changes the result by rounding alone: Strang then costs one flow
         of the outer operator a step instead of two.
         """
-        if not len(grid) or not self._joins():
+        if len(grid) < 2 or not self.joins:
             for end in self.states(x, grid):
                 x = end
             return x
@@ -150,6 +150,17 @@ class Stepper:
         step = grid[len(grid) - 1]
         x = self._through(x, step, self._flowing(step), rows[1:-1])
         return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
+
+    @property
+    def joins(self) -> bool:
+        """Whether the last stage of a step and the first of the next are the same exact flow."""
+        if len(self._rows) > 1 or any(operator.edges for operator in self.operators):
+            return False
+        ((_, rows),) = self._rows
+        first, last = rows[0], rows[-1]
+        contiguous = not (first.frozen or last.frozen) and abs(last.own + last.weight - 1.0) < 1e-12
+        exact = isinstance(self.substeps[first.operator], Exact) and self.operators[first.operator].flow is not None
+        return len(rows) > 1 and first.operator == last.operator and contiguous and exact
 
     @property
     def explicit(self) -> bool:
@@ -181,16 +192,6 @@ class Stepper:
         plain = self._constant and all(type(operator).velocity is Operator.velocity for operator in self.operators)
         methods = [method for method in self.substeps if type(method) is RungeKutta]
         return methods if plain and len(self._rows) == 1 and len(methods) == len(self.substeps) else []
-
-    def _joins(self) -> bool:
-        """Whether the last stage of a step and the first of the next are the same exact flow."""
-        if len(self._rows) > 1 or any(operator.edges for operator in self.operators):
-            return False
-        ((_, rows),) = self._rows
-        first, last = rows[0], rows[-1]
-        contiguous = not (first.frozen or last.frozen) and abs(last.own + last.weight - 1.0) < 1e-12
-        exact = isinstance(self.substeps[first.operator], Exact) and self.operators[first.operator].flow is not None
-        return len(rows) > 1 and first.operator == last.operator and contiguous and exact
 
     def _flowing(self, step: Step) -> list[Operator]:
         local = [operator.on(step.t0, step.t1) for operator in self.operators]

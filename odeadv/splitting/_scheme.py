@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal
 
 from odeadv.fields import VectorField
@@ -24,12 +25,24 @@ class Stage:
             operator's earlier stages left it (NaN until a `Scheme` fills it in).
         frozen: the clock stands still at ``start`` instead of running with the operator. Time is then carried by the
             other operators, as when dt/dt = 1 is split along with them; a sub-step evaluates at ``start`` only.
+
+    Raises:
+        TypeError: if ``weight`` or ``start`` is not a real number, as in compositions with complex steps.
     """
 
     operator: int | str
     weight: float
     start: float = math.nan
     frozen: bool = False
+
+    def __post_init__(self) -> None:
+        given: dict[str, object] = {"weight": self.weight, "start": self.start}
+        for name, value in given.items():
+            if not isinstance(value, Real):
+                hint = "; for high orders without backward steps see odeadv.schemes.extrapolated_strang"
+                raise TypeError(
+                    f"{name}: got {value!r}, expected a real number{hint if isinstance(value, complex) else ''}"
+                )
 
     @property
     def stop(self) -> float:
