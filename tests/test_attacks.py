@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odeadv.attacks import fgsm, ifgsm, pgd
+from odeadv.attacks import apgd, fgsm, ifgsm, pgd, square
 from odeadv.attacks._iterates import iterates
 from odeadv.attacks._linf import linf_bounds
 
@@ -467,6 +467,29 @@ def test_refusals_come_before_any_work(attack: Callable[..., Tensor]) -> None:
         given = {"model": Fails(), "images": images, "labels": labels, "eps": EPS} | more | {name: value}
         with pytest.raises(ValueError, match=f"^{name}: "):
             attack(**given)
+
+
+class InPlace(nn.Module):
+    """Normalises its images where they are, as published code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x.sub_(0.5).div_(0.5))
+        return logits
+
+
+@pytest.mark.parametrize("attack", [fgsm, ifgsm, pgd, apgd, square])
+def test_a_model_that_writes_to_its_images_is_refused_before_it_does(attack: Callable[..., Tensor]) -> None:
+    images, labels = batch()
+    before = images.clone()
+    more = {ifgsm: {"alpha": ALPHA, "steps": 2}, pgd: {"alpha": ALPHA, "steps": 2, "generator": seeded()}}
+    more |= {apgd: {"steps": 2, "generator": seeded()}, square: {"queries": 5, "generator": seeded()}}
+    with pytest.raises(ValueError, match=r"^model: writes to its images; expected a new tensor"):
+        attack(InPlace(), images, labels, eps=EPS, **more.get(attack, {}))
+    assert torch.equal(images, before)
 
 
 def test_labels_on_another_device_are_refused() -> None:

@@ -203,12 +203,20 @@ def test_figures_of_the_honest_network(honest: Audit) -> None:
     assert honest["local linearity"].figures["ratio_at_eps_over_100"] == pytest.approx(1, abs=0.02)
 
 
+class InPlace(Wrapped):
+    """Normalises its images where they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mul_(1.5))
+
+
 CAUGHT: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (Rounded, ["gradients not zero", "local linearity", "gradient-free does not beat gradients"]),
     (Rounded, ["planted examples are found", "accuracy falls to 0 with eps"]),
     (Saturated, ["gradients not zero", "another loss"]),
     (Noisy, ["same answer twice"]),
     (NotANumber, ["finite logits"]),
+    (InPlace, ["finite logits"]),
     (DropoutOn, ["same answer twice"]),
     (TooMany, ["number of classes"]),
     (TooFew, ["number of classes"]),
@@ -241,6 +249,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     ),
     (DropoutOn, r"model: two forward passes .* \(drop in training mode: dropout left on\?\)"),
     (NotANumber, "model: returned logits that are not finite"),
+    (InPlace, "model: writes to its images"),
     (TooFew, r"labels: got 9, expected class indices < 7"),
     (TooMany, r"model: returned 13 logits an image, expected num_classes, 10"),
     (Learning, "model: its forward changes mean in eval mode"),

@@ -9,6 +9,10 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+from odeadv.fields._operator import version
+
+_WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
+
 
 def non_negative(name: str, value: object) -> float:
     """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= 0."""
@@ -62,6 +66,20 @@ def check_labels(labels: object, n: int, device: torch.device | None = None, *, 
         raise ValueError(f"{name}: on device {labels.device}, expected that of the images, {device}")
     if labels.min() < 0:
         raise ValueError(f"{name}: got {int(labels.min())}, expected class indices >= 0")
+
+
+def answered(model: nn.Module, images: Tensor) -> object:
+    """What ``model`` returns for ``images``; ValueError if it writes to them."""
+    before = version(images)
+    try:
+        answer = model(images)
+    except RuntimeError as error:  # torch refuses where a gradient is asked for
+        if not str(error).startswith("a leaf Variable that requires grad is being used in an in-place operation"):
+            raise
+        raise ValueError(_WRITES) from error
+    if version(images) != before:
+        raise ValueError(_WRITES)
+    return answer
 
 
 def check_classes(logits: object, n: int, highest_label: int) -> Tensor:

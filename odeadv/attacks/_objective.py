@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv._state import Mode, untouched
-from odeadv.attacks._checks import check_classes
+from odeadv.attacks._checks import answered, check_classes
 from odeadv.attacks._losses import Loss, PerExampleLoss, Rule, Truth, cross_entropy, of_labels, resolve_loss
 
 __all__ = ["Loss", "Objective", "PerExampleLoss", "Scores", "Tally", "attacking", "constant", "reseed", "resolve_loss"]
@@ -195,12 +195,17 @@ class Objective:
         return logits, losses
 
     def _forward(self, images: Tensor, index: Tensor | None) -> Tensor:
-        logits = check_classes(self._model(images), len(images), self._highest_label)
+        logits = check_classes(self._answer(images), len(images), self._highest_label)
         self._check_finite(logits, _LOGITS_NOT_FINITE)
         self.forward_passes += len(images)
         if self._tally is not None:
             self._tally.queries[slice(None) if index is None else index] += 1
         return logits
+
+    def _answer(self, images: Tensor) -> object:
+        # A model that writes to its images is refused at the first pass, which is not given the caller's own.
+        first = not self.forward_passes and not images.requires_grad
+        return answered(self._model, images.clone() if first else images)
 
     def _check_finite(self, tensor: Tensor, message: str) -> None:
         finite = (tensor.detach() * 0).sum() == 0  # a tenth of the time of isfinite().all()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeadv.attacks._checks import answered
+
 PROBES = 2  # images in a probing forward pass
 GRADIENT_PROBES = 64  # images whose gradients are computed twice, before long runs
 _INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, training, ...
@@ -43,10 +45,14 @@ def behaviour(model: nn.Module, images: Tensor) -> Behaviour:
     """Run ``model`` twice on ``images`` without a gradient, and twice so that one could be asked for.
 
     Call it with the model in eval mode and protected.
+
+    Raises:
+        TypeError: if it does not return a floating tensor.
+        ValueError: if it writes to the images.
     """
     with torch.no_grad():
         before = _state(model)
-        first = _logits(model(images))
+        first = _logits(answered(model, images.clone()))
         after = _state(model)
         training = tuple(name or "model" for name, part in model.named_modules() if part.training)
         second = _logits(model(images))
@@ -97,7 +103,7 @@ def refuse_dtype(model: nn.Module, images: Tensor) -> None:
         return
     try:
         with torch.no_grad():
-            model(images[:PROBES])
+            model(images[:PROBES].clone())
     except RuntimeError as error:
         raise ValueError(
             f"images: got {images.dtype}, but the model has {own} and does not take them ({_first_line(error)}); "
