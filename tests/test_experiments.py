@@ -6,6 +6,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from odeadv.experiments import (
     configurations,
     load_records,
     main,
+    rehearse,
     with_eta,
     write_figure2,
     write_report,
@@ -30,6 +32,7 @@ from odeadv.experiments import (
 from odeadv.experiments._methods import passes
 from odeadv.experiments._report import Difference, gather, render
 from odeadv.models._network import FieldNetwork
+from odeadv.training import train
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -294,6 +297,46 @@ def test_every_row_of_every_table_can_be_built(preset):
             if repr(config.model) not in built:
                 assert isinstance(config.model.build(digits), FieldNetwork)
                 built.add(repr(config.model))
+
+
+def test_a_rehearsal_takes_the_first_steps_of_a_training_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    methods = ["pgd", "pgd+lad"]
+    assert main("table2", "about", ["--preset", "smoke", "--methods", *methods, "--rehearse", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ((_, config),) = configurations(TABLES["table2"], PRESETS["smoke"], dataset="digits", methods=["pgd"], seeds=(0,))
+    whole = config.training
+    images, _ = config.data.take(data.load("digits"))
+    steps = len(images.train_images) // whole.batch_size * whole.epochs
+    assert [re.match(r"(\S+): 3 of (\d+) steps, loss \d\.\d{3}, ", line).groups() for line in lines[:2]] == [
+        (method, str(steps)) for method in methods
+    ]
+    assert re.match(r"table2: \S+ h to train 2 of 2 rows, a seed of each$", lines[2])
+    assert not list(tmp_path.iterdir())
+    few = slice(0, 3 * whole.batch_size)
+    short = replace(images, train_images=images.train_images[few], train_labels=images.train_labels[few])
+    net = config.model.build(images, torch.Generator().manual_seed(0))
+    first = train(net, short, replace(whole, epochs=1, milestones=())).epochs[0].loss
+    found = rehearse(config, data.load("digits"), 3)
+    assert found.loss == first
+    assert (found.taken, found.steps, found.hours) == (3, steps, steps * found.seconds / 3600)
+    assert str(replace(found, memory=2**30)).endswith(f" s a step, 1.00 GiB: {found.hours:.3g} h to train")
+    with pytest.raises(ValueError, match=r"^steps: got 1, expected 2 or more"):
+        rehearse(config, data.load("digits"), 1)
+
+
+def test_a_row_that_cannot_be_rehearsed_does_not_keep_the_others_from_it(capsys, monkeypatch):
+    def broken(config, *args, **options):
+        if "lad" in config.method:
+            raise RuntimeError("out of memory")
+        return rehearse(config, *args, **options)
+
+    monkeypatch.setattr("odeadv.experiments._command.rehearse", broken)
+    arguments = ["--preset", "smoke", "--rehearse", "2", "--methods", "natural+lad", "natural"]
+    assert main("table1", "about", arguments) == 1
+    shown = capsys.readouterr().out
+    assert "natural+lad: failed: out of memory" in shown
+    assert "h to train 1 of 2 rows" in shown
 
 
 def test_the_command_lists_runs_and_refuses_what_is_no_row(capsys):

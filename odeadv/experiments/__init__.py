@@ -9,6 +9,7 @@ from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig, load_
 from odeadv.experiments._figure2 import write_figure2
 from odeadv.experiments._launch import Failure, Job, launch
 from odeadv.experiments._methods import Method, method_of, parse_method
+from odeadv.experiments._rehearsal import Rehearsal, rehearse
 from odeadv.experiments._report import render, write_report
 from odeadv.experiments._run import Measurement, RunLockedError, list_runs, load_model, load_records, run
 from odeadv.experiments._tables import (
@@ -37,6 +38,7 @@ __all__ = [
     "Method",
     "ModelConfig",
     "Preset",
+    "Rehearsal",
     "Row",
     "RunConfig",
     "RunLockedError",
@@ -55,6 +57,7 @@ __all__ = [
     "make_table",
     "method_of",
     "parse_method",
+    "rehearse",
     "render",
     "run",
     "tune",

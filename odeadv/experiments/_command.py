@@ -12,11 +12,14 @@ from odeadv import data
 from odeadv._files import write_json
 from odeadv.evaluation._attack import require_packages
 from odeadv.experiments._budget import training_passes
+from odeadv.experiments._config import RunConfig
 from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._launch import Job, launch
+from odeadv.experiments._rehearsal import rehearse
 from odeadv.experiments._report import write_report
 from odeadv.experiments._run import Measurement
 from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations, with_eta
+from odeadv.training import TrainingDiverged, make_fabric
 
 
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +44,10 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpus", type=int, default=1, help="that Ray reserves for a run")
     parser.add_argument("--gpus", type=float, default=0.0, help="that Ray reserves for a run")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument(
+        "--rehearse", type=int, metavar="STEPS",
+        help="take the first steps of each row's training, say how long all would take, write nothing and stop",
+    )  # fmt: skip
 
 
 def make_table(table: Table, args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -53,7 +60,8 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
     failed = 0
     try:
         if not args.render:
-            pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=args.seeds)
+            seeds = args.seeds or (preset.seeds if args.rehearse is None else preset.seeds[:1])
+            pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=seeds)
             if args.list:
                 for row, config in pairs:
                     print(f"{config.name}  {row.label}, seed {config.training.seed}")
@@ -61,6 +69,8 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
                 if total:
                     print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
                 return 0
+            if args.rehearse is not None:
+                return _rehearsed(table, [config for _, config in pairs], args)
             protocols: tuple[str | Measurement, ...] = (table.protocol,)
             if args.autoattack is not None:
                 protocols = (*protocols, Measurement(table.autoattack, args.autoattack, best=False))
@@ -82,6 +92,27 @@ def make_table(table: Table, args: argparse.Namespace, parser: argparse.Argument
     return 1 if failed else 0
 
 
+def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
+    """Rehearse ``configs``, a line each; 1 if one of them fails."""
+    images = data.load(configs[0].data.name, args.data)
+    hours, failed = 0.0, 0
+    for config in configs:
+        fabric = make_fabric(precision=config.training.precision)
+        fabric.launch()
+        try:
+            found = rehearse(config, images, args.rehearse, fabric=fabric)
+        except (ValueError, TrainingDiverged, RuntimeError) as error:  # also what a device says when it is full
+            failed += 1
+            print(f"{config.method}: failed: {error}", flush=True)
+            continue
+        hours += found.hours
+        if fabric.is_global_zero:
+            print(f"{config.method}: {found}", flush=True)
+    if not int(os.environ.get("RANK", "0")):
+        print(f"{table.name}: {hours:.3g} h to train {len(configs) - failed} of {len(configs)} rows, a seed of each")
+    return 1 if failed else 0
+
+
 def make_figure2(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run what is missing of PGD training, then draw the Eq. 16 ratio from its records; returns an exit status."""
     preset = PRESETS[args.preset]
@@ -93,7 +124,7 @@ def make_figure2(args: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     if not args.render:
         args.methods = args.methods or list(METHODS)
         status = make_table(TABLES["table2"], args, parser)
-        if args.list or int(os.environ.get("RANK", "0")):
+        if args.list or args.rehearse is not None or int(os.environ.get("RANK", "0")):
             return status
     try:
         print(write_figure2(preset, dataset, args.out, args.out))
