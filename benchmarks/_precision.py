@@ -238,4 +238,4 @@ def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     if right.has_data():
-        right.legend(fontsize=6)
+        right.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, not on them

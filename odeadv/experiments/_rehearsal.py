@@ -1,4 +1,4 @@
-"""The first steps of a run: whether it works here, and how long all of them would take."""
+"""A few steps of a run: whether it works here, and how long all of them would take."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Rehearsal:
 
 
 def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: Fabric | None = None) -> Rehearsal:
-    """Take the first ``steps`` steps of the training that ``config`` says, measure as after an epoch, write no file.
+    """Train for ``steps`` steps as ``config`` says, on the first images, measure as after an epoch, write no file.
 
     Args:
         config: the run.
