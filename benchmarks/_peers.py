@@ -249,7 +249,7 @@ def has_diffrax() -> bool:
     return importlib.util.find_spec("diffrax") is not None
 
 
-def _float64(x: Tensor) -> Any:
+def float64(x: Tensor) -> Any:
     """``x`` for jax, which has to be told that there are 64 bits."""
     import jax
 
@@ -300,7 +300,7 @@ def diffrax_split(
         return []
     import diffrax
 
-    start = _float64(x0)
+    start = float64(x0)
     candidates = []
     # KenCarp4 takes seconds below 1e-6, where it is no contender.
     for method, own in (("Tsit5", TOLERANCES), ("Dopri8", TOLERANCES), ("KenCarp4", range(2, 7))):
@@ -319,37 +319,55 @@ def diffrax_split(
 
 
 def diffrax_recorded(
-    f: Callable[[Any, Any], Any], gradient: Callable[[Any], Any], x0: Tensor, span: tuple[float, float], eta: float,
-    exponents: Sequence[int] | None = None,
+    pieces: Sequence[Callable[[Any, Any], Any]], gradient: Callable[[Any], Any], x0: Tensor, edges: Sequence[float],
+    eta: float, exponents: Sequence[int] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Eq. 7 with a(t) of one recording, as `recorded`, in one compiled function."""
+    """Eq. 7 with a(t) of one recording, as `recorded`, in one compiled function; f is smooth between ``edges``."""
     if not has_diffrax():
         return []
     import diffrax
     import jax
     import jax.numpy as jnp
 
-    start = _float64(x0)
+    start = float64(x0)
     candidates = []
     for method in ("Tsit5", "Dopri8"):
         solve = _diffrax_solve(method)
 
-        def plain(t: Any, x: Any, args: Any) -> Any:
-            return f(t, x)
+        def plain(f: Any) -> Any:
+            return diffrax.ODETerm(lambda t, x, args: f(t, x))
 
-        def backward(t: Any, z: Any, args: Any) -> Any:
-            value, pull = jax.vjp(lambda x: f(t, x), z[0])
-            return jnp.stack([value, -pull(z[1])[0]])
+        def backward(f: Any) -> Any:
+            def rates(t: Any, z: Any, args: Any) -> Any:
+                value, pull = jax.vjp(lambda x: f(t, x), z[0])
+                return jnp.stack([value, -pull(z[1])[0]])
 
-        def forward(t: Any, z: Any, args: Any) -> Any:
-            value, pull = jax.vjp(lambda x: f(t, x), z[0])
-            return jnp.stack([value, -pull(z[1])[0], f(t, z[2]) + eta * z[1]])
+            return diffrax.ODETerm(rates)
+
+        def forward(f: Any) -> Any:
+            def rates(t: Any, z: Any, args: Any) -> Any:
+                value, pull = jax.vjp(lambda x: f(t, x), z[0])
+                return jnp.stack([value, -pull(z[1])[0], f(t, z[2]) + eta * z[1]])
+
+            return diffrax.ODETerm(rates)
 
         def whole(tolerance: Any, solve: Any = solve) -> Any:
-            end, first = solve(diffrax.ODETerm(plain), start, span[0], span[1], tolerance)
-            z, second = solve(diffrax.ODETerm(backward), jnp.stack([end, gradient(end)]), span[1], span[0], tolerance)
-            z, third = solve(diffrax.ODETerm(forward), jnp.stack([start, z[1], start]), span[0], span[1], tolerance)
-            return z[2], first + 2 * second + 3 * third
+            parts, work, states = list(zip(pieces, edges, edges[1:], strict=False)), 0, [start]
+            for f, t0, t1 in parts:
+                end, steps = solve(plain(f), states[-1], t0, t1, tolerance)
+                states.append(end)
+                work += steps
+            costates = [gradient(states[-1])]
+            for (f, t0, t1), end in zip(reversed(parts), reversed(states), strict=False):
+                z, steps = solve(backward(f), jnp.stack([end, costates[0]]), t1, t0, tolerance)
+                costates.insert(0, z[1])
+                work += 2 * steps
+            y = start
+            for (f, t0, t1), x, a in zip(parts, states, costates, strict=False):
+                z, steps = solve(forward(f), jnp.stack([x, a, y]), t0, t1, tolerance)
+                y = z[2]
+                work += 3 * steps
+            return y, work
 
         candidates += _diffrax(method, whole, exponents or TOLERANCES)
     return candidates

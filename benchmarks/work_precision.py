@@ -20,7 +20,7 @@ from torch import Tensor
 import odeadv
 from odeadv.fields import Piecewise
 
-from . import orders
+from . import _jax_resnet, orders
 from ._expm import matrix_exp
 from ._peers import (
     Adversarial,
@@ -135,7 +135,7 @@ def linear(quick: bool) -> Problem:
 
         a, q = orders.A.numpy(), orders.Q.numpy()
         candidates += diffrax_recorded(
-            lambda t, x: jnp.asarray(a) @ x, lambda x: jnp.asarray(q) @ x, orders.X0, span, orders.ETA, exponents
+            [lambda t, x: jnp.asarray(a) @ x], lambda x: jnp.asarray(q) @ x, orders.X0, span, orders.ETA, exponents
         )
     return Problem(candidates, orders.closed_form()[0], LINEAR_CURVES)
 
@@ -213,7 +213,7 @@ def oscillator(quick: bool) -> Problem:
         def f(t: Any, x: Any) -> Any:
             return jnp.stack([x[1], x[0] - x[0] ** 3 - DAMPING * x[1] + FORCE * jnp.cos(RATE * t)])
 
-        candidates += diffrax_recorded(f, lambda x: x, START, SPAN, ETA, exponents)
+        candidates += diffrax_recorded([f], lambda x: x, START, SPAN, ETA, exponents)
     reference, _ = recorded(torchdiffeq_ivp("dopri8", 1e-13), peer)
     return Problem(candidates, reference, LINEAR_CURVES)
 
@@ -340,9 +340,6 @@ def first_stage(net: odeadv.models.PreActResNet, images: Tensor, labels: Tensor,
     )  # fmt: skip
 
 
-LOW = ("lie", "strang", "strang-midpoint", "strang-symmetric", "averaged-strang", "blanes-moan4", "suzuki4")
-
-
 def network(quick: bool) -> Problem:
     net, images, labels = trained(quick)
     field = first_stage(net, images, labels, 50.0 * len(images) / 128)
@@ -350,8 +347,9 @@ def network(quick: bool) -> Problem:
     assert isinstance(x0, Tensor)
     assert span is not None
     count = int(span[1])
-    steps = [count * k for k in ((1, 2) if quick else (1, 2, 4, 8))]
-    candidates = adversarial(field, x0, span, LOW[:2] if quick else LOW, ("rk4", "midpoint", "euler"), steps)
+    schemes, _, _ = _sizes(quick)
+    steps = [count * k for k in ((1, 2) if quick else (1, 2, 4, 8, 16))]
+    candidates = adversarial(field, x0, span, schemes, ("rk4", "heun", "midpoint", "euler"), steps)
     candidates += _unsplit(field, x0, span, steps)
 
     def gradient(x: Tensor) -> Tensor:
@@ -362,10 +360,15 @@ def network(quick: bool) -> Problem:
     def piece(k: int) -> Callable[[Tensor, Tensor], Tensor]:
         return field.f.pieces[k]
 
-    peer = Adversarial(piece, gradient, x0, field.eta, tuple(float(k) for k in range(count + 1)))
-    candidates += torch_peers(lambda ivp: recorded(ivp, peer), (2,) if quick else range(2, 6))
+    edges, exponents = tuple(float(k) for k in range(count + 1)), (2,) if quick else range(2, 6)
+    peer = Adversarial(piece, gradient, x0, field.eta, edges)
+    candidates += torch_peers(lambda ivp: recorded(ivp, peer), exponents)
+    if has_diffrax():
+        pieces = [_jax_resnet.velocity(block) for block in net.blocks[:count]]
+        end = _jax_resnet.loss_gradient(net, count, labels)
+        candidates += diffrax_recorded(pieces, end, x0, edges, field.eta, exponents)
     fine = odeadv.solve(field, scheme="rk4", steps=count * (8 if quick else 64), costate="hermite", checkpoints=count)
-    return Problem(candidates, fine.xs[-1], LINEAR_CURVES, longest=0.15, rounds=3)
+    return Problem(candidates, fine.xs[-1], LINEAR_CURVES, longest=0.3, rounds=3)
 
 
 PROBLEMS: dict[str, Callable[[bool], Problem]] = {

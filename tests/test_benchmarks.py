@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import odeadv
 from benchmarks import __main__ as command
 from benchmarks import (
     _compare,
+    _jax_resnet,
     _memory,
     _peers,
     _precision,
@@ -377,3 +379,27 @@ def test_the_committed_page_is_that_of_its_json():
 
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_resnet_in_jax_is_the_one_in_torch():
+    pytest.importorskip("jax")
+    generator = torch.Generator().manual_seed(0)
+    net = odeadv.models.preact_resnet(14, 4, generator=generator).double()
+    images, labels = torch.rand(4, 3, 16, 16, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 5, 9])
+    net(images)  # running statistics that are not 0 and 1
+    net.eval().requires_grad_(False)
+    x = net.stem(images).requires_grad_()
+
+    def torched(value) -> torch.Tensor:
+        return torch.tensor(value.tolist(), dtype=torch.float64)
+
+    same, start = {"rtol": 0, "atol": 1e-12}, _peers.float64(x.detach())
+    assert torch.allclose(torched(_jax_resnet.velocity(net.blocks[0])(0.0, start)), net.blocks[0].residual(x), **same)
+    field = net.field(images, labels)  # its loss is the mean over the batch
+    state = x
+    for block in net.blocks:
+        state = block(state)
+    (gradient,) = torch.autograd.grad(field.evaluate(state)[1], x)
+    found = torched(_jax_resnet.loss_gradient(net, 0, labels)(start))
+    assert gradient.abs().max() > 1e-3
+    assert torch.allclose(found, gradient, **same)
