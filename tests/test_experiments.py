@@ -144,12 +144,30 @@ def test_differences_are_paired_by_seed_with_students_interval():
         )
         for s in (0, 1, 2)
     ]  # fmt: skip
-    difference = results.difference(table.row("pgd+lad"), "avg")
+    difference = results.difference(table.row("pgd+lad"), table.row("pgd"), "avg")
     assert difference.values == pytest.approx(by_hand)
     half = 4.303 * statistics.stdev(by_hand) / math.sqrt(3)
     assert difference.interval == pytest.approx((statistics.fmean(by_hand) - half, statistics.fmean(by_hand) + half))
-    assert results.difference(table.row("pgd"), "avg") is None
-    assert f"| PGD + LAD - PGD | Avg | +0.76 | {difference} | 3 |" in render(results)
+    page = render(results)
+    assert f"| PGD + LAD less PGD | Avg | +0.76 | {difference} | 3 |" in page
+    second = results.difference(table.row("pgd+lad-sm"), table.row("pgd+lad"), "avg")
+    assert f"| PGD + LAD-SM less PGD + LAD | Avg | +0.18 | {second} | 3 |" in page
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "others"),
+    [
+        ("table2", "pgd", []),
+        ("table2", "pgd+damp", ["pgd"]),
+        ("table2", "pgd+lad-midpoint", ["pgd", "pgd+lad"]),
+        ("table4", "pgd+lad-sm+noise", ["pgd", "pgd+noise", "pgd+lad-sm", "pgd+lad+noise"]),
+        ("table5", "pgd+lad-sm@10", ["pgd", "pgd+lad@10"]),
+        ("table6", "trades+lad-sm", ["trades", "trades+lad"]),
+        ("ablations", "natural+lad+random", ["natural", "natural+lad"]),
+    ],
+)
+def test_rows_are_compared_with_the_undefended_one_and_those_that_differ_in_one_part(table, row, others):
+    assert [other.name for other in TABLES[table].compared(TABLES[table].row(row))] == others
 
 
 @pytest.mark.parametrize(
@@ -398,7 +416,7 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
     before = page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()
     assert main("table1", "about", [*arguments, "--render"]) == 0
     assert (page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()) == before
-    assert re.search(r"\| natural \+ LAD - natural \| Acc \|  \| .* \| 1 \|  \|", shown)  # no such figure in the paper
+    assert re.search(r"\| natural \+ LAD less natural \| Acc \|  \| .* \| 1 \|  \|", shown)  # no such figure in the paper
 
 
 @pytest.mark.parametrize("number", range(1, 8))

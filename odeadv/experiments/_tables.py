@@ -126,6 +126,18 @@ class Table:
         objective = row.method.split("+")[0]
         return None if row.method == objective else self.row(objective) if objective in self.methods else None
 
+    def compared(self, row: Row) -> list[Row]:
+        """What the claims compare ``row`` with: its `baseline`, and the rows that differ from it in one part.
+
+        These are the rows with a part less (noise, an ablation, the defence), and LAD in its first form for the other
+        forms of it.
+        """
+        base, parts = self.baseline(row), row.method.split("+")
+        less = ["+".join(parts[:k] + parts[k + 1 :]) for k in range(1, len(parts))]
+        plain = "+".join("lad" if part.startswith("lad-") else part for part in parts)
+        others = [r for method in (*less, plain) for r in self.rows if (r.method, r.factor) == (method, row.factor)]
+        return [r for r in dict.fromkeys([base, *others]) if r is not None and r != row]
+
     def paper(self, dataset: str) -> Mapping[str, Mapping[str, float]]:
         """The paper's figures for ``dataset``: by row name, then ``"acc"``, the keys of the columns and ``"avg"``."""
         figures = paper_tables().get(self.name, {}).get(dataset, {})
