@@ -1,4 +1,4 @@
-"""The command ``odeadv``: train, evaluate, list, tabulate, report, tune, audit and diagnose.
+"""The command ``odeadv``: train, evaluate, list, tabulate, report, rerun, tune, audit and diagnose.
 
 Stands on everything else and holds no logic of its own.
 """
@@ -139,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
     sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
     sub.set_defaults(run=_report)
+
+    sub = command("rerun", "train and evaluate again what a record is of, and compare; exit status 1 if it differs")
+    sub.add_argument("record", type=Path, help="a JSON record, or the folder of a run")
+    sub.add_argument("--runs", type=Path, default=Path("reruns"), help="folder for the new run (default: reruns)")
+    sub.add_argument("--autoattack", action="store_true", help="AutoAttack again too")
+    with_data(sub)
+    sub.set_defaults(run=_rerun)
 
     sub = command("budget", "count what all tables ask for at a preset, in image passes and hours; runs nothing")
     sub.add_argument("--preset", choices=PRESETS, default="paper")
@@ -290,6 +297,19 @@ def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         preset = with_eta(preset, table, args.dataset or preset.dataset, args.eta)
     print(write_report(table, preset, args.dataset, args.records, args.out))
     return 0
+
+
+def _rerun(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from odeadv import data, experiments
+
+    file = args.record / "record.json" if args.record.is_dir() else args.record
+    if file.resolve().parent.parent == args.runs.resolve():
+        raise ValueError(f"runs: {args.runs} is the folder that the record is in, expected another")
+    record = experiments.load_record(file)
+    images = data.load(record["config"]["data"]["name"], args.data)
+    found = experiments.rerun(record, images, args.runs, autoattack=args.autoattack, label=record["method"])
+    print(found)
+    return 0 if found.same else 1
 
 
 def _budget(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -416,7 +416,8 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
     before = page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()
     assert main("table1", "about", [*arguments, "--render"]) == 0
     assert (page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()) == before
-    assert re.search(r"\| natural \+ LAD less natural \| Acc \|  \| .* \| 1 \|  \|", shown)  # no such figure in the paper
+    # The paper has no such figure.
+    assert re.search(r"\| natural \+ LAD less natural \| Acc \|  \| .* \| 1 \|  \|", shown)
 
 
 @pytest.mark.parametrize("number", range(1, 8))

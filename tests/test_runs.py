@@ -193,6 +193,56 @@ def test_event_files_are_what_tensorboard_reads(tmp_path, digits):
         assert told == [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in kept]
 
 
+class TestAgain:
+    def test_a_run_from_its_record_alone_is_the_same_to_the_bit(self, digits, tmp_path, capsys, monkeypatch):
+        config = small(objective=Pgd(steps=1))
+        protocols = ("table1", Measurement("table2", 12, best=False))
+        record = run(config, digits, tmp_path / "runs", protocols=protocols, log=StringIO())
+        file = tmp_path / "runs" / config.name / "record.json"
+        assert cli.main(["rerun", str(file.parent), "--runs", str(tmp_path / "again")]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[:3] == [
+            "training losses: the same to the bit",
+            "weights: the same to the bit",
+            "table1, last weights, clean: 0 of 40 outcomes differ",
+        ]
+        assert "table2@12, last weights, ifgsm-20 at 8/255, worst so far: 0 of 12 outcomes differ" in shown
+        assert not any(line.startswith("table2@12, best") or "not run again" in line for line in shown)
+        assert cli.main(["rerun", str(file), "--runs", str(tmp_path / "runs")]) == 2
+        assert "is the folder that the record is in" in capsys.readouterr().err
+
+        other = run(small(objective=Pgd(steps=1), seed=1), digits, tmp_path, protocols=protocols[:1], log=StringIO())
+        found = experiments.agreement(record, {**other, "versions": {**other["versions"], "torch": "1.0"}})
+        pairs = [(a["loss"], b["loss"]) for a, b in zip(record["epochs"], other["epochs"], strict=True)]
+        assert found.losses == max(abs(a - b) / a for a, b in pairs) > 0
+        assert (found.weights, found.same) == (False, False)
+        assert found.not_run == ("table2@12, last weights",)
+        mine, theirs = (r["evaluations"]["last"]["table1"]["clean_correct"] for r in (record, other))
+        different, n = found.outcomes["table1, last weights, clean"]
+        assert n == 40
+        assert different >= abs(mine - theirs)
+        assert "weights: others" in str(found)
+        assert f"torch: {torch.__version__} then, 1.0 now" in str(found)
+
+    def test_what_is_no_longer_the_same_run_is_refused_before_it_is_trained(self, digits, tmp_path, monkeypatch):
+        config = small()
+        record = run(config, digits, tmp_path, log=StringIO())
+        monkeypatch.setattr("odeadv.experiments._rerun.run", None)
+        with pytest.raises(ValueError, match=r"^record: its key is 0123, but its configuration has"):
+            experiments.rerun({**record, "key": "0123"}, digits, tmp_path / "again")
+        with pytest.raises(ValueError, match=r"^data: the images of the record have the fingerprint abc, these"):
+            experiments.rerun({**record, "data": {"fingerprint": "abc"}}, digits, tmp_path / "again")
+
+    def test_records_of_autoattack_and_unknown_protocols_are_not_run_again_unasked(self, digits, tmp_path):
+        config = small(epochs=1)
+        record = run(config, digits, tmp_path, protocols=("table1",), log=StringIO())
+        (evaluation,) = record["evaluations"]["last"].values()
+        record["evaluations"]["last"] |= {"autoattack-8@100": evaluation, "mine": evaluation}
+        found = experiments.rerun(record, digits, tmp_path / "again", log=StringIO())
+        assert found.same
+        assert found.not_run == ("autoattack-8@100, last weights", "mine, last weights")
+
+
 class TestFiles:
     def test_what_is_altered_or_cut_off_is_noticed(self, tmp_path):
         tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64), "c": torch.empty(0)}

@@ -11,7 +11,8 @@ from odeadv.experiments._launch import Failure, Job, launch
 from odeadv.experiments._methods import Method, method_of, parse_method
 from odeadv.experiments._rehearsal import Rehearsal, rehearse
 from odeadv.experiments._report import render, write_report
-from odeadv.experiments._run import Measurement, RunLockedError, list_runs, load_model, load_records, run
+from odeadv.experiments._rerun import Agreement, agreement, rerun
+from odeadv.experiments._run import Measurement, RunLockedError, list_runs, load_model, load_record, load_records, run
 from odeadv.experiments._tables import (
     PRESETS,
     TABLES,
@@ -29,6 +30,7 @@ from odeadv.experiments._tune import tune
 __all__ = [
     "PRESETS",
     "TABLES",
+    "Agreement",
     "Budget",
     "Column",
     "DataConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "Size",
     "Table",
     "add_table_arguments",
+    "agreement",
     "budget",
     "configuration",
     "configurations",
@@ -52,6 +55,7 @@ __all__ = [
     "list_runs",
     "load_config",
     "load_model",
+    "load_record",
     "load_records",
     "main",
     "make_table",
@@ -59,6 +63,7 @@ __all__ = [
     "parse_method",
     "rehearse",
     "render",
+    "rerun",
     "run",
     "tune",
     "with_eta",

@@ -139,6 +139,23 @@ def run(
         return record
 
 
+def load_record(path: Path) -> Record:
+    """The record in ``path``.
+
+    Raises:
+        ValueError: if it is not a record of a run.
+        OSError: if it cannot be read.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); remove it to run it again") from None
+    schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
+    return dict(record)
+
+
 def load_records(folder: Path) -> list[Record]:
     """The records in ``folder``: ``*.json`` in it, or ``*/record.json`` below it; in the order of their names.
 
@@ -146,7 +163,7 @@ def load_records(folder: Path) -> list[Record]:
         ValueError: for a JSON file that is not a record of a run.
     """
     paths = [*folder.glob("*.json"), *folder.glob("*/record.json")]
-    return [_read(path) for path in sorted(paths) if not path.name.startswith(".")]
+    return [load_record(path) for path in sorted(paths) if not path.name.startswith(".")]
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -168,7 +185,7 @@ def _listed(folder: Path, config: RunConfig) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": folder.name, "method": config.method, "state": "finished"}
     entry |= {"epoch": config.training.epochs, "epochs": config.training.epochs, "evaluations": {}}
     if (folder / "record.json").exists():
-        for protocol, evaluation in _read(folder / "record.json")["evaluations"].get("last", {}).items():
+        for protocol, evaluation in load_record(folder / "record.json")["evaluations"].get("last", {}).items():
             values = {"clean": evaluation["clean_accuracy"], "average": evaluation["average"]}
             entry["evaluations"][protocol] = values
         return entry
@@ -374,7 +391,7 @@ def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | Non
     path = folder / "record.json"
     if not path.exists():
         return None
-    record = _read(path)
+    record = load_record(path)
     if (record["key"], record["data"]["fingerprint"]) != (config.key, data.fingerprint()):
         raise ValueError(
             f"runs: {path} is of another configuration or other data (key {record['key']}, data "
@@ -387,17 +404,6 @@ def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | Non
         except (FileNotFoundError, DamagedFileError) as error:
             warnings.warn(f"{error}; this run can be reported, but not evaluated further", stacklevel=3)
     return record
-
-
-def _read(path: Path) -> Record:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); remove it to run it again") from None
-    schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
-    return dict(record)
 
 
 def _nowhere() -> TextIO:
