@@ -232,6 +232,9 @@ class TestAgain:
             experiments.rerun({**record, "key": "0123"}, digits, tmp_path / "again")
         with pytest.raises(ValueError, match=r"^data: the images of the record have the fingerprint abc, these"):
             experiments.rerun({**record, "data": {"fingerprint": "abc"}}, digits, tmp_path / "again")
+        old = {"last": {"table1": {"schema": "odeadv.evaluation/1"}}}
+        with pytest.raises(ValueError, match=r"^schema: got 'odeadv.evaluation/1'"):
+            experiments.rerun({**record, "evaluations": old}, digits, tmp_path / "again")
 
     def test_records_of_autoattack_and_unknown_protocols_are_not_run_again_unasked(self, digits, tmp_path):
         config = small(epochs=1)

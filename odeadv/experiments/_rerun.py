@@ -78,9 +78,13 @@ def rerun(
         fabric: the engine, see `odeadv.training.train`.
 
     Raises:
-        ValueError: if the configuration means another run by now, or the data are others; before any work.
+        ValueError: if the configuration means another run by now, the data are others, or an evaluation is of a
+            version that kept no outcomes; before any work.
         RunLockedError, ImportError: as `odeadv.experiments.run`.
     """
+    for evaluations in record["evaluations"].values():
+        for evaluation in evaluations.values():
+            Evaluation.from_dict(evaluation)  # so that what cannot be compared is refused now
     config = RunConfig.from_dict(record["config"])
     if config.key != record["key"]:
         raise ValueError(
