@@ -242,6 +242,17 @@ def test_a_tuned_eta_makes_a_table():
     assert "eta 200 instead of 50 (PGD + LAD" in render(gather(table, preset, None, records)).splitlines()[0]
 
 
+def test_sizes_may_differ_between_data_sets():
+    size = replace(
+        PRESETS["cpu"].sizes["pgd"], epochs={"digits": 7, "cifar100": 3}, train_images={"digits": 9, "cifar100": 5}
+    )
+    runs = {name: configuration(Row("pgd"), size, name, 0) for name in ("digits", "cifar100")}
+    assert {name: (run.training.epochs, run.data.train_images) for name, run in runs.items()} == {
+        "digits": (7, 9),
+        "cifar100": (3, 5),
+    }
+
+
 def test_matched_baselines_make_as_many_passes():
     preset = PRESETS["paper"]
     for objective, size in preset.sizes.items():

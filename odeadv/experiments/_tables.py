@@ -257,7 +257,8 @@ class Size:
     Attributes:
         depth, width: of the network.
         epochs: a number, or one for each data set; the learning rate is divided by 10 at 1/2 and 3/4 of them.
-        train_images, test_images, validation_images: see `DataConfig`.
+        train_images: a number, or one for each data set; see `DataConfig`.
+        test_images, validation_images: see `DataConfig`.
         precision: of training.
         eta: one for each data set, for batches of ``batch_size`` and a loss averaged over them.
         attack_steps: of the attack trained on.
@@ -270,7 +271,7 @@ class Size:
     epochs: int | Mapping[str, int]
     precision: Literal["fp32", "bf16"]
     eta: Mapping[str, float]
-    train_images: int | None = None
+    train_images: int | Mapping[str, int] | None = None
     test_images: int | None = None
     validation_images: int = 0
     attack_steps: int = 10
@@ -284,6 +285,10 @@ class Size:
     def epochs_on(self, dataset: str) -> int:
         """Epochs for a data set."""
         return self.epochs if isinstance(self.epochs, int) else self.epochs[dataset]
+
+    def train_images_on(self, dataset: str) -> int | None:
+        """Training images of a data set."""
+        return self.train_images[dataset] if isinstance(self.train_images, Mapping) else self.train_images
 
 
 @dataclass(frozen=True)
@@ -321,7 +326,11 @@ _CPU = Size(
     train_images=5000, test_images=2000, validation_images=200, passes=10, batch_size=64,
 )  # fmt: skip
 # Eta on CIFAR-10 was chosen by `odeadv tune`: docs/results/tune/pgd-cifar10-cpu.json.
-_CPU_ADVERSARIAL = replace(_CPU, eta={**_CPU.eta, "cifar10": 50.0}, epochs=45, train_images=1000, attack_steps=7)
+_CPU_ADVERSARIAL = replace(
+    _CPU, eta={**_CPU.eta, "cifar10": 50.0}, attack_steps=7,
+    # CIFAR-100 has ten times the classes: twice the images, at about the same price.
+    epochs={**dict.fromkeys(ETA, 45), "cifar100": 30}, train_images={**dict.fromkeys(ETA, 1000), "cifar100": 2000},
+)  # fmt: skip
 
 PRESETS = {
     preset.name: preset
@@ -364,7 +373,7 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
             / _passes(Row(method.objective), size, dataset)
         )
     return RunConfig(
-        data=DataConfig(dataset, size.train_images, size.test_images, size.validation_images),
+        data=DataConfig(dataset, size.train_images_on(dataset), size.test_images, size.validation_images),
         model=ModelConfig(
             depth=size.depth,
             width=size.width,
