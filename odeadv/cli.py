@@ -1,4 +1,4 @@
-"""The command ``odeadv``: train, evaluate, list, tabulate, report, rerun, tune, audit and diagnose.
+"""The command ``odeadv``: train, tune, evaluate, compare, list, tabulate, report, rerun, audit and diagnose.
 
 Stands on everything else and holds no logic of its own.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from odeadv.data import ImageDataset
+    from odeadv.evaluation import Evaluation, Protocol
     from odeadv.experiments import RunConfig
 
 _KEYS = """
@@ -39,6 +40,19 @@ LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv 
 prints a whole one. An unknown key is an error.
 """
 
+_ATTACKS = """
+A protocol of your own is a .yaml or .json file; attacks are functions of odeadv.attacks, or autoattack:
+
+    name: mine
+    attacks:
+      - {name: ifgsm, eps: 8/255, alpha: 2/255, steps: 100}
+      - {name: pgd, eps: 8/255, alpha: 2/255, steps: 20, options: {restarts: 5, loss: margin}}
+      - {name: apgd, eps: 8/255, steps: 100, score: worst}
+"""
+
+_Add = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], int]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 if a run failed, 2 for arguments that do not fit."""
@@ -50,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that a configuration can name an objective in a module here
     try:
-        status: int = args.run(args, parser)
+        status: int = args.run(args)
     except KeyboardInterrupt:
         print(f"odeadv {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"odeadv {args.command}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # diverged, or locked by another process
@@ -64,123 +78,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from odeadv import data
-    from odeadv.experiments import PRESETS, TABLES, add_table_arguments
-
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="odeadv",
         description="Layer-wise adversarial defence as an ODE: training, evaluation, tables, diagnostics.",
     )
     parser.add_argument("--version", action="version", version=f"odeadv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name: str, help: str, epilog: str | None = None) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog, formatter_class=formatter
-        )
-
-    def with_data(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
-
-    def with_run(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("config", nargs="?", type=Path, help="a .yaml or .json file (see below)")
-        sub.add_argument("--method", help="instead of a file: such as natural, pgd+lad, trades+lad-sm, pgd+lad+noise")
-        sub.add_argument("--preset", choices=PRESETS, help="size of a --method (default: smoke)")
-        sub.add_argument("--dataset", choices=data.names(), help="of a --method, instead of the preset's")
-        sub.add_argument("--seed", type=int, help="instead of the file's, or of a --method (default: 0)")
-        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as training.lr=0.05")
-        with_data(sub)
-
-    sub = command("train", "train one network; goes on where it was stopped", _KEYS)
-    with_run(sub)
-    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    sub.add_argument("--protocol", nargs="*", default=[], help="evaluate by these afterwards: table1, table2, ...")
-    sub.add_argument("--accelerator", default="auto", help="of lightning-fabric: auto, cpu, cuda, mps")
-    sub.add_argument("--devices", type=int, default=1, help="processes on this machine (torchrun's count, under it)")
-    sub.add_argument("--nodes", type=int, default=1, help="machines")
-    sub.add_argument("--tensorboard", action="store_true", help="write event files to the run's folder too")
-    sub.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
-    sub.set_defaults(run=_train)
-
-    sub = command("tune", "choose eta by cross-validation on the training set (Appendix B.1)", _KEYS)
-    with_run(sub)
-    sub.add_argument("--etas", type=float, nargs="+", required=True, help="values to try")
-    sub.add_argument("--folds", type=int, default=5, help="parts of the training set (default: 5)")
-    sub.add_argument("--only-folds", type=int, help="use only so many of them, to save time")
-    sub.add_argument("--protocol", default="table2", help="whose mean robust accuracy decides (default: table2)")
-    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    sub.add_argument("--out", type=Path, help="JSON file for the result")
-    sub.set_defaults(run=_tune)
-
-    sub = command("evaluate", "evaluate trained weights: clean and robust accuracy, as JSON")
-    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its last.safetensors or best.safetensors")
-    sub.add_argument("--protocol", default="table2", help="table1, table2, table6, autoattack (default: table2)")
-    sub.add_argument("--images", type=int, help="so many test images only, balanced over the classes")
-    sub.add_argument("--out", type=Path, help="JSON file (default: standard output)")
-    with_data(sub)
-    sub.set_defaults(run=_evaluate)
-
-    sub = command("runs", "list the runs in a folder: what they are, how far they are, how accurate")
-    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
-    sub.add_argument("--json", action="store_true", help="as JSON")
-    sub.set_defaults(run=_runs)
-
-    sub = command("table", "run what is missing of a table and report it")
-    sub.add_argument("table", choices=TABLES)
-    add_table_arguments(sub)
-    sub.set_defaults(run=_table)
-
-    sub = command("report", "make a table's page and plot again, from the JSON of its runs alone")
-    sub.add_argument("table", choices=TABLES)
-    sub.add_argument("records", type=Path, help="folder of records")
-    sub.add_argument("--preset", choices=PRESETS, default="cpu")
-    sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
-    sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
-    sub.set_defaults(run=_report)
-
-    sub = command("rerun", "train and evaluate again what a record is of, and compare; exit status 1 if it differs")
-    sub.add_argument("record", type=Path, help="a JSON record, or the folder of a run")
-    sub.add_argument("--runs", type=Path, default=Path("reruns"), help="folder for the new run (default: reruns)")
-    sub.add_argument("--autoattack", action="store_true", help="AutoAttack again too")
-    with_data(sub)
-    sub.set_defaults(run=_rerun)
-
-    sub = command("budget", "count what all tables ask for at a preset, in image passes and hours; runs nothing")
-    sub.add_argument("--preset", choices=PRESETS, default="paper")
-    sub.add_argument(
-        "--rates", type=float, nargs="+", default=[2500.0, 10000.0], metavar="N",
-        help="images a second in natural training that hours are given for (default: 2500 10000)",
-    )  # fmt: skip
-    sub.add_argument("--out", type=Path, help="folder for budget.json and budget.md (default: print the page)")
-    sub.set_defaults(run=_budget)
-
-    sub = command(
-        "audit", "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails"
-    )
-    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
-    sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
-    sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--surrogate", type=Path, help="another run, whose adversarial images are tried on this one")
-    sub.add_argument("--out", type=Path, help="folder for the page (default: audit in the run's folder)")
-    with_data(sub)
-    sub.set_defaults(run=_audit)
-
-    sub = command("diagnose", "measure the dynamics of trained weights (Eq. 16, Theorems 3.2 and 3.3); writes a page")
-    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
-    sub.add_argument("--beside", type=Path, help="another one, on the same images and page, such as one without LAD")
-    sub.add_argument(
-        "--attack", type=float, metavar="EPS",
-        help="follow the difference that FGSM of this radius in 1/255 makes, not a random one",
-    )  # fmt: skip
-    sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
-    sub.add_argument("--eta", type=float, help="instead of the run's own")
-    sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
-    with_data(sub)
-    sub.set_defaults(run=_diagnose)
+    for name, (help, epilog, add, run) in _COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        add(sub)
+        sub.set_defaults(run=run)
     return parser
+
+
+def _add_data(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
+
+
+def _add_config(sub: argparse.ArgumentParser) -> None:
+    from odeadv import data
+    from odeadv.experiments import PRESETS
+
+    sub.add_argument("config", nargs="?", type=Path, help="a .yaml or .json file (see below)")
+    sub.add_argument("--method", help="instead of a file: such as natural, pgd+lad, trades+lad-sm, pgd+lad+noise")
+    sub.add_argument("--preset", choices=PRESETS, help="size of a --method (default: smoke)")
+    sub.add_argument("--dataset", choices=data.names(), help="of a --method, instead of the preset's")
+    sub.add_argument("--seed", type=int, help="instead of the file's, or of a --method (default: 0)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as training.lr=0.05")
+    _add_data(sub)
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
@@ -203,7 +131,18 @@ def _config(args: argparse.Namespace) -> RunConfig:
     return experiments.RunConfig.from_dict(configuration.override(config.to_dict(), args.set))
 
 
-def _train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub)
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    sub.add_argument("--protocol", nargs="*", default=[], help="evaluate by these afterwards: table1, table2, ...")
+    sub.add_argument("--accelerator", default="auto", help="of lightning-fabric: auto, cpu, cuda, mps")
+    sub.add_argument("--devices", type=int, default=1, help="processes on this machine (torchrun's count, under it)")
+    sub.add_argument("--nodes", type=int, default=1, help="machines")
+    sub.add_argument("--tensorboard", action="store_true", help="write event files to the run's folder too")
+    sub.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
+
+
+def _train(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
     from odeadv.training import make_fabric
 
@@ -229,7 +168,17 @@ def _train(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_tune(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub)
+    sub.add_argument("--etas", type=float, nargs="+", required=True, help="values to try")
+    sub.add_argument("--folds", type=int, default=5, help="parts of the training set (default: 5)")
+    sub.add_argument("--only-folds", type=int, help="use only so many of them, to save time")
+    sub.add_argument("--protocol", default="table2", help="whose mean robust accuracy decides (default: table2)")
+    sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    sub.add_argument("--out", type=Path, help="JSON file for the result")
+
+
+def _tune(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
     from odeadv._files import write_json
 
@@ -247,22 +196,116 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_evaluate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its last.safetensors or best.safetensors")
+    sub.add_argument(
+        "--protocol",
+        default="table2",
+        help="table1, table2, table6, autoattack, or a file (see below; default: table2)",
+    )
+    sub.add_argument("--images", type=int, help="so many test images only, balanced over the classes")
+    sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
+    sub.add_argument("--fold", action="store_true", help="fold batch norms, on a copy: faster, the same but for ties")
+    sub.add_argument("--compile", action="store_true", help="torch.compile a copy: pays for long evaluations only")
+    sub.add_argument(
+        "--gradients", choices=("full", "bf16"), default="full", help="precision of the attacks' gradients"
+    )
+    sub.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="JSON file (default: standard output); FILE.journal keeps what is done for the same command to go on",
+    )  # fmt: skip
+    _add_data(sub)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     from odeadv import evaluate
     from odeadv._files import write_json
+    from odeadv.evaluation import ProgressLine
 
+    protocol = _protocol(args.protocol)
     net, info = _load(args.checkpoint)
     images = _test_images(info, args)
-    result = evaluate(net, (images.test_images, images.test_labels), args.protocol, batch_size=128).to_dict()
-    if args.out:
-        write_json(args.out, result)
-        print(_summary(args.protocol, result))
+    journal = None if args.out is None else args.out.with_name(f"{args.out.name}.journal")
+    result = evaluate(
+        net,
+        (images.test_images, images.test_labels),
+        protocol,
+        batch_size=args.batch_size,
+        progress=ProgressLine(),
+        resume=journal,
+        fold=args.fold,
+        compile=args.compile,
+        gradients=args.gradients,
+    )
+    if journal is None:
+        print(json.dumps(result.to_dict(), indent=1))
     else:
-        print(json.dumps(result, indent=1))
+        write_json(args.out, result.to_dict())
+        journal.unlink(missing_ok=True)
+        print(result)
     return 0
 
 
-def _runs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _protocol(given: str) -> str | Protocol:
+    """A protocol's name as it is, or the protocol of a file."""
+    from odeadv import _configuration as configuration
+    from odeadv.evaluation import Protocol
+
+    return configuration.load(Protocol, Path(given)) if Path(given).suffix else given
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("a", type=Path, help="JSON of odeadv evaluate, a run's folder, or its record")
+    sub.add_argument("b", type=Path, help="another one, of the same images and attacks")
+    sub.add_argument("--protocol", default="table2", help="which evaluation of a run (default: table2)")
+    sub.add_argument("--weights", choices=("last", "best"), default="last", help="of a run (default: last)")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from odeadv.evaluation import compare
+
+    tests = compare(*(_evaluation(path, args.protocol, args.weights) for path in (args.a, args.b)))
+    if args.json:
+        print(json.dumps({name: test.to_dict() for name, test in tests.items()}, indent=1))
+        return 0
+    print(f"{next(iter(tests.values())).n} images; accuracies in %, p by McNemar's exact test, two-sided")
+    print(f"{'':34}{'a':>7}{'b':>7}{'a - b':>7}{'only a':>8}{'only b':>8}{'p':>9}")
+    for name, test in tests.items():
+        a, b = (100 * (test.both + only) / test.n for only in (test.only_a, test.only_b))
+        print(
+            f"{name:34}{a:7.2f}{b:7.2f}{100 * test.difference:+7.2f}{test.only_a:8}{test.only_b:8}{test.p_value:9.2g}"
+        )
+    return 0
+
+
+def _evaluation(path: Path, protocol: str, weights: str) -> Evaluation:
+    """What `odeadv evaluate` wrote, or an evaluation of a run's record."""
+    from odeadv.evaluation import Evaluation
+    from odeadv.experiments import load_record
+
+    file = path / "record.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from None
+    if isinstance(found, dict) and "evaluations" in found:
+        evaluations = load_record(file)["evaluations"].get(weights, {})
+        if protocol not in evaluations:
+            names = ", ".join(evaluations) or "none"
+            raise ValueError(f"protocol: {file} has no {protocol!r} of its {weights} weights, but {names}")
+        found = evaluations[protocol]
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected an evaluation or a run's record")
+    return Evaluation.from_dict(found)
+
+
+def _add_runs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
+    sub.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _runs(args: argparse.Namespace) -> int:
     from odeadv import experiments
 
     found = experiments.list_runs(args.folder)
@@ -283,13 +326,32 @@ def _runs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _table(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_table(sub: argparse.ArgumentParser) -> None:
+    from odeadv.experiments import TABLES, add_table_arguments
+
+    sub.add_argument("table", choices=TABLES)
+    add_table_arguments(sub)
+
+
+def _table(args: argparse.Namespace) -> int:
     from odeadv.experiments import TABLES, make_table
 
-    return make_table(TABLES[args.table], args, parser)
+    return make_table(TABLES[args.table], args)
 
 
-def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_report(sub: argparse.ArgumentParser) -> None:
+    from odeadv import data
+    from odeadv.experiments import PRESETS, TABLES
+
+    sub.add_argument("table", choices=TABLES)
+    sub.add_argument("records", type=Path, help="folder of records")
+    sub.add_argument("--preset", choices=PRESETS, default="cpu")
+    sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
+    sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
+
+
+def _report(args: argparse.Namespace) -> int:
     from odeadv.experiments import PRESETS, TABLES, with_eta, write_report
 
     table, preset = TABLES[args.table], PRESETS[args.preset]
@@ -299,7 +361,14 @@ def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _rerun(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_rerun(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("record", type=Path, help="a JSON record, or the folder of a run")
+    sub.add_argument("--runs", type=Path, default=Path("reruns"), help="folder for the new run (default: reruns)")
+    sub.add_argument("--autoattack", action="store_true", help="AutoAttack again too")
+    _add_data(sub)
+
+
+def _rerun(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
 
     file = args.record / "record.json" if args.record.is_dir() else args.record
@@ -312,7 +381,18 @@ def _rerun(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0 if found.same else 1
 
 
-def _budget(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_budget(sub: argparse.ArgumentParser) -> None:
+    from odeadv.experiments import PRESETS
+
+    sub.add_argument("--preset", choices=PRESETS, default="paper")
+    sub.add_argument(
+        "--rates", type=float, nargs="+", default=[2500.0, 10000.0], metavar="N",
+        help="images a second in natural training that hours are given for (default: 2500 10000)",
+    )  # fmt: skip
+    sub.add_argument("--out", type=Path, help="folder for budget.json and budget.md (default: print the page)")
+
+
+def _budget(args: argparse.Namespace) -> int:
     from odeadv.experiments import PRESETS, _budget, write_budget
 
     preset = PRESETS[args.preset]
@@ -320,7 +400,17 @@ def _budget(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_audit(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
+    sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--surrogate", type=Path, help="another run, whose adversarial images are tried on this one")
+    sub.add_argument("--out", type=Path, help="folder for the page (default: audit in the run's folder)")
+    _add_data(sub)
+
+
+def _audit(args: argparse.Namespace) -> int:
     import torch
 
     from odeadv import experiments
@@ -343,7 +433,20 @@ def _audit(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0 if result.passed else 1
 
 
-def _diagnose(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _add_diagnose(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--beside", type=Path, help="another one, on the same images and page, such as one without LAD")
+    sub.add_argument(
+        "--attack", type=float, metavar="EPS",
+        help="follow the difference that FGSM of this radius in 1/255 makes, not a random one",
+    )  # fmt: skip
+    sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
+    sub.add_argument("--eta", type=float, help="instead of the run's own")
+    sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
+    _add_data(sub)
+
+
+def _diagnose(args: argparse.Namespace) -> int:
     from odeadv import experiments
     from odeadv.data import to_float
     from odeadv.diagnostics import diagnose
@@ -427,6 +530,36 @@ def _summary(protocol: str, result: dict[str, object]) -> str:
     assert isinstance(attacks, list)
     parts = [f"{a['name']}{a['steps'] or ''} {a['eps_255']:g}/255: {_percent(a['robust_accuracy'])}" for a in attacks]
     return f"{protocol}: clean {100 * float(str(result['clean_accuracy'])):.2f}, " + ", ".join(parts)
+
+
+# By name: help, epilog, what adds its arguments, what runs it.
+_COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
+    "train": ("train one network; goes on where it was stopped", _KEYS, _add_train, _train),
+    "tune": ("choose eta by cross-validation on the training set (Appendix B.1)", _KEYS, _add_tune, _tune),
+    "evaluate": (
+        "evaluate trained weights: clean and robust accuracy, as JSON", _ATTACKS, _add_evaluate, _evaluate,
+    ),
+    "compare": ("compare two evaluations image by image (McNemar)", None, _add_compare, _compare),
+    "runs": ("list the runs in a folder: what they are, how far they are, how accurate", None, _add_runs, _runs),
+    "table": ("run what is missing of a table and report it", None, _add_table, _table),
+    "report": ("make a table's page and plot again, from the JSON of its runs alone", None, _add_report, _report),
+    "rerun": (
+        "train and evaluate again what a record is of, and compare; exit status 1 if it differs",
+        None, _add_rerun, _rerun,
+    ),
+    "budget": (
+        "count what all tables ask for at a preset, in image passes and hours; runs nothing",
+        None, _add_budget, _budget,
+    ),
+    "audit": (
+        "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails",
+        None, _add_audit, _audit,
+    ),
+    "diagnose": (
+        "measure the dynamics of trained weights (Eq. 16, Theorems 3.2 and 3.3); writes a page",
+        None, _add_diagnose, _diagnose,
+    ),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

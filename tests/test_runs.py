@@ -369,6 +369,66 @@ class TestCommand:
         assert cli.main(["runs", str(runs), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["state"] == "finished"
 
+    def test_an_evaluation_by_a_protocol_of_ones_own_goes_on_where_it_was_stopped(
+        self, digits, tmp_path, capsys, monkeypatch
+    ):
+        config = small(epochs=1)
+        run(config, digits, tmp_path, log=StringIO())
+        (tmp_path / "mine.yaml").write_text(
+            "name: mine\nattacks:\n  - {name: ifgsm, eps: 8/255, alpha: 2/255, steps: 3}\n"
+            "  - {name: pgd, eps: 8/255, alpha: 2/255, steps: 2, options: {loss: margin}}\n"
+        )
+        out = tmp_path / "e.json"
+        arguments = ["evaluate", str(tmp_path / config.name), "--protocol", str(tmp_path / "mine.yaml")]
+        arguments += ["--images", "30", "--batch-size", "10", "--out", str(out)]
+        shown = []
+
+        class Stopping:
+            def __call__(self, done, total):
+                shown.append((done, total))
+                if len(shown) == 2:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr("odeadv.evaluation.ProgressLine", Stopping)
+        assert cli.main(arguments) == 130
+        assert not out.exists()
+        assert (tmp_path / "e.json.journal").exists()
+        assert cli.main(arguments) == 0
+        assert shown == [(1, 3), (2, 3), (2, 3), (3, 3)]  # the journal's two batches are not run again
+        assert not (tmp_path / "e.json.journal").exists()
+        again = tmp_path / "again.json"
+        assert cli.main([*arguments[:-1], str(again), "--fold"]) == 0
+        found, other = (json.loads(file.read_text()) for file in (out, again))
+        assert [attack["name"] for attack in found["attacks"]] == ["ifgsm", "pgd"]
+        assert found["protocol"] == "mine"
+        assert (found["settings"]["fold"], other["settings"]["fold"]) == (False, True)
+        capsys.readouterr()
+        (tmp_path / "mine.yaml").write_text("name: mine\nattacks:\n  - {name: ifgsm, eps: 8/255, step: 3}\n")
+        assert cli.main(arguments) == 2
+        assert "did you mean 'steps'" in capsys.readouterr().err
+
+    def test_compare_runs_and_evaluations(self, digits, tmp_path, capsys):
+        folders = []
+        for config in (small(epochs=2), small(epochs=2, defence=Undefended())):
+            run(config, digits, tmp_path, protocols=["table1"], log=StringIO())
+            folders.append(tmp_path / config.name)
+        a, b = ([str(folder), str(folder / "record.json")] for folder in folders)
+        assert cli.main(["compare", a[0], b[1], "--protocol", "table1", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        first, second = (json.loads((folder / "record.json").read_text()) for folder in folders)
+        first, second = (record["evaluations"]["last"]["table1"] for record in (first, second))
+        assert found["clean"]["only_a"] - found["clean"]["only_b"] == first["clean_correct"] - second["clean_correct"]
+        strong = found["ifgsm-20 at 1/255"]
+        assert strong["only_a"] + strong["both"] == first["attacks"][3]["robust_correct"]
+        assert len(found) == 1 + 2 * 4
+        (tmp_path / "e.json").write_text(json.dumps(first))  # as odeadv evaluate writes it
+        assert cli.main(["compare", str(tmp_path / "e.json"), b[0], "--protocol", "table1"]) == 0
+        printed = capsys.readouterr().out
+        assert f"{100 * first['clean_accuracy']:7.2f}{100 * second['clean_accuracy']:7.2f}" in printed
+        assert "ifgsm-20 at 1/255, worst so far" in printed
+        assert cli.main(["compare", a[0], b[0]]) == 2
+        assert "has no 'table2' of its last weights, but table1" in capsys.readouterr().err
+
     def test_diagnose_one_run_and_two_side_by_side(self, digits, tmp_path, capsys):
         lad, plain = small(epochs=1), small(epochs=1, defence=Undefended())
         for config in (lad, plain):
@@ -431,6 +491,8 @@ class TestCommand:
             (["train", "nothing.yaml"], "nothing.yaml"),
             (["train", "nothing.yaml", "--preset", "cpu"], "preset, dataset: belong to --method"),
             (["evaluate", "nothing"], "nothing"),
+            (["evaluate", "nothing", "--protocol", "nothing.yaml"], "nothing.yaml"),
+            (["compare", "nothing.json", "nothing.json"], "nothing.json"),
             (["tune", "--method", "pgd", "--etas", "1"], "has no eta to choose"),
             (["report", "table1", "nowhere", "--out", "x"], "none of the 0"),
         ],
@@ -441,7 +503,7 @@ class TestCommand:
         assert message in error
         assert "Traceback" not in error
 
-    @pytest.mark.parametrize("command", ["train", "tune", "evaluate", "runs", "table", "report", "audit", "diagnose"])
+    @pytest.mark.parametrize("command", cli._COMMANDS)
     def test_help(self, command, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])

@@ -2,11 +2,11 @@
 
 Protocols are data (`PROTOCOLS` has the paper's); the attacks come from `odeadv.attacks`, and work that they share is
 done once. Every attack is scored under two names that are never mixed: on its last iterate (the paper's tables) and
-worst so far (stricter). Outcomes are kept for every example, so that `mcnemar` can compare two models in pairs.
-Imports torch, numpy, `odeadv._state` and `odeadv.attacks`; pyautoattack when used.
+worst so far (stricter). Outcomes are kept for every example, so that `mcnemar` and `compare` can set two models
+side by side. Imports torch, numpy, `odeadv._state` and `odeadv.attacks`; pyautoattack when used.
 """
 
-from odeadv.evaluation._compare import McNemar, mcnemar
+from odeadv.evaluation._compare import McNemar, compare, mcnemar
 from odeadv.evaluation._evaluate import evaluate
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
 from odeadv.evaluation._progress import ProgressLine
@@ -20,6 +20,7 @@ __all__ = [
     "McNemar",
     "ProgressLine",
     "Protocol",
+    "compare",
     "evaluate",
     "mcnemar",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -37,6 +37,37 @@ class McNemar:
     def difference(self) -> float:
         """Accuracy of the first less that of the second, in [-1, 1]."""
         return (self.only_a - self.only_b) / self.n
+
+    def to_dict(self) -> dict[str, float]:
+        """Everything as JSON-ready data."""
+        return {**asdict(self), "difference": self.difference}
+
+
+def compare(a: Evaluation, b: Evaluation) -> dict[str, McNemar]:
+    """`mcnemar` of everything that two evaluations by one protocol have in common.
+
+    There is no correction for looking at many: of twenty tests of equal models one has p < 0.05.
+
+    Args:
+        a: the first model's evaluation.
+        b: the second's, on the same examples, with the same attacks in the same order.
+
+    Returns:
+        Tests by what they are of: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``.
+
+    Raises:
+        TypeError, ValueError: as `mcnemar`, or for other attacks.
+    """
+    tests = {"clean": mcnemar(a, b, attack="clean")}
+    if len(a.attacks) != len(b.attacks):
+        raise ValueError(f"b: has {len(b.attacks)} attacks, expected the {len(a.attacks)} of a")
+    for place, (one, other) in enumerate(zip(a.attacks, b.attacks, strict=True)):
+        name = one.label if one.label not in tests else f"{one.label} (attack {place})"
+        if one.outcomes is not None and other.outcomes is not None:
+            tests[name] = mcnemar(a, b, attack=place)
+        if one.worst_so_far_outcomes is not None and other.worst_so_far_outcomes is not None:
+            tests[f"{name}, worst so far"] = mcnemar(a, b, attack=place, score="worst")
+    return tests
 
 
 def mcnemar(

@@ -18,7 +18,7 @@ from odeadv.experiments._launch import Job, launch
 from odeadv.experiments._rehearsal import rehearse
 from odeadv.experiments._report import write_report
 from odeadv.experiments._run import Measurement
-from odeadv.experiments._tables import PRESETS, TABLES, Table, configurations, with_eta
+from odeadv.experiments._tables import PRESETS, TABLES, Row, Table, configurations, with_eta
 from odeadv.training import TrainingDiverged, make_fabric
 
 
@@ -50,46 +50,55 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def make_table(table: Table, args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Run what is missing of ``table``, copy the records, write the page and the plot; returns an exit status."""
+def make_table(table: Table, args: argparse.Namespace) -> int:
+    """Run what is missing of ``table``, copy the records, write the page and the plot; returns an exit status.
+
+    Raises:
+        ValueError, OSError, ImportError: before any run starts, if something is missing or does not fit.
+    """
     preset = PRESETS[args.preset]
     dataset = args.dataset or preset.dataset
     if args.eta is not None:
         preset = with_eta(preset, table, dataset, args.eta)
     out = args.out or args.runs / f"{table.name}-{dataset}-{preset.name}"
     failed = 0
-    try:
-        if not args.render:
-            seeds = args.seeds or (preset.seeds if args.rehearse is None else preset.seeds[:1])
-            pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=seeds)
-            if args.list:
-                for row, config in pairs:
-                    print(f"{config.name}  {row.label}, seed {config.training.seed}")
-                total = sum(training_passes(config) for _, config in pairs)
-                if total:
-                    print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
-                return 0
-            if args.rehearse is not None:
-                return _rehearsed(table, [config for _, config in pairs], args)
-            protocols: tuple[str | Measurement, ...] = (table.protocol,)
-            if args.autoattack is not None:
-                protocols = (*protocols, Measurement(table.autoattack, args.autoattack, best=False))
-                require_packages(table.autoattack)
-            jobs = [Job(config, protocols) for _, config in pairs]
-            records, failures = launch(
-                jobs, args.runs, args.data, launcher=args.launcher, cpus=args.cpus, gpus=args.gpus
-            )
-            failed = len(failures)
-            if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the page
-                return 1 if failed else 0
-            for record, job in zip(records, [j for j in jobs if j not in [f.job for f in failures]], strict=True):
-                write_json(out / f"{job.config.name}.json", record)
-            for failure in failures:
-                print(f"{parser.prog}: {failure.job.config.name}: {failure.reason}")
-        print(write_report(table, preset, dataset, out, out))
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if not args.render:
+        seeds = args.seeds or (preset.seeds if args.rehearse is None else preset.seeds[:1])
+        pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=seeds)
+        if args.list:
+            return _list(pairs)
+        if args.rehearse is not None:
+            return _rehearsed(table, [config for _, config in pairs], args)
+        failed = _run(table, [config for _, config in pairs], args, out)
+        if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the page
+            return 1 if failed else 0
+    print(write_report(table, preset, dataset, out, out))
     return 1 if failed else 0
+
+
+def _list(pairs: Sequence[tuple[Row, RunConfig]]) -> int:
+    for row, config in pairs:
+        print(f"{config.name}  {row.label}, seed {config.training.seed}")
+    total = sum(training_passes(config) for _, config in pairs)
+    if total:
+        print(f"{len(pairs)} runs, {total:.3g} image passes to train them", file=sys.stderr)
+    return 0
+
+
+def _run(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace, out: Path) -> int:
+    """Run what is missing of ``configs`` and copy the records to ``out``; how many have failed."""
+    protocols: tuple[str | Measurement, ...] = (table.protocol,)
+    if args.autoattack is not None:
+        protocols = (*protocols, Measurement(table.autoattack, args.autoattack, best=False))
+        require_packages(table.autoattack)
+    jobs = [Job(config, protocols) for config in configs]
+    records, failures = launch(jobs, args.runs, args.data, launcher=args.launcher, cpus=args.cpus, gpus=args.gpus)
+    if not int(os.environ.get("RANK", "0")):
+        for record, job in zip(records, [j for j in jobs if j not in [f.job for f in failures]], strict=True):
+            write_json(out / f"{job.config.name}.json", record)
+        for failure in failures:
+            print(f"{failure.job.config.name}: {failure.reason}")
+    return len(failures)
 
 
 def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
@@ -113,7 +122,7 @@ def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namesp
     return 1 if failed else 0
 
 
-def make_figure2(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def make_figure2(args: argparse.Namespace) -> int:
     """Run what is missing of PGD training, then draw the Eq. 16 ratio from its records; returns an exit status."""
     preset = PRESETS[args.preset]
     dataset = args.dataset or preset.dataset
@@ -123,13 +132,10 @@ def make_figure2(args: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     status = 0
     if not args.render:
         args.methods = args.methods or list(METHODS)
-        status = make_table(TABLES["table2"], args, parser)
+        status = make_table(TABLES["table2"], args)
         if args.list or args.rehearse is not None or int(os.environ.get("RANK", "0")):
             return status
-    try:
-        print(write_figure2(preset, dataset, args.out, args.out))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(write_figure2(preset, dataset, args.out, args.out))
     return status
 
 
@@ -138,4 +144,7 @@ def main(name: str, description: str | None, arguments: Sequence[str] | None = N
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_table_arguments(parser)
     args = parser.parse_args(arguments)
-    return make_figure2(args, parser) if name == "figure2" else make_table(TABLES[name], args, parser)
+    try:
+        return make_figure2(args) if name == "figure2" else make_table(TABLES[name], args)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
