@@ -97,9 +97,11 @@ def test_every_table_has_a_page_at_every_preset(name, tmp_path):
             assert "Not run" not in text
             assert ("Not at this size" in text) == (rows_at(table, preset) != list(table.rows))
             for row in rows_at(table, preset):
-                assert f"| {row.label} | here, 3 seeds |" in text
+                assert re.search(rf"^\| {re.escape(row.label)} \| here(, eta [0-9.]+)?, 3 seeds \|", text, re.MULTILINE)
             for row, figures in table.paper(dataset).items():
-                assert f"| {table.row(row).label} | paper | " in text
+                assert re.search(
+                    rf"^\| {re.escape(table.row(row).label)} \| paper(, eta [0-9.]+)? \|", text, re.MULTILINE
+                )
                 assert set(figures) <= {"acc", "avg", *(column.key for column in table.columns)}
                 assert len(figures) >= len(table.columns)
 
@@ -240,6 +242,19 @@ def test_a_tuned_eta_makes_a_table():
         for _, config in configurations(table, preset, seeds=(0,))
     ]
     assert "eta 200 instead of 50 (PGD + LAD" in render(gather(table, preset, None, records)).splitlines()[0]
+
+
+def test_a_table_over_eta_shows_both_values_and_curves():
+    table, preset = TABLES["table5"], PRESETS["cpu"]
+    records = [
+        record(config, table.protocol, table.columns, lambda n: 0.5 - 0.01 * n)
+        for _, config in configurations(table, preset, dataset="cifar100", seeds=(0,))
+    ]
+    page = render(gather(table, preset, "cifar100", records))
+    assert "eta 7 times (14 times in batches of 128) the paper's (all with LAD)" in page.splitlines()[0]
+    assert "| PGD + LAD-SM, eta x 0.01 | paper, eta 10 |  | 22.43 | 15.98 |" in page
+    assert "| PGD + LAD-SM, eta x 0.01 | here, eta 70, 1 seed |" in page
+    assert "| PGD | here, 1 seed |" in page
 
 
 def test_sizes_may_differ_between_data_sets():

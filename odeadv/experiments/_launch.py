@@ -84,7 +84,9 @@ def launch(
     records: list[Record] = []
     failures: list[Failure] = []
     for number, job in enumerate(jobs, start=1):
-        label = f"[{number}/{len(jobs)} {job.config.method}, seed {job.config.training.seed}]"
+        eta = getattr(job.config.training.defence, "eta", 0.0)
+        method = f"{job.config.method}, eta {eta:g}" if eta else job.config.method
+        label = f"[{number}/{len(jobs)} {method}, seed {job.config.training.seed}]"
         try:
             fabric = make_fabric(precision=job.config.training.precision, accelerator=accelerator)
             fabric.launch()

@@ -15,7 +15,8 @@ from odeadv import _configuration as plain
 from odeadv._files import replacing, write_text
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._methods import passes
+from odeadv.experiments._methods import parse_method, passes
+from odeadv.experiments._plots import plot
 from odeadv.experiments._run import load_records
 from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Size, Table, configurations
 
@@ -95,6 +96,18 @@ class Results:
             values["avg"] = statistics.fmean(values[column.key] for column in self.table.columns)
         return values
 
+    @property
+    def sweeps_eta(self) -> bool:
+        """Whether the table is about eta: some rows are others with a multiple of it."""
+        return any(row.factor != 1.0 for row in self.table.rows)
+
+    def etas(self, row: Row) -> tuple[str, str]:
+        """The paper's eta and the one here, as the page says them; empty where they are the same in all rows."""
+        if not self.sweeps_eta or parse_method(row.method).scheme is None:
+            return "", ""
+        there, here = (f", eta {preset.eta(row, self.dataset):g}" for preset in (PRESETS["paper"], self.preset))
+        return there, here
+
     def difference(self, row: Row, other: Row, key: str) -> Difference | None:
         """``row`` less ``other`` in the column ``key``; None without common seeds."""
         here, there = self.runs[row.name], self.runs.get(other.name, {})
@@ -154,7 +167,7 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
     markdown = render(results)
     write_text(out / f"{table.name}.md", markdown)
     with replacing(out / f"{table.name}.png") as path:
-        _plot(results, path)
+        plot(results, path)
     return markdown
 
 
@@ -187,14 +200,14 @@ def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
     lines = _header(["Method", "", *labels])
     for row in results.table.rows:
         figures = paper.get(row.name)
+        there, here = results.etas(row)
         if figures:
-            lines.append(_line([row.label, "paper", *(_two(figures.get(key)) for key in keys)]))
+            lines.append(_line([row.label, f"paper{there}", *(_two(figures.get(key)) for key in keys)]))
         if row.name in results.runs:
             runs = results.runs[row.name]
             values = [results.accuracies(run) for run in runs.values()]
-            lines.append(
-                _line([row.label, f"here, {_count(runs, 'seed')}", *(_mean(v[key] for v in values) for key in keys)])
-            )
+            seeds = f"here{here}, {_count(runs, 'seed')}"
+            lines.append(_line([row.label, seeds, *(_mean(v[key] for v in values) for key in keys)]))
     return lines
 
 
@@ -402,13 +415,17 @@ def differences(results: Results) -> str:
     said: dict[str, list[str]] = {}
     for row in results.rows:
         for run in results.runs[row.name].values():
-            for text in _deviations(RunConfig.from_dict(run["config"]), papers[row.name], run):
+            config = RunConfig.from_dict(run["config"])
+            texts = _deviations(config, papers[row.name], run)
+            for text in [*texts, *_eta_deviation(config, papers[row.name], as_factor=results.sweeps_eta)]:
                 names = said.setdefault(text, [])
                 if row.label not in names:
                     names.append(row.label)
-    everywhere = len(results.rows)
+    labels = [row.label for row in results.rows]
+    defended = [row.label for row in results.rows if parse_method(row.method).scheme]
     for text, names in said.items():
-        parts.append(text if len(names) == everywhere else f"{text} ({', '.join(names)})")
+        who = "all with LAD" if names == defended and len(names) > 3 else ", ".join(names)
+        parts.append(text if names == labels else f"{text} ({who})")
     seeds = sorted({len(runs) for runs in results.runs.values()})
     if seeds[0] < len(PRESETS["paper"].seeds):
         parts.append(
@@ -420,6 +437,20 @@ def differences(results: Results) -> str:
             "evaluation mode, noise has standard deviation 0.1."
         )
     return f"Not the paper's protocol: {'; '.join(parts)}."
+
+
+def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> list[str]:
+    """How eta differs, as it is or as a multiple of the paper's, also for batches of the paper's size."""
+    mine, theirs = (getattr(config.training.defence, "eta", 0.0) for config in (here, paper))
+    if mine == theirs:
+        return []
+    batch = paper.training.batch_size
+    in_batches = batch / here.training.batch_size
+    unit = mine / theirs if as_factor else mine
+    times = " times" if as_factor else ""
+    same = f" ({unit * in_batches:g}{times} in batches of {batch})" if in_batches != 1 else ""
+    beside = "the paper's" if as_factor else f"instead of {theirs:g}"
+    return [f"eta {unit:g}{times}{same} {beside}"]
 
 
 def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
@@ -438,11 +469,6 @@ def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
     if mine["objective"] != theirs["objective"]:
         steps = mine["objective"].get("steps"), theirs["objective"].get("steps")
         parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
-    eta = mine["defence"].get("eta"), theirs["defence"].get("eta")
-    if eta[0] != eta[1]:
-        an_image = eta[0] * theirs["batch_size"] / mine["batch_size"]
-        same = f" ({an_image:g} in batches of {theirs['batch_size']})" if an_image != eta[0] else ""
-        parts.append(f"eta {eta[0]:g}{same} instead of {eta[1]:g}")
     if here.model.passes != paper.model.passes:
         parts.append(f"{here.model.passes} instead of {paper.model.passes} noisy passes averaged")
     if here.data.train_images or here.data.validation_images:
@@ -487,38 +513,3 @@ def _line(cells: Sequence[str]) -> str:
 
 def _header(names: Sequence[str]) -> list[str]:
     return [_line(names), _line(["---"] * len(names))]
-
-
-def _plot(results: Results, path: Path) -> None:
-    """Bars of the measured accuracies with standard deviations, the paper's as open circles."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    paper = results.table.paper(results.dataset)
-    keys = ["acc", *(column.key for column in results.table.columns), *(["avg"] if results.table.average else [])]
-    labels = [
-        "clean",
-        *(column.label for column in results.table.columns),
-        *(["average"] if results.table.average else []),
-    ]
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    width = 0.8 / len(results.rows)
-    for i, row in enumerate(results.rows):
-        values = [results.accuracies(run) for run in results.runs[row.name].values()]
-        at = [j + (i - (len(results.rows) - 1) / 2) * width for j in range(len(keys))]
-        means = [statistics.fmean(v[key] for v in values) for key in keys]
-        errors = [statistics.stdev([v[key] for v in values]) if len(values) > 1 else 0.0 for key in keys]
-        color = f"C{i % 10}"
-        axes.bar(at, means, width, yerr=errors, capsize=2, color=color, alpha=0.75, label=row.label)
-        figures = paper.get(row.name, {})
-        shown = [(x, figures[key]) for x, key in zip(at, keys, strict=True) if key in figures]
-        axes.plot([x for x, _ in shown], [y for _, y in shown], "o", mfc="none", mec=color, ms=4)
-    axes.set_xticks(range(len(keys)), labels)
-    axes.set_ylabel("accuracy, %")
-    axes.set_ylim(0, 100)
-    axes.set_title(f"{results.table.title}, {results.dataset}, preset {results.preset.name} (circles: paper)")
-    axes.legend(ncols=3, fontsize="small")
-    # No date in the file: equal records give an equal picture.
-    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -309,6 +309,10 @@ class Preset:
     seeds: tuple[int, ...]
     says: str
 
+    def eta(self, row: Row, dataset: str) -> float:
+        """Eta of a defended ``row``, for batches of this preset's size."""
+        return row.factor * self.sizes[row.method.split("+")[0]].eta[dataset]
+
 
 ETA = {"cifar10": 50.0, "cifar100": 1000.0, "digits": 50.0, "folder": 50.0}
 _PAPER = Size(56, 16, {"cifar10": 160, "cifar100": 300, "digits": 160, "folder": 160}, "fp32", ETA)
