@@ -21,6 +21,7 @@ from odeadv.evaluation._prepare import Gradients, prepare
 from odeadv.evaluation._probe import (
     GRADIENT_PROBES,
     PROBES,
+    Behaviour,
     batch_dependence,
     batch_forwards,
     behaviour,
@@ -114,22 +115,12 @@ def evaluate(
         "channels_last": channels_last,
     }
     settings |= {"fold": fold, "compile": compile, "gradients": gradients, "stochastic": stochastic}
-    with attacking(
-        model, "eval", device
-    ):  # also leaves inference mode, which the session's tensors must not be made in
+    # This leaves inference mode too, which the session's tensors must not be made in.
+    with attacking(model, "eval", device):
         run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
         probe = run.load(slice(0, PROBES)).images
-        refuse_dtype(model, probe)
-        first = behaviour(model, probe)
-        check_logits(first.logits, len(probe), int(labels.max()))
-        if num_classes is not None and first.logits.shape[1] != num_classes:
-            raise ValueError(
-                f"model: returned {first.logits.shape[1]} logits an image, expected num_classes, {num_classes}"
-            )
-        refuse(first, stochastic=stochastic)
+        first = _looked_at(model, probe, int(labels.max()), num_classes, stochastic=stochastic)
         single = not first.random  # of a random model only single draws are asked, which nothing can be told from
-        if single:
-            refuse_batches(batch_dependence(model, probe, first.logits))
         ignored = first.changed_attributes
         identity = {"model": model_digest(model, ignored), "data": data_digest(images, labels)}
         journal = None
@@ -159,15 +150,39 @@ def evaluate(
         run.everything(journal)
         if gradients == "bf16":
             checks["bf16"] = run.bf16_check(model)
-        with torch.no_grad():
-            if not stochastic and differs(first.logits, model(probe)):
-                raise ValueError(
-                    "model: its logits of the first images have changed during the evaluation, so it keeps a state "
-                    f"(changed by a forward: {', '.join(first.changed_attributes) or 'not seen'}); expected a model "
-                    "whose answers depend on the image only"
-                )
+        if not stochastic:
+            _look_again(model, probe, first)
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
     return run.result(time.perf_counter() - began, identity, settings, checks)
+
+
+def _looked_at(
+    model: nn.Module, probe: Tensor, highest: int, num_classes: int | None, *, stochastic: bool
+) -> Behaviour:
+    """What the model does with the first images; ValueError if outcomes would mean nothing."""
+    refuse_dtype(model, probe)
+    first = behaviour(model, probe)
+    check_logits(first.logits, len(probe), highest)
+    if num_classes is not None and first.logits.shape[1] != num_classes:
+        raise ValueError(
+            f"model: returned {first.logits.shape[1]} logits an image, expected num_classes, {num_classes}"
+        )
+    refuse(first, stochastic=stochastic)
+    if not first.random:
+        refuse_batches(batch_dependence(model, probe, first.logits))
+    return first
+
+
+def _look_again(model: nn.Module, probe: Tensor, first: Behaviour) -> None:
+    """ValueError if the first images do not have the logits they had at the beginning."""
+    with torch.no_grad():
+        again = model(probe)
+    if differs(first.logits, again):
+        raise ValueError(
+            "model: its logits of the first images have changed during the evaluation, so it keeps a state (changed by "
+            f"a forward: {', '.join(first.changed_attributes) or 'not seen'}); expected a model whose answers depend "
+            "on the image only"
+        )
 
 
 def _checked(data: object) -> tuple[Tensor, Tensor]:
