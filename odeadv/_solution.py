@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -79,9 +79,14 @@ class SolveError(RuntimeError):
         super().__init__(f"solve: {solution.status.message} ({cost}); {HINTS[solution.status]}")
         self.solution = solution
 
+    def __reduce__(self) -> tuple[type[SolveError], tuple[Solution]]:
+        return SolveError, (self.solution,)
+
 
 class Solution:
     """States of a solve at the times asked for, with the costate, output, loss and cost.
+
+    It can be pickled and copied, without graphs and without the costate, which holds the field.
 
     Attributes:
         ts: the saved times, shape ``(K,)``.
@@ -117,6 +122,17 @@ class Solution:
         self._costate = costate
         self._record = record
         self._last_good = last_good
+        self._copied = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        t, x = self.last_good
+        values: dict[str, Any] = {name: _detached(getattr(self, name)) for name in ("ts", "xs", "output", "loss")}
+        values |= {"status": self.status, "stats": self.stats, "scheme": self.scheme}
+        return {**values, "_costate": None, "_record": None, "_last_good": (t, x.detach()), "_copied": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        good = state["_last_good"]
+        self.__dict__.update({**state, "_last_good": lambda: good})
 
     @property
     def costate(self) -> Costate:
@@ -129,6 +145,11 @@ class Solution:
             AttributeError: if the field has no loss, and so no costate.
         """
         if self._costate is None:
+            if self._record is None and self._copied:
+                raise AttributeError(
+                    "costate: is not kept in copies and files of a solution; keep sol.costate.nodes and "
+                    "sol.costate.grid.times beside it"
+                )
             if self._record is None:
                 raise AttributeError("costate: the field has no loss; solve an odeadv.AdversarialField to get one")
             self._costate = self._record()
@@ -183,3 +204,9 @@ class Solution:
             f"Solution({self.scheme}: t {self.ts[0].item():g} to {self.ts[-1].item():g}, {self.stats.steps} steps, "
             f"xs {shape}{loss}, evaluations: {cost}, vjps {self.stats.vjps}, {self.status.name})"
         )
+
+
+def _detached(value: Tensor | Sequence[Tensor] | None) -> Tensor | tuple[Tensor, ...] | None:
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.detach()
+    return tuple(item.detach() for item in value)

@@ -1,7 +1,9 @@
 """`odeadv.solve` against closed forms: values, orders, gradients, bitwise identities, times."""
 
+import copy
 import functools
 import math
+import pickle
 import re
 import warnings
 
@@ -1228,6 +1230,28 @@ def test_assertions_of_a_field_and_step_limits_of_torchdiffeq_are_not_taken_for_
     short = odeadv.TorchDiffEq("dopri5", options={"max_num_steps": 1})
     with pytest.raises(ValueError, match="substep: 'torchdiffeq:dopri5' needs more steps than its option"):
         odeadv.solve(lambda t, x: torch.sin(20 * t) * x, X0, (0.0, 10.0), steps=1, substep=short)
+
+
+def test_solutions_and_failures_can_be_pickled_and_copied():
+    w = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    field = odeadv.AdversarialField(lambda t, x: w * x, lambda x: (x**2).sum(), eta=0.1)
+    sol = odeadv.solve(field, torch.ones(3, dtype=torch.float64), (0.0, 1.0), dt=0.25, save_at="steps")
+    for again in (pickle.loads(pickle.dumps(sol)), copy.deepcopy(sol), pickle.loads(pickle.dumps(copy.copy(sol)))):
+        assert all(torch.equal(getattr(again, name), getattr(sol, name)) for name in ("ts", "xs", "output", "loss"))
+        assert not again.xs.requires_grad
+        assert (again.status, again.stats, again.scheme) == (sol.status, sol.stats, sol.scheme)
+        assert repr(again) == repr(sol)
+        assert torch.equal(again.last_good[1], sol.xs[-1])
+        with pytest.raises(AttributeError, match="is not kept in copies"):
+            again.costate  # noqa: B018
+    assert sol.xs.requires_grad
+    assert torch.equal(sol.costate.nodes[-1], sol.costate(1.0))  # the original has lost nothing
+    with pytest.raises(odeadv.SolveError) as caught:
+        odeadv.solve(lambda t, x: x * x, torch.ones(1, dtype=torch.float64), (0.0, 20.0), dt=0.1)
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert str(error) == str(caught.value)
+    assert error.solution.last_good[0] == caught.value.solution.last_good[0]
+    assert error.solution.last_good[1].isfinite().all()
 
 
 def test_last_good_of_a_success_is_the_end_of_that_very_run():
