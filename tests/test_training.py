@@ -511,6 +511,10 @@ def test_learning_rate_schedule_is_the_papers():
         (lambda: Layerwise("lie", -1.0), r"^eta: got -1"),
         (lambda: Layerwise("strang", perturbation="input"), "^scheme: got 'strang' with perturbation='input'"),
         (lambda: Layerwise("lie", sweeps=0), "^sweeps: got 0"),
+        (lambda: Layerwise("lie", sweeps=1.5), r"^sweeps: got 1\.5, expected an integer"),
+        (lambda: Layerwise("lie", ascent=2.5), r"^ascent: got 2\.5"),
+        (lambda: config(milestones=80), "^milestones: got 80, expected a list"),
+        (lambda: config(seed=2**70), "^seed: got"),
         (lambda: Pgd(eps=-1.0), "^eps: got -1"),
         (lambda: Pgd(steps=0), "^steps: got 0"),
         (lambda: Trades(lam=0.0), "^lam: got 0"),
@@ -529,3 +533,38 @@ def test_what_cannot_be_trained_is_refused():
         train(torch.nn.Linear(2, 2), tiny_data(), config())
     with pytest.raises(TypeError, match=r"^objective: got 'pgd'"):
         config(objective="pgd")
+    with pytest.raises(TypeError, match=r"^channels_last: got 'no'"):
+        config(channels_last="no")
+    with pytest.raises(TypeError, match=r"^data: got tuple, expected an instance of ImageDataset"):
+        train(tiny_net(), (1, 2), config())
+    with pytest.raises(TypeError, match=r"^config: got dict, expected an instance of TrainConfig"):
+        train(tiny_net(), tiny_data(), {"epochs": 1})
+    with pytest.raises(ValueError, match=r"^net: has no parameter with requires_grad"):
+        train(tiny_net().requires_grad_(False), tiny_data(), config())
+    with pytest.raises(TypeError, match=r"^net: has parameters of torch\.float16"):
+        train(tiny_net().half(), tiny_data(), config())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), "^validation images: got dtype torch.float32"),
+        (
+            torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+            torch.zeros(4, dtype=torch.int64),
+            "^validation images: got shape",
+        ),
+        (
+            torch.zeros(4, 8, 8, 3, dtype=torch.uint8),
+            torch.zeros(3, dtype=torch.int64),
+            "^validation labels: got shape",
+        ),
+        (torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.full((4,), 99), "^validation labels: got labels from 99"),
+    ],
+)
+def test_validation_images_that_do_not_fit_are_refused_before_the_first_epoch(images, labels, message):
+    def on_step(*args):
+        raise AssertionError("training has begun")
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        train(tiny_net(), tiny_data(), config(), validation=(images, labels), on_step=on_step)

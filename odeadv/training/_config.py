@@ -57,9 +57,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         with_floats(self)
+        if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
+            raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        if not all(isinstance(epoch, int) and epoch >= 0 for epoch in self.milestones):
-            raise ValueError(f"milestones: got {self.milestones}, expected numbers of epochs")
+        for name in ("channels_last", "sync_batchnorm", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, base in (("objective", Objective), ("defence", Defence)):
             if not isinstance(getattr(self, name), base):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected an instance of {base.__name__}")
@@ -73,6 +76,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number, at least 0")
         if not self.stop_above > 0:
             raise ValueError(f"stop_above: got {self.stop_above}, expected a number above 0")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
         if self.milestones and max(self.milestones) > self.epochs:
@@ -86,3 +91,7 @@ class TrainConfig:
         """The learning rate of epoch number ``epoch``, counted from 0."""
         passed = sum(milestone <= epoch for milestone in self.milestones)
         return float(self.lr * 0.1**passed)
+
+
+def _is_epoch(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

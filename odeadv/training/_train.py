@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from odeadv._precision import warn_of_imitated_bf16
 from odeadv._solution import SolveError
 from odeadv._state import untouched
 from odeadv.data import Batches, ImageDataset, to_float
+from odeadv.data._checks import check_images, check_labels, check_range
 from odeadv.diagnostics import Perturbation, perturbation
 from odeadv.models import Network
 from odeadv.models._network import FieldNetwork
@@ -88,7 +90,7 @@ def train(
     config: TrainConfig,
     *,
     validation: tuple[Tensor, Tensor] | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 120.0,
     identity: Any = None,
     fabric: Fabric | None = None,
@@ -120,8 +122,10 @@ def train(
         One result an epoch, and the best weights.
 
     Raises:
+        TypeError: if an argument is of another type, or the network of another dtype than float32 or float64.
         ValueError: if the training set is smaller than a batch, the batch cannot be shared equally between the
-            processes, or the checkpoints are those of another run.
+            processes, the network has nothing to train, the validation images or labels do not fit, or the checkpoints
+            are those of another run.
         TrainingDiverged: if a loss or state is NaN or infinite or the loss above ``config.stop_above``, with the
             epoch, the step, the layer with the largest perturbation, and what to try.
         OSError: if a checkpoint cannot be written.
@@ -130,7 +134,8 @@ def train(
         RuntimeWarning: if bf16 is asked for on a CPU that only imitates it.
     """
     module = _module(net)
-    _check(data, config, fabric)
+    _check(data, config, fabric, validation)
+    checkpoints = None if checkpoints is None else Path(checkpoints)
     if fabric is None:
         fabric = make_fabric(precision=config.precision)
     if config.precision == "bf16":
@@ -448,6 +453,14 @@ def _module(net: Network) -> FieldNetwork:
             f"net: got {type(net).__name__}, expected a torch.nn.Module with field(images, labels, eta), see "
             "odeadv.models.Network"
         )
+    dtypes = {parameter.dtype for parameter in net.parameters() if parameter.requires_grad}
+    if not dtypes:
+        raise ValueError("net: has no parameter with requires_grad, expected some to train")
+    if not dtypes <= {torch.float32, torch.float64}:
+        raise TypeError(
+            f"net: has parameters of {', '.join(map(str, dtypes))}, expected torch.float32 (or float64); the "
+            'precision "bf16" of the configuration computes in bfloat16 and keeps them so'
+        )
     found: Any = net
     return found  # type: ignore[no-any-return]
 
@@ -456,7 +469,18 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _check(data: ImageDataset, config: TrainConfig, fabric: Fabric | None) -> None:
+def _check(
+    data: ImageDataset, config: TrainConfig, fabric: Fabric | None, validation: tuple[Tensor, Tensor] | None
+) -> None:
+    for name, value, kind in (("data", data, ImageDataset), ("config", config, TrainConfig)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected an instance of {kind.__name__}")
+    if validation is not None:
+        if not isinstance(validation, (tuple, list)) or len(validation) != 2:
+            raise TypeError(f"validation: got {type(validation).__name__}, expected a pair (images, labels)")
+        check_images("validation images", validation[0])
+        check_labels("validation labels", validation[1], validation[0])
+        check_range("validation labels", validation[1], data.num_classes)
     if len(data.train_images) < config.batch_size:
         raise ValueError(
             f"batch_size: got {config.batch_size} for {len(data.train_images)} training images, expected at most that"

@@ -51,11 +51,12 @@ class Layerwise(Defence, name="layerwise"):
         object.__setattr__(self, "scheme", schemes.get(self.scheme).name)  # an alias is the same run
         if not math.isfinite(self.eta) or self.eta < 0:
             raise ValueError(f"eta: got {self.eta}, expected a finite number, at least 0")
-        if self.sweeps != "converge" and self.sweeps < 1:
-            raise ValueError(f"sweeps: got {self.sweeps}, expected at least 1, or 'converge'")
-        if self.ascent is not None and (self.ascent < 1 or self.sweeps != 1):
+        if self.sweeps != "converge" and not _is_count(self.sweeps):
+            raise ValueError(f"sweeps: got {self.sweeps!r}, expected an integer of at least 1, or 'converge'")
+        if self.ascent is not None and (not _is_count(self.ascent) or self.sweeps != 1):
             raise ValueError(
-                f"ascent: got {self.ascent} with sweeps={self.sweeps}, expected at least 1, without sweeps"
+                f"ascent: got {self.ascent!r} with sweeps={self.sweeps!r}, expected an integer of at least 1, without "
+                "sweeps"
             )
         if self.perturbation not in ("costate", "random", "shuffled", "input"):
             raise ValueError(
@@ -89,6 +90,10 @@ class Layerwise(Defence, name="layerwise"):
         assert solution.loss is not None
         assert solution.output is not None
         return Passed(solution.loss, solution.output)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _instead(perturbation: Perturbation, nodes: Sequence[Tensor], draws: Draws) -> list[Tensor]:
