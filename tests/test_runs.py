@@ -151,6 +151,28 @@ class TestFolder:
         with pytest.raises(ValueError, match=r"^launcher: got 'slurm'"):
             launch(jobs, tmp_path, launcher="slurm")
 
+    def test_two_processes_share_the_runs_of_one_list(self, digits, tmp_path):
+        """What another process has is left to it until there is nothing else to do, and then waited for."""
+        jobs = [Job(small(epochs=1), ("table1",)), Job(small(epochs=1, seed=1)), Job(small(epochs=1, lr=1e30))]
+        theirs = FileLock(tmp_path / jobs[0].config.name / ".lock", thread_local=False)
+        (tmp_path / jobs[0].config.name).mkdir()
+        theirs.acquire()
+        text = []
+
+        class Log(StringIO):
+            def write(self, line):
+                if "failed" in line:  # the last of the others
+                    theirs.release()
+                text.append(line)
+                return len(line)
+
+        records, failures = launch(jobs, tmp_path, log=Log(), pause=0.1)
+        assert [record["key"] for record in records] == [jobs[0].config.key, jobs[1].config.key]
+        assert [failure.job for failure in failures] == [jobs[2]]
+        shown = "".join(text)
+        assert shown.count("is run by another process, others first") == 1
+        assert shown.index("seed 1] epoch 1/1") < shown.index("seed 0] epoch 1/1")
+
     def test_a_folder_with_anything_in_it_can_be_listed(self, digits, tmp_path, capsys):
         run(small(), digits, tmp_path, protocols=("table1",), log=StringIO())
         path = tmp_path / small().name / "record.json"

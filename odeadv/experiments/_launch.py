@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
 from odeadv import data
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._run import Measurement, Record, run
+from odeadv.experiments._run import Measurement, Record, RunLockedError, run
 from odeadv.training import make_fabric
 
 Launcher = Literal["local", "ray"]
@@ -53,8 +55,12 @@ def launch(
     log: TextIO | None = None,
     tensorboard: bool = False,
     accelerator: str = "auto",
+    pause: float = 10.0,
 ) -> tuple[list[Record], list[Failure]]:
     """Run all ``jobs``; one that fails does not keep the others from running.
+
+    Several processes may be given the same jobs, one for each core or GPU: each takes what no other has, and at the end
+    waits for the runs of the others.
 
     Args:
         jobs: what to run; a run that is finished is not run again.
@@ -67,6 +73,7 @@ def launch(
         log: where progress goes; standard error if not given.
         tensorboard: write event files too.
         accelerator: of lightning-fabric.
+        pause: seconds between looks at runs that another process has, when nothing else is left.
 
     Returns:
         The records of the runs that ended, in the order of ``jobs``, and the failures.
@@ -81,26 +88,45 @@ def launch(
     log = log or sys.stderr
     if launcher == "ray":
         return _on_ray(jobs, runs, folder, cpus, gpus, log)
-    records: list[Record] = []
-    failures: list[Failure] = []
-    for number, job in enumerate(jobs, start=1):
-        eta = getattr(job.config.training.defence, "eta", 0.0)
-        method = f"{job.config.method}, eta {eta:g}" if eta else job.config.method
-        label = f"[{number}/{len(jobs)} {method}, seed {job.config.training.seed}]"
+    results: dict[int, Record | Failure] = {}
+    waiting, elsewhere = deque(enumerate(jobs)), set[int]()
+    in_a_row = 0
+    while waiting:
+        number, job = waiting.popleft()
+        label = f"[{number + 1}/{len(jobs)} {_named(job.config)}]"
         try:
             fabric = make_fabric(precision=job.config.training.precision, accelerator=accelerator)
             fabric.launch()
             images = loaded[job.config.data.name]
-            records.append(
-                run(
-                    job.config, images, runs, protocols=job.protocols, label=label, log=log, tensorboard=tensorboard,
-                    fabric=fabric,
-                )
+            results[number] = run(
+                job.config, images, runs, protocols=job.protocols, label=label, log=log, tensorboard=tensorboard,
+                fabric=fabric,
             )  # fmt: skip
+            in_a_row = 0
         except Exception as error:  # whatever it is, the runs after it are not to blame
-            failures.append(Failure(job, str(error) or type(error).__name__))
+            if isinstance(error, RunLockedError) and fabric.world_size == 1:
+                if number not in elsewhere:
+                    print(f"{label} is run by another process, others first", file=log, flush=True)
+                elsewhere.add(number)
+                waiting.append((number, job))
+                in_a_row += 1
+                time.sleep(pause if in_a_row >= len(waiting) else 0.0)
+                continue
+            results[number] = Failure(job, str(error) or type(error).__name__)
             print(f"{label} failed: {error}", file=log, flush=True)
-    return records, failures
+    return _sorted(results)
+
+
+def _named(config: RunConfig) -> str:
+    eta = getattr(config.training.defence, "eta", 0.0)
+    return f"{config.method}{f', eta {eta:g}' if eta else ''}, seed {config.training.seed}"
+
+
+def _sorted(results: Mapping[int, Record | Failure]) -> tuple[list[Record], list[Failure]]:
+    """Records and failures, each in the order of the jobs."""
+    inorder = [results[number] for number in sorted(results)]
+    failures = [found for found in inorder if isinstance(found, Failure)]
+    return [found for found in inorder if not isinstance(found, Failure)], failures
 
 
 def _on_ray(
@@ -128,9 +154,7 @@ def _on_ray(
             results[number] = Failure(job, str(cause))
             how = f"failed: {cause}"
         print(f"[{len(results)}/{len(jobs)}] {job.config.name} {how}", file=log, flush=True)
-    records = [results[n] for n in range(len(jobs)) if not isinstance(results[n], Failure)]
-    failures = [found for found in results.values() if isinstance(found, Failure)]
-    return records, failures  # type: ignore[return-value]
+    return _sorted(results)
 
 
 def _one(job: Job, runs: Path, folder: Path | None, threads: int) -> Record:
