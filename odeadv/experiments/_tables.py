@@ -330,7 +330,7 @@ _CPU = Size(
     train_images=5000, test_images=2000, validation_images=200, passes=10, batch_size=64,
 )  # fmt: skip
 # Eta on CIFAR-10 was chosen by `odeadv tune`: docs/results/tune/pgd-cifar10-cpu.json. On CIFAR-100 it is the paper's
-# 1000 times the least Eq. 16 ratio of plain PGD here, 7e5, over the paper's, 1e5: as large beside the field.
+# 1000 times the Eq. 16 ratio that plain PGD settles at here, 7e5, over the least of the paper, 1e5.
 _CPU_ADVERSARIAL = replace(
     _CPU, eta={**_CPU.eta, "cifar10": 50.0, "cifar100": 7000.0}, attack_steps=7,
     # CIFAR-100 has ten times the classes: twice the images, at about the same price.
