@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -87,7 +86,6 @@ def tiled(images: Tensor, generator: torch.Generator, *, eps: float) -> Tensor:
     return images + eps * divided(whole, _length(whole, (1, 2, 3)))
 
 
-@cache
 def pattern(side: int) -> Tensor:
     """(side, side) float64 of length 1: a positive bump beside a negative one, each falling off from its middle."""
     half = side // 2
