@@ -316,9 +316,8 @@ class TestSquareInL2:
         torch.testing.assert_close(pattern(3), by_hand.double() / by_hand.double().norm())
         for size in range(1, 12):
             assert pattern(size).norm() == pytest.approx(1.0)
-            pattern(
-                size
-            ).zero_()  # a tensor of its own: one that was kept would be of the mode and device it was made in
+            pattern(size).zero_()
+            assert pattern(size).any()  # no tensor is kept, of the mode and device that it was made in
 
     def test_first_query_has_bumps_in_tiles(self) -> None:
         images = self.images()
