@@ -17,6 +17,7 @@ from odeadv.attacks._losses import Loss, PerExampleLoss, Rule, Truth, cross_entr
 __all__ = ["Loss", "Objective", "PerExampleLoss", "Scores", "Tally", "attacking", "constant", "reseed", "resolve_loss"]
 
 _LOGITS_NOT_FINITE = "model: returned logits that are not finite, so no attack on it can be trusted"
+_LOSS_NAN = "loss: returned NaN for finite logits, by which no attack can rank images"
 _GRADIENT_NOT_FINITE = "model: the gradient of the loss with respect to the images contains NaN or infinity"
 
 
@@ -192,6 +193,7 @@ class Objective:
             raise TypeError(f"loss: returned {type(losses).__name__}, expected a tensor of shape ({n},)")
         if losses.shape != (n,):
             raise ValueError(f"loss: returned shape {tuple(losses.shape)}, expected ({n},), one for each image")
+        self._check(~losses.detach().isnan().any(), _LOSS_NAN)
         return logits, losses
 
     def _forward(self, images: Tensor, index: Tensor | None) -> Tensor:
@@ -208,10 +210,12 @@ class Objective:
         return answered(self._model, images.clone() if first else images)
 
     def _check_finite(self, tensor: Tensor, message: str) -> None:
-        finite = (tensor.detach() * 0).sum() == 0  # a tenth of the time of isfinite().all()
+        self._check((tensor.detach() * 0).sum() == 0, message)  # a tenth of the time of isfinite().all()
+
+    def _check(self, good: Tensor, message: str) -> None:
         if self._deferred:
-            self._finite[message] = finite & self._finite.get(message, finite)
-        elif not finite:
+            self._finite[message] = good & self._finite.get(message, good)
+        elif not good:
             raise ValueError(message)
 
 

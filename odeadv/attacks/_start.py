@@ -97,6 +97,9 @@ def resolve_start(
         started = draw(images, drawn_from)
         if not isinstance(started, Tensor) or started.shape != images.shape:
             raise ValueError(f"start: returned {_described(started)}, expected a tensor of shape {tuple(images.shape)}")
+        # Our own draws are not looked at: to wait for the answer stops an accelerator's queue.
+        if not isinstance(draw, Gaussian) and not (~started.isnan()).all():
+            raise ValueError("start: returned NaN, expected pixel values")
         return ball.project(torch.empty_like(images).copy_(started.detach()))
 
     return projected, True
@@ -107,6 +110,8 @@ def _tensor_start(given: Tensor, images: Tensor) -> Start:
         raise ValueError(
             f"start: got {_described(given)}, expected floating {tuple(images.shape)} on the device of the images"
         )
+    if not (~given.isnan()).all():
+        raise ValueError("start: contains NaN, expected pixel values")
     return lambda clean, ball: ball.project(torch.empty_like(clean).copy_(given.detach()))
 
 

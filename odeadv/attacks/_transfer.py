@@ -93,9 +93,11 @@ def transfer(
         (n, ...), chosen by `worst_of` among one attacked version for each surrogate.
 
     Raises:
-        TypeError: as `worst_of`.
+        TypeError: as `worst_of`, and if ``surrogates`` is a model itself.
         ValueError: as `worst_of`, and if there are no surrogates.
     """
+    if isinstance(surrogates, nn.Module):  # a Sequential would be taken for a sequence of its layers
+        raise TypeError(f"surrogates: got one {type(surrogates).__name__}, expected a sequence of models, e.g. [model]")
     if not surrogates:
         raise ValueError("surrogates: got none, expected at least one model")
     check_model(model)

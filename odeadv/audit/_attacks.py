@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -205,12 +206,15 @@ def _planted(subject: Subject, name: str, found: Found) -> Check:
     if not keep.any():
         return not_applicable(name, "no two examples of different classes are classified correctly", _MEANING[name])
     inside, outside, labels = subject.images[index][keep], ends[keep], labels[keep]
-    for _ in range(_BISECTIONS):
+    # Images are at most 1 apart, so that many halvings come to eps/8.
+    for _ in range(max(_BISECTIONS, math.ceil(math.log2(8 / subject.eps)))):
         middle = (inside + outside) / 2
         good = (subject.logits(middle).argmax(dim=1) == labels).reshape(-1, *(1 for _ in middle.shape[1:]))
         inside, outside = torch.where(good, middle, inside), torch.where(good, outside, middle)
     distance = (inside - outside).flatten(1).abs().amax(dim=1)
     near = distance <= subject.eps / 4  # the planted example is well within the ball
+    if not near.any():
+        return not_applicable(name, "the boundary cannot be located to eps/4 in this precision", _MEANING[name])
     inside, labels = inside[near], labels[near]
     attacked = attacks.ifgsm(
         subject.model, inside, labels, eps=subject.eps, alpha=subject.eps / 4, steps=subject.steps, keep="worst"

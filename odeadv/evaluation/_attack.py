@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.attacks._checks import check_logits
+from odeadv.attacks._l2 import L2Ball
 from odeadv.attacks._linf import linf_bounds
 from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, takes
 
@@ -95,12 +96,28 @@ def _autoattack(
         attack = autoattack(model, eps=spec.eps, seed=seed, device=images.device, **options)
         with torch.no_grad():
             classes = model(plain[:1]).shape[1]
+        _check_classes(attack.attacks_to_run, classes)
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(part.n_target_classes, classes - 1)
         found, _ = attack.run_standard_evaluation(plain, labels, batch_size=len(plain))
+    # Its own balls are up to a rounding wider.
     if options["norm"] == "Linf":
-        found = linf_bounds(plain, spec.eps).project(found)  # its own ball is up to a rounding wider
+        found = linf_bounds(plain, spec.eps).project(found)
+    elif options["norm"] == "L2":
+        found = L2Ball(plain, spec.eps).project(found)
     return found.detach(), list(dict.fromkeys(warned))
+
+
+def _check_classes(names: Collection[str], classes: int) -> None:
+    """ValueError if a part's loss takes logits that there are not: DLR has the third largest."""
+    least = {"apgd-dlr": 3, "apgd-t": 4}
+    for name in names:
+        if classes < least.get(name, 2):
+            fit = [other for other in ("apgd-ce", "apgd-dlr", "fab-t", "square") if classes >= least.get(other, 2)]
+            raise ValueError(
+                f"attacks: {name!r} of AutoAttack needs at least {least[name]} classes, but the model has {classes}; "
+                f"take options={{'version': 'custom', 'attacks': {tuple(fit)!r}}}"
+            )
 
 
 def _pyautoattack() -> Any:

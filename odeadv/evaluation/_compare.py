@@ -53,7 +53,8 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, McNemar]:
         b: the second's, on the same examples, with the same attacks in the same order.
 
     Returns:
-        Tests by what they are of: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``.
+        Tests by what they are of: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``; with
+        the place of the attack where a label occurs more than once, ``"pgd-20 at 8/255 (attack 3)"``.
 
     Raises:
         TypeError, ValueError: as `mcnemar`, or for other attacks.
@@ -61,8 +62,10 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, McNemar]:
     tests = {"clean": mcnemar(a, b, attack="clean")}
     if len(a.attacks) != len(b.attacks):
         raise ValueError(f"b: has {len(b.attacks)} attacks, expected the {len(a.attacks)} of a")
+    labels = [result.label for result in a.attacks]
     for place, (one, other) in enumerate(zip(a.attacks, b.attacks, strict=True)):
-        name = one.label if one.label not in tests else f"{one.label} (attack {place})"
+        # Options are not in a label: two attacks that differ in nothing else are told apart by their place.
+        name = one.label if labels.count(one.label) == 1 else f"{one.label} (attack {place})"
         if one.outcomes is not None and other.outcomes is not None:
             tests[name] = mcnemar(a, b, attack=place)
         if one.worst_so_far_outcomes is not None and other.worst_so_far_outcomes is not None:

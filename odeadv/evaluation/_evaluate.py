@@ -29,6 +29,7 @@ from odeadv.evaluation._probe import (
     refuse,
     refuse_batches,
     refuse_dtype,
+    whole_batch_dependence,
 )
 from odeadv.evaluation._protocols import Protocol, resolve_protocol
 from odeadv.evaluation._session import Session
@@ -79,9 +80,10 @@ def evaluate(
         stochastic: accept a model whose answers differ between two passes on the same images; every outcome is then
             one draw. Average over passes (EOT) where you can.
         fold: fold batch norms, on a copy of the model; outcomes are the same but for ties decided by rounding.
-        compile: compile a copy of the model with ``torch.compile``, for full batches; it takes seconds to minutes.
-            Where it fails a warning says so and the evaluation goes on without.
-        gradients: ``"bf16"`` differentiates a copy of the model under bfloat16 autocast. Images are scored in full
+        compile: compile a copy of the model with ``torch.compile``, for full batches of FGSM and IFGSM; it takes
+            seconds to minutes. Where it fails a warning says so and the evaluation goes on without.
+        gradients: ``"bf16"`` differentiates a copy of the model under bfloat16 autocast, for FGSM and IFGSM; what an
+            option does not serve is in ``notes``. Images are scored in full
             precision all the same, and ``checks`` of the result says how many outcomes of a subsample differ from
             those by full gradients.
 
@@ -121,6 +123,9 @@ def evaluate(
         probe = run.load(slice(0, PROBES)).images
         first = _looked_at(model, probe, int(labels.max()), num_classes, stochastic=stochastic)
         single = not first.random  # of a random model only single draws are asked, which nothing can be told from
+        whole = run.load(slice(0, batch_size)).images
+        if single:
+            refuse_batches(whole_batch_dependence(model, whole, first.logits))
         ignored = first.changed_attributes
         identity = {"model": model_digest(model, ignored), "data": data_digest(images, labels)}
         journal = None
@@ -137,14 +142,19 @@ def evaluate(
             run.notes.append(f"a forward pass changes {', '.join(ignored)} of the model; its answers did not follow")
         run.prepared = prepare(
             model,
-            run.load(slice(0, batch_size)).images if fold or compile else probe,
+            whole if fold or compile else probe,
             batch_size=batch_size,
             folded=fold,
             compiled=compile,
             gradients=gradients,
         )
         run.notes += run.prepared.notes
-        checks: dict[str, Any] = {"probe_forward_passes": 5 * len(probe) + single * batch_forwards(len(probe))}
+        apart = sorted({spec.label for spec in protocol.attacks if not spec.shared})
+        if apart and (compile or gradients == "bf16"):
+            asked = " and ".join(["compile=True"] * compile + ["gradients='bf16'"] * (gradients == "bf16"))
+            run.notes.append(f"{asked}: for FGSM and IFGSM without options only, not for {', '.join(apart)}")
+        probed = 5 * len(probe) + single * (batch_forwards(len(probe)) + len(whole))
+        checks: dict[str, Any] = {"probe_forward_passes": probed}
         tried = run.try_gradients(GRADIENT_PROBES)
         checks["probe_forward_passes"] += tried
         run.everything(journal)

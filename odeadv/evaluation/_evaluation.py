@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from odeadv.evaluation._bits import pack, unpack
-from odeadv.evaluation._protocols import AttackSpec
+from odeadv.evaluation._protocols import AttackSpec, radius_text
 
 SCHEMA = "odeadv.evaluation/2"
 _NORMAL_QUANTILE = 1.959963984540054  # of 0.975
@@ -54,7 +54,7 @@ class AttackResult:
     def label(self) -> str:
         """A short name, as `AttackSpec.label` without the score: ``ifgsm-20 at 8/255``."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
-        return f"{self.name}{steps} at {round(255 * self.eps, 6):g}/255"
+        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}"
 
     @property
     def robust_correct(self) -> int:

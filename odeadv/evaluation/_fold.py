@@ -13,8 +13,8 @@ class Affine(nn.Module):
     """x -> scale * x + shift for each channel, in one pass; its derivative needs ``scale`` only, not x.
 
     Args:
-        scale: (channels, 1, ...).
-        shift: of the same shape.
+        scale: (channels,).
+        shift: (channels,).
     """
 
     scale: Tensor
@@ -27,14 +27,16 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The affine image of ``x``, (n, channels, ...)."""
-        return torch.addcmul(self.shift, x, self.scale)
+        shape = (-1, *(1 for _ in x.shape[2:]))  # of BatchNorm1d, (n, channels) or (n, channels, length)
+        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
 
 
 def fold(model: nn.Module) -> tuple[nn.Module, int]:
     """``model``, a copy in eval mode that may be changed, with its batch norms folded; and how many were.
 
-    A batch norm that alone follows a convolution goes into its weights; any other becomes an `Affine`. Scales are
-    computed in float64 and rounded once. The result equals the model up to rounding.
+    A batch norm that alone follows a convolution goes into its weights; any other becomes an `Affine`, as do those
+    after a convolution whose weights are computed (spectral or weight norm) or that has hooks. One that is called by
+    keyword stays. Scales are computed in float64 and rounded once. The result equals the model up to rounding.
 
     Raises:
         ValueError: if the model's forward cannot be traced (torch.fx), e.g. as it branches on values.
@@ -48,20 +50,19 @@ def fold(model: nn.Module) -> tuple[nn.Module, int]:
     count = 0
     for node in list(traced.graph.nodes):
         norm = parts.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, _NORMS) or norm.running_mean is None or norm.running_var is None:
+        if not isinstance(norm, _NORMS) or norm.running_mean is None or norm.running_var is None or node.kwargs:
             continue
         source = node.args[0]
         before = parts.get(str(source.target)) if source.op == "call_module" else None
         scale, shift = _affine(norm)
         alone = len(source.users) == 1 and uses.count(source.target) == 1 and uses.count(node.target) == 1
-        if isinstance(before, _CONVOLUTIONS) and alone:
+        if isinstance(before, _CONVOLUTIONS) and alone and _plain_weight(before):
             _absorb(before, scale, shift)
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
         else:
             like = norm.running_mean
-            shape = (-1, *(1 for _ in range(_spatial(norm))))
-            affine = Affine(scale.to(like).reshape(shape), shift.to(like).reshape(shape))
+            affine = Affine(scale.to(like), shift.to(like))
             name = f"affine_{count}"
             traced.add_module(name, affine)
             node.target = name
@@ -72,8 +73,9 @@ def fold(model: nn.Module) -> tuple[nn.Module, int]:
     return traced.eval(), count
 
 
-def _spatial(norm: nn.Module) -> int:
-    return {nn.BatchNorm1d: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[type(norm)]  # type: ignore[index]
+def _plain_weight(convolution: nn.Module) -> bool:
+    """Whether its weight is a parameter that nothing recomputes before a pass."""
+    return "weight" in convolution._parameters and not (convolution._forward_pre_hooks or convolution._forward_hooks)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

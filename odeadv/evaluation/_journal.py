@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.evaluation._probe import plain_attributes
+from odeadv.evaluation._identity import described_function
+from odeadv.evaluation._probe import beyond, plain_attributes
 
 SCHEMA = "odeadv.evaluation.journal/2"
 Record = dict[str, Any]
@@ -122,21 +123,21 @@ def probe_logits(logits: Tensor) -> list[list[float]]:
 
 
 def _close(found: object, expected: object) -> bool:
-    """Whether probed logits are the same but for the rounding of another machine: a thousandth of the largest."""
+    """Whether probed logits are the same but for the rounding of another machine: a thousandth of their scale."""
     if found is None or expected is None:
         return found is expected
     try:
         a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
     except (TypeError, ValueError):
         return False
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+    return not beyond(b, a, 1e-3)
 
 
 def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
     """16 hex digits of a SHA-256 over what makes the function.
 
-    Those are the class, ``extra_repr``, ``config`` and plain attributes of every part; the state dict and buffers
-    outside it: names, dtypes, shapes and values.
+    Those are the class, ``extra_repr``, ``config`` and attributes of every part that are plain data, tensors or
+    functions; the state dict and buffers outside it: names, dtypes, shapes and values.
 
     Args:
         model: any module.
@@ -152,6 +153,14 @@ def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
         }
         said = (prefix, type(part).__qualname__, part.extra_repr(), getattr(part, "config", None), sorted(own.items()))
         digest.update(_ADDRESS.sub("", repr(said)).encode())
+        for name, value in sorted(vars(part).items()):
+            if dot + name in ignored:
+                continue
+            if isinstance(value, Tensor):
+                digest.update(f"{dot}{name}".encode())
+                _add(digest, value)
+            elif callable(value) and not isinstance(value, (nn.Module, type)) and name not in vars(nn.Module()):
+                digest.update(f"{dot}{name} {described_function(value)}".encode())
     for name, buffer in model.named_buffers():
         digest.update(name.encode())
         _add(digest, buffer)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from odeadv.attacks._objective import Objective
 from odeadv.evaluation._fold import fold
+from odeadv.evaluation._probe import beyond
 
 Gradients = Literal["full", "bf16"]
 
@@ -166,20 +167,20 @@ def _copy(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
 def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
     try:
         folded, count = fold(copy.deepcopy(model))
-    except ValueError as error:
-        notes.append(f"not folded: {error}")
-        return model
-    with torch.no_grad():
-        plain, other = model(probe), folded(probe)
-    distance = float((plain - other).abs().max() / plain.abs().max().clamp(min=torch.finfo(plain.dtype).tiny))
-    limit = 1e4 * torch.finfo(plain.dtype).eps
-    if not count or not distance <= limit:
-        why = (
-            f"logits differ by {distance:.1g} of the largest, more than {limit:.1g}" if count else "no batch norm found"
+        with torch.no_grad():
+            plain, other = model(probe), folded(probe)
+    except Exception as error:  # of a model that was traced into something else than it is
+        notes.append(
+            f"not folded: {error}" if isinstance(error, ValueError) else f"not folded: {type(error).__name__}: {error}"
         )
-        notes.append(f"not folded: {why}")
         return model
-    return folded
+    limit = 1e4 * torch.finfo(plain.dtype).eps
+    if count and not beyond(plain, other, limit):
+        return folded
+    distance = float((plain - other).abs().max())
+    why = f"logits differ by {distance:.1g}, more than {limit:.1g} of their scale" if count else "no batch norm found"
+    notes.append(f"not folded: {why}")
+    return model
 
 
 def _compile(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks._checks import answered
 
 PROBES = 2  # images in a probing forward pass
+_GAP = 1e3  # logits this many times larger than the next smaller ones have a scale of their own
 GRADIENT_PROBES = 64  # images whose gradients are computed twice, before long runs
 _INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, training, ...
 
@@ -90,6 +91,17 @@ def batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float 
     return max(_distance(a, b) for a, b in pairs) if any(differs(a, b) for a, b in pairs) else None
 
 
+def whole_batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
+    """How much ``logits``, of the first ``images``, change in a batch of them all; None if by no more than rounding.
+
+    Batches of other sizes are summed by other kernels: sixteen times the usual tolerance.
+    """
+    with torch.no_grad():
+        found = _logits(model(images))[: len(logits)]
+    logits = logits[: len(found)]
+    return _distance(logits, found) if differs(logits, found, units=1024) else None
+
+
 def batch_forwards(n: int) -> int:
     """How many images `batch_dependence` sends through the model for ``n``."""
     few = min(PROBES, n)
@@ -160,11 +172,31 @@ def refuse_batches(difference: float | None) -> None:
         )
 
 
-def differs(a: Tensor, b: Tensor) -> bool:
-    """Whether two answers to the same images differ by more than rounding (64 units in the last place)."""
+def differs(a: Tensor, b: Tensor, *, units: float = 64) -> bool:
+    """Whether two answers (n, classes) to the same images differ by more than ``units`` in the last place."""
+    return beyond(a, b, units * torch.finfo(a.dtype).eps)
+
+
+def beyond(a: Tensor, b: Tensor, relative: float) -> bool:
+    """Whether logits (n, classes) differ by more than ``relative`` times their scale, see `scales`."""
     if a.shape != b.shape:
         return True
-    return bool((a - b).abs().max() > 64 * torch.finfo(a.dtype).eps * a.abs().max())
+    return bool(((a - b).abs() > relative * scales(a)).any())
+
+
+def scales(logits: Tensor) -> Tensor:
+    """The size that rounding of each column of ``logits`` (n, classes) is measured by, (classes,).
+
+    It is the largest logit, but for classes a thousand times and more above all others: a class that is masked by -1e9
+    must not say what is rounding in the others.
+    """
+    sizes, order = logits.abs().amax(dim=0).sort()
+    jump = sizes[1:] > _GAP * sizes[:-1]
+    # What is 0 (a class that is never answered) or alone at the bottom may owe its size to cancellation.
+    jump &= (sizes[:-1] > 0).cumsum(0) >= 2
+    group = torch.cat([jump.new_zeros(1), jump]).cumsum(0)
+    largest = torch.stack([sizes[group == k][-1] for k in range(int(group[-1]) + 1)])
+    return torch.empty_like(sizes).scatter_(0, order, largest[group])
 
 
 def _logits(value: object) -> Tensor:

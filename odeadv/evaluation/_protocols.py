@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,11 +13,17 @@ from torch import Tensor
 
 from odeadv import attacks as _attacks
 from odeadv.attacks._checks import non_negative, positive_integer
+from odeadv.evaluation._identity import described_function
 
 Score = Literal["last", "worst"]
 AUTOATTACK = "autoattack"
 _RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally", "target")  # fields, or the evaluation's own
 _AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
+
+
+def radius_text(eps: float, options: Mapping[str, Any]) -> str:
+    """A radius as labels have it: ``8/255``, or ``0.5 in L2`` (an L2 radius is no number of grey levels)."""
+    return f"{eps:g} in L2" if options.get("norm") in ("l2", "L2") else f"{round(255 * eps, 6):g}/255"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class AttackSpec:
         else:
             self._check_arguments(function)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A read-only view of a mapping can be neither pickled nor copied.
+        return AttackSpec, (self.name, self.eps, self.alpha, self.steps, self.score, dict(self.options))
+
     @property
     def shared(self) -> bool:
         """Whether it is plain FGSM or IFGSM, whose gradients and iterates are shared with the other attacks."""
@@ -89,7 +98,7 @@ class AttackSpec:
         """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` where that is the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
         score = " (worst so far)" if self.score == "worst" else ""
-        return f"{self.name}{steps} at {round(255 * self.eps, 6):g}/255{score}"
+        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{score}"
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for the attack, without its generator."""
@@ -99,7 +108,7 @@ class AttackSpec:
         return {key: value for key, value in own.items() if value is not None} | dict(self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; functions are written by name, what else JSON does not have by its ``repr``."""
+        """As JSON-ready data; functions are written by name (local ones with a digest), other objects by ``repr``."""
         options = {key: _plain(value) for key, value in self.options.items()}
         own = {"name": self.name, "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         return {**own, "score": self.score, "options": options}
@@ -197,8 +206,7 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    named = getattr(value, "__qualname__", None)
-    return f"{getattr(value, '__module__', '')}.{named}" if named else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return described_function(value)
 
 
 def _fgsm_and_ifgsm_20(name: str, *, eps: tuple[float, ...], alpha: float) -> Protocol:

@@ -1,0 +1,336 @@
+"""Models, protocols and options that evaluations once took for something else. Each test is of one mistake."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odeadv import attacks
+from odeadv.audit import audit
+from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
+from odeadv.evaluation._attack import Counted, attacked
+from odeadv.evaluation._fold import fold
+from odeadv.evaluation._probe import scales
+
+IFGSM = Protocol("p", (AttackSpec("ifgsm", 8 / 255, 2 / 255, 3),))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(classes: int = 4) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, classes)).eval()
+
+
+IMAGES = torch.rand(12, 1, 6, 6, generator=seeded())
+LABELS = linear()(IMAGES).argmax(1)
+
+
+class Changed(nn.Module):
+    """A network with something done to its images or logits."""
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net = linear()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.net, x)
+
+
+class TestMaskedClass:
+    """A class that is masked by a huge negative logit must not decide what counts as rounding in the others."""
+
+    @pytest.mark.parametrize("mask", [-1.0, -1e4, -1e9])
+    def test_a_random_model_is_refused(self, mask: float) -> None:
+        def noisy(net: nn.Module, x: Tensor) -> Tensor:
+            z = net(x) + 1e-3 * torch.randn(len(x), 4)
+            return torch.cat([z, z.new_full((len(x), 1), mask)], 1)
+
+        with pytest.raises(ValueError, match=r"^model: two forward passes on the same images differ"):
+            evaluate(Changed(noisy), (IMAGES, LABELS), IFGSM)
+
+    def test_a_journal_of_another_model_is_refused(self, tmp_path: Path) -> None:
+        class Shifted(nn.Module):
+            def __init__(self, by: float) -> None:
+                super().__init__()
+                self.net = linear()
+                self.by = [torch.tensor([by, 0.0, 0.0, 0.0])]  # no attribute that a digest looks into
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.cat([self.net(x) + self.by[0], torch.full((len(x), 1), -1e9)], 1)
+
+        evaluate(Shifted(0.0), (IMAGES, LABELS), IFGSM, resume=tmp_path / "j")
+        with pytest.raises(ValueError, match="is the journal of another model"):
+            evaluate(Shifted(9.0), (IMAGES, LABELS), IFGSM, resume=tmp_path / "j")
+
+    def test_scales(self) -> None:
+        logits = torch.tensor([[1.0, -8.0, 0.0, -1e9, -2e9], [3.0, 2.0, 0.0, -1e9, -2e9]])
+        assert scales(logits).tolist() == [8.0, 8.0, 8.0, 2e9, 2e9]
+        assert scales(torch.tensor([[0.0, 0.0, 5.0]])).tolist() == [5.0] * 3  # classes that are never answered
+        assert scales(torch.tensor([[1e-9, -1e3, -2e3]])).tolist() == [2e3] * 3  # log-probabilities, of a sure model
+        assert scales(torch.tensor([[2.0]])).tolist() == [2.0]
+
+
+class TestFunctions:
+    def test_a_journal_of_another_lambda_is_refused(self, tmp_path: Path) -> None:
+        def evaluated(loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+            protocol = Protocol("p", (AttackSpec("pgd", 0.1, 0.05, 3, options={"loss": loss}),))
+            return evaluate(linear(), (IMAGES, LABELS), protocol, resume=tmp_path / "j").attacks[0].robust_accuracy
+
+        first = evaluated(lambda z, y: F.cross_entropy(z, y, reduction="none"))
+        assert first < 1
+        assert evaluated(lambda z, y: F.cross_entropy(z, y, reduction="none")) == first
+        with pytest.raises(ValueError, match="is the journal of another attacks"):
+            evaluated(lambda z, y: -F.cross_entropy(z, y, reduction="none"))
+
+    def test_closures_defaults_and_inner_functions_count(self) -> None:
+        def scaled(by: float) -> Callable[[Tensor, Tensor], Tensor]:
+            return lambda z, y: by * F.cross_entropy(z, y, reduction="none")
+
+        def named(loss: object) -> object:
+            return AttackSpec("pgd", 0.1, 0.05, 3, options={"loss": loss}).to_dict()["options"]["loss"]
+
+        assert named(scaled(1.0)) == named(scaled(1.0)) != named(scaled(2.0))
+        assert named(lambda z, y, by=1: by) != named(lambda z, y, by=2: by)
+        assert named(lambda z, y: (lambda: 1)()) != named(lambda z, y: (lambda: 2)())
+        assert named(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+
+    def test_a_journal_of_a_model_with_another_function_is_refused(self, tmp_path: Path) -> None:
+        class Reversed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: object, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: object, *gradients: Tensor) -> Tensor:
+                return -gradients[0]
+
+        reverse = Reversed.apply
+        masked, honest = Changed(lambda net, x: net(reverse(x))), Changed(lambda net, x: net(x))
+        assert evaluate(masked, (IMAGES, LABELS), IFGSM, resume=tmp_path / "j").attacks[0].robust_accuracy == 1
+        with pytest.raises(ValueError, match="is the journal of another model"):
+            evaluate(honest, (IMAGES, LABELS), IFGSM, resume=tmp_path / "j")
+
+    def test_a_journal_of_a_random_model_with_another_tensor_is_refused(self, tmp_path: Path) -> None:
+        class Noisy(nn.Module):
+            def __init__(self, std: float) -> None:
+                super().__init__()
+                self.net, self.std = linear(), torch.tensor(std)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.net(x + self.std * torch.randn_like(x))
+
+        evaluate(Noisy(0.01), (IMAGES, LABELS), IFGSM, stochastic=True, resume=tmp_path / "j")
+        with pytest.raises(ValueError, match="is the journal of another model"):
+            evaluate(Noisy(5.0), (IMAGES, LABELS), IFGSM, stochastic=True, resume=tmp_path / "j")
+
+
+class Sequence(nn.Module):
+    """BatchNorm1d on (n, channels, length), behind a ReLU."""
+
+    def __init__(self, channels: int = 5) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv1d(6, channels, 3, padding=1), nn.BatchNorm1d(channels)
+        self.last = nn.Linear(6 * channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(F.relu(self.first(x.squeeze(1)))).flatten(1))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(input=self.first(x)).flatten(1))
+
+
+class Masked(nn.Module):
+    """A network with one class masked by -1e9."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        return torch.cat([z, torch.full_like(z[:, :1], -1e9)], 1)
+
+
+def spectral(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Conv2d(1, 3, 3)), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "folded"),
+    [
+        (Sequence, 1),
+        (lambda: Sequence(6), 1),  # as many channels as positions: a wrong axis would go unnoticed
+        (lambda: Masked(Sequence(6)), 1),
+        (lambda: spectral(nn.utils.parametrizations.spectral_norm), 1),
+        (lambda: spectral(nn.utils.parametrizations.weight_norm), 1),
+        (lambda: spectral(nn.utils.spectral_norm), 1),
+        (ByKeyword, 0),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:not folded:RuntimeWarning", "ignore::FutureWarning")
+def test_folding_what_is_no_plain_convolution(make: Callable[[], nn.Module], folded: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = make().train()
+        net(IMAGES)
+        net = net.eval()
+        for part in net.modules():
+            if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                part.weight.data.uniform_(-2, 2)
+    with torch.no_grad():
+        labels = net(IMAGES).argmax(1)
+        again, count = fold(copy.deepcopy(net))
+        assert count == folded
+        assert torch.allclose(again(IMAGES), net(IMAGES), atol=1e-5)
+    result = evaluate(net, (IMAGES, labels), IFGSM, fold=True)
+    assert result.clean_accuracy == 1
+    assert len(result.notes) == (folded == 0)
+
+
+def test_a_fold_that_raises_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def folding(model: nn.Module) -> tuple[nn.Module, int]:
+        raise KeyError("something new in torch")
+
+    monkeypatch.setattr("odeadv.evaluation._prepare.fold", folding)
+    with pytest.warns(RuntimeWarning, match="not folded: KeyError"):
+        evaluate(linear(), (IMAGES, LABELS), IFGSM, fold=True)
+
+
+def test_an_answer_that_depends_on_a_large_batch_is_refused() -> None:
+    large = Changed(lambda net, x: net(x) - (net(x).mean(0) if len(x) > 8 else 0))
+    with pytest.raises(ValueError, match=r"^model: the logits of an image depend on the other images in its batch"):
+        evaluate(large, (IMAGES, LABELS), IFGSM)
+
+
+class TestCompare:
+    ATTACKS = (
+        AttackSpec("pgd", 8 / 255, 2 / 255, 3, "worst"),
+        AttackSpec("pgd", 8 / 255, 2 / 255, 3, "worst", options={"loss": "margin"}),
+        AttackSpec("square", 8 / 255, score="worst", options={"queries": 2}),
+        AttackSpec("square", 8 / 255, options={"queries": 2}),
+        AttackSpec("pgd", 0.5, 0.1, 3),
+        AttackSpec("pgd", 0.5, 0.1, 3, options={"norm": "l2"}),
+    )
+
+    def test_no_attack_is_lost(self) -> None:
+        result = evaluate(linear(), (IMAGES, LABELS), Protocol("p", self.ATTACKS))
+        found = compare(result, result)
+        assert list(found) == [
+            "clean",
+            "pgd-3 at 8/255 (attack 0), worst so far",
+            "pgd-3 at 8/255 (attack 1), worst so far",
+            "square at 8/255 (attack 2), worst so far",
+            "square at 8/255 (attack 3)",
+            "square at 8/255 (attack 3), worst so far",
+            "pgd-3 at 127.5/255",
+            "pgd-3 at 0.5 in L2",
+        ]
+        assert found["pgd-3 at 8/255 (attack 1), worst so far"] == mcnemar(result, result, attack=1, score="worst")
+
+
+@pytest.mark.filterwarnings("ignore:gradients:RuntimeWarning")
+def test_what_options_do_not_serve_is_said() -> None:
+    protocol = Protocol("p", (*IFGSM.attacks, AttackSpec("pgd", 0.1, 0.05, 3), AttackSpec("apgd", 0.1, steps=3)))
+    result = evaluate(linear(), (IMAGES, LABELS), protocol, gradients="bf16")
+    says = "gradients='bf16': for FGSM and IFGSM without options only, not for apgd-3 at 25.5/255, pgd-3 at 25.5/255"
+    assert says in result.notes
+    assert not evaluate(linear(), (IMAGES, LABELS), IFGSM, gradients="bf16").notes
+
+
+class TestAttackArguments:
+    def test_the_global_generator_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"^generator: got torch.default_generator"):
+            attacks.pgd(linear(), IMAGES, LABELS, eps=0.1, alpha=0.01, steps=1, generator=torch.default_generator)
+
+    @pytest.mark.parametrize(
+        "attack",
+        [
+            lambda net, loss: attacks.square(net, IMAGES, LABELS, eps=0.1, queries=5, loss=loss, generator=seeded()),
+            lambda net, loss: attacks.worst_of(net, [IMAGES, 1 - IMAGES], LABELS, loss=loss),
+            lambda net, loss: attacks.ifgsm(net, IMAGES, LABELS, eps=0.1, alpha=0.1, steps=2, loss=loss),
+        ],
+    )
+    def test_a_loss_that_is_nan_is_refused(self, attack: Callable[..., Tensor]) -> None:
+        with pytest.raises(ValueError, match=r"^loss: returned NaN"):
+            attack(linear(), lambda z, y: z[:, 0] * float("nan"))
+
+    @pytest.mark.parametrize("start", [torch.full_like(IMAGES, float("nan")), lambda x, g: x * float("nan")])
+    def test_a_start_that_is_nan_is_refused(self, start: object) -> None:
+        with pytest.raises(ValueError, match=r"^start: (contains|returned) NaN"):
+            attacks.ifgsm(
+                linear(),
+                IMAGES,
+                LABELS,
+                eps=0.1,
+                alpha=0.1,
+                steps=1,
+                start=start,
+                generator=seeded(),  # type: ignore[arg-type]
+            )
+
+    def test_one_model_is_no_sequence_of_surrogates(self) -> None:
+        with pytest.raises(TypeError, match=r"^surrogates: got one Sequential, expected a sequence of models"):
+            attacks.transfer(linear(), IMAGES, LABELS, surrogates=linear(), attack=lambda m, x, y: x)  # type: ignore[arg-type]
+
+    def test_a_specification_can_be_copied_and_sent(self) -> None:
+        spec = AttackSpec("pgd", 0.1, 0.05, 3, options={"restarts": 2})
+        assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
+
+
+class TestAutoAttack:
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("pyautoattack")
+
+    @pytest.mark.parametrize(("classes", "part"), [(3, "apgd-t"), (2, "apgd-t"), (2, "apgd-dlr")])
+    def test_too_few_classes_are_refused_by_name(self, classes: int, part: str) -> None:
+        net = linear(classes)
+        spec = AttackSpec("autoattack", 0.05, options={"version": "custom", "attacks": (part,)})
+        with pytest.raises(ValueError, match=f"^attacks: '{part}' of AutoAttack needs at least"):
+            evaluate(net, (IMAGES, net(IMAGES).argmax(1)), Protocol("p", (spec,)))
+
+    def test_its_l2_images_are_in_the_ball(self) -> None:
+        eps = 0.3
+        options = {"version": "custom", "attacks": ("apgd-ce",), "norm": "L2"}
+        found, _ = attacked(
+            AttackSpec("autoattack", eps, options=options), Counted(linear(), 3), IMAGES, LABELS, seed=0, place=""
+        )
+        pairs = zip(found.flatten(1).tolist(), IMAGES.flatten(1).tolist(), strict=True)
+        squares = [sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(*pair, strict=True)) for pair in pairs]
+        assert max(squares) <= Fraction(eps) ** 2
+        assert max(squares) > Fraction(eps) ** 2 * Fraction(999, 1000)
+
+
+@pytest.mark.parametrize("eps", [0.01 / 255, 0.2 / 255, 8 / 255])
+def test_the_audit_plants_examples_at_any_radius(eps: float) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 36))
+        net[1].bias.copy_(torch.tensor([-18.0, 18.0]))
+    images = torch.zeros(12, 1, 6, 6)
+    images[::2] = 1
+    labels = net(images).argmax(1)
+    report = audit(net, (images, labels), eps=eps, generator=seeded(), steps=2, more_steps=2, queries=2)
+    planted = report["planted examples are found"]
+    assert planted.status == "pass", planted
+    assert planted.figures["planted"] == 12
