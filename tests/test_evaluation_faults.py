@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ from odeadv.audit import audit
 from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
 from odeadv.evaluation._attack import Counted, attacked
 from odeadv.evaluation._fold import fold
-from odeadv.evaluation._probe import scales
+from odeadv.evaluation._probe import differs, scales
 
 IFGSM = Protocol("p", (AttackSpec("ifgsm", 8 / 255, 2 / 255, 3),))
 
@@ -75,6 +79,15 @@ class TestMaskedClass:
         with pytest.raises(ValueError, match="is the journal of another model"):
             evaluate(Shifted(9.0), (IMAGES, LABELS), IFGSM, resume=tmp_path / "j")
 
+    def test_what_is_not_finite_is_no_rounding(self) -> None:
+        nan, inf = float("nan"), float("inf")
+        good = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        for bad in (torch.tensor([[1.0, nan], [3.0, 4.0]]), torch.tensor([[1.0, inf], [3.0, 4.0]])):
+            assert differs(good, bad)
+            assert differs(bad, good)
+            assert not differs(bad, bad)
+        assert not differs(good, good * (1 + 1e-6))
+
     def test_scales(self) -> None:
         logits = torch.tensor([[1.0, -8.0, 0.0, -1e9, -2e9], [3.0, 2.0, 0.0, -1e9, -2e9]])
         assert scales(logits).tolist() == [8.0, 8.0, 8.0, 2e9, 2e9]
@@ -106,6 +119,43 @@ class TestFunctions:
         assert named(lambda z, y, by=1: by) != named(lambda z, y, by=2: by)
         assert named(lambda z, y: (lambda: 1)()) != named(lambda z, y: (lambda: 2)())
         assert named(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+        assert (
+            named(partial(scaled(1.0), None)) == named(partial(scaled(1.0), None)) != named(partial(scaled(2.0), None))
+        )
+
+        def recursive(z: Tensor, y: Tensor) -> Tensor:
+            return recursive(z, y) if later else z
+
+        assert "recursive" in named(recursive)  # closes over itself, and over what is not there yet
+        later = False
+
+    def test_what_is_written_is_the_same_in_another_process(self) -> None:
+        code = """
+import torch
+from odeadv.evaluation._identity import described_function
+from odeadv.evaluation._journal import model_digest
+words, opaque = {"a", "b", "c", "d"}, object()
+def make():
+    own, other = words, opaque
+    return lambda x: x in {"e", "f", "g"} or x in own or x is other
+net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+net[0].weight.data.fill_(1)
+net.function = make()
+compiled = torch.compile(net)
+parallel = torch.nn.DataParallel(net)
+print(described_function(make()), *map(model_digest, (net, compiled, parallel)))
+"""
+        said = {
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for seed in ("1", "2", "3")
+        }
+        assert len(said) == 1
 
     def test_a_journal_of_a_model_with_another_function_is_refused(self, tmp_path: Path) -> None:
         class Reversed(torch.autograd.Function):
@@ -259,7 +309,7 @@ def test_what_options_do_not_serve_is_said() -> None:
 
 class TestAttackArguments:
     def test_the_global_generator_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"^generator: got torch.default_generator"):
+        with pytest.raises(ValueError, match=r"^generator: got torch's global one"):
             attacks.pgd(linear(), IMAGES, LABELS, eps=0.1, alpha=0.01, steps=1, generator=torch.default_generator)
 
     @pytest.mark.parametrize(

@@ -119,9 +119,9 @@ def check_generator(generator: object) -> torch.Generator:
     """``generator``; ValueError unless it is one, and not torch's global one."""
     if not isinstance(generator, torch.Generator):
         raise ValueError(f"generator: got {generator!r}, expected e.g. torch.Generator().manual_seed(0)")
-    if generator is torch.default_generator:
+    if any(generator is own for own in (torch.default_generator, *torch.cuda.default_generators)):
         raise ValueError(
-            "generator: got torch.default_generator, whose state attacks put back, so that every call would draw the "
+            "generator: got torch's global one, whose state attacks put back, so that every call would draw the "
             "same; expected one of your own, e.g. torch.Generator().manual_seed(torch.initial_seed())"
         )
     return generator

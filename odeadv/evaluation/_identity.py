@@ -1,4 +1,4 @@
-"""Functions as text, so that two that compute something else are told apart, in this process and the next."""
+"""Tensors and functions as text or bytes, so that two that compute something else are told apart, now and later."""
 
 from __future__ import annotations
 
@@ -6,51 +6,86 @@ import functools
 import hashlib
 import re
 from types import CodeType, FunctionType, MethodType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def without_addresses(value: object) -> str:
+    """``repr`` of ``value`` without what changes from process to process."""
+    return _ADDRESS.sub("", repr(value))
+
+
+def add_tensor(digest: Any, tensor: Tensor) -> None:
+    """Feed dtype, shape and values of ``tensor`` to a hash of hashlib."""
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
 
 
 def described_function(value: object) -> str:
     """``value``, a function or other callable, by what it is made of.
 
     A function of a module is told by its name. A lambda or a function made within another shares its name with others:
-    a digest of its code, defaults and what it closes over is added. What a callable object holds is in its ``repr``, or
-    not seen.
+    a digest of its code, defaults and what it closes over is added. Of what it closes over, data, tensors and functions
+    count, of other objects the type only. Callable objects are told by their ``repr``.
     """
+    return _function(value, ())
+
+
+def _function(value: object, within: tuple[object, ...]) -> str:
+    """``value``, met while the functions ``within`` are described."""
     if isinstance(value, functools.partial):
-        own = (described_function(value.func), value.args, sorted(value.keywords.items()))
-        return _ADDRESS.sub("", repr(own))
+        arguments = _content((value.args, value.keywords), within)
+        return f"partial of {_function(value.func, within)} {arguments}"
     if isinstance(value, MethodType):
-        return f"{described_function(value.__func__)} of {_content(value.__self__)}"
-    named = getattr(value, "__qualname__", None)
-    owner = getattr(value, "__self__", None)
-    if isinstance(owner, type) and named:  # a built-in method bound to a class, such as apply of an autograd.Function
+        return f"{_function(value.__func__, within)} of {_content(value.__self__, within)}"
+    named, owner = getattr(value, "__qualname__", None), getattr(value, "__self__", None)
+    if isinstance(owner, type):  # a built-in method of a class, such as apply of an autograd.Function
         return f"{owner.__module__}.{owner.__qualname__}.{getattr(value, '__name__', named)}"
     if not named:
-        return _ADDRESS.sub("", repr(value))
+        return without_addresses(value)
     text = f"{getattr(value, '__module__', '')}.{named}"
     if isinstance(value, FunctionType) and "<" in named:  # <lambda>, <locals>
-        text += f" {hashlib.sha256(_made_of(value).encode()).hexdigest()[:16]}"
+        again = any(value is other for other in within)  # it calls itself, or another that calls it
+        text += "" if again else f" {hashlib.sha256(_made_of(value, (*within, value)).encode()).hexdigest()[:16]}"
     return text
 
 
-def _made_of(function: FunctionType) -> str:
-    closed = [_content(cell.cell_contents) for cell in function.__closure__ or ()]
-    defaults = [_content(value) for value in function.__defaults__ or ()]
-    keywords = [(key, _content(value)) for key, value in sorted((function.__kwdefaults__ or {}).items())]
-    return repr((_code(function.__code__), closed, defaults, keywords))
+def _made_of(function: FunctionType, within: tuple[object, ...]) -> str:
+    closed = [_cell(cell, within) for cell in function.__closure__ or ()]
+    given = _content((function.__defaults__, function.__kwdefaults__), within)
+    return repr((_code(function.__code__), closed, given))
+
+
+def _cell(cell: Any, within: tuple[object, ...]) -> str:
+    try:
+        return _content(cell.cell_contents, within)
+    except ValueError:  # not assigned yet
+        return ""
 
 
 def _code(code: CodeType) -> object:
-    constants = [_code(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
+    constants = [_code(value) if isinstance(value, CodeType) else _content(value, ()) for value in code.co_consts]
     return code.co_code, constants, code.co_names, code.co_varnames
 
 
-def _content(value: object) -> str:
+def _content(value: object, within: tuple[object, ...]) -> str:
     if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {value.detach().cpu().tolist()}"
-    if callable(value):
-        return described_function(value)
-    return _ADDRESS.sub("", repr(value))
+        digest = hashlib.sha256()
+        add_tensor(digest, value)
+        return digest.hexdigest()
+    if isinstance(value, dict):
+        return str({_content(key, within): _content(item, within) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return str([_content(item, within) for item in value])
+    if isinstance(value, (set, frozenset)):  # their order depends on the process
+        return str(sorted(_content(item, within) for item in value))
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
+        return repr(value)
+    if isinstance(value, (FunctionType, MethodType, functools.partial)) or getattr(value, "__qualname__", None):
+        return _function(value, within)
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.evaluation._identity import described_function
-from odeadv.evaluation._probe import beyond, plain_attributes
+from odeadv.evaluation._identity import add_tensor, described_function, without_addresses
+from odeadv.evaluation._probe import beyond, held, plain_attributes
 
 SCHEMA = "odeadv.evaluation.journal/2"
 Record = dict[str, Any]
 _START = b'{"schema": "odeadv.evaluation'
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class Journal:
@@ -152,22 +150,22 @@ def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
             for name, value in own.items()
         }
         said = (prefix, type(part).__qualname__, part.extra_repr(), getattr(part, "config", None), sorted(own.items()))
-        digest.update(_ADDRESS.sub("", repr(said)).encode())
-        for name, value in sorted(vars(part).items()):
+        digest.update(without_addresses(said).encode())
+        for name, value in sorted(held(part).items()):
             if dot + name in ignored:
                 continue
+            digest.update(f"{dot}{name}".encode())
             if isinstance(value, Tensor):
-                digest.update(f"{dot}{name}".encode())
-                _add(digest, value)
-            elif callable(value) and not isinstance(value, (nn.Module, type)) and name not in vars(nn.Module()):
-                digest.update(f"{dot}{name} {described_function(value)}".encode())
+                add_tensor(digest, value)
+            else:
+                digest.update(described_function(value).encode())
     for name, buffer in model.named_buffers():
         digest.update(name.encode())
-        _add(digest, buffer)
+        add_tensor(digest, buffer)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
-            _add(digest, value)
+            add_tensor(digest, value)
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
@@ -176,12 +174,6 @@ def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
 def data_digest(images: Tensor, labels: Tensor) -> str:
     """16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values."""
     digest = hashlib.sha256()
-    _add(digest, images)
-    _add(digest, labels)
+    add_tensor(digest, images)
+    add_tensor(digest, labels)
     return digest.hexdigest()[:16]
-
-
-def _add(digest: Any, tensor: Tensor) -> None:
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

@@ -170,9 +170,8 @@ def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
         with torch.no_grad():
             plain, other = model(probe), folded(probe)
     except Exception as error:  # of a model that was traced into something else than it is
-        notes.append(
-            f"not folded: {error}" if isinstance(error, ValueError) else f"not folded: {type(error).__name__}: {error}"
-        )
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # ours say what is wrong
+        notes.append(f"not folded: {kind}{error}")
         return model
     limit = 1e4 * torch.finfo(plain.dtype).eps
     if count and not beyond(plain, other, limit):

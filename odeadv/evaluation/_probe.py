@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -178,10 +180,15 @@ def differs(a: Tensor, b: Tensor, *, units: float = 64) -> bool:
 
 
 def beyond(a: Tensor, b: Tensor, relative: float) -> bool:
-    """Whether logits (n, classes) differ by more than ``relative`` times their scale, see `scales`."""
+    """Whether logits (n, classes) differ by more than ``relative`` times their scale, see `scales`.
+
+    What is not finite differs from all but its like.
+    """
     if a.shape != b.shape:
         return True
-    return bool(((a - b).abs() > relative * scales(a)).any())
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = (a - b).abs()
+    return not bool((same | (apart.isfinite() & (apart <= relative * scales(a)))).all())
 
 
 def scales(logits: Tensor) -> Tensor:
@@ -229,11 +236,22 @@ def _state(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 def plain_attributes(part: nn.Module) -> dict[str, object]:
     """Attributes of ``part`` that are plain values, without those that torch itself keeps in every module."""
-    return {name: value for name, value in vars(part).items() if name not in _INTERNAL and _is_plain(value)}
+    return {name: value for name, value in vars(part).items() if _own(name) and _is_plain(value)}
+
+
+def held(part: nn.Module) -> dict[str, object]:
+    """Attributes of ``part`` that are tensors (no buffers) or functions, without those that torch itself keeps."""
+    kinds = (Tensor, FunctionType, MethodType, BuiltinFunctionType, partial)
+    return {name: value for name, value in vars(part).items() if _own(name) and isinstance(value, kinds)}
+
+
+def _own(name: str) -> bool:
+    """Whether an attribute is the module's own; torch.compile keeps addresses in what it wraps."""
+    return name not in _INTERNAL and not name.startswith("_torchdynamo_")
 
 
 def _private(name: str, value: object) -> bool:
-    return name not in _INTERNAL and _is_plain(value)
+    return _own(name) and _is_plain(value)
 
 
 def _is_plain(value: object) -> bool:
