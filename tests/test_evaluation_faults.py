@@ -96,6 +96,38 @@ class TestMaskedClass:
         assert scales(torch.tensor([[2.0]])).tolist() == [2.0]
 
 
+class TestSmallNoise:
+    """What a random model draws may look like rounding once and not the next time."""
+
+    FGSM = Protocol("p", (AttackSpec("fgsm", 8 / 255),))
+
+    def evaluated(self, model: nn.Module, seed: int, protocol: Protocol = FGSM, ambient: int = 0) -> list[bool]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(100 * ambient + seed)  # a global state of the user's
+            return evaluate(model, (IMAGES, LABELS), protocol, stochastic=True, seed=seed).attacks[0].outcomes.tolist()
+
+    @pytest.mark.parametrize("noise", [1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 1e-2])
+    def test_a_model_said_to_be_random_is_never_refused(self, noise: float) -> None:
+        model = Changed(lambda net, x: net(x) + noise * torch.randn(()))
+        for seed in range(20):
+            self.evaluated(model, seed)
+
+    def test_nor_one_that_draws_seldom(self) -> None:
+        model = Changed(lambda net, x: net(x) + 0.1 * (torch.rand(()) < 0.3))
+        for seed in range(20):
+            self.evaluated(model, seed)
+
+    @pytest.mark.parametrize("stochastic", [False, True])
+    def test_one_that_looks_at_the_gradient_mode_is(self, stochastic: bool) -> None:
+        model = Changed(lambda net, x: net(x) + 0.1 * x.requires_grad)
+        with pytest.raises(ValueError, match="where a gradient could be asked for differ"):
+            evaluate(model, (IMAGES, LABELS), IFGSM, stochastic=stochastic)
+
+    def test_the_global_random_state_decides_nothing(self) -> None:
+        model = Changed(lambda net, x: net(x + 0.05 * torch.randn_like(x)))
+        assert self.evaluated(model, 3, IFGSM, ambient=1) == self.evaluated(model, 3, IFGSM, ambient=2)
+
+
 class TestFunctions:
     def test_a_journal_of_another_lambda_is_refused(self, tmp_path: Path) -> None:
         def evaluated(loss: Callable[[Tensor, Tensor], Tensor]) -> float:

@@ -121,8 +121,9 @@ def evaluate(
     with attacking(model, "eval", device):
         run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
         probe = run.load(slice(0, PROBES)).images
+        run.reseed("probe")
         first = _looked_at(model, probe, int(labels.max()), num_classes, stochastic=stochastic)
-        single = not first.random  # of a random model only single draws are asked, which nothing can be told from
+        single = _single(first, stochastic)
         whole = run.load(slice(0, batch_size)).images
         if single:
             refuse_batches(whole_batch_dependence(model, whole, first.logits))
@@ -153,7 +154,8 @@ def evaluate(
         if apart and (compile or gradients == "bf16"):
             asked = " and ".join(["compile=True"] * compile + ["gradients='bf16'"] * (gradients == "bf16"))
             run.notes.append(f"{asked}: for FGSM and IFGSM without options only, not for {', '.join(apart)}")
-        probed = 5 * len(probe) + single * (batch_forwards(len(probe)) + len(whole))
+        probed = (2 * _passes(stochastic) + (not stochastic)) * len(probe)
+        probed += single * (batch_forwards(len(probe)) + len(whole))
         checks: dict[str, Any] = {"probe_forward_passes": probed}
         tried = run.try_gradients(GRADIENT_PROBES)
         checks["probe_forward_passes"] += tried
@@ -171,16 +173,26 @@ def _looked_at(
 ) -> Behaviour:
     """What the model does with the first images; ValueError if outcomes would mean nothing."""
     refuse_dtype(model, probe)
-    first = behaviour(model, probe)
+    first = behaviour(model, probe, times=_passes(stochastic))
     check_logits(first.logits, len(probe), highest)
     if num_classes is not None and first.logits.shape[1] != num_classes:
         raise ValueError(
             f"model: returned {first.logits.shape[1]} logits an image, expected num_classes, {num_classes}"
         )
     refuse(first, stochastic=stochastic)
-    if not first.random:
+    if _single(first, stochastic):
         refuse_batches(batch_dependence(model, probe, first.logits))
     return first
+
+
+def _passes(stochastic: bool) -> int:
+    """How often the first images are looked at alike: draws may be equal by chance."""
+    return 8 if stochastic else 2
+
+
+def _single(first: Behaviour, stochastic: bool) -> bool:
+    """Whether the model has one answer to an image; if not, nothing can be told from two that differ."""
+    return first.repeats if stochastic else not first.random
 
 
 def _look_again(model: nn.Module, probe: Tensor, first: Behaviour) -> None:

@@ -21,12 +21,13 @@ _INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, trai
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What two forward passes on the same images showed.
+    """What forward passes on the same images showed.
 
     Attributes:
         logits: of the first.
-        difference: largest difference between the two, in the unit of the logits.
-        random: whether that is more than rounding; also of two passes that a gradient could be asked of.
+        difference: largest difference between two that were run alike, in the unit of the logits.
+        random: whether that is more than rounding.
+        repeats: whether there is none, to the last bit.
         with_gradient: largest difference between a pass that a gradient could be asked of and one without.
         disagrees: whether that is more than rounding.
         changed_tensors: buffers and parameters that a forward pass wrote to.
@@ -37,6 +38,7 @@ class Behaviour:
     logits: Tensor
     difference: float
     random: bool
+    repeats: bool
     with_gradient: float
     disagrees: bool
     changed_tensors: tuple[str, ...]
@@ -44,8 +46,8 @@ class Behaviour:
     training: tuple[str, ...]
 
 
-def behaviour(model: nn.Module, images: Tensor) -> Behaviour:
-    """Run ``model`` twice on ``images`` without a gradient, and twice so that one could be asked for.
+def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
+    """Run ``model`` ``times`` on ``images`` without a gradient, and as often so that one could be asked for.
 
     Call it with the model in eval mode and protected.
 
@@ -55,22 +57,24 @@ def behaviour(model: nn.Module, images: Tensor) -> Behaviour:
     """
     with torch.no_grad():
         before = _state(model)
-        first = _logits(answered(model, images.clone()))
+        plain = [_logits(answered(model, images.clone()))]
         after = _state(model)
         training = tuple(name or "model" for name, part in model.named_modules() if part.training)
-        second = _logits(model(images))
+        plain += [_logits(model(images)) for _ in range(times - 1)]
     with torch.enable_grad():
-        third, fourth = (_logits(model(images.detach().clone().requires_grad_())) for _ in range(2))
+        graph = [_logits(model(images.detach().clone().requires_grad_())) for _ in range(times)]
     last = _state(model)
     changed = sorted({*_changed(before, after), *_changed(before, last)})
     tensors = sorted(name for kind, name in changed if kind == "tensor")
     attributes = sorted(name for kind, name in changed if kind == "attribute" and not name.endswith(".training"))
+    alike = [(same[0], other) for same in (plain, graph) for other in same[1:]]
     return Behaviour(
-        first,
-        max(_distance(first, second), _distance(third, fourth)),
-        differs(first, second) or differs(third, fourth),
-        _distance(first, third),
-        differs(first, third),
+        plain[0],
+        max(_distance(a, b) for a, b in alike),
+        any(differs(a, b) for a, b in alike),
+        all(torch.equal(a, b) for a, b in alike),
+        _distance(plain[0], graph[0]),
+        differs(plain[0], graph[0]),
         tuple(tensors),
         tuple(attributes),
         training,
@@ -156,7 +160,8 @@ def refuse(found: Behaviour, *, stochastic: bool) -> None:
             f"model: two forward passes on the same images differ by {found.difference:.2g}{cause}, so one gradient "
             "says little; average over passes (EOT: a wrapper with passes=) or give stochastic=True for single draws"
         )
-    if found.disagrees and not found.random:
+    # Of a model said to be random even a difference like rounding may be a small draw, and the next a larger one.
+    if found.disagrees and (found.repeats if stochastic else not found.random):
         raise ValueError(
             "model: its logits where a gradient could be asked for differ from those without one by "
             f"{found.with_gradient:.2g}, so attacks meet another model than is scored; expected a forward that does "

@@ -99,13 +99,13 @@ class Session:
         for place, group in enumerate(self.groups):
             self._queue(place, group, journal)
 
-    def _reseed(self, place: str) -> None:
+    def reseed(self, place: str) -> None:
         """Let a model that draws from the global random state draw the same whatever was done before."""
         if self.stochastic:
             torch.manual_seed(derived_seed(self.seed, place))
 
     def _batch(self, number: int, part: slice, journal: Journal | None) -> None:
-        self._reseed(f"batch {number}")
+        self.reseed(f"batch {number}")
         found = batch_outcomes(
             self.prepared,
             self.load(part),
@@ -133,7 +133,7 @@ class Session:
 
     def _queue(self, place: int, group: tuple[float, float], journal: Journal | None) -> None:
         """Examples of one worst-so-far run, written down whenever a batch of them has left."""
-        self._reseed(f"queue {place}")
+        self.reseed(f"queue {place}")
         fooled_at = self.fooled_at[group]
         fooled_at[~self.outcomes[0]] = 0
         waiting = (fooled_at < 0).nonzero().squeeze(1)
