@@ -1,0 +1,95 @@
+"""Of the documentation: `sphinx-build -W docs OUT` makes the pages and the reference of all public names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+
+import odeadv
+from odeadv.cli import main
+
+project = "odeadv"
+author = "The odeadv contributors"
+copyright = author
+release = version = odeadv.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"odeadv {release}"
+
+myst_heading_anchors = 3  # links such as page.md#heading
+suppress_warnings = ["myst.header"]  # pages of results begin with a level that suits the table
+
+default_role = "py:obj"  # `solve` in a docstring is a link where there is such a name
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes of dataclasses are described once
+
+
+class Schemes(Directive):
+    """A table of all schemes, from the schemes themselves."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        any_number = odeadv.schemes.names(operators=3)
+        lines = [
+            "| name | order | operators | compositions | stages | source |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for name in odeadv.schemes.names():
+            scheme = odeadv.schemes.get(name)
+            operators = "any" if name in any_number else 2
+            stages = sum(len(stages) for _, stages in scheme.compositions)
+            row = (f"`{name}`", scheme.order, operators, len(scheme.compositions), stages, scheme.source)
+            lines.append(f"| {' | '.join(map(str, row))} |")
+        content = nodes.Element()
+        self.state.nested_parse(StringList(lines, source="schemes"), self.content_offset, content)
+        return content.children
+
+
+class Help(Directive):
+    """What ``odeadv COMMAND --help`` prints."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The text, as it stands."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            main([*self.arguments, "--help"])
+        return [nodes.literal_block(out.getvalue(), out.getvalue(), language="text")]
+
+
+def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Norms in docstrings, |x|, are no substitutions."""
+    for i, line in enumerate(lines):
+        parts = line.split("``")  # every other one is code
+        parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+        lines[i] = "``".join(parts)
+
+
+def elsewhere(app: Any, env: Any, reference: Any, content: nodes.Element) -> nodes.Element | None:
+    """A name that ``odeadv`` itself exports needs no prefix in the docstrings of its parts."""
+    if reference.get("refdomain") != "py":
+        return None
+    target = f"odeadv.{reference['reftarget']}"
+    found: nodes.Element | None = env.domains["py"].resolve_xref(
+        env, reference["refdoc"], app.builder, "obj", target, reference, content
+    )
+    return found
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.add_directive("odeadv-schemes", Schemes)
+    app.add_directive("odeadv-help", Help)
+    app.connect("missing-reference", elsewhere)
+    app.connect("autodoc-process-docstring", plain)
