@@ -413,7 +413,7 @@ def read_checkpoints(field: VectorField, checkpoints: int | None, differentiate:
 
 
 def read_initial_state(field: VectorField, x0: Any) -> Tensor:
-    """The initial state.
+    """The initial state; a copy, if it is a tensor of the user's, which a field might write to.
 
     Raises:
         TypeError, ValueError: naming ``x0``.
@@ -432,4 +432,4 @@ def read_initial_state(field: VectorField, x0: Any) -> Tensor:
         finite = True
     if not finite:
         raise ValueError("x0: contains NaN or infinite values, expected finite ones")
-    return state
+    return state.clone() if state is given else state

@@ -12,6 +12,7 @@ from torch import Tensor
 from odeadv._arguments import SubSteps, read_initial_state, read_method, read_times
 from odeadv._solution import Solution, SolveError, Stats, Status
 from odeadv._solve import _last_good, _status
+from odeadv._state import aside, inside_transform
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
 from odeadv.fields._operator import VectorFunction, clock_dtype
@@ -86,7 +87,7 @@ class CompiledSolver:
         assert grid.h is not None
         signed = math.copysign(self.dt, grid.h)
         # The size of a step is a constant of its graph; how the ends of a span round must not ask for another one.
-        step = self._step(signed if math.isclose(grid.h, signed, rel_tol=1e-12) else grid.h, x)
+        step = self._step(signed if math.isclose(grid.h, signed, rel_tol=1e-12) else grid.h, x, grid[0])
         ends = [(grid.times[0], x)]
         clock = torch.tensor(grid.times, dtype=clock_dtype(x.dtype), device=x.device)
         for t in clock[:-1].unbind():
@@ -100,11 +101,11 @@ class CompiledSolver:
             scheme=self.method.name,
             last_good=lambda: _last_good(self.method.stepper(self.field), ends, grid, self.field),
         )
-        if throw and solution.status is not Status.SUCCESS:
+        if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
             raise SolveError(solution)
         return solution
 
-    def _step(self, h: float, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def _step(self, h: float, x: Tensor, first: Step) -> Callable[[Tensor, Tensor], Tensor]:
         key = (
             h,
             x.dtype,
@@ -116,6 +117,7 @@ class CompiledSolver:
         )
         if key not in self._steps:
             stepper = self.method.stepper(self.field)
+            self._check(x, first)
 
             def step(x: Tensor, t: Tensor) -> Tensor:
                 # Times are tensors here, so that one graph serves every step.
@@ -125,3 +127,16 @@ class CompiledSolver:
             step.__code__ = step.__code__.replace(co_name=f"step_{len(self._steps)}")
             self._steps[key] = torch.compile(step, **self._options)
         return self._steps[key]
+
+    def _check(self, x: Tensor, step: Step) -> None:
+        """One step as `solve` takes it, without effect: graphs cannot see a field that writes to its state, say.
+
+        Raises:
+            TypeError, ValueError: as from `solve`, by name.
+        """
+        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), aside(self.field.modules, x.device):
+            start = x.detach().clone()
+            if x.requires_grad and grad and not inside_transform():
+                start.requires_grad_()
+            self.method.stepper(self.field).advance(start, step)

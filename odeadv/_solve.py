@@ -25,7 +25,7 @@ from odeadv._arguments import (
     read_times,
 )
 from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._state import aside
+from odeadv._state import aside, outside_inference_mode
 from odeadv.costate import Converge, Costate, RecordedCostate, Recordings, SummedCostate, Sweeping
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._operator import VectorFunction, clock_dtype
@@ -104,47 +104,12 @@ def solve(
         AccuracyWarning: if a sub-step that was chosen has a lower order than the scheme, or a scheme of order above
             two is left with Euler; or if a scheme runs an operator backward that is declared irreversible.
     """
-    work = _read(
-        as_field(field), x0, t_span, scheme, dt, steps, rtol, atol, substep, costate, sweeps, ascent, checkpoints,
-        differentiate_costate,
-    )  # fmt: skip
-    field, method, x = work.field, work.method, work.x0
-    save_times = read_save_times(field, save_at, work.times.span)
-
-    driven: VectorField = field
-    a: Costate | None = None
-    if isinstance(field, AdversarialField) and field.eta != 0.0 and work.reaches_the_end(field):
-        a = work.record()
-        driven = field.driven_by(a)
-    grid = work.grid(driven)
-    stepper = method.stepper(driven)
-    if save_at is None and len(grid):
-        ts: Sequence[float] = (grid.times[0], grid.times[-1])
-        final = stepper.march(x, grid)
-        xs = [x, final]
-    else:
-        ts = grid.times if save_times is None else _reached(save_times, grid, work.status)
-        final, xs = _run(stepper, x, grid, ts, driven, method.order(driven))
-    output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
-    work.count(stepper, a)
-    work.stats.steps = len(grid)
-    work.stats.states_held = max(work.stats.states_held, _held(a) + len(xs))
-
-    saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
-    status = _status(work.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
-    start, end = (grid.times[0], x), (grid.times[-1], final)
-    solution = Solution(
-        torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
-        saved,
-        status=status,
-        stats=work.stats,
-        scheme=method.name,
-        output=output,
-        loss=loss,
-        costate=a,
-        record=work.record if isinstance(field, AdversarialField) else None,
-        last_good=lambda: _last_good(method.stepper(driven), [start, *zip(ts, xs, strict=False), end], grid, driven),
-    )
+    with outside_inference_mode():
+        work = _read(
+            as_field(field), x0, t_span, scheme, dt, steps, rtol, atol, substep, costate, sweeps, ascent, checkpoints,
+            differentiate_costate,
+        )  # fmt: skip
+        solution = _solved(work, save_at)
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
         raise SolveError(solution)
     return solution
@@ -199,13 +164,14 @@ def driven(
         raise TypeError(
             f"field: got {type(field).__name__}, expected an AdversarialField; other fields need no driving"
         )
-    work = _read(
-        field, x0, t_span, scheme, dt, steps, rtol, atol, substep, costate, sweeps, ascent, checkpoints,
-        differentiate_costate,
-    )  # fmt: skip
-    if field.eta == 0.0:
-        return VectorField({"f": field.f}, field.problem)
-    a = work.record() if work.reaches_the_end(field) else None
+    with outside_inference_mode():
+        work = _read(
+            field, x0, t_span, scheme, dt, steps, rtol, atol, substep, costate, sweeps, ascent, checkpoints,
+            differentiate_costate,
+        )  # fmt: skip
+        if field.eta == 0.0:
+            return VectorField({"f": field.f}, field.problem)
+        a = work.record() if work.reaches_the_end(field) else None
     status = _status(work.status, *(node for part in _parts(a) for node in part.nodes))
     if a is None or status not in (Status.SUCCESS, Status.UNKNOWN):
         start = torch.tensor(work.times.span[:1], dtype=clock_dtype(work.x0.dtype))
@@ -216,6 +182,46 @@ def driven(
 
 
 AdversarialField._recorder = staticmethod(driven)  # fields know no solver, but one that is called needs a recording
+
+
+def _solved(work: _Work, save_at: SaveAt) -> Solution:
+    """What `solve` gives, failed or not."""
+    field, method, x = work.field, work.method, work.x0
+    save_times = read_save_times(field, save_at, work.times.span)
+    driven: VectorField = field
+    a: Costate | None = None
+    if isinstance(field, AdversarialField) and field.eta != 0.0 and work.reaches_the_end(field):
+        a = work.record()
+        driven = field.driven_by(a)
+    grid = work.grid(driven)
+    stepper = method.stepper(driven)
+    if save_at is None and len(grid):
+        ts: Sequence[float] = (grid.times[0], grid.times[-1])
+        final = stepper.march(x, grid)
+        xs = [x, final]
+    else:
+        ts = grid.times if save_times is None else _reached(save_times, grid, work.status)
+        final, xs = _run(stepper, x, grid, ts, driven, method.order(driven))
+    output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
+    work.count(stepper, a)
+    work.stats.steps = len(grid)
+    work.stats.states_held = max(work.stats.states_held, _held(a) + len(xs))
+
+    saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
+    status = _status(work.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
+    start, end = (grid.times[0], x), (grid.times[-1], final)
+    return Solution(
+        torch.tensor(ts[: len(xs)], dtype=clock_dtype(x.dtype), device=x.device),
+        saved,
+        status=status,
+        stats=work.stats,
+        scheme=method.name,
+        output=output,
+        loss=loss,
+        costate=a,
+        record=work.record if isinstance(field, AdversarialField) else None,
+        last_good=lambda: _last_good(method.stepper(driven), [start, *zip(ts, xs, strict=False), end], grid, driven),
+    )
 
 
 def _read(

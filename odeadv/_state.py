@@ -64,6 +64,77 @@ def recording(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
         yield
 
 
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Run the body under ``no_grad`` where the caller is in inference mode, and as it is elsewhere.
+
+    Inference mode does not count what is written to a tensor, so functions that write to a state go unseen there.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class RandomState:
+    """The global random state, of the CPU and of ``device`` if that is a CUDA device, as it is when this is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back(self) -> None:
+        """Go on from it."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+class Replay:
+    """Calls that draw the random numbers of the first of them and meet the same buffers.
+
+    The random state goes on as after one call; buffers stay what they are.
+
+    Args:
+        modules: whose buffers the calls may write to.
+        device: where they draw.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+        self._modules, self._device = modules, device
+        self._start: RandomState | None = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """One call is made inside."""
+        if self._start is None:
+            self._start = RandomState(self._device)
+        else:
+            self._start.put_back()
+        with untouched(*self._modules):
+            yield
+
+
+class Buffers:
+    """The buffers of ``modules`` as they are when this is made."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        parts = dict.fromkeys(part for module in modules for part in module.modules())
+        self._values = [
+            (part, name, buffer.clone())
+            for part in parts
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    def put_back(self) -> None:
+        """Give the modules copies of them; the tensors they have now are not written to."""
+        for part, name, value in self._values:
+            part._buffers[name] = value.clone()
+
+
 def inside_transform() -> bool:
     """Whether the caller runs inside a torch.func transform (vmap, grad, jvp, ...), where leaves cannot be made."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -89,35 +160,47 @@ def decides(value: Tensor, argument: str) -> float:
 def modules_of(*functions: object) -> tuple[nn.Module, ...]:
     """The modules that ``functions`` run, as far as can be seen.
 
-    Found are modules themselves, bound methods of them, partial functions, what a function closes over or names
-    globally, and objects with a tuple ``modules`` (operators and fields).
+    Found are modules themselves, bound methods, partial functions, what a function closes over or names globally,
+    objects with a tuple ``modules`` (operators and fields), what lists, tuples, sets and dicts among these hold, and
+    the attributes of objects among them, but not those of such attributes.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
-    waiting = list(functions)
+    waiting = [(function, True) for function in functions]  # and whether an object's attributes are looked at
     while waiting:
-        item = waiting.pop()
-        if item is None or id(item) in seen:
+        item, inside = waiting.pop()
+        if item is None or isinstance(item, _LEAVES) or id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
             found[id(item)] = item
+            continue
+        if isinstance(item, dict):
+            parts: list[object] = list(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            parts = list(item)
         elif isinstance(item, functools.partial):
-            waiting += [item.func, *item.args, *item.keywords.values()]
+            parts = [item.func, *item.args, *item.keywords.values()]
         elif isinstance(item, types.MethodType):
-            waiting += [item.__self__, item.__func__]
+            parts = [item.__self__, item.__func__]
         elif isinstance(item, types.FunctionType):
-            waiting += _names_in(item)
+            parts = _names_in(item)
         elif isinstance(getattr(item, "modules", None), tuple):
-            waiting += item.modules  # type: ignore[attr-defined]
+            parts = list(item.modules)  # type: ignore[attr-defined]
+        else:
+            parts, inside = (list(vars(item).values()) if inside and hasattr(item, "__dict__") else []), False
+        waiting += [(part, inside) for part in parts]
     return tuple(found.values())
 
 
+#: Neither modules nor holders of any.
+_LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.BuiltinFunctionType)
+
+
 def _names_in(function: types.FunctionType) -> list[object]:
-    """What ``function`` closes over, and the modules among the globals it names."""
+    """What ``function`` closes over, and the globals it names."""
     values: list[object] = []
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell: defined later
             values.append(cell.cell_contents)
-    named = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return values + [value for value in named if isinstance(value, nn.Module | types.FunctionType | types.MethodType)]
+    return values + [function.__globals__.get(name) for name in function.__code__.co_names]

@@ -166,6 +166,8 @@ def test_differences_are_paired_by_seed_with_students_interval():
         ("table5", "pgd+lad-sm@10", ["pgd", "pgd+lad@10"]),
         ("table6", "trades+lad-sm", ["trades", "trades+lad"]),
         ("ablations", "natural+lad+random", ["natural", "natural+lad"]),
+        ("ablations", "natural+lad-sm", ["natural", "natural+lad", "natural+matched"]),
+        ("ablations-trades", "trades+lad+eta0", ["trades", "trades+lad"]),
     ],
 )
 def test_rows_are_compared_with_the_undefended_one_and_those_that_differ_in_one_part(table, row, others):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from odeadv._state import inside_transform, recording
+from odeadv._state import Buffers, RandomState, inside_transform, recording
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
 from odeadv.fields._operator import version
@@ -88,18 +90,18 @@ def _leaf(x: Tensor) -> Tensor:
 def _by_transform(
     field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """States and costates at the nodes by `torch.func.vjp`, with respect to an offset added at each of them."""
-
-    def run(*offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        states = [x0 + offsets[0]]
-        for step, offset in zip(grid, offsets[1:], strict=True):
-            states.append(stepper.advance(states[-1], step) + offset)
-        return field.evaluate(states[-1])[1], states
-
-    loss, pull, states = torch.func.vjp(  # type: ignore[misc]  # with has_aux there are three
-        run, *(torch.zeros_like(x0) for _ in grid.times), has_aux=True
-    )
-    return states, pull(torch.ones_like(loss))
+    """States and costates at the nodes by `torch.func.vjp` of each step, whose ends may differ in shape."""
+    states, pulls = [x0], []
+    pull: Any
+    for step in grid:
+        end, pull = torch.func.vjp(partial(stepper.advance, step=step), states[-1])  # type: ignore[misc]  # without has_aux: two
+        states.append(end)
+        pulls.append(pull)
+    loss, pull = torch.func.vjp(lambda x: field.evaluate(x)[1], states[-1])  # type: ignore[misc]
+    nodes = [pull(torch.ones_like(loss))[0]]
+    for pull in reversed(pulls):
+        nodes.append(pull(nodes[-1])[0])
+    return states, nodes[::-1]
 
 
 def _in_segments(
@@ -108,15 +110,16 @@ def _in_segments(
     """States and costates at the nodes, with the graph of one segment alive at a time."""
     ends = sorted({round(i * len(grid) / count) for i in range(count + 1)})
     states = [x0.clone() if x0.is_inference() else x0.detach()]
-    random = {}
+    begun = {}
     with torch.no_grad():
         for n in range(len(grid)):
             if n in ends:
-                random[n] = _random_state(x0.device)
+                begun[n] = RandomState(x0.device), Buffers(field.modules)
             states.append(stepper.advance(states[-1], grid[n]))
     nodes = [torch.empty(0)] * len(states)
     for first, last in reversed(list(pairwise(ends))):
-        _set_random_state(random[first], x0.device)
+        for kept in begun[first]:
+            kept.put_back()
         inner = [_leaf(states[first].detach())]
         for n in range(first, last):
             inner.append(stepper.advance(inner[-1], grid[n]))
@@ -164,13 +167,3 @@ def _check_node(n: int, value: object, node: Tensor) -> None:
             f"transform: returned {value.dtype} of shape {tuple(value.shape)} on {value.device} for node {n}, "
             f"expected {expected}"
         )
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

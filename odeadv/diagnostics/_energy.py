@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,7 +19,8 @@ from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, pa
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import Jump, Operator
 from odeadv.fields._operator import Tally
-from odeadv.splitting import Scheme, SubStep, get_substep
+from odeadv.splitting import Scheme, SubStep, get_substep, substep_names
+from odeadv.splitting import schemes as known
 from odeadv.splitting._substep import Clock
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Energy(Result):
         energy: (eta / 2) * integral |a|^2 dt of the recording by the trapezoidal rule on its nodes: the equation's own.
         schemes: names of the schemes.
         spent: the same as each scheme applies it: every stage that moves the state by d in a time h costs
-            |d|^2 / (2 eta h).
+            |d|^2 / (2 eta h), times the factor of its table in a mixture.
         losses: loss after each scheme.
         loss_rise: ``losses`` - ``plain_loss``.
         loss_per_energy: ``loss_rise`` / ``spent``; 2 for a small eta, since the loss rises by eta * integral |a|^2 dt
@@ -254,7 +255,7 @@ def energy_of(
     given = substep if isinstance(substep, Mapping) else dict.fromkeys(("f", "costate"), substep or "euler")
     spent, losses = [], []
     for scheme in names:
-        meter = _Meter(get_substep(given.get("costate", "euler")), eta)
+        meter = _Meter(get_substep(given.get("costate", "euler")), eta, _factors(scheme))
         with torch.inference_mode(False), torch.no_grad(), aside(field.modules, plain.states[0].device):
             along = driven(field, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
             with warnings.catch_warnings():  # `driven` has warned of a choice of sub-steps, if there was one
@@ -277,10 +278,16 @@ def energy_of(
 
 
 class _Meter:
-    """A sub-step of the costate that adds up the energy of what it does."""
+    """A sub-step of the costate that adds up the energy of what it does.
 
-    def __init__(self, method: SubStep, eta: float) -> None:
-        self.method, self.eta = method, eta
+    Args:
+        method: the sub-step itself.
+        eta: strength of the field.
+        factors: of the tables that its stages belong to, in the order in which a step comes to them.
+    """
+
+    def __init__(self, method: SubStep, eta: float, factors: Sequence[float]) -> None:
+        self.method, self.eta, self.factors = method, eta, cycle(factors)
         self.name, self.order = method.name, method.order
         self.spent = 0.0
 
@@ -288,8 +295,18 @@ class _Meter:
         """See `odeadv.splitting.SubStep.advance`."""
         # From 0, for the difference of the states would have lost digits.
         moved = self.method.advance(operator, clock, h, torch.zeros_like(x), Tally())
-        self.spent += norm(moved) ** 2 / (2.0 * self.eta * h)
+        self.spent += next(self.factors) * norm(moved) ** 2 / (2.0 * self.eta * h)
         return self.method.advance(operator, clock, h, x, tally)
+
+
+def _factors(scheme: str | Scheme) -> list[float]:
+    """For each stage of the costate in a step, the factor of its table; 1 where the field is not split."""
+    if isinstance(scheme, str):
+        if scheme in substep_names() or scheme.startswith("torchdiffeq:"):
+            return [1.0]
+        scheme = known.get(scheme)
+    tables = scheme.numbered(("f", "costate")).compositions
+    return [factor for factor, stages in tables if factor for stage in stages if stage.operator in (1, "costate")]
 
 
 def _trapezoid(path: Path) -> float:

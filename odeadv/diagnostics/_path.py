@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odeadv._solution import Solution
 from odeadv._solve import driven, solve
-from odeadv._state import aside, recording
+from odeadv._state import Replay, aside, recording
 from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Jump, Operator, VectorField, as_field
 from odeadv.fields._operator import Sum, Tally, VectorFunction, as_time
@@ -32,6 +32,7 @@ class Layer:
         piece: f on that step, or the jump that takes its place.
         x, end: the states x_n and x_{n+1}.
         a, a_end: the costates a_n and a_{n+1}; None for a field without a loss.
+        replay: makes all evaluations of the piece draw the same noise, so that they are of one function.
     """
 
     index: int
@@ -41,17 +42,20 @@ class Layer:
     end: Tensor
     a: Tensor | None
     a_end: Tensor | None
+    replay: Replay
 
     def velocity(self, x: Tensor | None = None, t: float | Tensor | None = None) -> Tensor:
         """Evaluate f at ``x`` and ``t``, the beginning of the step if not given; not defined on a jump."""
         assert isinstance(self.piece, Operator)
         state = self.x if x is None else x
-        return self.piece(as_time(self.step.t0 if t is None else t, state), state)
+        with self.replay():
+            return self.piece(as_time(self.step.t0 if t is None else t, state), state)
 
     def map(self, x: Tensor) -> Tensor:
         """Take ``x`` to x + h f(t_n, x), the layer as a residual network has it; the map of a jump."""
         if isinstance(self.piece, Jump):
-            return self.piece.across(x, Tally())
+            with self.replay():
+                return self.piece.across(x, Tally())
         return torch.add(x, self.velocity(x), alpha=self.step.h)
 
 
@@ -96,7 +100,8 @@ class Path:
         costates: list[Any] = list(self.costates) or [None] * len(self.states)
         ends = zip(pairwise(self.states), pairwise(costates), strict=True)
         for n, (step, ((x, end), (a, a_end))) in enumerate(zip(self.grid, ends, strict=True)):
-            yield Layer(n, step, self.operator.on(step.t0, step.t1), x, end, a, a_end)
+            piece = self.operator.on(step.t0, step.t1)
+            yield Layer(n, step, piece, x, end, a, a_end, Replay(piece.modules, x.device))
 
     @contextlib.contextmanager
     def quiet(self, grad: bool = False) -> Iterator[None]:

@@ -129,13 +129,15 @@ class Table:
     def compared(self, row: Row) -> list[Row]:
         """What the claims compare ``row`` with: its `baseline`, and the rows that differ from it in one part.
 
-        These are the rows with a part less (noise, an ablation, the defence), and LAD in its first form for the other
-        forms of it.
+        These are the rows with a part less (noise, an ablation, the defence), LAD in its first form for the other
+        forms of it, and for a form of LAD the undefended row that was trained for as many passes.
         """
         base, parts = self.baseline(row), row.method.split("+")
         less = ["+".join(parts[:k] + parts[k + 1 :]) for k in range(1, len(parts))]
         plain = "+".join("lad" if part.startswith("lad-") else part for part in parts)
-        others = [r for method in (*less, plain) for r in self.rows if (r.method, r.factor) == (method, row.factor)]
+        matched = [f"{parts[0]}+matched"] if len(parts) == 2 and parse_method(row.method).scheme is not None else []
+        methods = (*less, plain, *matched)
+        others = [r for method in methods for r in self.rows if (r.method, r.factor) == (method, row.factor)]
         return [r for r in dict.fromkeys([base, *others]) if r is not None and r != row]
 
     def paper(self, dataset: str) -> Mapping[str, Mapping[str, float]]:

@@ -145,6 +145,7 @@ class AdversarialField(VectorField):
         self.transforms: tuple[NodeTransform, ...] = ()
         self._modules = modules_of(loss, readout, *modules)
         self._drive: VectorField | None = None
+        self._driven_in = -1
         operator = (
             f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
         )
@@ -156,19 +157,29 @@ class AdversarialField(VectorField):
         An evaluation at the start of the span is taken for the start of a solve: the costate is recorded from there,
         by `odeadv.driven` with its defaults, and drives until the next such evaluation. So every solve has the
         recording of its own initial state and weights, and a method that evaluates the start twice records twice.
+        A backward pass that evaluates the field again, as ``odeint_adjoint`` does, would meet the recording of the
+        latest solve, whichever it is of: give it `odeadv.driven`, which keeps its own.
 
         Args:
             t: 0-d tensor.
             x: the state; returns its shape.
 
         Raises:
-            TypeError: if the field has no span or steps, or is evaluated elsewhere before it was at the start.
+            TypeError: if the field has no span or steps, or is evaluated elsewhere before it was at the start; or
+                within a backward pass, but for a solve that begins there, or outside after such a one.
             ValueError, SolveError: see `odeadv.driven`.
         """
         if self._starts_at(t):
             self._drive = type(self)._recorder(self, x.detach())
+            self._driven_in = _backward_pass()
         elif self._drive is None:
             return super().__call__(t, x)  # which says what to do
+        elif self._driven_in != _backward_pass():
+            raise TypeError(
+                "field: evaluated within a backward pass (odeint_adjoint?), where the recording of another solve may "
+                "have taken the place of its own; give the solver odeadv.driven(field, x0, t_span, steps=...), which "
+                "keeps one"
+            )
         return self._drive(t, x)
 
     def _starts_at(self, t: Tensor) -> bool:
@@ -177,7 +188,7 @@ class AdversarialField(VectorField):
         if problem.t_span is None or (problem.dt is None and problem.steps is None):
             return False
         rounding = 4 * torch.finfo(t.dtype).eps * max(map(abs, problem.t_span))
-        return abs(float(t) - problem.t_span[0]) <= rounding
+        return abs(float(t.detach()) - problem.t_span[0]) <= rounding
 
     @property
     def f(self) -> Operator:
@@ -250,6 +261,11 @@ class AdversarialField(VectorField):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(f, costate, eta={self.eta:g}{', transformed' if self.transforms else ''})"
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that is running; -1 outside of any."""
+    return torch._C._current_graph_task_id()
 
 
 def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:

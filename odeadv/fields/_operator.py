@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -58,7 +57,14 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
 
 def version(x: Tensor) -> int:
     """How often ``x`` has been written to; -1 in inference mode and under torch.compile, where it is not known."""
-    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    if torch.compiler.is_compiling():
+        return -1
+    while _wrapped(x):  # within a torch.func transform: the tensor of the values knows
+        x = torch._C._functorch.get_unwrapped(x)
+    return -1 if x.is_inference() else x._version
+
+
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_unmodified(name: str, x: Tensor, before: int) -> None:
@@ -67,12 +73,15 @@ def check_unmodified(name: str, x: Tensor, before: int) -> None:
     Raises:
         ValueError: if the `version` of ``x`` is not ``before`` any more.
     """
-    if before >= 0 and x._version != before:
+    if before >= 0 and version(x) != before:
         raise ValueError(f"{name}: modifies the state in place; return a new tensor (for a module, inplace=False)")
 
 
 def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
     """``f(t, x)``, refused if it writes to ``x`` or is not of its shape; not for torch.compile, see `version`."""
+    if _wrapped(x):
+        before = version(x)
+        return returned(f(t, x), x, before)
     before = -1 if x.is_inference() else x._version
     value = f(t, x)
     # What `returned` does, written out: calls are most of what a step costs.
@@ -212,7 +221,7 @@ class Forcing(Operator):
         return self.scale * same_shape("costate", self.value(t), x)
 
     def _at(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.scale * self.value(float(t))
+        return self.scale * self.value(float(t.detach()))
 
 
 class Unrecorded(Operator):
@@ -367,7 +376,7 @@ class Piecewise(Operator):
                 f"{_few(self.edges)}; choose dt so that steps end on the edges"
             )
         piece = self.pieces[index]
-        whole = math.isclose(low, self.edges[index]) and math.isclose(high, self.edges[index + 1])
+        whole = abs(low - self.edges[index]) <= slack and abs(high - self.edges[index + 1]) <= slack
         if isinstance(piece, Jump) and not (whole and t1 > t0):
             raise ValueError(
                 f"dt: the step from {t0:g} to {t1:g} lies within the jump from {self.edges[index]:g} to "

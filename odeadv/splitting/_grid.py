@@ -74,13 +74,22 @@ class Grid:
         return Grid(self.times[first : last + 1], self.h)
 
     def snap(self, t: float) -> float:
-        """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do)."""
-        after = bisect_right(self.times, self.sign * t, key=lambda time: self.sign * time)
+        """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do).
+
+        Times rounded to float32 miss by a part of themselves, and of the ends of the span only where they lie beyond
+        one: a small time of a long span is none that was meant to be its beginning.
+        """
+        first, last, sign = self.times[0], self.times[-1], self.sign
+        largest = max(abs(first), abs(last))
+        beyond = max(sign * first - sign * t, sign * t - sign * last)
+        if 0.0 < beyond <= 2.0**-22 * largest:
+            return first if sign * t < sign * first else last
+        after = bisect_right(self.times, sign * t, key=lambda time: sign * time)
         n = min(max(after - 1, 0), len(self) - 1)
         step = abs(self.times[n + 1] - self.times[n]) if len(self) else 1.0
-        tolerance = min(max(1e-6 * step, 2.0**-22 * abs(t)), 0.1 * step)
+        tolerance = min(2.0**-22 * abs(t) + 2.0**-50 * largest, 0.1 * step)
         near = [node for node in self.times[max(after - 1, 0) : after + 1] if abs(node - t) <= tolerance]
-        return near[0] if near else t
+        return min(near, key=lambda node: abs(node - t)) if near else t
 
     def locate(self, t: float, name: str = "t") -> int:
         """The number of the step that contains ``t`` (the later one at an inner node).

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from odeadv._state import inside_transform
 from odeadv.fields._operator import Jump, Operator, Sum, Tally, VectorFunction, clock_dtype, returned, version
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._scheme import Composition, Stage
@@ -94,7 +95,7 @@ class Stepper:
 
     def states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
         """The states at ``t_1 ... t_N`` from ``x`` at ``t_0``, one at a time."""
-        if not self._prepared or torch.compiler.is_compiling():
+        if not self._prepared or torch.compiler.is_compiling() or inside_transform():
             for step in grid:
                 x = self.advance(x, step)
                 yield x

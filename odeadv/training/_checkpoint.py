@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,27 @@ class Checkpoints:
             if info.get("schema") != SCHEMA:
                 raise ValueError(f"{path}: schema is {info.get('schema')!r}, expected {SCHEMA!r}")
             if info["identity"] != self._identity:
-                raise ValueError(f"{path}: is the checkpoint of another run; give another folder")
+                parts = ", ".join(_differing(info["identity"], self._identity))
+                raise ValueError(
+                    f"{path}: is the checkpoint of another run, which differs in {parts}; give another folder"
+                )
             return tensors, info
         return None
+
+
+def _differing(a: Any, b: Any, name: str = "") -> list[str]:
+    """The dotted names of what two identities do not share."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [name or "its identity"]
+    keys = sorted(a.keys() | b.keys())
+    return [part for key in keys for part in _differing(a.get(key), b.get(key), f"{name}.{key}" if name else key)]
+
+
+def architecture(net: nn.Module) -> dict[str, Any]:
+    """What tells networks apart before they are trained: their ``config``, if they have one, and the shapes."""
+    config = json.dumps(getattr(net, "config", None), default=lambda value: type(value).__name__)
+    shapes = {name: [str(value.dtype), *value.shape] for name, value in model_tensors(net).items()}
+    return {"config": json.loads(config), "tensors": shapes}
 
 
 def model_tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ class Step:
         defence: how `defended` passes are solved.
         draws: the step's random numbers.
         share: see `Defence`.
-        seen: the images of the last defended pass, for diagnostics.
+        seen: the images that diagnostics look at: of the last defended pass or attack; by default ``images``.
         attacked_net: the network as attacks run it (compiled, if that was asked for).
     """
 

@@ -24,6 +24,7 @@ from odeadv._state import untouched
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.data._checks import check_images, check_labels, check_range
 from odeadv.diagnostics import Perturbation, perturbation
+from odeadv.evaluation._journal import data_digest
 from odeadv.models import Network
 from odeadv.models._network import FieldNetwork
 from odeadv.training import _checkpoint as saved
@@ -190,6 +191,8 @@ class _Run:
             # As the run's name does, leave out what has its default: fields may be added later.
             whole = {"config": essential(config), "run": identity, "data": data.fingerprint()}
             whole["processes"] = fabric.world_size
+            whole["net"] = saved.architecture(net)
+            whole["validation"] = None if validation is None else data_digest(*validation)
             self.checkpoints = saved.Checkpoints(checkpoints, whole)
         self.result = TrainResult()
         self.done = 0  # steps of the current epoch

@@ -59,6 +59,7 @@ class Trades(Objective, name="trades"):
             start=step.images + 0.001 * step.draws.normal(step.images),
             mode=self.mode,
         )
+        step.seen = attacked
         logits = step.plain(step.images)
         clean = step.cross_entropy(logits)
         divergence = batch_kl(logits, step.plain(attacked)) / self.lam
