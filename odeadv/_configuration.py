@@ -81,20 +81,23 @@ def load(kind: type[T], file: Path) -> T:
     """
     text = file.read_text(encoding="utf-8")
     if file.suffix not in (".json", ".yaml", ".yml"):
-        raise ValueError(f"config: got {file}, expected a .json, .yaml or .yml file")
+        raise ValueError(f"{file}: expected a .json, .yaml or .yml file")
     if file.suffix == ".json":
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"config: {file} is not JSON: {error}") from None
+            raise ValueError(f"{file}: is not JSON: {error}") from None
     else:
         import yaml
 
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"config: {file} is not YAML: {error}") from None
-    return from_dict(kind, data)
+            raise ValueError(f"{file}: is not YAML: {error}") from None
+    try:
+        return from_dict(kind, data)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{file}: {error}") from None
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

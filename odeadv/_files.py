@@ -38,6 +38,26 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_file(argument: str, path: Path | None) -> None:
+    """OSError, naming ``argument``, if a file could not be written to ``path``; nothing is made."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"{argument}: {path} is a folder, expected the path of a file")
+    check_folder(argument, path.parent)
+
+
+def check_folder(argument: str, path: Path | None) -> None:
+    """OSError, naming ``argument``, if files could not be written in the folder ``path``; nothing is made."""
+    if path is None:
+        return
+    there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{argument}: {there} is no folder, so nothing can be written in {path}; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{argument}: {there} cannot be written in; give another folder, or change its rights")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text``, atomically."""
     with replacing(path) as partial:

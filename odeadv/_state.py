@@ -185,8 +185,8 @@ def modules_of(*functions: object) -> tuple[nn.Module, ...]:
             parts = [item.__self__, item.__func__]
         elif isinstance(item, types.FunctionType):
             parts = _names_in(item)
-        elif isinstance(getattr(item, "modules", None), tuple):
-            parts = list(item.modules)  # type: ignore[attr-defined]
+        elif isinstance(own := _modules_named(item), tuple):
+            parts = list(own)
         else:
             parts, inside = (list(vars(item).values()) if inside and hasattr(item, "__dict__") else []), False
         waiting += [(part, inside) for part in parts]
@@ -195,6 +195,13 @@ def modules_of(*functions: object) -> tuple[nn.Module, ...]:
 
 #: Neither modules nor holders of any.
 _LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.BuiltinFunctionType)
+
+
+def _modules_named(item: object) -> object:
+    """The attribute ``modules`` of an operator or field; None where there is none, or it cannot be read."""
+    with contextlib.suppress(Exception):  # a property of a stranger's may raise anything
+        return getattr(item, "modules", None)
+    return None
 
 
 def _names_in(function: types.FunctionType) -> list[object]:

@@ -69,12 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"odeadv {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"odeadv {args.command}: error: {error}", file=sys.stderr)
+        print(f"odeadv {args.command}: error: {_in_options(str(error))}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # diverged, or locked by another process
         print(f"odeadv {args.command}: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _in_options(message: str) -> str:
+    """``message`` of a function, with the name that its argument has on the command line."""
+    argument, colon, rest = message.partition(":")
+    return {"root": "data", "test": "images"}.get(argument, argument) + colon + rest
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +126,9 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if args.config is not None:
         if args.preset is not None or args.dataset is not None:
             raise ValueError("preset, dataset: belong to --method; a file says its own, which --set changes")
+        if not args.config.is_file():
+            what = "is a folder, expected a file such as its config.json" if args.config.is_dir() else "is not there"
+            raise FileNotFoundError(f"config: {args.config} {what}")
         config = experiments.load_config(args.config)
         if args.seed is not None:
             config = replace(config, training=replace(config.training, seed=args.seed))
@@ -144,6 +153,7 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
+    from odeadv._files import check_folder
     from odeadv.training import make_fabric
 
     config = _config(args)
@@ -152,6 +162,7 @@ def _train(args: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
+    check_folder("runs", args.runs)
     images = data.load(config.data.name, args.data)
     fabric = make_fabric(
         precision=config.training.precision, accelerator=args.accelerator, devices=args.devices, nodes=args.nodes
@@ -180,9 +191,11 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
 
 def _tune(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
-    from odeadv._files import write_json
+    from odeadv._files import check_file, check_folder, write_json
 
     config = _config(args)
+    check_file("out", args.out)
+    check_folder("runs", args.runs)
     images = data.load(config.data.name, args.data)
     found = experiments.tune(
         config, images, args.etas, runs=args.runs, folds=args.folds, only=args.only_folds, protocol=args.protocol
@@ -219,9 +232,10 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from odeadv import evaluate
-    from odeadv._files import write_json
+    from odeadv._files import check_file, write_json
     from odeadv.evaluation import ProgressLine
 
+    check_file("out", args.out)
     protocol = _protocol(args.protocol)
     net, info = _load(args.checkpoint)
     images = _test_images(info, args)
@@ -297,7 +311,10 @@ def _evaluation(path: Path, protocol: str, weights: str) -> Evaluation:
         found = evaluations[protocol]
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected an evaluation or a run's record")
-    return Evaluation.from_dict(found)
+    try:
+        return Evaluation.from_dict(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _add_runs(sub: argparse.ArgumentParser) -> None:
@@ -352,8 +369,10 @@ def _add_report(sub: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from odeadv._files import check_folder
     from odeadv.experiments import PRESETS, TABLES, with_eta, write_report
 
+    check_folder("out", args.out)
     table, preset = TABLES[args.table], PRESETS[args.preset]
     if args.eta is not None:
         preset = with_eta(preset, table, args.dataset or preset.dataset, args.eta)
@@ -370,10 +389,12 @@ def _add_rerun(sub: argparse.ArgumentParser) -> None:
 
 def _rerun(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
+    from odeadv._files import check_folder
 
     file = args.record / "record.json" if args.record.is_dir() else args.record
     if file.resolve().parent.parent == args.runs.resolve():
         raise ValueError(f"runs: {args.runs} is the folder that the record is in, expected another")
+    check_folder("runs", args.runs)
     record = experiments.load_record(file)
     images = data.load(record["config"]["data"]["name"], args.data)
     found = experiments.rerun(record, images, args.runs, autoattack=args.autoattack, label=record["method"])
@@ -393,8 +414,10 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
 
 
 def _budget(args: argparse.Namespace) -> int:
+    from odeadv._files import check_folder
     from odeadv.experiments import PRESETS, _budget, write_budget
 
+    check_folder("out", args.out)
     preset = PRESETS[args.preset]
     print(write_budget(preset, args.rates, args.out) if args.out else _budget.page(_budget.plain(preset, args.rates)))
     return 0
@@ -414,8 +437,11 @@ def _audit(args: argparse.Namespace) -> int:
     import torch
 
     from odeadv import experiments
+    from odeadv._files import check_folder
     from odeadv.audit import audit
 
+    out = args.out or _beside(args.checkpoint) / "audit"
+    check_folder("out", out)
     net, info = _load(args.checkpoint)
     images = _test_images(info, args)
     generator = torch.Generator().manual_seed(args.seed)
@@ -423,7 +449,6 @@ def _audit(args: argparse.Namespace) -> int:
     result = audit(
         net, (images.test_images, images.test_labels), eps=args.eps / 255, generator=generator, surrogate=surrogate
     )
-    out = args.out or _beside(args.checkpoint) / "audit"
     name = experiments.RunConfig.from_dict(info["run"]).name
     result.write(
         out, f"{name}, weights of epoch {info['epoch']}, the first test images of each class, seed {args.seed}."
@@ -448,10 +473,15 @@ def _add_diagnose(sub: argparse.ArgumentParser) -> None:
 
 def _diagnose(args: argparse.Namespace) -> int:
     from odeadv import experiments
+    from odeadv._files import check_folder
     from odeadv.data import to_float
     from odeadv.diagnostics import diagnose
     from odeadv.models import Averaged
 
+    if args.attack is not None and not 0 < args.attack <= 255:
+        raise ValueError(f"attack: got {args.attack:g}, expected a radius in 1/255, above 0 and at most 255")
+    out = args.out or _beside(args.checkpoint) / "diagnostics"
+    check_folder("out", out)
     loaded = [_load(checkpoint) for checkpoint in (args.checkpoint, args.beside) if checkpoint is not None]
     configs = [experiments.RunConfig.from_dict(info["run"]) for _, info in loaded]
     # The noise is averaged at inference; the dynamics are those of one network.
@@ -476,7 +506,6 @@ def _diagnose(args: argparse.Namespace) -> int:
     if args.attack is not None:
         starts = {name: _attacked(net, images, labels, args.attack) for name, net in zip(names, nets, strict=True)}
     runs = " and ".join(f"{config.name}, eta {eta:g}" for config, eta in zip(configs, etas, strict=True))
-    out = args.out or _beside(args.checkpoint) / "diagnostics"
     diagnose(fields, out, substep=substeps[0], start=starts, title=f"{runs}, {len(labels)} test images")
     print(out)
     return 0
@@ -513,6 +542,8 @@ def _test_images(info: dict[str, Any], args: argparse.Namespace) -> ImageDataset
     from odeadv import data
     from odeadv.experiments import DataConfig
 
+    if args.images is not None and args.images < 1:
+        raise ValueError(f"images: got {args.images}, expected at least 1 test image")
     config = configuration.from_dict(DataConfig, info["run"]["data"])
     subset, _ = config.take(data.load(config.name, args.data))
     subset = subset.subset(None, args.images)

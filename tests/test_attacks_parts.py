@@ -296,7 +296,7 @@ class TestBallAndBox:
 
     @settings(max_examples=80, deadline=None)
     @given(
-        eps=st.one_of(st.floats(0, 2), st.integers(0, 32).map(lambda k: k / 255), st.just(1e300)),
+        eps=st.one_of(st.floats(0, 1), st.integers(0, 32).map(lambda k: k / 255)),
         seed=st.integers(0, 2**32),
         dtype=st.sampled_from(DTYPES),
         norm=st.sampled_from(["linf", "l2"]),

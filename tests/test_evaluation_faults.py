@@ -23,6 +23,8 @@ from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
 from odeadv.evaluation._attack import Counted, attacked
 from odeadv.evaluation._fold import fold
 from odeadv.evaluation._probe import differs, scales
+from odeadv.models import preact_resnet
+from odeadv.training import Pgd, Trades
 
 IFGSM = Protocol("p", (AttackSpec("ifgsm", 8 / 255, 2 / 255, 3),))
 
@@ -377,6 +379,71 @@ class TestAttackArguments:
     def test_a_specification_can_be_copied_and_sent(self) -> None:
         spec = AttackSpec("pgd", 0.1, 0.05, 3, options={"restarts": 2})
         assert copy.deepcopy(spec) == spec == pickle.loads(pickle.dumps(spec))
+
+
+class TestChannelsLast:
+    def net(self) -> nn.Module:
+        class Flattening(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.conv(x)
+                return self.head(x.view(x.size(0), -1))
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Flattening().eval()
+
+    def test_a_network_that_flattens_by_view_is_evaluated_on_contiguous_images(self) -> None:
+        images = torch.rand(12, 3, 8, 8, generator=seeded())
+        labels = self.net()(images).argmax(1)
+        found = evaluate(self.net(), (images, labels), IFGSM)
+        assert found.settings["channels_last"] is False
+        assert any("channels_last" in note for note in found.notes)
+        asked = evaluate(self.net(), (images, labels), IFGSM, channels_last=False)
+        assert torch.equal(found.attacks[0].outcomes, asked.attacks[0].outcomes)
+        assert not any("channels_last" in note for note in asked.notes)
+
+    def test_what_takes_no_images_at_all_says_so_itself(self) -> None:
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+            evaluate(self.net(), (torch.rand(4, 3, 9, 9), torch.zeros(4, dtype=torch.int64)), IFGSM)
+
+
+class TestUnits:
+    """A radius of 8 is one of 8/255 that was not divided."""
+
+    @pytest.mark.parametrize("attack", [attacks.fgsm, attacks.ifgsm, attacks.pgd, attacks.apgd, attacks.square])
+    def test_attacks(self, attack: Callable[..., Tensor]) -> None:
+        more: dict[str, object] = {"alpha": 2.0, "steps": 2} if attack in (attacks.ifgsm, attacks.pgd) else {}
+        more |= {} if attack in (attacks.fgsm, attacks.ifgsm) else {"generator": seeded()}
+        with pytest.raises(ValueError, match=r"eps: got 8, expected at most 1 .*1/255"):
+            attack(linear(), IMAGES, LABELS, eps=8, **more)
+
+    @pytest.mark.parametrize("objective", [Pgd, Trades])
+    def test_objectives(self, objective: type) -> None:
+        with pytest.raises(ValueError, match=r"eps: got 8, expected at most 1 .*1/255"):
+            objective(eps=8)
+
+    def test_an_l2_radius_may_be_larger(self) -> None:
+        attacks.pgd(linear(), IMAGES, LABELS, eps=3.0, alpha=1.0, steps=2, norm="l2", generator=seeded())
+
+
+def test_images_of_another_dtype_are_refused_by_attacks_too() -> None:
+    with pytest.raises(ValueError, match=r"images: got torch.float64, but the model has torch.float32"):
+        attacks.ifgsm(linear(), IMAGES.double(), LABELS, eps=8 / 255, alpha=2 / 255, steps=2)
+
+
+def test_grey_images_are_not_repeated_by_the_normalisation_of_a_colour_network() -> None:
+    net = preact_resnet(depth=8, width=4)
+    with pytest.raises(ValueError, match=r"images: got shape \(2, 1, 8, 8\), expected \(n, 3, height, width\)"):
+        net(torch.rand(2, 1, 8, 8))
+
+
+def test_a_journal_that_is_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"resume: .* is a folder"):
+        evaluate(linear(), (IMAGES, LABELS), IFGSM, resume=tmp_path)
 
 
 class TestAutoAttack:

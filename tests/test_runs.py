@@ -37,6 +37,8 @@ from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverg
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
+ROOT = Path(__file__).parents[1]
+
 
 def small(**changes) -> RunConfig:
     training = TrainConfig(
@@ -233,6 +235,11 @@ class TestAgain:
         assert cli.main(["rerun", str(file), "--runs", str(tmp_path / "runs")]) == 2
         assert "is the folder that the record is in" in capsys.readouterr().err
 
+        again = tmp_path / "again" / config.name / "record.json"
+        again.write_text(again.read_text().replace(str(torch.__version__), "1.0"))
+        assert cli.main(["rerun", str(file), "--runs", str(tmp_path / "again")]) == 2
+        assert "is of other versions than those of now" in capsys.readouterr().err
+
         other = run(small(objective=Pgd(steps=1), seed=1), digits, tmp_path, protocols=protocols[:1], log=StringIO())
         found = experiments.agreement(record, {**other, "versions": {**other["versions"], "torch": "1.0"}})
         pairs = [(a["loss"], b["loss"]) for a, b in zip(record["epochs"], other["epochs"], strict=True)]
@@ -255,8 +262,16 @@ class TestAgain:
         with pytest.raises(ValueError, match=r"^data: the images of the record have the fingerprint abc, these"):
             experiments.rerun({**record, "data": {"fingerprint": "abc"}}, digits, tmp_path / "again")
         old = {"last": {"table1": {"schema": "odeadv.evaluation/1"}}}
-        with pytest.raises(ValueError, match=r"^schema: got 'odeadv.evaluation/1'"):
+        with pytest.raises(ValueError, match=r"^record: .*table1 cannot.*schema: got 'odeadv.evaluation/1'"):
             experiments.rerun({**record, "evaluations": old}, digits, tmp_path / "again")
+
+    @pytest.mark.parametrize("part", ["key", "config", "evaluations", "versions", "epochs"])
+    def test_a_record_that_lacks_a_part_is_refused(self, part, tmp_path):
+        whole = json.loads(next((ROOT / "docs" / "results" / "runs").glob("cifar10-pgd-seed0*.json")).read_text())
+        file = tmp_path / "record.json"
+        file.write_text(json.dumps({name: value for name, value in whole.items() if name != part}))
+        with pytest.raises(ValueError, match=rf"record.json: is no whole record of a run, expected {part} in it"):
+            experiments.load_record(file)
 
     def test_records_of_autoattack_and_unknown_protocols_are_not_run_again_unasked(self, digits, tmp_path):
         config = small(epochs=1)
@@ -292,7 +307,10 @@ class TestFiles:
         with pytest.raises(ValueError, match="schema is 'other'"):
             load_model(tmp_path)
         with pytest.raises(FileNotFoundError):
-            load_model(tmp_path / "nothing")
+            load_model(tmp_path / "another.safetensors")
+        (tmp_path / "record.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds no weights, expected the folder of a run"):
+            load_model(tmp_path / "record.json")
 
 
 def train_in_a_process(runs: Path, *, processes: int = 1, extra: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -516,10 +534,28 @@ class TestCommand:
             (["evaluate", "nothing", "--protocol", "nothing.yaml"], "nothing.yaml"),
             (["compare", "nothing.json", "nothing.json"], "nothing.json"),
             (["tune", "--method", "pgd", "--etas", "1"], "has no eta to choose"),
-            (["report", "table1", "nowhere", "--out", "x"], "none of the 0"),
+            (["report", "table1", "nowhere", "--out", "x"], "records: nowhere is no folder"),
+            (["report", "table1", ".", "--out", "setup.py"], "out: setup.py is no folder"),
+            (["runs", "nowhere"], "folder: nowhere is not there"),
+            (["evaluate", "setup.py"], "setup.py holds no weights, expected the folder of a run"),
+            (["evaluate", "nothing", "--out", "tests"], "out: tests is a folder, expected the path of a file"),
+            (["audit", "nothing", "--out", "setup.py"], "out: setup.py is no folder"),
+            (["diagnose", "nothing", "--out", "setup.py/x"], "setup.py is no folder, so nothing"),
+            (["diagnose", "nothing", "--attack", "-3"], "attack: got -3, expected a radius in 1/255"),
+            (["budget", "--out", "setup.py"], "out: setup.py is no folder"),
+            (["table", "table1", "--out", "setup.py"], "out: setup.py is no folder"),
+            (["table", "table1", "--runs", "setup.py", "--out", "x"], "runs: setup.py is no folder"),
+            (["table", "table1", "--rehearse", "1"], "rehearse: got 1, expected 2 steps or more"),
+            (["train", "--method", "natural", "--runs", "setup.py"], "runs: setup.py is no folder"),
+            (["train", "--method", "natural", "--dataset", "folder"], "data: got None"),
+            (["train", "tests"], "config: tests is a folder"),
+            (["train", "--method", "pgd", "--set", "training.objective.eps=8"], "is it in units of 1/255?"),
+            (["tune", "--method", "pgd+lad", "--etas", "1", "--out", "tests"], "out: tests is a folder"),
+            (["rerun", "setup.py"], "setup.py: is not JSON"),
         ],
     )
-    def test_errors_are_one_line(self, arguments, message, capsys):
+    def test_errors_are_one_line(self, arguments, message, capsys, monkeypatch):
+        monkeypatch.chdir(ROOT)
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,15 @@ class TestOtherSolvers:
         first = torch.utils.checkpoint.checkpoint(end, normal(4), use_reentrant=False)
         torch.utils.checkpoint.checkpoint(end, 2 * normal(4), use_reentrant=False)
         assert torch.equal(torch.autograd.grad(first.square().sum(), part.weight)[0], whole)
+
+
+def test_a_costate_far_outside_its_span_is_warned_of() -> None:
+    field = odeadv.AdversarialField(decay, squares, 0.1, t_span=(0.0, 1.0), steps=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        torchdiffeq.odeint(field, normal(4), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="far outside the span of the costate, 0 to 1"):
+        torchdiffeq.odeint(field, normal(4), torch.tensor([0.0, 4.0], dtype=torch.float64))
 
 
 class TestInPlace:

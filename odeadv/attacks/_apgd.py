@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odeadv._state import Mode
 from odeadv.attacks._ball import Ball, Norm
 from odeadv.attacks._best import Best
-from odeadv.attacks._checks import non_negative, positive_integer
+from odeadv.attacks._checks import non_negative, positive_integer, radius
 from odeadv.attacks._objective import Loss, Objective, Scores, Tally
 from odeadv.attacks._setting import setting
 from odeadv.attacks._start import GivenStart
@@ -75,7 +75,7 @@ def apgd(
         TypeError: as `fgsm`.
         ValueError: as `ifgsm`, and if ``rho`` is above 1.
     """
-    eps = non_negative("eps", eps)
+    eps = radius(eps, norm)
     steps = positive_integer("steps", steps)
     rho = non_negative("rho", rho)
     if rho > 1:

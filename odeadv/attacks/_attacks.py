@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odeadv._state import Mode
 from odeadv.attacks._ball import Ball, Norm
 from odeadv.attacks._best import Best
-from odeadv.attacks._checks import non_negative, one_of, positive_integer
+from odeadv.attacks._checks import non_negative, one_of, positive_integer, radius
 from odeadv.attacks._iterates import iterates, with_momentum
 from odeadv.attacks._objective import Loss, Objective, Tally
 from odeadv.attacks._setting import setting
@@ -213,7 +213,7 @@ def pgd(
         TypeError: as `fgsm`.
         ValueError: as `ifgsm`.
     """
-    eps = non_negative("eps", eps)
+    eps = radius(eps, norm)
     alpha = non_negative("alpha", alpha)
     steps = positive_integer("steps", steps)
     momentum = non_negative("momentum", momentum)

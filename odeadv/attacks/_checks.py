@@ -24,6 +24,14 @@ def non_negative(name: str, value: object) -> float:
     return number
 
 
+def radius(eps: object, norm: object = "linf") -> float:
+    """``eps``; raises as `non_negative`, and ValueError if an L-infinity ball would hold every image in [0, 1]."""
+    number = non_negative("eps", eps)
+    if number > 1 and norm in ("linf", "Linf"):
+        raise ValueError(f"eps: got {number:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?")
+    return number
+
+
 def positive_integer(name: str, value: object) -> int:
     """``value`` as an int; TypeError unless it is an integer, ValueError unless >= 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -69,14 +77,22 @@ def check_labels(labels: object, n: int, device: torch.device | None = None, *, 
 
 
 def answered(model: nn.Module, images: Tensor) -> object:
-    """What ``model`` returns for ``images``; ValueError if it writes to them."""
+    """What ``model`` returns for ``images``; ValueError if it writes to them, or cannot take their dtype."""
     before = version(images)
     try:
         answer = model(images)
-    except RuntimeError as error:  # torch refuses where a gradient is asked for
-        if not str(error).startswith("a leaf Variable that requires grad is being used in an in-place operation"):
+    except RuntimeError as error:
+        # So torch refuses where a gradient is asked for.
+        if str(error).startswith("a leaf Variable that requires grad is being used in an in-place operation"):
+            raise ValueError(_WRITES) from error
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+        if own == images.dtype:
             raise
-        raise ValueError(_WRITES) from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"images: got {images.dtype}, but the model has {own} and does not take them ({why}); "
+            f"expected images.to({own}), or the model in {images.dtype}"
+        ) from error
     if version(images) != before:
         raise ValueError(_WRITES)
     return answer

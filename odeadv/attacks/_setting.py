@@ -18,9 +18,9 @@ from odeadv.attacks._checks import (
     check_labels,
     check_model,
     check_target,
-    non_negative,
     one_of,
     positive_integer,
+    radius,
 )
 from odeadv.attacks._objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
 from odeadv.attacks._start import GivenStart, Start, resolve_start
@@ -96,7 +96,7 @@ def setting(
     tally: Tally | None,
 ) -> Iterator[Setting]:
     """Check the arguments; inside, the model is in ``mode``; afterwards it and the random state are as before."""
-    eps = non_negative("eps", eps)
+    eps = radius(eps, norm)
     one_of("norm", norm, BALLS)
     rule = resolve_loss(loss)
     restarts = positive_integer("restarts", restarts)

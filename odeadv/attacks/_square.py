@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from odeadv._state import Mode
 from odeadv.attacks._ball import BALLS, Norm
 from odeadv.attacks._best import Best
-from odeadv.attacks._checks import check_generator, check_images, non_negative, one_of, positive_integer
+from odeadv.attacks._checks import check_generator, check_images, non_negative, one_of, positive_integer, radius
 from odeadv.attacks._l2 import L2Ball
 from odeadv.attacks._linf import Bounds
 from odeadv.attacks._objective import Loss, Tally
@@ -73,7 +73,7 @@ def square(
         TypeError: as `fgsm`.
         ValueError: as `fgsm`, and if the images are not 4-D or ``p`` not in (0, 1].
     """
-    eps = non_negative("eps", eps)
+    eps = radius(eps, norm)
     queries = positive_integer("queries", queries)
     one_of("norm", norm, BALLS)
     p = _SHARES[norm] if p is None else non_negative("p", p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -76,9 +77,21 @@ class RecordedCostate:
         return self._within(self.grid.locate(time))(time)
 
     def extrapolated(self, t: float | Tensor) -> Tensor:
-        """a(t), from the first or last step where ``t`` is outside the span."""
+        """a(t), from the first or last step where ``t`` is outside the span.
+
+        Warns:
+            RuntimeWarning: where it is outside by more than half of the span, which no step of a solver that ends
+                there should be.
+        """
         time = self.grid.snap(float(t))
         low, high = sorted((self.grid.times[0], self.grid.times[-1]))
+        if max(low - time, time - high) > 0.5 * (high - low):
+            warnings.warn(
+                f"t: {time:g} is far outside the span of the costate, {low:g} to {high:g}, where dL/dx means nothing; "
+                "solve within it, or record the costate on a longer one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return self._within(self.grid.locate(min(max(time, low), high)))(time)
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:

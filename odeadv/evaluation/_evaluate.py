@@ -120,6 +120,9 @@ def evaluate(
     # This leaves inference mode too, which the session's tensors must not be made in.
     with attacking(model, "eval", device):
         run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
+        if channels_last and not run.takes_channels_last(model):
+            settings["channels_last"] = run.channels_last = False
+            run.notes.append("the model takes no images that are channels_last in memory, so they were not")
         probe = run.load(slice(0, PROBES)).images
         run.reseed("probe")
         first = _looked_at(model, probe, int(labels.max()), num_classes, stochastic=stochastic)
@@ -154,7 +157,7 @@ def evaluate(
         if apart and (compile or gradients == "bf16"):
             asked = " and ".join(["compile=True"] * compile + ["gradients='bf16'"] * (gradients == "bf16"))
             run.notes.append(f"{asked}: for FGSM and IFGSM without options only, not for {', '.join(apart)}")
-        probed = (2 * _passes(stochastic) + (not stochastic)) * len(probe)
+        probed = int(channels_last) + (2 * _passes(stochastic) + (not stochastic)) * len(probe)
         probed += single * (batch_forwards(len(probe)) + len(whole))
         checks: dict[str, Any] = {"probe_forward_passes": probed}
         tried = run.try_gradients(GRADIENT_PROBES)

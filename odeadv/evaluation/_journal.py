@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeadv._files import check_file
 from odeadv.evaluation._identity import add_tensor, described_function, without_addresses
 from odeadv.evaluation._probe import beyond, held, plain_attributes
 
@@ -34,11 +35,13 @@ class Journal:
         records: the lines found in the file, without the header.
 
     Raises:
+        OSError: if the file is a folder, or cannot be written.
         ValueError: if the file is of another evaluation, is no journal, or is damaged before its last line.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
         self.path = Path(path)
+        check_file("resume", self.path)
         self.records: list[Record] = []
         own: Record = json.loads(json.dumps({"schema": SCHEMA, **header}))
         self.path.parent.mkdir(parents=True, exist_ok=True)

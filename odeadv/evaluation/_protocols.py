@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from odeadv import attacks as _attacks
-from odeadv.attacks._checks import non_negative, positive_integer
+from odeadv.attacks._checks import non_negative, positive_integer, radius
 from odeadv.evaluation._identity import described_function
 
 Score = Literal["last", "worst"]
@@ -61,11 +61,7 @@ class AttackSpec:
         if self.score not in ("last", "worst"):
             raise ValueError(f"score: got {self.score!r}, expected 'last' or 'worst'")
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-        object.__setattr__(self, "eps", non_negative("eps", self.eps))
-        if self.eps > 1 and self.options.get("norm", "linf") in ("linf", "Linf"):
-            raise ValueError(
-                f"eps: got {self.eps:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?"
-            )
+        object.__setattr__(self, "eps", radius(self.eps, self.options.get("norm", "linf")))
         if self.name == "fgsm":
             self._fill_fgsm()
         if self.alpha is not None or self.name == "ifgsm":

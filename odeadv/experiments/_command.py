@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from odeadv import data
-from odeadv._files import write_json
+from odeadv._files import check_folder, write_json
 from odeadv.evaluation._attack import require_packages
 from odeadv.experiments._budget import training_passes
 from odeadv.experiments._config import RunConfig
@@ -35,7 +35,9 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE-DATASET-PRESET)"
     )
-    parser.add_argument("--render", action="store_true", help="only make the page again from the records in --out")
+    parser.add_argument(
+        "--render", action="store_true", help="only make the page again, from all records of the table in --out"
+    )
     parser.add_argument(
         "--autoattack", type=int, metavar="N",
         help="AutoAttack too, on the first N test images (of the last weights; needs the package pyautoattack)",
@@ -46,7 +48,8 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument(
         "--rehearse", type=int, metavar="STEPS",
-        help="take the first steps of each row's training, say how long all would take, write nothing and stop",
+        help="take the first steps of a training of each row, say how long the trainings of all seeds would take "
+        "(without evaluations; on CUDA also the memory), write nothing and stop",
     )  # fmt: skip
 
 
@@ -62,13 +65,14 @@ def make_table(table: Table, args: argparse.Namespace) -> int:
         preset = with_eta(preset, table, dataset, args.eta)
     out = args.out or args.runs / f"{table.name}-{dataset}-{preset.name}"
     failed = 0
+    check_folder("out", out)
     if not args.render:
-        seeds = args.seeds or (preset.seeds if args.rehearse is None else preset.seeds[:1])
+        seeds = (args.seeds or preset.seeds)[: None if args.rehearse is None else 1]
         pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=seeds)
         if args.list:
             return _list(pairs)
         if args.rehearse is not None:
-            return _rehearsed(table, [config for _, config in pairs], args)
+            return _rehearsed(table, [config for _, config in pairs], args, len(args.seeds or preset.seeds))
         failed = _run(table, [config for _, config in pairs], args, out)
         if int(os.environ.get("RANK", "0")):  # under torchrun the first process writes the page
             return 1 if failed else 0
@@ -87,6 +91,7 @@ def _list(pairs: Sequence[tuple[Row, RunConfig]]) -> int:
 
 def _run(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace, out: Path) -> int:
     """Run what is missing of ``configs`` and copy the records to ``out``; how many have failed."""
+    check_folder("runs", args.runs)
     protocols: tuple[str | Measurement, ...] = (table.protocol,)
     if args.autoattack is not None:
         protocols = (*protocols, Measurement(table.autoattack, args.autoattack, best=False))
@@ -101,8 +106,10 @@ def _run(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace, o
     return len(failures)
 
 
-def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace) -> int:
-    """Rehearse ``configs``, a line each; 1 if one of them fails."""
+def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace, seeds: int) -> int:
+    """Rehearse ``configs``, a line each, and say what so many seeds of them take; 1 if one of them fails."""
+    if args.rehearse < 2:
+        raise ValueError(f"rehearse: got {args.rehearse}, expected 2 steps or more, as the first one is not timed")
     images = data.load(configs[0].data.name, args.data)
     hours, failed = 0.0, 0
     for config in configs:
@@ -118,7 +125,8 @@ def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namesp
         if fabric.is_global_zero:
             print(f"{config.method}: {found}", flush=True)
     if not int(os.environ.get("RANK", "0")):
-        print(f"{table.name}: {hours:.3g} h to train {len(configs) - failed} of {len(configs)} rows, a seed of each")
+        rows = f"{len(configs) - failed} of {len(configs)} rows"
+        print(f"{table.name}: {hours:.3g} h to train a seed of {rows}, {seeds * hours:.3g} h for {seeds}")
     return 1 if failed else 0
 
 

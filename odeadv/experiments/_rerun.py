@@ -12,7 +12,7 @@ from odeadv.data import ImageDataset
 from odeadv.evaluation import Evaluation
 from odeadv.evaluation._protocols import PROTOCOLS
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._run import Measurement, Record, run
+from odeadv.experiments._run import Measurement, Record, load_record, run, versions
 from odeadv.experiments._tables import TABLES
 
 if TYPE_CHECKING:
@@ -83,8 +83,11 @@ def rerun(
         RunLockedError, ImportError: as `odeadv.experiments.run`.
     """
     for evaluations in record["evaluations"].values():
-        for evaluation in evaluations.values():
-            Evaluation.from_dict(evaluation)  # so that what cannot be compared is refused now
+        for name, evaluation in evaluations.items():
+            try:
+                Evaluation.from_dict(evaluation)  # so that what cannot be compared is refused now
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"record: its evaluation {name} cannot be compared with another: {error}") from None
     config = RunConfig.from_dict(record["config"])
     if config.key != record["key"]:
         raise ValueError(
@@ -96,6 +99,9 @@ def rerun(
         raise ValueError(
             f"data: the images of the record have the fingerprint {record['data']['fingerprint']}, these {fingerprint}"
         )
+    there = runs / config.name / "record.json"
+    if there.exists() and load_record(there)["versions"] != versions():
+        raise ValueError(f"runs: {there} is of other versions than those of now; remove it, or give another folder")
     wanted = [_measurement(key, key in record["evaluations"].get("best", {})) for key in record["evaluations"]["last"]]
     chosen = [each for each in wanted if each is not None and (autoattack or not each.key.startswith("autoattack"))]
     return agreement(record, run(config, data, runs, protocols=chosen, label=label, log=log, fabric=fabric))

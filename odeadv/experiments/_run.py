@@ -149,11 +149,20 @@ def load_record(path: Path) -> Record:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); remove it to run it again") from None
+        raise ValueError(f"{path}: is not JSON ({error})") from None
     schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
+    lacking = [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]
+    if lacking:
+        raise ValueError(f"{path}: is no whole record of a run, expected {', '.join(lacking)} in it")
     return dict(record)
+
+
+#: What everything that reads a record goes by.
+_PARTS: dict[str, type] = {
+    "key": str, "method": str, "config": dict, "data": dict, "epochs": list, "evaluations": dict, "versions": dict,
+}  # fmt: skip
 
 
 def load_records(folder: Path) -> list[Record]:
@@ -161,7 +170,10 @@ def load_records(folder: Path) -> list[Record]:
 
     Raises:
         ValueError: for a JSON file that is not a record of a run.
+        NotADirectoryError: if there is no such folder.
     """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"records: {folder} is no folder, expected one with records in it")
     paths = [*folder.glob("*.json"), *folder.glob("*/record.json")]
     return [load_record(path) for path in sorted(paths) if not path.name.startswith(".")]
 
@@ -171,7 +183,12 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 
     Each has ``"name"``, ``"method"``, ``"state"`` (``"finished"``, ``"training"`` while a process has it, else
     ``"stopped"``), ``"epoch"`` of ``"epochs"``, and ``"evaluations"``: clean and average robust accuracy by protocol.
+
+    Raises:
+        NotADirectoryError: if there is no such folder.
     """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"folder: {folder} is not there, expected the folder of all runs")
     found = []
     for path in sorted(folder.glob("*/config.json")):
         try:
@@ -221,6 +238,11 @@ def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     file = Path(file)
     if file.is_dir():
         file = file / "last.safetensors"
+    if file.suffix != ".safetensors":
+        raise ValueError(
+            f"checkpoint: {file} holds no weights, expected the folder of a run, or its last.safetensors or "
+            "best.safetensors"
+        )
     tensors, info = read_tensors(file)
     if info.get("schema") != WEIGHTS_SCHEMA:
         raise ValueError(f"{file}: schema is {info.get('schema')!r}, expected {WEIGHTS_SCHEMA!r}; is it a checkpoint?")
@@ -305,12 +327,7 @@ def _trained(
         "method": config.method,
         "config": config.to_dict(),
         "data": _described(data),
-        "versions": {
-            "odeadv": odeadv.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-        },
+        "versions": versions(),
         "machine": {
             "device": torch.cuda.get_device_name() if fabric.device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
@@ -384,6 +401,16 @@ def _evaluate(
     write_json(folder / "record.json", record)
     for which in ("last", "best"):
         (folder / f"{which}-{key}.journal").unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """What numbers depend on, by package."""
+    return {
+        "odeadv": odeadv.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+    }
 
 
 def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | None:

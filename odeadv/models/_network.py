@@ -212,6 +212,10 @@ class Stem(nn.Module):
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
         """x_0 of ``images``."""
+        channels = self.conv.in_channels
+        # A single channel would be repeated by the constants. What torch.fx traces with is no tensor.
+        if isinstance(images, Tensor) and images.shape[1] != channels:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, {channels}, height, width)")
         x: Tensor = self.conv((images - self.mean) / self.std)
         return x
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from odeadv import attacks
 from odeadv._configuration import with_floats
 from odeadv._state import Mode
+from odeadv.attacks._checks import non_negative, radius
 from odeadv.training._step import Objective, Passed, Step
 
 
 def check_attack(eps: float, alpha: float, steps: int, mode: str) -> None:
     """Raise ValueError, by name, for what no attack can be made with."""
-    for name, value in (("eps", eps), ("alpha", alpha)):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name}: got {value}, expected a finite number, at least 0, in units of [0, 1]")
+    radius(eps)
+    non_negative("alpha", alpha)
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     if mode not in ("eval", "train", "unchanged"):
