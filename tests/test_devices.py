@@ -58,6 +58,7 @@ def gpu(monkeypatch):
     """A machine with a GPU, as far as devices go."""
     monkeypatch.setattr(torch.autograd, "grad", fake_grad)
     monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda *a: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda *a: None)
     monkeypatch.setattr(_journal, "add_tensor", lambda *a: None)  # digests read the values

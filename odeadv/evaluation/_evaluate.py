@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -120,12 +121,15 @@ def evaluate(
     # This leaves inference mode too, which the session's tensors must not be made in.
     with attacking(model, "eval", device):
         run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
-        if channels_last and not run.takes_channels_last(model):
+        look = partial(_looked_at, model, run, num_classes)
+        try:
+            probe, first = look()
+        except RuntimeError:  # what flattens images with ``view`` takes contiguous ones only
+            if not channels_last:
+                raise
             settings["channels_last"] = run.channels_last = False
             run.notes.append("the model takes no images that are channels_last in memory, so they were not")
-        probe = run.load(slice(0, PROBES)).images
-        run.reseed("probe")
-        first = _looked_at(model, probe, int(labels.max()), num_classes, stochastic=stochastic)
+            probe, first = look()
         single = _single(first, stochastic)
         whole = run.load(slice(0, batch_size)).images
         if single:
@@ -157,7 +161,7 @@ def evaluate(
         if apart and (compile or gradients == "bf16"):
             asked = " and ".join(["compile=True"] * compile + ["gradients='bf16'"] * (gradients == "bf16"))
             run.notes.append(f"{asked}: for FGSM and IFGSM without options only, not for {', '.join(apart)}")
-        probed = int(channels_last) + (2 * _passes(stochastic) + (not stochastic)) * len(probe)
+        probed = (2 * _passes(stochastic) + (not stochastic)) * len(probe)
         probed += single * (batch_forwards(len(probe)) + len(whole))
         checks: dict[str, Any] = {"probe_forward_passes": probed}
         tried = run.try_gradients(GRADIENT_PROBES)
@@ -171,10 +175,10 @@ def evaluate(
     return run.result(time.perf_counter() - began, identity, settings, checks)
 
 
-def _looked_at(
-    model: nn.Module, probe: Tensor, highest: int, num_classes: int | None, *, stochastic: bool
-) -> Behaviour:
-    """What the model does with the first images; ValueError if outcomes would mean nothing."""
+def _looked_at(model: nn.Module, run: Session, num_classes: int | None) -> tuple[Tensor, Behaviour]:
+    """The first images, and what the model does with them; ValueError if outcomes would mean nothing."""
+    probe, stochastic, highest = run.load(slice(0, PROBES)).images, run.stochastic, int(run.labels.max())
+    run.reseed("probe")
     refuse_dtype(model, probe)
     first = behaviour(model, probe, times=_passes(stochastic))
     check_logits(first.logits, len(probe), highest)
@@ -185,7 +189,7 @@ def _looked_at(
     refuse(first, stochastic=stochastic)
     if _single(first, stochastic):
         refuse_batches(batch_dependence(model, probe, first.logits))
-    return first
+    return probe, first
 
 
 def _passes(stochastic: bool) -> int:

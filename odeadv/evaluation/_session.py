@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -86,19 +85,6 @@ class Session:
         )
         label = part if isinstance(part, slice) else part.to(self.labels.device)
         return Batch(x, constant(self.labels[label]).to(self.device))
-
-    def takes_channels_last(self, model: nn.Module) -> bool:
-        """Whether ``model`` runs on images that are channels-last in memory; what flattens them with ``view`` does not.
-
-        Whatever else a model may raise is met again, and dealt with, when it is looked at.
-        """
-        images = self.load(slice(0, 1)).images
-        with torch.no_grad(), contextlib.suppress(TypeError, ValueError, LookupError, AttributeError):
-            try:
-                model(images)
-            except RuntimeError:
-                return False
-        return True
 
     def everything(self, journal: Journal | None) -> None:
         """All batches and all queues that ``journal`` does not have yet."""
