@@ -314,6 +314,7 @@ def test_figure_2_says_whether_it_is_the_papers(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(records[0]))
     text = write_figure2(PRESETS["bf16"], "cifar10", tmp_path, tmp_path / "out")
     assert "| PGD, seed 0 | 2e+06 | 5e+04 | 2 of 4 | 2e+05 | no | no |" in text
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="none of the 0 given"):
         write_figure2(PRESETS["bf16"], "cifar10", tmp_path / "nothing", tmp_path / "out")
 

@@ -126,7 +126,8 @@ def _rehearsed(table: Table, configs: Sequence[RunConfig], args: argparse.Namesp
             print(f"{config.method}: {found}", flush=True)
     if not int(os.environ.get("RANK", "0")):
         rows = f"{len(configs) - failed} of {len(configs)} rows"
-        print(f"{table.name}: {hours:.3g} h to train a seed of {rows}, {seeds * hours:.3g} h for {seeds}")
+        every = f"; {seeds * hours:.3g} h for {seeds} seeds" if seeds > 1 else ""
+        print(f"{table.name}: {hours:.3g} h to train {rows}, a seed of each{every}")
     return 1 if failed else 0
 
 
