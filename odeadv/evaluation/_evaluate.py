@@ -71,7 +71,8 @@ def evaluate(
         protocol: one of `PROTOCOLS` (``"table1"``, ``"table2"``, ``"table6"``, ``"autoattack"``) or a `Protocol`.
         batch_size: images in one forward pass.
         device: where to compute; None takes the model's. The model is not moved.
-        channels_last: lay 4-D images out channels-last in memory (same values; often faster convolutions).
+        channels_last: lay 4-D images out channels-last in memory (same values; often faster convolutions),
+            unless the model takes contiguous ones only, which ``notes`` then say.
         progress: called as ``progress(done, total)``, in batches, after each batch, and before the first where a
             journal is resumed; `ProgressLine` prints the time left.
         resume: path of a journal. Finished batches are written there, and if it exists already its batches are not
