@@ -19,6 +19,7 @@ copyright = author
 release = version = odeadv.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"odeadv {release}"
 

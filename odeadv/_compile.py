@@ -12,7 +12,7 @@ from torch import Tensor
 from odeadv._arguments import SubSteps, read_initial_state, read_method, read_times
 from odeadv._solution import Solution, SolveError, Stats, Status
 from odeadv._solve import _last_good, _status
-from odeadv._state import aside, inside_transform
+from odeadv._state import aside, inside_transform, outside_inference_mode
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
 from odeadv.fields._operator import VectorFunction, clock_dtype
@@ -134,9 +134,8 @@ class CompiledSolver:
         Raises:
             TypeError, ValueError: as from `solve`, by name.
         """
-        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), aside(self.field.modules, x.device):
+        with outside_inference_mode(), aside(self.field.modules, x.device):
             start = x.detach().clone()
-            if x.requires_grad and grad and not inside_transform():
+            if x.requires_grad and torch.is_grad_enabled() and not inside_transform():
                 start.requires_grad_()
             self.method.stepper(self.field).advance(start, step)

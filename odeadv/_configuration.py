@@ -97,7 +97,8 @@ def load(kind: type[T], file: Path) -> T:
     try:
         return from_dict(kind, data)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{file}: {error}") from None
+        kind_of_error = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind_of_error(f"{file}: {error}") from None
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from odeadv._files import check_file, check_folder, write_json
 from odeadv._version import __version__
 
 if TYPE_CHECKING:
@@ -153,7 +154,6 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
-    from odeadv._files import check_folder
     from odeadv.training import make_fabric
 
     config = _config(args)
@@ -191,7 +191,6 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
 
 def _tune(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
-    from odeadv._files import check_file, check_folder, write_json
 
     config = _config(args)
     check_file("out", args.out)
@@ -232,7 +231,6 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from odeadv import evaluate
-    from odeadv._files import check_file, write_json
     from odeadv.evaluation import ProgressLine
 
     check_file("out", args.out)
@@ -369,7 +367,6 @@ def _add_report(sub: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from odeadv._files import check_folder
     from odeadv.experiments import PRESETS, TABLES, with_eta, write_report
 
     check_folder("out", args.out)
@@ -389,7 +386,6 @@ def _add_rerun(sub: argparse.ArgumentParser) -> None:
 
 def _rerun(args: argparse.Namespace) -> int:
     from odeadv import data, experiments
-    from odeadv._files import check_folder
 
     file = args.record / "record.json" if args.record.is_dir() else args.record
     if file.resolve().parent.parent == args.runs.resolve():
@@ -414,7 +410,6 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
 
 
 def _budget(args: argparse.Namespace) -> int:
-    from odeadv._files import check_folder
     from odeadv.experiments import PRESETS, _budget, write_budget
 
     check_folder("out", args.out)
@@ -437,7 +432,6 @@ def _audit(args: argparse.Namespace) -> int:
     import torch
 
     from odeadv import experiments
-    from odeadv._files import check_folder
     from odeadv.audit import audit
 
     out = args.out or _beside(args.checkpoint) / "audit"
@@ -473,7 +467,6 @@ def _add_diagnose(sub: argparse.ArgumentParser) -> None:
 
 def _diagnose(args: argparse.Namespace) -> int:
     from odeadv import experiments
-    from odeadv._files import check_folder
     from odeadv.data import to_float
     from odeadv.diagnostics import diagnose
     from odeadv.models import Averaged
@@ -542,8 +535,6 @@ def _test_images(info: dict[str, Any], args: argparse.Namespace) -> ImageDataset
     from odeadv import data
     from odeadv.experiments import DataConfig
 
-    if args.images is not None and args.images < 1:
-        raise ValueError(f"images: got {args.images}, expected at least 1 test image")
     config = configuration.from_dict(DataConfig, info["run"]["data"])
     subset, _ = config.take(data.load(config.name, args.data))
     subset = subset.subset(None, args.images)

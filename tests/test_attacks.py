@@ -172,7 +172,7 @@ class TestBallAndBox:
 
     @settings(max_examples=60, deadline=None)
     @given(
-        eps=st.one_of(st.floats(0, 1), st.integers(0, 32).map(lambda k: k / 255)),
+        eps=st.one_of(st.floats(0, 2), st.integers(0, 32).map(lambda k: k / 255)),
         alpha=st.floats(0, 1),
         seed=st.integers(0, 2**32),
         dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -186,11 +186,16 @@ class TestBallAndBox:
         images[0] = (255 * images[0]).round() / 255
         images[1] = eps * images[1] if eps <= 1 else images[1]
         labels = torch.tensor([0, 1, 2, 0])
-        adversarial = {
+        attack = {
             "fgsm": lambda: fgsm(net, images, labels, eps=eps),
             "ifgsm": lambda: ifgsm(net, images, labels, eps=eps, alpha=alpha, steps=3),
             "pgd": lambda: pgd(net, images, labels, eps=eps, alpha=alpha, steps=3, generator=seeded(seed)),
-        }[name]()
+        }[name]
+        if eps > 1:
+            with pytest.raises(ValueError, match=r"eps: got .*, expected at most 1"):
+                attack()
+            return
+        adversarial = attack()
         assert (adversarial - images).abs().max().item() <= eps
         assert (adversarial.double() - images.double()).abs().max().item() <= eps
         assert adversarial.min() >= 0

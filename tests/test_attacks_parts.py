@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -296,7 +297,7 @@ class TestBallAndBox:
 
     @settings(max_examples=80, deadline=None)
     @given(
-        eps=st.one_of(st.floats(0, 1), st.integers(0, 32).map(lambda k: k / 255)),
+        eps=st.one_of(st.floats(0, 2), st.integers(0, 32).map(lambda k: k / 255), st.just(1e300)),
         seed=st.integers(0, 2**32),
         dtype=st.sampled_from(DTYPES),
         norm=st.sampled_from(["linf", "l2"]),
@@ -310,7 +311,12 @@ class TestBallAndBox:
         images[0] = (255 * images[0]).round() / 255
         images[1], images[2, 0] = 0.0, 1.0
         more = {} if name in ("fgsm", "ifgsm", "momentum", "worst") else {"generator": seeded(seed)}
-        attacked = ATTACKS[name](model, images, torch.tensor([0, 1, 2, 0]), eps=eps, norm=norm, **more)
+        attack = partial(ATTACKS[name], model, images, torch.tensor([0, 1, 2, 0]), eps=eps, norm=norm, **more)
+        if eps > 1 and (norm == "linf" or name == "square"):
+            with pytest.raises(ValueError, match=r"eps: got .*, expected at most 1"):
+                attack()
+            return
+        attacked = attack()
         assert attacked.dtype == dtype
         assert attacked.min() >= 0
         assert attacked.max() <= 1

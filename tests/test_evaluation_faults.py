@@ -112,12 +112,12 @@ class TestSmallNoise:
     def test_a_model_said_to_be_random_is_never_refused(self, noise: float) -> None:
         model = Changed(lambda net, x: net(x) + noise * torch.randn(()))
         for seed in range(20):
-            self.evaluated(model, seed)
+            assert self.evaluated(model, seed) == self.evaluated(model, seed, ambient=1)
 
     def test_nor_one_that_draws_seldom(self) -> None:
         model = Changed(lambda net, x: net(x) + 0.1 * (torch.rand(()) < 0.3))
         for seed in range(20):
-            self.evaluated(model, seed)
+            assert self.evaluated(model, seed) == self.evaluated(model, seed, ambient=1)
 
     @pytest.mark.parametrize("stochastic", [False, True])
     def test_one_that_looks_at_the_gradient_mode_is(self, stochastic: bool) -> None:
@@ -427,7 +427,10 @@ class TestUnits:
             objective(eps=8)
 
     def test_an_l2_radius_may_be_larger(self) -> None:
-        attacks.pgd(linear(), IMAGES, LABELS, eps=3.0, alpha=1.0, steps=2, norm="l2", generator=seeded())
+        attacked = attacks.pgd(linear(), IMAGES, LABELS, eps=1.5, alpha=1.5, steps=3, norm="l2", generator=seeded())
+        moved = (attacked - IMAGES).flatten(1).norm(dim=1)
+        assert float(moved.max()) <= 1.5
+        assert float(moved.max()) > 1.0
 
 
 def test_images_of_another_dtype_are_refused_by_attacks_too() -> None:

@@ -307,7 +307,7 @@ class TestFiles:
         with pytest.raises(ValueError, match="schema is 'other'"):
             load_model(tmp_path)
         with pytest.raises(FileNotFoundError):
-            load_model(tmp_path / "another.safetensors")
+            load_model(tmp_path / "nothing")
         (tmp_path / "record.json").write_text("{}")
         with pytest.raises(ValueError, match="holds no weights, expected the folder of a run"):
             load_model(tmp_path / "record.json")

@@ -76,6 +76,11 @@ def check_labels(labels: object, n: int, device: torch.device | None = None, *, 
         raise ValueError(f"{name}: got {int(labels.min())}, expected class indices >= 0")
 
 
+def own_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the first floating parameter of ``model``; ``default`` if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
+
+
 def answered(model: nn.Module, images: Tensor) -> object:
     """What ``model`` returns for ``images``; ValueError if it writes to them, or cannot take their dtype."""
     before = version(images)
@@ -85,8 +90,8 @@ def answered(model: nn.Module, images: Tensor) -> object:
         # So torch refuses where a gradient is asked for.
         if str(error).startswith("a leaf Variable that requires grad is being used in an in-place operation"):
             raise ValueError(_WRITES) from error
-        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-        if own == images.dtype:
+        own = own_dtype(model, images.dtype)
+        if own == images.dtype or "type" not in str(error):  # out of memory, say
             raise
         why = str(error).partition("\n")[0]
         raise ValueError(

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import check_images, check_labels, check_model, non_negative, positive_integer
+from odeadv.attacks._checks import (
+    answered,
+    check_images,
+    check_labels,
+    check_model,
+    non_negative,
+    own_dtype,
+    positive_integer,
+)
 from odeadv.attacks._objective import attacking, constant
 from odeadv.audit._attacks import attack_checks
 from odeadv.audit._behaviour import behaviour_checks
@@ -16,7 +24,7 @@ from odeadv.audit._gradients import gradient_checks
 from odeadv.audit._report import Audit
 from odeadv.audit._subject import Subject
 from odeadv.evaluation._images import as_model_input
-from odeadv.evaluation._probe import refuse_dtype
+from odeadv.evaluation._probe import PROBES
 
 
 def audit(
@@ -96,7 +104,9 @@ def audit(
             counts["queries"],
             counts["batch_size"],
         )
-        refuse_dtype(model, subject.images)
+        if own_dtype(model, subject.images.dtype) != subject.images.dtype:  # refused, where other failures are reported
+            with torch.no_grad():
+                answered(model, subject.images[:PROBES].clone())
         say("behaviour")
         checks, usable = behaviour_checks(subject)
         say("gradients")

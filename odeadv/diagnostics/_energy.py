@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv._arguments import AccuracyWarning
+from odeadv._arguments import AccuracyWarning, read_method
 from odeadv._solution import Solution
 from odeadv._solve import driven, solve
 from odeadv._state import aside
 from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, quotient, walk
 from odeadv.diagnostics._result import Result, style
-from odeadv.fields import Jump, Operator
+from odeadv.fields import AdversarialField, Jump, Operator
 from odeadv.fields._operator import Tally
-from odeadv.splitting import Scheme, SubStep, get_substep, substep_names
-from odeadv.splitting import schemes as known
+from odeadv.splitting import Scheme, SubStep, get_substep
 from odeadv.splitting._substep import Clock
 
 if TYPE_CHECKING:
@@ -255,11 +254,11 @@ def energy_of(
     given = substep if isinstance(substep, Mapping) else dict.fromkeys(("f", "costate"), substep or "euler")
     spent, losses = [], []
     for scheme in names:
-        meter = _Meter(get_substep(given.get("costate", "euler")), eta, _factors(scheme))
         with torch.inference_mode(False), torch.no_grad(), aside(field.modules, plain.states[0].device):
             along = driven(field, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
             with warnings.catch_warnings():  # `driven` has warned of a choice of sub-steps, if there was one
                 warnings.simplefilter("ignore", AccuracyWarning)
+                meter = _Meter(get_substep(given.get("costate", "euler")), eta, _factors(field, scheme))
                 metered = {"f": given.get("f", "euler"), "costate": meter}
                 final = solve(along, x0, t_span, dt=dt, steps=steps, substep=metered, scheme=scheme).xs[-1]
             losses.append(float(field.evaluate(final)[1]))
@@ -299,14 +298,13 @@ class _Meter:
         return self.method.advance(operator, clock, h, x, tally)
 
 
-def _factors(scheme: str | Scheme) -> list[float]:
+def _factors(field: AdversarialField, scheme: str | Scheme) -> list[float]:
     """For each stage of the costate in a step, the factor of its table; 1 where the field is not split."""
-    if isinstance(scheme, str):
-        if scheme in substep_names() or scheme.startswith("torchdiffeq:"):
-            return [1.0]
-        scheme = known.get(scheme)
-    tables = scheme.numbered(("f", "costate")).compositions
-    return [factor for factor, stages in tables if factor for stage in stages if stage.operator in (1, "costate")]
+    table = read_method(field, scheme, None, None).scheme
+    if table is None:
+        return [1.0]
+    costate = list(field.operators).index("costate")
+    return [factor for factor, stages in table.compositions if factor for s in stages if s.operator == costate]
 
 
 def _trapezoid(path: Path) -> float:

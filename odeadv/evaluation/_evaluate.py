@@ -29,7 +29,6 @@ from odeadv.evaluation._probe import (
     differs,
     refuse,
     refuse_batches,
-    refuse_dtype,
     whole_batch_dependence,
 )
 from odeadv.evaluation._protocols import Protocol, resolve_protocol
@@ -125,11 +124,12 @@ def evaluate(
         look = partial(_looked_at, model, run, num_classes)
         try:
             probe, first = look()
-        except RuntimeError:  # what flattens images with ``view`` takes contiguous ones only
+        except RuntimeError as error:  # what flattens images with ``view`` takes contiguous ones only
             if not channels_last:
                 raise
             settings["channels_last"] = run.channels_last = False
-            run.notes.append("the model takes no images that are channels_last in memory, so they were not")
+            why = str(error).partition("\n")[0]
+            run.notes.append(f"not channels_last, as the model does not take such images ({why})")
             probe, first = look()
         single = _single(first, stochastic)
         whole = run.load(slice(0, batch_size)).images
@@ -180,7 +180,6 @@ def _looked_at(model: nn.Module, run: Session, num_classes: int | None) -> tuple
     """The first images, and what the model does with them; ValueError if outcomes would mean nothing."""
     probe, stochastic, highest = run.load(slice(0, PROBES)).images, run.stochastic, int(run.labels.max())
     run.reseed("probe")
-    refuse_dtype(model, probe)
     first = behaviour(model, probe, times=_passes(stochastic))
     check_logits(first.logits, len(probe), highest)
     if num_classes is not None and first.logits.shape[1] != num_classes:

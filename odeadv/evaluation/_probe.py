@@ -114,29 +114,10 @@ def batch_forwards(n: int) -> int:
     return few + n + (2 * few - 1) + n + few
 
 
-def refuse_dtype(model: nn.Module, images: Tensor) -> None:
-    """ValueError if ``model`` cannot take the dtype of ``images`` and its own is another."""
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    if own == images.dtype:
-        return
-    try:
-        with torch.no_grad():
-            model(images[:PROBES].clone())
-    except RuntimeError as error:
-        raise ValueError(
-            f"images: got {images.dtype}, but the model has {own} and does not take them ({_first_line(error)}); "
-            f"expected images.to({own}), or the model in {images.dtype}"
-        ) from None
-
-
 def _laid_out(images: Tensor, like: Tensor) -> Tensor:
     """``images`` in the memory format of ``like``."""
     last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
     return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

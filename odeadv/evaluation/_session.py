@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeadv.attacks._checks import own_dtype
 from odeadv.attacks._objective import constant
 from odeadv.evaluation._attack import derived_seed
 from odeadv.evaluation._bits import pack, unpack
@@ -46,8 +47,7 @@ class Session:
         self.device, self.channels_last, self.progress, self.seed = device, channels_last, progress, seed
         self.stochastic = stochastic
         self.repeatable = not stochastic
-        own = (p.dtype for p in model.parameters() if p.is_floating_point())
-        self.dtype = next(own, torch.get_default_dtype())
+        self.dtype = own_dtype(model, torch.get_default_dtype())
         n, rows = len(images), 1 + 2 * len(protocol.attacks)
         self.outcomes = torch.zeros(rows, n, dtype=torch.bool)
         self.starts = range(0, n, batch_size)

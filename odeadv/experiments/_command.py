@@ -65,7 +65,8 @@ def make_table(table: Table, args: argparse.Namespace) -> int:
         preset = with_eta(preset, table, dataset, args.eta)
     out = args.out or args.runs / f"{table.name}-{dataset}-{preset.name}"
     failed = 0
-    check_folder("out", out)
+    if args.render or not (args.list or args.rehearse is not None):  # which write nothing
+        check_folder("out", out)
     if not args.render:
         seeds = (args.seeds or preset.seeds)[: None if args.rehearse is None else 1]
         pairs = configurations(table, preset, dataset=dataset, methods=args.methods, seeds=seeds)

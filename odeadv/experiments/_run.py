@@ -238,7 +238,7 @@ def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     file = Path(file)
     if file.is_dir():
         file = file / "last.safetensors"
-    if file.suffix != ".safetensors":
+    if file.exists() and file.suffix != ".safetensors":
         raise ValueError(
             f"checkpoint: {file} holds no weights, expected the folder of a run, or its last.safetensors or "
             "best.safetensors"
@@ -418,7 +418,10 @@ def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | Non
     path = folder / "record.json"
     if not path.exists():
         return None
-    record = load_record(path)
+    try:
+        record = load_record(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to run it again") from None
     if (record["key"], record["data"]["fingerprint"]) != (config.key, data.fingerprint()):
         raise ValueError(
             f"runs: {path} is of another configuration or other data (key {record['key']}, data "

@@ -76,8 +76,8 @@ class Grid:
     def snap(self, t: float) -> float:
         """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do).
 
-        Times rounded to float32 miss by a part of themselves, and of the ends of the span only where they lie beyond
-        one: a small time of a long span is none that was meant to be its beginning.
+        Rounding is in proportion to the time itself, so that a small time of a long span is not taken for its start.
+        Only times beyond an end, which mean nothing else, may miss it by a rounding in proportion to the span.
         """
         first, last, sign = self.times[0], self.times[-1], self.sign
         largest = max(abs(first), abs(last))
