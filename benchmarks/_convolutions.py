@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeadv._state import untouched
+from odeadv.support.isolation import untouched
 
 KINDS = ("forward", "backward to activations", "weight gradients")
 

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import odeadv
-from odeadv._precision import bf16_is_native
 from odeadv.data import DatasetNotFoundError, ImageDataset, load, to_float
 from odeadv.evaluation import PROTOCOLS, AttackSpec, Evaluation, Protocol, evaluate
 from odeadv.evaluation._prepare import prepare
+from odeadv.support.precision import bf16_is_native
 from odeadv.training import Natural, Pgd, TrainConfig, train
 
 from ._convolutions import KINDS, convolutions

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from odeadv._state import decides
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, Forcing, Jump, VectorField
 from odeadv.fields._field import number
@@ -31,6 +30,7 @@ from odeadv.splitting import (
     substep_names,
 )
 from odeadv.splitting._scheme import CostateKind
+from odeadv.support.isolation import decides
 
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None

@@ -12,11 +12,11 @@ from torch import Tensor
 from odeadv._arguments import SubSteps, read_initial_state, read_method, read_times
 from odeadv._solution import Solution, SolveError, Stats, Status
 from odeadv._solve import _last_good, _status
-from odeadv._state import aside, inside_transform, outside_inference_mode
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
 from odeadv.fields._operator import VectorFunction, clock_dtype
 from odeadv.splitting import Scheme, Step, TorchDiffEq
+from odeadv.support.isolation import aside, inside_transform, outside_inference_mode
 
 
 def compile_solver(

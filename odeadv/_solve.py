@@ -25,12 +25,12 @@ from odeadv._arguments import (
     read_times,
 )
 from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._state import aside, outside_inference_mode
 from odeadv.costate import Converge, Costate, RecordedCostate, Recordings, SummedCostate, Sweeping
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._operator import VectorFunction, clock_dtype
 from odeadv.splitting import Adaptive, Grid, Outcome, Scheme, Step, Stepper, choose_grid, embedded, palindromic
 from odeadv.splitting._scheme import CostateKind
+from odeadv.support.isolation import aside, outside_inference_mode
 
 _OUTCOMES = {
     Outcome.DONE: Status.SUCCESS,

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from odeadv._files import check_file, check_folder, write_json
 from odeadv._version import __version__
+from odeadv.support.files import check_file, check_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -119,8 +119,8 @@ def _add_config(sub: argparse.ArgumentParser) -> None:
 
 
 def _config(args: argparse.Namespace) -> RunConfig:
-    from odeadv import _configuration as configuration
     from odeadv import experiments
+    from odeadv.support import plain as configuration
 
     if (args.config is None) == (args.method is None):
         raise ValueError("config: give either a configuration file or --method")
@@ -260,8 +260,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _protocol(given: str) -> str | Protocol:
     """A protocol's name as it is, or the protocol of a file."""
-    from odeadv import _configuration as configuration
     from odeadv.evaluation import Protocol
+    from odeadv.support import plain as configuration
 
     return configuration.load(Protocol, Path(given)) if Path(given).suffix else given
 
@@ -531,9 +531,9 @@ def _load(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _test_images(info: dict[str, Any], args: argparse.Namespace) -> ImageDataset:
     """The data of the run itself (its fold or subset), with so many test images."""
-    from odeadv import _configuration as configuration
     from odeadv import data
     from odeadv.experiments import DataConfig
+    from odeadv.support import plain as configuration
 
     config = configuration.from_dict(DataConfig, info["run"]["data"])
     subset, _ = config.take(data.load(config.name, args.data))

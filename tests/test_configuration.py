@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import pytest
 import yaml
 
-from odeadv import _configuration as configuration
 from odeadv.experiments import (
     PRESETS,
     TABLES,
@@ -18,6 +17,7 @@ from odeadv.experiments import (
     method_of,
     parse_method,
 )
+from odeadv.support import plain as configuration
 from odeadv.training import Layerwise, Natural, Objective, Pgd, Trades, TrainConfig, Undefended
 
 ALL = [

@@ -291,7 +291,7 @@ class TestFolding:
         assert torch.equal(outcomes(result), outcomes(evaluate(trained(), held_out(20), LAST)))
 
     def test_bf16_gradients_that_are_only_imitated_give_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("odeadv._precision.bf16_is_native", lambda device: False)
+        monkeypatch.setattr("odeadv.support.precision.bf16_is_native", lambda device: False)
         with pytest.warns(RuntimeWarning, match="gradients: 'bf16' is imitated on this CPU"):
             evaluate(trained(), held_out(20), LAST, gradients="bf16")
 

@@ -17,8 +17,6 @@ import torch
 from filelock import FileLock
 
 from odeadv import cli, data, experiments
-from odeadv._configuration import identity
-from odeadv._files import DamagedFileError, read_tensors, write_tensors
 from odeadv.evaluation import Evaluation
 from odeadv.experiments import (
     DataConfig,
@@ -32,6 +30,8 @@ from odeadv.experiments import (
     run,
 )
 from odeadv.experiments._run import locked
+from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
+from odeadv.support.plain import identity
 from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")

@@ -270,7 +270,7 @@ class TestState:
 
     @pytest.mark.parametrize("native", [True, False])
     def test_bf16_that_is_only_imitated_gives_a_warning(self, native, monkeypatch):
-        monkeypatch.setattr("odeadv._precision.bf16_is_native", lambda device: native)
+        monkeypatch.setattr("odeadv.support.precision.bf16_is_native", lambda device: native)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for precision in ("bf16", "fp32"):
@@ -405,7 +405,7 @@ class TestResuming:
             train(tiny_net(), tiny_data(), config(lr=0.2), checkpoints=tmp_path)
 
     def test_a_full_disk_leaves_the_checkpoints_there_are(self, tmp_path, monkeypatch):
-        from odeadv import _files
+        from odeadv.support import files as _files
 
         real = _files._sync
         written = []

@@ -6,7 +6,7 @@ An attack is a few small parts: where it starts (`_start`), the loss and gradien
 the step it takes and the set it projects to (`_linf`, `_l2`), momentum (`_iterates`), and what it returns of what it
 tried (`_best`). `_iterates` puts them in a row, lazily, so that a caller may read any iterate of one run. Models come
 back as they were: modes, buffers, ``requires_grad`` and ``.grad``, and so does torch's global random state.
-Imports torch and `odeadv._state` only.
+Imports torch and `odeadv.support.isolation` only.
 """
 
 from odeadv.attacks._apgd import apgd

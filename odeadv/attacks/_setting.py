@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from odeadv._state import Mode
 from odeadv.attacks._ball import BALLS, Ball, Norm
 from odeadv.attacks._best import Best
 from odeadv.attacks._checks import (
@@ -24,6 +23,7 @@ from odeadv.attacks._checks import (
 )
 from odeadv.attacks._objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
 from odeadv.attacks._start import GivenStart, Start, resolve_start
+from odeadv.support.isolation import Mode
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from odeadv._state import Mode
 from odeadv.attacks._ball import BALLS, Norm
 from odeadv.attacks._best import Best
 from odeadv.attacks._checks import check_generator, check_images, non_negative, one_of, positive_integer, radius
@@ -19,6 +18,7 @@ from odeadv.attacks._linf import Bounds
 from odeadv.attacks._objective import Loss, Tally
 from odeadv.attacks._setting import Setting, setting
 from odeadv.attacks._square_l2 import Bumps, signs, tiled
+from odeadv.support.isolation import Mode
 
 _SHARES = {"linf": 0.8, "l2": 0.1}
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, at these queries of 10,000

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from odeadv._state import Mode
 from odeadv.attacks._best import Best
 from odeadv.attacks._checks import check_images, check_labels, check_model, check_target
 from odeadv.attacks._objective import Loss, Objective, attacking, constant, resolve_loss
+from odeadv.support.isolation import Mode
 
 
 def worst_of(

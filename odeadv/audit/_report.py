@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from odeadv._files import replacing, write_json, write_text
+from odeadv.support.files import replacing, write_json, write_text
 
 SCHEMA = "odeadv.audit/1"
 Status = Literal["pass", "fail", "not applicable"]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeadv._state import Buffers, RandomState, inside_transform, recording
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
 from odeadv.fields._operator import version
 from odeadv.splitting import Grid, Stepper
 from odeadv.splitting._scheme import CostateKind
+from odeadv.support.isolation import Buffers, RandomState, inside_transform, recording
 
 
 def record(

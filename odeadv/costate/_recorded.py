@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odeadv._state import inside_transform, recording
 from odeadv.fields._operator import Jump, Operator, Tally
 from odeadv.splitting import Grid
 from odeadv.splitting._scheme import CostateKind
+from odeadv.support.isolation import inside_transform, recording
 
 
 class Costate(Protocol):

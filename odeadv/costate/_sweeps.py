@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from odeadv._state import decides
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields._field import number
 from odeadv.splitting import Grid, Stepper
 from odeadv.splitting._scheme import CostateKind
+from odeadv.support.isolation import decides
 
 GROWTH = 1e8
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from odeadv._arguments import read_initial_state, read_method, read_times
 from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._state import recording
 from odeadv.costate import record
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, needs_loss, norm, quotient, with_strength
 from odeadv.diagnostics._result import Result, style
 from odeadv.splitting import Scheme
+from odeadv.support.isolation import recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,13 +14,13 @@ from torch import Tensor
 from odeadv._arguments import AccuracyWarning, read_method
 from odeadv._solution import Solution
 from odeadv._solve import driven, solve
-from odeadv._state import aside
 from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, quotient, walk
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import AdversarialField, Jump, Operator
 from odeadv.fields._operator import Tally
 from odeadv.splitting import Scheme, SubStep, get_substep
 from odeadv.splitting._substep import Clock
+from odeadv.support.isolation import aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

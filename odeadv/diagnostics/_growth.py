@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from odeadv._solve import solve
-from odeadv._state import recording
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, Path, norm, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import AdversarialField, Jump, VectorField, as_field
 from odeadv.splitting import Scheme
+from odeadv.support.isolation import recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

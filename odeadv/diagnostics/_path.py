@@ -13,11 +13,11 @@ from torch import Tensor
 
 from odeadv._solution import Solution
 from odeadv._solve import driven, solve
-from odeadv._state import Replay, aside, recording
 from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Jump, Operator, VectorField, as_field
 from odeadv.fields._operator import Sum, Tally, VectorFunction, as_time
 from odeadv.splitting import Grid, Scheme, Step
+from odeadv.support.isolation import Replay, aside, recording
 
 AnyField = VectorField | Operator | VectorFunction
 

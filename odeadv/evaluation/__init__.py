@@ -3,7 +3,7 @@
 Protocols are data (`PROTOCOLS` has the paper's); the attacks come from `odeadv.attacks`, and work that they share is
 done once. Every attack is scored under two names that are never mixed: on its last iterate (the paper's tables) and
 worst so far (stricter). Outcomes are kept for every example, so that `mcnemar` and `compare` can set two models
-side by side. Imports torch, numpy, `odeadv._state` and `odeadv.attacks`; pyautoattack when used.
+side by side. Imports torch, numpy, `odeadv.support.isolation` and `odeadv.attacks`; pyautoattack when used.
 """
 
 from odeadv.evaluation._compare import McNemar, compare, mcnemar

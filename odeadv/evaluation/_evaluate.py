@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv._precision import warn_of_imitated_bf16
 from odeadv._version import __version__
 from odeadv.attacks._checks import check_images, check_labels, check_logits, check_model, positive_integer
 from odeadv.attacks._objective import attacking
@@ -33,6 +32,7 @@ from odeadv.evaluation._probe import (
 )
 from odeadv.evaluation._protocols import Protocol, resolve_protocol
 from odeadv.evaluation._session import Session
+from odeadv.support.precision import warn_of_imitated_bf16
 
 
 def evaluate(

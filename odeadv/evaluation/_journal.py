@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv._files import check_file
 from odeadv.evaluation._identity import add_tensor, described_function, without_addresses
 from odeadv.evaluation._probe import beyond, held, plain_attributes
+from odeadv.support.files import check_file
 
 SCHEMA = "odeadv.evaluation.journal/2"
 Record = dict[str, Any]

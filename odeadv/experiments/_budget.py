@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from odeadv._files import write_json, write_text
 from odeadv.evaluation import Protocol
 from odeadv.evaluation._protocols import resolve_protocol
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._methods import passes
 from odeadv.experiments._tables import TABLES, Preset, configurations
+from odeadv.support.files import write_json, write_text
 
 SCHEMA = "odeadv.budget/1"
 TRAIN_IMAGES, TEST_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}, {"cifar10": 10_000, "cifar100": 10_000}

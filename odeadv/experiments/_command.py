@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from odeadv import data
-from odeadv._files import check_folder, write_json
 from odeadv.evaluation._attack import require_packages
 from odeadv.experiments._budget import training_passes
 from odeadv.experiments._config import RunConfig
@@ -19,6 +18,7 @@ from odeadv.experiments._rehearsal import rehearse
 from odeadv.experiments._report import write_report
 from odeadv.experiments._run import Measurement
 from odeadv.experiments._tables import PRESETS, TABLES, Row, Table, configurations, with_eta
+from odeadv.support.files import check_folder, write_json
 from odeadv.training import TrainingDiverged, make_fabric
 
 

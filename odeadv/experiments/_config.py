@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from odeadv import _configuration as configuration
 from odeadv import models
 from odeadv.data import ImageDataset
 from odeadv.models._network import FieldNetwork
+from odeadv.support import plain as configuration
 from odeadv.training import TrainConfig
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from odeadv._files import replacing, write_text
 from odeadv.diagnostics import Trace
 from odeadv.experiments._report import Results, differences, gather
 from odeadv.experiments._run import load_records
 from odeadv.experiments._tables import TABLES, Preset, paper_tables
+from odeadv.support.files import replacing, write_text
 
 METHODS = ("pgd", "pgd+lad", "pgd+lad-sm")
 

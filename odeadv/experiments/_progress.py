@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from odeadv._files import write_text
 from odeadv.experiments._config import RunConfig
+from odeadv.support.files import write_text
 from odeadv.training import EpochResult
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from odeadv import _configuration as plain
-from odeadv._files import replacing, write_text
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._methods import parse_method, passes
 from odeadv.experiments._plots import plot
 from odeadv.experiments._run import load_records
 from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Size, Table, configurations
+from odeadv.support import plain
+from odeadv.support.files import replacing, write_text
 
 Record = Mapping[str, Any]
 

@@ -20,9 +20,6 @@ import torch
 from torch import nn
 
 import odeadv
-from odeadv import _configuration as configuration
-from odeadv._configuration import identity as essential
-from odeadv._files import DamagedFileError, read_tensors, write_json, write_tensors
 from odeadv.attacks._checks import positive_integer
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
@@ -32,6 +29,9 @@ from odeadv.experiments._config import ModelConfig, RunConfig, load_config
 from odeadv.experiments._progress import Metrics, Progress
 from odeadv.models import averaged
 from odeadv.models._network import FieldNetwork
+from odeadv.support import plain as configuration
+from odeadv.support.files import DamagedFileError, read_tensors, write_json, write_tensors
+from odeadv.support.plain import identity as essential
 from odeadv.training import EpochResult, TrainResult, make_fabric, train
 
 if TYPE_CHECKING:

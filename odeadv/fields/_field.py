@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from odeadv._state import modules_of
 from odeadv.fields._operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, check_unmodified, version
+from odeadv.support.isolation import modules_of
 
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from odeadv._state import modules_of
+from odeadv.support.isolation import modules_of
 
 VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]

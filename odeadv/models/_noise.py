@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from odeadv._state import untouched
+from odeadv.support.isolation import untouched
 
 NoiseKind = Literal["absolute", "relative"]
 DEFAULT_STD = 0.1

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odeadv._state import decides
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._integrate import Stepper
+from odeadv.support.isolation import decides
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv._files import DamagedFileError, read_tensors, write_tensors
+from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 
 SCHEMA = "odeadv-checkpoint/1"
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from odeadv._configuration import with_floats
+from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Objective
 from odeadv.training.defences import Undefended
 from odeadv.training.objectives import Natural

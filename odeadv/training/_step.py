@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeadv._configuration import Choice
 from odeadv.models import Network
 from odeadv.models._network import FieldNetwork
+from odeadv.support.plain import Choice
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from odeadv import attacks
-from odeadv._configuration import identity as essential
-from odeadv._precision import warn_of_imitated_bf16
 from odeadv._solution import SolveError
-from odeadv._state import untouched
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.data._checks import check_images, check_labels, check_range
 from odeadv.diagnostics import Perturbation, perturbation
 from odeadv.evaluation._journal import data_digest
 from odeadv.models import Network
 from odeadv.models._network import FieldNetwork
+from odeadv.support.isolation import untouched
+from odeadv.support.plain import identity as essential
+from odeadv.support.precision import warn_of_imitated_bf16
 from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import make_fabric, rows_of, synchronise_batch_norm

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odeadv._configuration import with_floats
 from odeadv._solve import solve
 from odeadv.models import Network
 from odeadv.splitting import schemes
+from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
 
 Perturbation = Literal["costate", "random", "shuffled", "input"]

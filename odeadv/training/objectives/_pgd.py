@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from odeadv import attacks
-from odeadv._configuration import with_floats
-from odeadv._state import Mode
 from odeadv.attacks._checks import non_negative, radius
+from odeadv.support.isolation import Mode
+from odeadv.support.plain import with_floats
 from odeadv.training._step import Objective, Passed, Step
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odeadv import attacks
-from odeadv._configuration import with_floats
-from odeadv._state import Mode
+from odeadv.support.isolation import Mode
+from odeadv.support.plain import with_floats
 from odeadv.training._step import Objective, Passed, Step
 from odeadv.training.objectives._pgd import check_attack
 

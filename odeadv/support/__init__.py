@@ -1,0 +1,1 @@
+"""Ground floor: helpers that know nothing of fields, solvers or networks. Every folder may import them."""
