@@ -6,14 +6,14 @@ robust accuracy. Training, data and plotting are imported only when used.
 """
 
 from odeadv import attacks, diagnostics, models
-from odeadv._arguments import AccuracyWarning
-from odeadv._compile import compile_solver
-from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._solve import driven, solve
 from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
 from odeadv.fields import AdversarialField, Operator, SplitField, VectorField
+from odeadv.solver._compiled import compile_solver
+from odeadv.solver._solution import Solution, SolveError, Stats, Status
+from odeadv.solver._solve import driven, solve
+from odeadv.solver.request import AccuracyWarning
 from odeadv.splitting import Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
 
 __all__ = [

@@ -22,7 +22,7 @@ from odeadv.attacks._iterates import with_momentum
 from odeadv.attacks._l2 import L2Ball, unit
 from odeadv.attacks._linf import linf_bounds
 from odeadv.attacks._losses import RULES, Truth
-from odeadv.attacks._objective import Objective, attacking
+from odeadv.attacks.objective import Objective, attacking
 
 EPS, ALPHA = 8 / 255, 2 / 255
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

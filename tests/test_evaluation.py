@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks import fgsm, ifgsm
 from odeadv.evaluation import PROTOCOLS, AttackResult, AttackSpec, Evaluation, Protocol, evaluate
 from odeadv.evaluation._evaluation import wilson_interval
-from odeadv.evaluation._protocols import resolve_protocol
+from odeadv.evaluation.protocols import resolve_protocol
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from odeadv.audit import audit
 from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
 from odeadv.evaluation._attack import Counted, attacked
 from odeadv.evaluation._fold import fold
-from odeadv.evaluation._probe import differs, scales
+from odeadv.evaluation.trust import differs, scales
 from odeadv.models import preact_resnet
 from odeadv.training import Pgd, Trades
 

@@ -10,10 +10,10 @@ Imports torch and `odeadv.support.isolation` only.
 """
 
 from odeadv.attacks._apgd import apgd
-from odeadv.attacks._attacks import fgsm, ifgsm, pgd
-from odeadv.attacks._objective import Tally
+from odeadv.attacks._gradient import fgsm, ifgsm, pgd
 from odeadv.attacks._square import square
 from odeadv.attacks._start import Gaussian
 from odeadv.attacks._transfer import transfer, worst_of
+from odeadv.attacks.objective import Tally
 
 __all__ = ["Gaussian", "Tally", "apgd", "fgsm", "ifgsm", "pgd", "square", "transfer", "worst_of"]

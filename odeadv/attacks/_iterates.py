@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from odeadv.attacks._ball import Ball
 from odeadv.attacks._l2 import divided
+from odeadv.attacks.balls import Ball
 
 
 def iterates(

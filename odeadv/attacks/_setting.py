@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._ball import BALLS, Ball, Norm
 from odeadv.attacks._best import Best
-from odeadv.attacks._checks import (
+from odeadv.attacks._start import GivenStart, Start, resolve_start
+from odeadv.attacks.balls import BALLS, Ball, Norm
+from odeadv.attacks.checks import (
     check_generator,
     check_images,
     check_labels,
@@ -21,8 +22,7 @@ from odeadv.attacks._checks import (
     positive_integer,
     radius,
 )
-from odeadv.attacks._objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
-from odeadv.attacks._start import GivenStart, Start, resolve_start
+from odeadv.attacks.objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
 from odeadv.support.isolation import Mode
 
 

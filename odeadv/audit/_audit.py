@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import (
+from odeadv.attacks.checks import (
     answered,
     check_images,
     check_labels,
@@ -17,14 +17,14 @@ from odeadv.attacks._checks import (
     own_dtype,
     positive_integer,
 )
-from odeadv.attacks._objective import attacking, constant
+from odeadv.attacks.objective import attacking, constant
 from odeadv.audit._attacks import attack_checks
 from odeadv.audit._behaviour import behaviour_checks
 from odeadv.audit._gradients import gradient_checks
 from odeadv.audit._report import Audit
 from odeadv.audit._subject import Subject
 from odeadv.evaluation._images import as_model_input
-from odeadv.evaluation._probe import PROBES
+from odeadv.evaluation.trust import PROBES
 
 
 def audit(

@@ -6,7 +6,7 @@ import torch
 
 from odeadv.audit._report import Check
 from odeadv.audit._subject import Subject, not_applicable, verdict
-from odeadv.evaluation._probe import Behaviour, batch_dependence, behaviour
+from odeadv.evaluation.trust import Behaviour, batch_dependence, behaviour
 
 _MEANING = {
     "finite logits": (

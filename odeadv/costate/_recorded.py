@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Jump, Operator, Tally
+from odeadv.fields.operator import Jump, Operator, Tally
 from odeadv.splitting import Grid
 from odeadv.splitting._scheme import CostateKind
 from odeadv.support.isolation import inside_transform, recording

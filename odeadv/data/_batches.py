@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._checks import check_images, check_int, check_labels
+from odeadv.data.checks import check_images, check_int, check_labels
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ._checks import check_images, check_int, check_labels, check_range
+from odeadv.data.checks import check_images, check_int, check_labels, check_range
 
 Channels = tuple[float, float, float]
 

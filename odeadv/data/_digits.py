@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ._checks import require
+from odeadv.data.checks import require
+
 from ._splits import Splits
 
 

@@ -6,9 +6,10 @@ import difflib
 import os
 from pathlib import Path
 
+from odeadv.data._readers import EXTENSIONS, read_folder
+
 from ._dataset import ImageDataset
 from ._digits import read_digits
-from ._folder import EXTENSIONS, read_folder
 from ._npz import KEYS, read_npz
 from ._splits import Splits
 from ._torchvision import FOLDERS, download_torchvision, read_torchvision

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._checks import check_labels, check_range
+from odeadv.data.checks import check_labels, check_range
+
 from ._splits import Splits
 
 KEYS = ("train_x", "train_y", "test_x", "test_y")

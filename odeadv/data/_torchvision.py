@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._checks import require
+from odeadv.data.checks import require
+
 from ._splits import Splits
 
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}

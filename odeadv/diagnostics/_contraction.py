@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv._arguments import read_initial_state, read_method, read_times
-from odeadv._solution import Solution, SolveError, Stats, Status
 from odeadv.costate import record
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, needs_loss, norm, quotient, with_strength
 from odeadv.diagnostics._result import Result, style
+from odeadv.solver._solution import Solution, SolveError, Stats, Status
+from odeadv.solver.request import read_initial_state, read_method, read_times
 from odeadv.splitting import Scheme
 from odeadv.support.isolation import recording
 

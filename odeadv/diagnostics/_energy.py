@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv._arguments import AccuracyWarning, read_method
-from odeadv._solution import Solution
-from odeadv._solve import driven, solve
 from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, quotient, walk
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import AdversarialField, Jump, Operator
-from odeadv.fields._operator import Tally
+from odeadv.fields.operator import Tally
+from odeadv.solver._solution import Solution
+from odeadv.solver._solve import driven, solve
+from odeadv.solver.request import AccuracyWarning, read_method
 from odeadv.splitting import Scheme, SubStep, get_substep
 from odeadv.splitting._substep import Clock
 from odeadv.support.isolation import aside

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv._solve import solve
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, Path, norm, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import AdversarialField, Jump, VectorField, as_field
+from odeadv.solver._solve import solve
 from odeadv.splitting import Scheme
 from odeadv.support.isolation import recording
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeadv._solution import Solution
-from odeadv._solve import driven, solve
 from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Jump, Operator, VectorField, as_field
-from odeadv.fields._operator import Sum, Tally, VectorFunction, as_time
+from odeadv.fields.operator import Sum, Tally, VectorFunction, as_time
+from odeadv.solver._solution import Solution
+from odeadv.solver._solve import driven, solve
 from odeadv.splitting import Grid, Scheme, Step
 from odeadv.support.isolation import Replay, aside, recording
 

@@ -10,7 +10,7 @@ from odeadv.evaluation._compare import McNemar, compare, mcnemar
 from odeadv.evaluation._evaluate import evaluate
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
 from odeadv.evaluation._progress import ProgressLine
-from odeadv.evaluation._protocols import PROTOCOLS, AttackSpec, Protocol
+from odeadv.evaluation.protocols import PROTOCOLS, AttackSpec, Protocol
 
 __all__ = [
     "PROTOCOLS",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import check_logits
 from odeadv.attacks._l2 import L2Ball
 from odeadv.attacks._linf import linf_bounds
-from odeadv.evaluation._protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, takes
+from odeadv.attacks.checks import check_logits
+from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, takes
 
 
 class Counted(nn.Module):

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from odeadv._version import __version__
-from odeadv.attacks._checks import check_images, check_labels, check_logits, check_model, positive_integer
-from odeadv.attacks._objective import attacking
+from odeadv.attacks.checks import check_images, check_labels, check_logits, check_model, positive_integer
+from odeadv.attacks.objective import attacking
 from odeadv.evaluation._evaluation import Evaluation
 from odeadv.evaluation._journal import Journal, data_digest, model_digest, probe_logits
 from odeadv.evaluation._prepare import Gradients, prepare
-from odeadv.evaluation._probe import (
+from odeadv.evaluation._session import Session
+from odeadv.evaluation.protocols import Protocol, resolve_protocol
+from odeadv.evaluation.trust import (
     GRADIENT_PROBES,
     PROBES,
     Behaviour,
@@ -30,8 +32,6 @@ from odeadv.evaluation._probe import (
     refuse_batches,
     whole_batch_dependence,
 )
-from odeadv.evaluation._protocols import Protocol, resolve_protocol
-from odeadv.evaluation._session import Session
 from odeadv.support.precision import warn_of_imitated_bf16
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from odeadv.evaluation._bits import pack, unpack
-from odeadv.evaluation._protocols import AttackSpec, radius_text
+from odeadv.evaluation.protocols import AttackSpec, radius_text
 
 SCHEMA = "odeadv.evaluation/2"
 _NORMAL_QUANTILE = 1.959963984540054  # of 0.975

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.evaluation._identity import add_tensor, described_function, without_addresses
-from odeadv.evaluation._probe import beyond, held, plain_attributes
+from odeadv.evaluation.trust import beyond, held, plain_attributes
 from odeadv.support.files import check_file
 
 SCHEMA = "odeadv.evaluation.journal/2"

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._objective import Objective
+from odeadv.attacks.objective import Objective
 from odeadv.evaluation._fold import fold
-from odeadv.evaluation._probe import beyond
+from odeadv.evaluation.trust import beyond
 
 Gradients = Literal["full", "bf16"]
 

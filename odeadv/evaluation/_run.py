@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from odeadv.evaluation._attack import Counted, attacked
+from odeadv.evaluation._ifgsm import Run, SharedRuns
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation._protocols import AttackSpec
-from odeadv.evaluation._shared import Run, SharedRuns
+from odeadv.evaluation.protocols import AttackSpec
 
 
 class Batch(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import own_dtype
-from odeadv.attacks._objective import constant
+from odeadv.attacks.checks import own_dtype
+from odeadv.attacks.objective import constant
 from odeadv.evaluation._attack import derived_seed
 from odeadv.evaluation._bits import pack, unpack
 from odeadv.evaluation._cycles import SHORT
@@ -18,9 +18,9 @@ from odeadv.evaluation._evaluation import Evaluation, result_of
 from odeadv.evaluation._images import as_model_input
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation._protocols import Protocol
 from odeadv.evaluation._run import Batch, batch_outcomes, worst_groups
 from odeadv.evaluation._worst import Queue
+from odeadv.evaluation.protocols import Protocol
 
 BF16_CHECK = 256  # at most so many examples have their bf16 gradients compared with full ones
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from odeadv.evaluation import Protocol
-from odeadv.evaluation._protocols import resolve_protocol
+from odeadv.evaluation.protocols import resolve_protocol
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._methods import passes
 from odeadv.experiments._tables import TABLES, Preset, configurations

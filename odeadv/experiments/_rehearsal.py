@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from odeadv.attacks._checks import positive_integer
+from odeadv.attacks.checks import positive_integer
 from odeadv.data import ImageDataset
 from odeadv.experiments._config import RunConfig
 from odeadv.training import make_fabric, train

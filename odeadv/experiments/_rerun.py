@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odeadv.data import ImageDataset
 from odeadv.evaluation import Evaluation
-from odeadv.evaluation._protocols import PROTOCOLS
+from odeadv.evaluation.protocols import PROTOCOLS
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._run import Measurement, Record, load_record, run, versions
 from odeadv.experiments._tables import TABLES

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 import odeadv
-from odeadv.attacks._checks import positive_integer
+from odeadv.attacks.checks import positive_integer
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
 from odeadv.evaluation._attack import require_packages
-from odeadv.evaluation._protocols import Protocol, resolve_protocol
+from odeadv.evaluation.protocols import Protocol, resolve_protocol
 from odeadv.experiments._config import ModelConfig, RunConfig, load_config
 from odeadv.experiments._progress import Metrics, Progress
 from odeadv.models import averaged

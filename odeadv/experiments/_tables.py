@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from odeadv.evaluation import AttackSpec, Protocol
-from odeadv.evaluation._protocols import AUTOATTACK
+from odeadv.evaluation.protocols import AUTOATTACK
 from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig
 from odeadv.experiments._methods import parse_method, passes
 from odeadv.training import TrainConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from odeadv.data import ImageDataset
-from odeadv.evaluation._protocols import resolve_protocol
+from odeadv.evaluation.protocols import resolve_protocol
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._run import run
 from odeadv.training import Layerwise

@@ -6,7 +6,7 @@ by the solver. Imports nothing from the rest of the package but how to run a use
 """
 
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
-from odeadv.fields._operator import Forcing, Jump, Operator, Piecewise
+from odeadv.fields.operator import Forcing, Jump, Operator, Piecewise
 
 __all__ = [
     "AdversarialField",

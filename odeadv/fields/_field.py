@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields._operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, check_unmodified, version
+from odeadv.fields.operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, check_unmodified, version
 from odeadv.support.isolation import modules_of
 
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]

@@ -4,12 +4,12 @@ The two choices are orthogonal: a scheme says which operator acts for how long a
 sub-step says how one operator is advanced over such a stage. Knows fields, but nothing of where a costate comes from.
 """
 
-from odeadv.splitting import _registry as schemes
+from odeadv.splitting import schemes
 from odeadv.splitting._adaptive import Adaptive, Outcome, Search, choose_grid, embedded, palindromic
 from odeadv.splitting._grid import Grid, Step, make_grid
-from odeadv.splitting._integrate import Stepper
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import Scheme, Stage
+from odeadv.splitting._stepper import Stepper
 from odeadv.splitting._substep import Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
 
 __all__ = [

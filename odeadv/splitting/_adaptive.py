@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from odeadv.splitting._grid import Grid, Step
-from odeadv.splitting._integrate import Stepper
+from odeadv.splitting._stepper import Stepper
 from odeadv.support.isolation import decides
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0

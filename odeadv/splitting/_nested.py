@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from odeadv.fields._operator import Operator, Sum, Tally
-from odeadv.splitting import _registry as schemes
+from odeadv.fields.operator import Operator, Sum, Tally
+from odeadv.splitting import schemes
 from odeadv.splitting._grid import Step
-from odeadv.splitting._integrate import Stepper
 from odeadv.splitting._scheme import Scheme
+from odeadv.splitting._stepper import Stepper
 from odeadv.splitting._substep import Clock, SubStep, get_substep
 
 

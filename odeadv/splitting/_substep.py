@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import (
+from odeadv.fields.operator import (
     Forcing,
     Operator,
     Tally,

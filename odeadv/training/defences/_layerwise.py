@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odeadv._solve import solve
 from odeadv.models import Network
+from odeadv.solver._solve import solve
 from odeadv.splitting import schemes
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from odeadv._solve import solve
 from odeadv.models import Network
+from odeadv.solver._solve import solve
 from odeadv.training._step import Defence, Draws, Passed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from odeadv import attacks
-from odeadv.attacks._checks import non_negative, radius
+from odeadv.attacks.checks import non_negative, radius
 from odeadv.support.isolation import Mode
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Objective, Passed, Step

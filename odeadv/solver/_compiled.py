@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeadv._arguments import SubSteps, read_initial_state, read_method, read_times
-from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv._solve import _last_good, _status
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields._field import number
-from odeadv.fields._operator import VectorFunction, clock_dtype
+from odeadv.fields.operator import VectorFunction, clock_dtype
+from odeadv.solver._solution import Solution, SolveError, Stats, Status
+from odeadv.solver._solve import _last_good, _status
+from odeadv.solver.request import SubSteps, read_initial_state, read_method, read_times
 from odeadv.splitting import Scheme, Step, TorchDiffEq
 from odeadv.support.isolation import aside, inside_transform, outside_inference_mode
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.fields._operator import Jump, Operator, Sum, Tally, VectorFunction, clock_dtype, returned, version
+from odeadv.fields.operator import Jump, Operator, Sum, Tally, VectorFunction, clock_dtype, returned, version
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep

@@ -15,7 +15,7 @@ from torch import Tensor
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, Forcing, Jump, VectorField
 from odeadv.fields._field import number
-from odeadv.fields._operator import Sum, Tally, Unrecorded
+from odeadv.fields.operator import Sum, Tally, Unrecorded
 from odeadv.splitting import (
     Adaptive,
     Exact,

@@ -10,7 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odeadv._arguments import (
+from odeadv.costate import Converge, Costate, RecordedCostate, Recordings, SummedCostate, Sweeping
+from odeadv.fields import AdversarialField, Operator, VectorField, as_field
+from odeadv.fields.operator import VectorFunction, clock_dtype
+from odeadv.solver._solution import Solution, SolveError, Stats, Status
+from odeadv.solver.request import (
     Method,
     SaveAt,
     SubSteps,
@@ -24,10 +28,6 @@ from odeadv._arguments import (
     read_save_times,
     read_times,
 )
-from odeadv._solution import Solution, SolveError, Stats, Status
-from odeadv.costate import Converge, Costate, RecordedCostate, Recordings, SummedCostate, Sweeping
-from odeadv.fields import AdversarialField, Operator, VectorField, as_field
-from odeadv.fields._operator import VectorFunction, clock_dtype
 from odeadv.splitting import Adaptive, Grid, Outcome, Scheme, Step, Stepper, choose_grid, embedded, palindromic
 from odeadv.splitting._scheme import CostateKind
 from odeadv.support.isolation import aside, outside_inference_mode

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._ball import Ball, Norm
 from odeadv.attacks._best import Best
-from odeadv.attacks._checks import non_negative, one_of, positive_integer, radius
 from odeadv.attacks._iterates import iterates, with_momentum
-from odeadv.attacks._objective import Loss, Objective, Tally
 from odeadv.attacks._setting import setting
 from odeadv.attacks._start import GivenStart
+from odeadv.attacks.balls import Ball, Norm
+from odeadv.attacks.checks import non_negative, one_of, positive_integer, radius
+from odeadv.attacks.objective import Loss, Objective, Tally
 from odeadv.support.isolation import Mode
 
 Keep = Literal["last", "worst"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import answered
+from odeadv.attacks.checks import answered
 
 PROBES = 2  # images in a probing forward pass
 _GAP = 1e3  # logits this many times larger than the next smaller ones have a scale of their own

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._checks import answered, check_classes
 from odeadv.attacks._losses import Loss, PerExampleLoss, Rule, Truth, cross_entropy, of_labels, resolve_loss
+from odeadv.attacks.checks import answered, check_classes
 from odeadv.support.isolation import Mode, untouched
 
 __all__ = ["Loss", "Objective", "PerExampleLoss", "Scores", "Tally", "attacking", "constant", "reseed", "resolve_loss"]

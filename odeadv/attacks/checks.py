@@ -9,7 +9,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields._operator import version
+from odeadv.fields.operator import version
 
 _WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
 

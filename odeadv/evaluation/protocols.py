@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from odeadv import attacks as _attacks
-from odeadv.attacks._checks import non_negative, positive_integer, radius
+from odeadv.attacks.checks import non_negative, positive_integer, radius
 from odeadv.evaluation._identity import described_function
 
 Score = Literal["last", "worst"]
