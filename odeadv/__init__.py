@@ -10,11 +10,10 @@ from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
 from odeadv.fields import AdversarialField, Operator, SplitField, VectorField
-from odeadv.solver._compiled import compile_solver
-from odeadv.solver._solution import Solution, SolveError, Stats, Status
-from odeadv.solver._solve import driven, solve
-from odeadv.solver.request import AccuracyWarning
+from odeadv.solver import Solution, SolveError, Stats, compile_solver, driven, solve
 from odeadv.splitting import Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
+from odeadv.splitting.method import AccuracyWarning
+from odeadv.splitting.status import Status
 
 __all__ = [
     "AccuracyWarning",

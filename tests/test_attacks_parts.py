@@ -19,9 +19,8 @@ from torch.nn import functional
 
 from odeadv.attacks import Gaussian, Tally, apgd, fgsm, ifgsm, pgd, square, transfer, worst_of
 from odeadv.attacks._iterates import with_momentum
-from odeadv.attacks._l2 import L2Ball, unit
-from odeadv.attacks._linf import linf_bounds
 from odeadv.attacks._losses import RULES, Truth
+from odeadv.attacks.balls import L2Ball, linf_bounds, unit
 from odeadv.attacks.objective import Objective, attacking
 
 EPS, ALPHA = 8 / 255, 2 / 255

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from odeadv.attacks import Tally, apgd, square
 from odeadv.attacks._apgd import checkpoints
-from odeadv.attacks._l2 import L2Ball
 from odeadv.attacks._square import _window, share, side
 from odeadv.attacks._square_l2 import Bumps, pattern, tiled
+from odeadv.attacks.balls import L2Ball
 
 
 @pytest.fixture(autouse=True)

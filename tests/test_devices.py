@@ -18,9 +18,9 @@ import odeadv
 import odeadv.audit
 from odeadv import attacks, data, diagnostics, models
 from odeadv.evaluation import _journal
+from odeadv.training._defences import Layerwise, Undefended
+from odeadv.training._objectives import Natural, Pgd, Trades
 from odeadv.training._step import Draws, StepModule
-from odeadv.training.defences import Layerwise, Undefended
-from odeadv.training.objectives import Natural, Pgd, Trades
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor", reason="no fake tensors in this version of torch")
 

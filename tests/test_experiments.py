@@ -29,8 +29,9 @@ from odeadv.experiments import (
     write_figure2,
     write_report,
 )
-from odeadv.experiments._methods import passes
-from odeadv.experiments._report import Difference, gather, render
+from odeadv.experiments._config import passes
+from odeadv.experiments._report import render
+from odeadv.experiments._results import Difference, gather
 from odeadv.models._network import FieldNetwork
 from odeadv.training import train
 

@@ -10,13 +10,11 @@ import odeadv
 ROOT = Path(odeadv.__file__).parent
 # A folder may import from those before it in this order, and from itself.
 LAYERS = (
-    ("_version", "_state", "_files", "_configuration", "_precision"),
+    ("_version", "support"),
     ("fields",),
     ("splitting",),
     ("costate",),
-    ("_solution", "_arguments"),
-    ("_solve",),
-    ("_compile",),
+    ("solver",),
     ("diagnostics",),
     ("models", "attacks", "data"),
     ("evaluation",),
@@ -51,3 +49,50 @@ def test_imports_go_one_way():
                 if parts[0] == "odeadv" and len(parts) > 1 and parts[1] != here and level[parts[1]] >= level[here]:
                     wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong
+
+
+def test_private_modules_are_imported_in_their_own_folder_only():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        folder = path.parent.relative_to(ROOT.parent).as_posix().replace("/", ".")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            owner, _, name = module.rpartition(".")
+            if owner.startswith("odeadv") and name.startswith("_") and name != "_version" and owner != folder:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_only_the_package_itself_is_at_the_root():
+    files = {path.name for path in ROOT.iterdir() if path.is_file()}
+    assert files == {"__init__.py", "__main__.py", "_version.py", "py.typed"}
+
+
+def test_no_import_is_circular():
+    """Whole modules are compared, so imports within functions and for type checking count too."""
+    trees = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    edges = {name: set() for name in trees}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    edges[name].add(whole if whole in trees else node.module)
+    # A folder imports its own modules, which import the folder only if there is a circle.
+    seen, done = [], set()
+
+    def visit(name):
+        if name in done or name not in edges:
+            return
+        assert name not in seen, " -> ".join([*seen[seen.index(name) :], name])
+        seen.append(name)
+        for other in sorted(edges[name]):
+            visit(other)
+        seen.pop()
+        done.add(name)
+
+    for name in sorted(edges):
+        visit(name)

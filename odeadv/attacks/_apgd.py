@@ -12,8 +12,9 @@ from odeadv.attacks._best import Best
 from odeadv.attacks._setting import setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
-from odeadv.attacks.checks import non_negative, positive_integer, radius
+from odeadv.attacks.checks import radius
 from odeadv.attacks.objective import Loss, Objective, Scores, Tally
+from odeadv.support.checks import non_negative, positive_integer
 from odeadv.support.isolation import Mode
 
 _INERTIA = 0.75  # the paper's alpha

@@ -13,8 +13,9 @@ from odeadv.attacks._iterates import iterates, with_momentum
 from odeadv.attacks._setting import setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
-from odeadv.attacks.checks import non_negative, one_of, positive_integer, radius
+from odeadv.attacks.checks import radius
 from odeadv.attacks.objective import Loss, Objective, Tally
+from odeadv.support.checks import non_negative, one_of, positive_integer
 from odeadv.support.isolation import Mode
 
 Keep = Literal["last", "worst"]

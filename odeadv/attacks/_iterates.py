@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from odeadv.attacks._l2 import divided
-from odeadv.attacks.balls import Ball
+from odeadv.attacks.balls import Ball, divided
 
 
 def iterates(

@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from odeadv.attacks._best import Best
 from odeadv.attacks._start import GivenStart, Start, resolve_start
 from odeadv.attacks.balls import BALLS, Ball, Norm
-from odeadv.attacks.checks import (
-    check_generator,
-    check_images,
-    check_labels,
-    check_model,
-    check_target,
-    one_of,
-    positive_integer,
-    radius,
-)
+from odeadv.attacks.checks import check_generator, check_images, check_labels, check_model, check_target, radius
 from odeadv.attacks.objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
+from odeadv.support.checks import one_of, positive_integer
 from odeadv.support.isolation import Mode
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.attacks._best import Best
-from odeadv.attacks._l2 import L2Ball
-from odeadv.attacks._linf import Bounds
 from odeadv.attacks._setting import Setting, setting
 from odeadv.attacks._square_l2 import Bumps, signs, tiled
-from odeadv.attacks.balls import BALLS, Norm
-from odeadv.attacks.checks import check_generator, check_images, non_negative, one_of, positive_integer, radius
+from odeadv.attacks.balls import BALLS, Bounds, L2Ball, Norm
+from odeadv.attacks.checks import check_generator, check_images, radius
 from odeadv.attacks.objective import Loss, Tally
+from odeadv.support.checks import non_negative, one_of, positive_integer
 from odeadv.support.isolation import Mode
 
 _SHARES = {"linf": 0.8, "l2": 0.1}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeadv.attacks._l2 import L2Ball, divided
+from odeadv.attacks.balls import L2Ball, divided
 
 SMALLEST = 3  # side of a window, in pixels: a bump has two signs and a middle
 TILES = 5  # of the first query, along the shorter side of the image

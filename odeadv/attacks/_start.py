@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odeadv.attacks._l2 import unit
-from odeadv.attacks.balls import Ball, Norm
-from odeadv.attacks.checks import check_generator, non_negative
+from odeadv.attacks.balls import Ball, Norm, unit
+from odeadv.attacks.checks import check_generator
+from odeadv.support.checks import non_negative
 
 Start = Callable[[Tensor, Ball], Tensor]
 GivenStart = Literal["clean", "uniform", "gaussian"] | Tensor | Callable[[Tensor, torch.Generator], Tensor]

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields.operator import version
+from odeadv.support.checks import non_negative
+from odeadv.support.isolation import version
 
 _WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
-
-
-def non_negative(name: str, value: object) -> float:
-    """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= 0."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, expected a number >= 0")
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
-    return number
 
 
 def radius(eps: object, norm: object = "linf") -> float:
@@ -30,15 +19,6 @@ def radius(eps: object, norm: object = "linf") -> float:
     if number > 1 and norm in ("linf", "Linf"):
         raise ValueError(f"eps: got {number:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?")
     return number
-
-
-def positive_integer(name: str, value: object) -> int:
-    """``value`` as an int; TypeError unless it is an integer, ValueError unless >= 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: got {value!r}, expected an integer >= 1")
-    if value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
-    return int(value)
 
 
 def check_model(model: object) -> None:
@@ -146,11 +126,3 @@ def check_generator(generator: object) -> torch.Generator:
             "same; expected one of your own, e.g. torch.Generator().manual_seed(torch.initial_seed())"
         )
     return generator
-
-
-def one_of(name: str, value: object, known: Iterable[str]) -> str:
-    """``value``; ValueError unless it is one of ``known``."""
-    known = tuple(known)
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
-    return value

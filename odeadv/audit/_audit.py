@@ -8,23 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks.checks import (
-    answered,
-    check_images,
-    check_labels,
-    check_model,
-    non_negative,
-    own_dtype,
-    positive_integer,
-)
+from odeadv.attacks.checks import answered, check_images, check_labels, check_model, own_dtype
 from odeadv.attacks.objective import attacking, constant
 from odeadv.audit._attacks import attack_checks
 from odeadv.audit._behaviour import behaviour_checks
 from odeadv.audit._gradients import gradient_checks
 from odeadv.audit._report import Audit
 from odeadv.audit._subject import Subject
-from odeadv.evaluation._images import as_model_input
+from odeadv.data import as_model_input
 from odeadv.evaluation.trust import PROBES
+from odeadv.support.checks import non_negative, positive_integer
 
 
 def audit(

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
-from odeadv.fields.operator import version
-from odeadv.splitting import Grid, Stepper
-from odeadv.splitting._scheme import CostateKind
-from odeadv.support.isolation import Buffers, RandomState, inside_transform, recording
+from odeadv.splitting import CostateKind, Grid, Stepper
+from odeadv.support.isolation import Buffers, RandomState, inside_transform, recording, version
 
 
 def record(

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from odeadv.fields.operator import Jump, Operator, Tally
-from odeadv.splitting import Grid
-from odeadv.splitting._scheme import CostateKind
+from odeadv.splitting import CostateKind, Grid
 from odeadv.support.isolation import inside_transform, recording
 
 

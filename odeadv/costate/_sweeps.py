@@ -12,9 +12,8 @@ from torch import Tensor
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.fields import AdversarialField, VectorField
-from odeadv.fields._field import number
-from odeadv.splitting import Grid, Stepper
-from odeadv.splitting._scheme import CostateKind
+from odeadv.splitting import CostateKind, Grid, Stepper
+from odeadv.support.checks import number
 from odeadv.support.isolation import decides
 
 GROWTH = 1e8

@@ -6,8 +6,17 @@ it is given. Nothing here knows about models or solvers: this folder imports tor
 scikit-learn only when a dataset needs them), and only ``training`` and ``experiments`` import it.
 """
 
-from ._batches import Batches, random_crop_flip, to_float
+from ._batches import Batches, as_model_input, random_crop_flip, to_float
 from ._dataset import ImageDataset
 from ._load import DatasetNotFoundError, load, names
 
-__all__ = ["Batches", "DatasetNotFoundError", "ImageDataset", "load", "names", "random_crop_flip", "to_float"]
+__all__ = [
+    "Batches",
+    "DatasetNotFoundError",
+    "ImageDataset",
+    "as_model_input",
+    "load",
+    "names",
+    "random_crop_flip",
+    "to_float",
+]

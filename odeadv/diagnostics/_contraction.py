@@ -13,9 +13,11 @@ from odeadv.costate import record
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, needs_loss, norm, quotient, with_strength
 from odeadv.diagnostics._result import Result, style
-from odeadv.solver._solution import Solution, SolveError, Stats, Status
-from odeadv.solver.request import read_initial_state, read_method, read_times
+from odeadv.solver import Solution, SolveError, Stats
+from odeadv.solver.request import read_initial_state, read_times
 from odeadv.splitting import Scheme
+from odeadv.splitting.method import read_method
+from odeadv.splitting.status import Status
 from odeadv.support.isolation import recording
 
 if TYPE_CHECKING:

@@ -15,11 +15,9 @@ from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, pa
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import AdversarialField, Jump, Operator
 from odeadv.fields.operator import Tally
-from odeadv.solver._solution import Solution
-from odeadv.solver._solve import driven, solve
-from odeadv.solver.request import AccuracyWarning, read_method
-from odeadv.splitting import Scheme, SubStep, get_substep
-from odeadv.splitting._substep import Clock
+from odeadv.solver import Solution, driven, solve
+from odeadv.splitting import Clock, Scheme, SubStep, get_substep
+from odeadv.splitting.method import AccuracyWarning, read_method
 from odeadv.support.isolation import aside
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from odeadv.diagnostics._linear import Linearised, check_iteration, largest, ran
 from odeadv.diagnostics._path import AnyField, Path, norm, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import AdversarialField, Jump, VectorField, as_field
-from odeadv.solver._solve import solve
+from odeadv.solver import solve
 from odeadv.splitting import Scheme
 from odeadv.support.isolation import recording
 

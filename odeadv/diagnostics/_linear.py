@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odeadv.diagnostics._path import Layer, inner, norm
-from odeadv.fields._field import number
+from odeadv.support.checks import number
 
 
 class Linearised:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Jump, Operator, VectorField, as_field
-from odeadv.fields.operator import Sum, Tally, VectorFunction, as_time
-from odeadv.solver._solution import Solution
-from odeadv.solver._solve import driven, solve
+from odeadv.fields.operator import Tally, VectorFunction, as_time
+from odeadv.fields.terms import Sum
+from odeadv.solver import Solution, driven, solve
 from odeadv.splitting import Grid, Scheme, Step
 from odeadv.support.isolation import Replay, aside, recording
 

@@ -22,7 +22,7 @@ from odeadv.diagnostics._perturbation import perturbation_of
 from odeadv.diagnostics._result import Result, new_axes, plain
 from odeadv.diagnostics._second_order import second_order_of
 from odeadv.fields import AdversarialField
-from odeadv.solver._solution import SolveError
+from odeadv.solver import SolveError
 from odeadv.support.files import replacing, write_json, write_text
 
 SCHEMES = ("lie", "strang", "strang-midpoint", "strang-symmetric")

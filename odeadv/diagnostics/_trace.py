@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from odeadv.diagnostics._perturbation import Perturbation
 from odeadv.diagnostics._result import Result, style
-from odeadv.fields._field import number
+from odeadv.support.checks import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

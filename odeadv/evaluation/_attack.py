@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import sys
 from collections.abc import Collection, Iterator
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._l2 import L2Ball
-from odeadv.attacks._linf import linf_bounds
+from odeadv.attacks.balls import L2Ball, linf_bounds
 from odeadv.attacks.checks import check_logits
-from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, takes
+from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, attack_function, pyautoattack, takes
 
 
 class Counted(nn.Module):
@@ -71,17 +69,11 @@ def attacked(
     return function(model, images, labels, **arguments), []
 
 
-def require_packages(protocol: Protocol) -> None:
-    """Import what its attacks need, or raise the ImportError that says how to get it."""
-    if any(spec.name == AUTOATTACK for spec in protocol.attacks):
-        _pyautoattack()
-
-
 def _autoattack(
     spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, seed: int
 ) -> tuple[Tensor, list[str]]:
     """AutoAttack (Croce and Hein 2020) by pyautoattack, the authors' code as a package; projected to the exact ball."""
-    autoattack = _pyautoattack()
+    autoattack = pyautoattack()
     if images.dtype != torch.float32 or images.ndim != 4:
         raise ValueError(
             f"images: got {images.dtype} of shape {tuple(images.shape)}, expected float32 (n, channels, height, width) "
@@ -118,13 +110,6 @@ def _check_classes(names: Collection[str], classes: int) -> None:
                 f"attacks: {name!r} of AutoAttack needs at least {least[name]} classes, but the model has {classes}; "
                 f"take options={{'version': 'custom', 'attacks': {tuple(fit)!r}}}"
             )
-
-
-def _pyautoattack() -> Any:
-    try:
-        return importlib.import_module("pyautoattack").AutoAttack
-    except ImportError as error:
-        raise ImportError("protocol 'autoattack' needs the package pyautoattack: pip install pyautoattack") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeadv.attacks._linf import rows
+from odeadv.attacks.balls import rows
 
 # Cycles are looked for beyond this many steps only: shorter runs hardly have any, and a batch that examples have left
 # may round otherwise.

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-
-
-def without_addresses(value: object) -> str:
-    """``repr`` of ``value`` without what changes from process to process."""
-    return _ADDRESS.sub("", repr(value))
-
-
-def add_tensor(digest: Any, tensor: Tensor) -> None:
-    """Feed dtype, shape and values of ``tensor`` to a hash of hashlib."""
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+from odeadv.support.digests import add_tensor, without_addresses
 
 
 def described_function(value: object) -> str:

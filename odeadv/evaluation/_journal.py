@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.evaluation._identity import add_tensor, described_function, without_addresses
+from odeadv.evaluation._identity import described_function
 from odeadv.evaluation.trust import beyond, held, plain_attributes
+from odeadv.support.digests import add_tensor, without_addresses
 from odeadv.support.files import check_file
 
 SCHEMA = "odeadv.evaluation.journal/2"
@@ -171,12 +172,4 @@ def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
             add_tensor(digest, value)
         else:
             digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]
-
-
-def data_digest(images: Tensor, labels: Tensor) -> str:
-    """16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    add_tensor(digest, images)
-    add_tensor(digest, labels)
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from odeadv.attacks._linf import Bounds, linf_bounds, rows, sign_step
+from odeadv.attacks.balls import Bounds, linf_bounds, rows, sign_step
 from odeadv.evaluation._cycles import SHORT, Cycles
 from odeadv.evaluation._prepare import Prepared
 

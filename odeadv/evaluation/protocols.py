@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from odeadv import attacks as _attacks
-from odeadv.attacks.checks import non_negative, positive_integer, radius
+from odeadv.attacks.checks import radius
 from odeadv.evaluation._identity import described_function
+from odeadv.support.checks import non_negative, positive_integer
 
 Score = Literal["last", "worst"]
 AUTOATTACK = "autoattack"
@@ -236,3 +238,17 @@ def resolve_protocol(protocol: object) -> Protocol:
         near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(protocol, PROTOCOLS, n=1))
         raise ValueError(f"protocol: got {protocol!r}, expected one of {', '.join(PROTOCOLS)}{near}")
     return PROTOCOLS[protocol]
+
+
+def require_packages(protocol: Protocol) -> None:
+    """Import what its attacks need, or raise the ImportError that says how to get it."""
+    if any(spec.name == AUTOATTACK for spec in protocol.attacks):
+        pyautoattack()
+
+
+def pyautoattack() -> Any:
+    """Import `pyautoattack.AutoAttack`; ImportError says how to install it."""
+    try:
+        return importlib.import_module("pyautoattack").AutoAttack
+    except ImportError as error:
+        raise ImportError("protocol 'autoattack' needs the package pyautoattack: pip install pyautoattack") from error

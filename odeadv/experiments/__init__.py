@@ -5,10 +5,9 @@ The top of the package; imports everything below it.
 
 from odeadv.experiments._budget import Budget, budget, write_budget
 from odeadv.experiments._command import add_table_arguments, main, make_table
-from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig, load_config
+from odeadv.experiments._config import DataConfig, Method, ModelConfig, RunConfig, load_config, method_of, parse_method
 from odeadv.experiments._figure2 import write_figure2
 from odeadv.experiments._launch import Failure, Job, launch
-from odeadv.experiments._methods import Method, method_of, parse_method
 from odeadv.experiments._rehearsal import Rehearsal, rehearse
 from odeadv.experiments._report import render, write_report
 from odeadv.experiments._rerun import Agreement, agreement, rerun

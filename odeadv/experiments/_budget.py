@@ -9,8 +9,7 @@ from typing import Any
 
 from odeadv.evaluation import Protocol
 from odeadv.evaluation.protocols import resolve_protocol
-from odeadv.experiments._config import RunConfig
-from odeadv.experiments._methods import passes
+from odeadv.experiments._config import RunConfig, passes
 from odeadv.experiments._tables import TABLES, Preset, configurations
 from odeadv.support.files import write_json, write_text
 

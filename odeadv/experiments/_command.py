@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from odeadv import data
-from odeadv.evaluation._attack import require_packages
+from odeadv.evaluation.protocols import require_packages
 from odeadv.experiments._budget import training_passes
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._figure2 import METHODS, write_figure2

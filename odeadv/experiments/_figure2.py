@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from odeadv.diagnostics import Trace
-from odeadv.experiments._report import Results, differences, gather
+from odeadv.experiments._report import differences
+from odeadv.experiments._results import Results, gather
 from odeadv.experiments._run import load_records
 from odeadv.experiments._tables import TABLES, Preset, paper_tables
 from odeadv.support.files import replacing, write_text

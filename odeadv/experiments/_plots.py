@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from odeadv.experiments._report import Results
+    from odeadv.experiments._results import Results
     from odeadv.experiments._tables import Row
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from odeadv.attacks.checks import positive_integer
 from odeadv.data import ImageDataset
 from odeadv.experiments._config import RunConfig
+from odeadv.support.checks import positive_integer
 from odeadv.training import make_fabric, train
 
 if TYPE_CHECKING:

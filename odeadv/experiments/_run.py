@@ -20,16 +20,14 @@ import torch
 from torch import nn
 
 import odeadv
-from odeadv.attacks.checks import positive_integer
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
-from odeadv.evaluation._attack import require_packages
-from odeadv.evaluation.protocols import Protocol, resolve_protocol
+from odeadv.evaluation.protocols import Protocol, require_packages, resolve_protocol
 from odeadv.experiments._config import ModelConfig, RunConfig, load_config
 from odeadv.experiments._progress import Metrics, Progress
-from odeadv.models import averaged
-from odeadv.models._network import FieldNetwork
+from odeadv.models import FieldNetwork, averaged
 from odeadv.support import plain as configuration
+from odeadv.support.checks import positive_integer
 from odeadv.support.files import DamagedFileError, read_tensors, write_json, write_tensors
 from odeadv.support.plain import identity as essential
 from odeadv.training import EpochResult, TrainResult, make_fabric, train

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from odeadv.evaluation import AttackSpec, Protocol
 from odeadv.evaluation.protocols import AUTOATTACK
-from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig
-from odeadv.experiments._methods import parse_method, passes
+from odeadv.experiments._config import DataConfig, ModelConfig, RunConfig, parse_method, passes
 from odeadv.training import TrainConfig
 
 NOISE_STD = 0.1

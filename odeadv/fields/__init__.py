@@ -6,7 +6,8 @@ by the solver. Imports nothing from the rest of the package but how to run a use
 """
 
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
-from odeadv.fields.operator import Forcing, Jump, Operator, Piecewise
+from odeadv.fields.operator import Jump, Operator
+from odeadv.fields.terms import Forcing, Piecewise
 
 __all__ = [
     "AdversarialField",

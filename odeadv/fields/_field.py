@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,8 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields.operator import Forcing, Operator, Sum, Unrecorded, VectorFunction, check_unmodified, version
-from odeadv.support.isolation import modules_of
+from odeadv.fields.operator import Operator, VectorFunction
+from odeadv.fields.terms import Forcing, Sum, Unrecorded
+from odeadv.support.checks import number
+from odeadv.support.discovery import modules_of
+from odeadv.support.isolation import check_unmodified, version
 
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -290,23 +292,3 @@ def _whole(field: VectorField) -> Operator:
     """The operators of ``field`` as one."""
     operators = tuple(field.operators.values())
     return operators[0] if len(operators) == 1 else Sum(operators, tuple(field.operators))
-
-
-def number(name: str, value: Any) -> float:
-    """``value`` as a float.
-
-    Raises:
-        TypeError: if it is no number, or a tensor that requires a gradient, which a float would lose.
-        ValueError: if it is not finite.
-    """
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name}: got a tensor that requires a gradient, expected a number; none would reach it")
-    try:
-        number = None if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = None
-    if number is None:
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {number}, expected a finite number")
-    return number

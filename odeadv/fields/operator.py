@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.support.isolation import modules_of
+from odeadv.support.discovery import modules_of
+from odeadv.support.isolation import _wrapped, check_unmodified, version
 
 VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,28 +51,6 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
                 f"{x.dtype}"
             )
     return value
-
-
-def version(x: Tensor) -> int:
-    """How often ``x`` has been written to; -1 in inference mode and under torch.compile, where it is not known."""
-    if torch.compiler.is_compiling():
-        return -1
-    while _wrapped(x):  # within a torch.func transform: the tensor of the values knows
-        x = torch._C._functorch.get_unwrapped(x)
-    return -1 if x.is_inference() else x._version
-
-
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def check_unmodified(name: str, x: Tensor, before: int) -> None:
-    """Refuse a user's function ``name`` that wrote to the state ``x``, whose old value is still needed.
-
-    Raises:
-        ValueError: if the `version` of ``x`` is not ``before`` any more.
-    """
-    if before >= 0 and version(x) != before:
-        raise ValueError(f"{name}: modifies the state in place; return a new tensor (for a module, inplace=False)")
 
 
 def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
@@ -181,129 +157,6 @@ class Operator:
         return checked(self.f, as_time(t, x), x)
 
 
-class Forcing(Operator):
-    """A term that depends on time only, dx/dt = scale * value(t): sub-steps of it are quadrature.
-
-    Args:
-        value: ``value(t)`` with ``t`` a float, returning a tensor of the state's shape at that time.
-        scale: a factor, kept apart so that it costs no pass over the tensor.
-        on: gives ``value`` restricted to a step, ``on(t0, t1)``; ``value`` itself if not given.
-    """
-
-    def __init__(
-        self,
-        value: Callable[[float], Tensor],
-        *,
-        scale: float = 1.0,
-        on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
-    ) -> None:
-        super().__init__(self._at, modules=modules_of(value))
-        self.value = value
-        self.scale = scale
-        self._on = on
-
-    @property
-    def constant(self) -> bool:
-        """See `Operator.constant`."""
-        return self._on is None
-
-    def on(self, t0: float, t1: float) -> Forcing:
-        """The forcing on one step."""
-        if self._on is None:
-            return self
-        local = copy.copy(self)  # what `__init__` looks up is the same on every step
-        local.value, local._on, local.f = self._on(t0, t1), None, local._at
-        return local
-
-    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
-        """The forcing at ``t``, at full precision of the time."""
-        tally.evaluated()
-        return self.scale * same_shape("costate", self.value(t), x)
-
-    def _at(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.scale * self.value(float(t.detach()))
-
-
-class Unrecorded(Operator):
-    """Stands for eta * dL/dx(t) until the costate has been recorded."""
-
-    def __init__(self) -> None:
-        super().__init__(self._refuse)
-
-    @property
-    def acts(self) -> bool:
-        """False."""
-        return False
-
-    @staticmethod
-    def _refuse(t: Tensor, x: Tensor) -> Tensor:
-        raise TypeError(
-            "field: dL/dx(t) of an AdversarialField is not known before a costate is recorded; use "
-            "odeadv.solve(field, ...). In another solver, give the field its t_span and steps (or dt) and start at "
-            "t_span[0], or use odeadv.driven(field, x0, t_span, steps=...) or field.driven_by(solution.costate)"
-        )
-
-
-class Sum(Operator):
-    """Several operators as one: a field as a term of another, or one that is solved without splitting it.
-
-    Args:
-        operators: the terms.
-        names: their names.
-        tallies: where the evaluations of each are counted; without them, an evaluation of the sum counts as one.
-    """
-
-    def __init__(
-        self, operators: Sequence[Operator], names: Sequence[str] = (), tallies: Sequence[Tally] | None = None
-    ) -> None:
-        super().__init__(
-            lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
-            modules=modules_of(*operators),
-            reversible=all(operator.reversible for operator in operators),
-        )
-        self.operators = tuple(operators)
-        self.names = tuple(names)
-        self.tallies = tallies
-        self.edges = tuple(sorted({edge for operator in operators for edge in operator.edges}))
-
-    @property
-    def constant(self) -> bool:
-        """See `Operator.constant`."""
-        return all(operator.constant for operator in self.operators)
-
-    @property
-    def jumps(self) -> tuple[tuple[float, float], ...]:
-        """See `Operator.jumps`."""
-        return tuple(jump for operator in self.operators for jump in operator.jumps)
-
-    def on(self, t0: float, t1: float) -> Sum:
-        """The sum of the operators as they are on the step.
-
-        Raises:
-            ValueError: where one of them jumps.
-        """
-        if self.constant:
-            return self
-        parts = []
-        for operator in self.operators:
-            part = operator.on(t0, t1)
-            if isinstance(part, Jump):
-                raise ValueError(
-                    f"scheme: the field jumps from {t0:g} to {t1:g}, so it cannot be solved un-split; use a splitting "
-                    "scheme such as 'lie' or 'strang'"
-                )
-            parts.append(part)
-        return Sum(parts, self.names, self.tallies)
-
-    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
-        """All velocities added up."""
-        if self.tallies is None:
-            tally.evaluated()
-        tallies = [Tally() for _ in self.operators] if self.tallies is None else self.tallies
-        values = [op.velocity(t, x, own) for op, own in zip(self.operators, tallies, strict=True)]
-        return sum(values[1:], start=values[0])
-
-
 class Jump:
     """A map that takes the state from one end of an interval to the other, where no ODE step can (shapes change).
 
@@ -325,73 +178,3 @@ class Jump:
         end = self.map(x)
         check_unmodified("map", x, before)
         return end
-
-
-class Piecewise(Operator):
-    """Different operators on consecutive intervals of time: the form of a residual network, one block a unit of time.
-
-    The piece that acts on a step is chosen by the step's interval, never by rounding an evaluation time, so a
-    sub-step that evaluates at the end of an interval still sees the piece of that interval. Steps must not
-    straddle two pieces; on a `Jump` the whole interval is one step.
-
-    Args:
-        pieces: `Operator` or `Jump`, one an interval.
-        edges: increasing times, one more than pieces: piece ``i`` acts on ``[edges[i], edges[i + 1]]``.
-
-    Raises:
-        ValueError: if the numbers do not match or ``edges`` do not increase.
-    """
-
-    def __init__(self, pieces: Sequence[Operator | Jump], edges: Sequence[float]) -> None:
-        self.pieces = tuple(pieces)
-        self.edges = tuple(float(edge) for edge in edges)
-        if len(self.edges) != len(self.pieces) + 1 or not self.pieces:
-            raise ValueError(
-                f"edges: got {len(self.edges)} times for {len(self.pieces)} pieces, expected one time more than pieces"
-            )
-        if any(b <= a for a, b in pairwise(self.edges)):
-            raise ValueError(f"edges: got {self.edges}, expected increasing times")
-        super().__init__(self._evaluate, modules=modules_of(*self.pieces))
-
-    @property
-    def constant(self) -> bool:
-        """See `Operator.constant`."""
-        return False
-
-    @property
-    def jumps(self) -> tuple[tuple[float, float], ...]:
-        """The intervals on which the state jumps."""
-        return tuple(
-            (self.edges[i], self.edges[i + 1]) for i, piece in enumerate(self.pieces) if isinstance(piece, Jump)
-        )
-
-    def on(self, t0: float, t1: float) -> Operator | Jump:
-        """The piece of the interval that contains the step from ``t0`` to ``t1``."""
-        low, high = min(t0, t1), max(t0, t1)
-        index = bisect_right(self.edges, 0.5 * (low + high)) - 1
-        slack = 1e-9 * max(1.0, abs(low), abs(high))
-        if not 0 <= index < len(self.pieces) or low < self.edges[index] - slack or high > self.edges[index + 1] + slack:
-            raise ValueError(
-                f"dt: the step from {t0:g} to {t1:g} does not lie within one piece of the field, whose edges are at "
-                f"{_few(self.edges)}; choose dt so that steps end on the edges"
-            )
-        piece = self.pieces[index]
-        whole = abs(low - self.edges[index]) <= slack and abs(high - self.edges[index + 1]) <= slack
-        if isinstance(piece, Jump) and not (whole and t1 > t0):
-            raise ValueError(
-                f"dt: the step from {t0:g} to {t1:g} lies within the jump from {self.edges[index]:g} to "
-                f"{self.edges[index + 1]:g}; a jump is one forward step over its whole interval"
-            )
-        return piece
-
-    def _evaluate(self, t: Tensor, x: Tensor) -> Tensor:
-        index = min(max(bisect_right(self.edges, float(t)) - 1, 0), len(self.pieces) - 1)
-        piece = self.pieces[index]
-        if isinstance(piece, Jump):
-            raise ValueError(f"t: {float(t):g} lies on a jump of the field, which has no velocity there")
-        return piece(t, x)
-
-
-def _few(values: Sequence[float], most: int = 4) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:most])
-    return f"{shown}, ..., {values[-1]:g}" if len(values) > most else shown

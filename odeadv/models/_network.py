@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from odeadv.fields import AdversarialField, Operator, Problem, VectorField
-from odeadv.solver._solve import solve
+from odeadv.solver import solve
 from odeadv.splitting import Exact, TorchDiffEq, get_substep
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)

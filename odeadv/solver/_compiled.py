@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
-from odeadv.fields._field import number
 from odeadv.fields.operator import VectorFunction, clock_dtype
-from odeadv.solver._solution import Solution, SolveError, Stats, Status
-from odeadv.solver._solve import _last_good, _status
-from odeadv.solver.request import SubSteps, read_initial_state, read_method, read_times
+from odeadv.solver._saving import _last_good, _status
+from odeadv.solver._solution import Solution, SolveError, Stats
+from odeadv.solver.request import read_initial_state, read_times
 from odeadv.splitting import Scheme, Step, TorchDiffEq
+from odeadv.splitting.method import SubSteps, read_method
+from odeadv.splitting.status import Status
+from odeadv.support.checks import number
 from odeadv.support.isolation import aside, inside_transform, outside_inference_mode
 
 

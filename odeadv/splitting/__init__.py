@@ -5,15 +5,18 @@ sub-step says how one operator is advanced over such a stage. Knows fields, but 
 """
 
 from odeadv.splitting import schemes
-from odeadv.splitting._adaptive import Adaptive, Outcome, Search, choose_grid, embedded, palindromic
+from odeadv.splitting._adaptive import Adaptive, Search, choose_grid, embedded, palindromic
 from odeadv.splitting._grid import Grid, Step, make_grid
 from odeadv.splitting._nested import Nested
-from odeadv.splitting._scheme import Scheme, Stage
+from odeadv.splitting._scheme import CostateKind, Scheme, Stage
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting._substep import Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
+from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
+from odeadv.splitting.status import Outcome
 
 __all__ = [
     "Adaptive",
+    "Clock",
+    "CostateKind",
     "Exact",
     "Grid",
     "Nested",

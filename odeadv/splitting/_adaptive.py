@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._stepper import Stepper
+from odeadv.splitting.status import Outcome
 from odeadv.support.isolation import decides
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
@@ -70,14 +70,6 @@ class Adaptive:
             raise ValueError(f"first: got {self.first!r}, expected at least smallest, {self.smallest!r}")
         if not isinstance(self.most, int) or self.most < 1:
             raise ValueError(f"most: got {self.most!r}, expected a whole number, at least 1")
-
-
-class Outcome(Enum):
-    """How a search for steps ended."""
-
-    DONE = "done"
-    TOO_SMALL = "too small"
-    TOO_MANY = "too many"
 
 
 @dataclass(frozen=True)

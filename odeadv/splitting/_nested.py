@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from odeadv.fields.operator import Operator, Sum, Tally
+from odeadv.fields.operator import Operator, Tally
+from odeadv.fields.terms import Sum
 from odeadv.splitting import schemes
 from odeadv.splitting._grid import Step
 from odeadv.splitting._scheme import Scheme

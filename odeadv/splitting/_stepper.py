@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Jump, Operator, Sum, Tally, VectorFunction, clock_dtype, returned, version
+from odeadv.fields.operator import Jump, Operator, Tally, VectorFunction, clock_dtype, returned
+from odeadv.fields.terms import Sum
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
-from odeadv.support.isolation import inside_transform
+from odeadv.support.isolation import inside_transform, version
 
 BATCH = 256  # steps whose evaluation times are made at once
 WHOLE: tuple[tuple[float, Composition], ...] = ((1.0, (Stage(0, 1.0, 0.0),)),)

@@ -10,17 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import (
-    Forcing,
-    Operator,
-    Tally,
-    VectorFunction,
-    as_time,
-    check_unmodified,
-    returned,
-    same_shape,
-    version,
-)
+from odeadv.fields.operator import Operator, Tally, VectorFunction, as_time, returned, same_shape
+from odeadv.fields.terms import Forcing
+from odeadv.support.isolation import check_unmodified, version
 
 Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
 

@@ -7,11 +7,11 @@ in `objectives` or `defences`. Uses the solver, diagnostics, models, attacks and
 
 from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
+from odeadv.training._defences import Layerwise, Perturbation, Undefended
 from odeadv.training._distributed import make_fabric
-from odeadv.training._step import Draws, Passed, Step
+from odeadv.training._objectives import Natural, Pgd, Trades
+from odeadv.training._step import Defence, Draws, Objective, Passed, Step
 from odeadv.training._train import EpochResult, TrainingDiverged, TrainResult, train
-from odeadv.training.defences import Defence, Layerwise, Undefended
-from odeadv.training.objectives import Natural, Objective, Pgd, Trades
 
 __all__ = [
     "CheckpointWarning",
@@ -22,6 +22,7 @@ __all__ = [
     "Natural",
     "Objective",
     "Passed",
+    "Perturbation",
     "Pgd",
     "Step",
     "Trades",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from odeadv.support.plain import with_floats
+from odeadv.training._defences import Undefended
+from odeadv.training._objectives import Natural
 from odeadv.training._step import Defence, Objective
-from odeadv.training.defences import Undefended
-from odeadv.training.objectives import Natural
 
 
 @dataclass(frozen=True)

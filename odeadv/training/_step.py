@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeadv.models import Network
-from odeadv.models._network import FieldNetwork
+from odeadv.models import FieldNetwork, Network
 from odeadv.support.plain import Choice
 
 

@@ -20,10 +20,9 @@ from odeadv import attacks
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.data.checks import check_images, check_labels, check_range
 from odeadv.diagnostics import Perturbation, perturbation
-from odeadv.evaluation._journal import data_digest
-from odeadv.models import Network
-from odeadv.models._network import FieldNetwork
-from odeadv.solver._solution import SolveError
+from odeadv.models import FieldNetwork, Network
+from odeadv.solver import SolveError
+from odeadv.support.digests import data_digest
 from odeadv.support.isolation import untouched
 from odeadv.support.plain import identity as essential
 from odeadv.support.precision import warn_of_imitated_bf16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from odeadv.models import Network
-from odeadv.solver._solve import solve
+from odeadv.solver import solve
 from odeadv.splitting import schemes
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
@@ -115,3 +115,17 @@ def _of_equal_norm(node: Tensor, direction: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(node, dim=axes, keepdim=True)
     scale: Tensor = norm / torch.linalg.vector_norm(direction, dim=axes, keepdim=True)
     return direction * scale
+
+
+@dataclass(frozen=True)
+class Undefended(Defence, name="none"):
+    """The network as it is: Eq. 6, solved without a costate."""
+
+    active = False
+
+    def __call__(self, net: Network, images: Tensor, labels: Tensor, *, share: float, draws: Draws) -> Passed:
+        """Loss and logits of the plain pass."""
+        solution = solve(net.field(images, labels), **net.solve_options)
+        assert solution.loss is not None
+        assert solution.output is not None
+        return Passed(solution.loss, solution.output)
