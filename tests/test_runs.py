@@ -561,7 +561,7 @@ class TestCommand:
         assert message in error
         assert "Traceback" not in error
 
-    @pytest.mark.parametrize("command", cli._COMMANDS)
+    @pytest.mark.parametrize("command", cli.COMMANDS)
     def test_help(self, command, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])

@@ -14,7 +14,7 @@ from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
 from odeadv.attacks.checks import radius
 from odeadv.attacks.objective import Loss, Objective, Scores, Tally
-from odeadv.support.checks import non_negative, positive_integer
+from odeadv.support.checks import integer, number
 from odeadv.support.isolation import Mode
 
 _INERTIA = 0.75  # the paper's alpha
@@ -77,8 +77,8 @@ def apgd(
         ValueError: as `ifgsm`, and if ``rho`` is above 1.
     """
     eps = radius(eps, norm)
-    steps = positive_integer("steps", steps)
-    rho = non_negative("rho", rho)
+    steps = integer("steps", steps)
+    rho = number("rho", rho, least=0)
     if rho > 1:
         raise ValueError(f"rho: got {rho!r}, expected a number in [0, 1]")
     given = setting(

@@ -15,7 +15,7 @@ from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
 from odeadv.attacks.checks import radius
 from odeadv.attacks.objective import Loss, Objective, Tally
-from odeadv.support.checks import non_negative, one_of, positive_integer
+from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
 Keep = Literal["last", "worst"]
@@ -215,10 +215,10 @@ def pgd(
         ValueError: as `ifgsm`.
     """
     eps = radius(eps, norm)
-    alpha = non_negative("alpha", alpha)
-    steps = positive_integer("steps", steps)
-    momentum = non_negative("momentum", momentum)
-    one_of("keep", keep, ("last", "worst"))
+    alpha = number("alpha", alpha, least=0)
+    steps = integer("steps", steps)
+    momentum = number("momentum", momentum, least=0)
+    choice("keep", keep, ("last", "worst"))
     given = setting(
         model,
         images,

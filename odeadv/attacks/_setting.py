@@ -14,7 +14,7 @@ from odeadv.attacks._start import GivenStart, Start, resolve_start
 from odeadv.attacks.balls import BALLS, Ball, Norm
 from odeadv.attacks.checks import check_generator, check_images, check_labels, check_model, check_target, radius
 from odeadv.attacks.objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
-from odeadv.support.checks import one_of, positive_integer
+from odeadv.support.checks import choice, integer
 from odeadv.support.isolation import Mode
 
 
@@ -89,10 +89,10 @@ def setting(
 ) -> Iterator[Setting]:
     """Check the arguments; inside, the model is in ``mode``; afterwards it and the random state are as before."""
     eps = radius(eps, norm)
-    one_of("norm", norm, BALLS)
+    choice("norm", norm, BALLS)
     rule = resolve_loss(loss)
-    restarts = positive_integer("restarts", restarts)
-    eot = positive_integer("eot", eot)
+    restarts = integer("restarts", restarts)
+    eot = integer("eot", eot)
     check_model(model)
     check_images(images)
     check_labels(labels, len(images), images.device)

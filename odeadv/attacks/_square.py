@@ -16,7 +16,7 @@ from odeadv.attacks._square_l2 import Bumps, signs, tiled
 from odeadv.attacks.balls import BALLS, Bounds, L2Ball, Norm
 from odeadv.attacks.checks import check_generator, check_images, radius
 from odeadv.attacks.objective import Loss, Tally
-from odeadv.support.checks import non_negative, one_of, positive_integer
+from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
 _SHARES = {"linf": 0.8, "l2": 0.1}
@@ -73,9 +73,9 @@ def square(
         ValueError: as `fgsm`, and if the images are not 4-D or ``p`` not in (0, 1].
     """
     eps = radius(eps, norm)
-    queries = positive_integer("queries", queries)
-    one_of("norm", norm, BALLS)
-    p = _SHARES[norm] if p is None else non_negative("p", p)
+    queries = integer("queries", queries)
+    choice("norm", norm, BALLS)
+    p = _SHARES[norm] if p is None else number("p", p, least=0)
     if not 0 < p <= 1:
         raise ValueError(f"p: got {p!r}, expected a number in (0, 1]")
     check_generator(generator)

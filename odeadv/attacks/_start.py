@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odeadv.attacks.balls import Ball, Norm, unit
 from odeadv.attacks.checks import check_generator
-from odeadv.support.checks import non_negative
+from odeadv.support.checks import number
 
 Start = Callable[[Tensor, Ball], Tensor]
 GivenStart = Literal["clean", "uniform", "gaussian"] | Tensor | Callable[[Tensor, torch.Generator], Tensor]
@@ -32,7 +32,7 @@ class Gaussian:
     std: float = 0.001
 
     def __post_init__(self) -> None:
-        non_negative("std", self.std)
+        number("std", self.std, least=0)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """``images + std * noise``, before any projection."""

@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from odeadv.support.checks import non_negative
+from odeadv.support.checks import number
 from odeadv.support.isolation import version
 
 _WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
 
 
 def radius(eps: object, norm: object = "linf") -> float:
-    """``eps``; raises as `non_negative`, and ValueError if an L-infinity ball would hold every image in [0, 1]."""
-    number = non_negative("eps", eps)
-    if number > 1 and norm in ("linf", "Linf"):
-        raise ValueError(f"eps: got {number:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?")
-    return number
+    """``eps``; raises as `number`, and ValueError if an L-infinity ball would hold every image in [0, 1]."""
+    found = number("eps", eps, least=0)
+    if found > 1 and norm in ("linf", "Linf"):
+        raise ValueError(f"eps: got {found:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?")
+    return found
 
 
 def check_model(model: object) -> None:

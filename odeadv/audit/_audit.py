@@ -17,7 +17,7 @@ from odeadv.audit._report import Audit
 from odeadv.audit._subject import Subject
 from odeadv.data import as_model_input
 from odeadv.evaluation.trust import PROBES
-from odeadv.support.checks import non_negative, positive_integer
+from odeadv.support.checks import integer, number
 
 
 def audit(
@@ -73,10 +73,10 @@ def audit(
         check_model(surrogate)
     images, labels = _inputs(model, data)
     given = {"steps": steps, "more_steps": more_steps, "restarts": restarts, "queries": queries}
-    counts = {name: positive_integer(name, value) for name, value in {**given, "batch_size": batch_size}.items()}
-    if not 0 < non_negative("eps", eps) <= 0.5:
+    counts = {name: integer(name, value) for name, value in {**given, "batch_size": batch_size}.items()}
+    if not 0 < number("eps", eps, least=0) <= 0.5:
         raise ValueError(f"eps: got {eps!r}, expected a radius above 0, at most 0.5, e.g. 8/255")
-    tolerance = non_negative("tolerance", tolerance)
+    tolerance = number("tolerance", tolerance, least=0)
     say: Callable[[str], object] = progress if progress is not None else lambda _: None
 
     settings: dict[str, Any] = {**counts, "tolerance": tolerance, "alpha": eps / 4}

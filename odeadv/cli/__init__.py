@@ -1,5 +1,5 @@
 """The command ``odeadv``: argument parsing only. Imports every folder below."""
 
-from ._main import main
+from odeadv.cli._main import COMMANDS, main
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]

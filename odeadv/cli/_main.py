@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"odeadv {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (help, epilog, add, run) in _COMMANDS.items():
+    for name, (help, epilog, add, run) in COMMANDS.items():
         sub = commands.add_parser(
             name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -555,7 +555,7 @@ def _summary(protocol: str, result: dict[str, object]) -> str:
 
 
 # By name: help, epilog, what adds its arguments, what runs it.
-_COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
+COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
     "train": ("train one network; goes on where it was stopped", _KEYS, _add_train, _train),
     "tune": ("choose eta by cross-validation on the training set (Appendix B.1)", _KEYS, _add_tune, _tune),
     "evaluate": (

@@ -13,7 +13,7 @@ from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.splitting import CostateKind, Grid, Stepper
-from odeadv.support.checks import number
+from odeadv.support.checks import integer, number
 from odeadv.support.isolation import decides
 
 GROWTH = 1e8
@@ -46,10 +46,8 @@ class Converge:
     def __post_init__(self) -> None:
         if self.rtol is not None and not 0 < number("rtol", self.rtol) < 1:
             raise ValueError(f"rtol: got {self.rtol!r}, expected a number between 0 and 1, or None")
-        if not (isinstance(self.most, int) and isinstance(self.memory, int) and self.most >= 2 and self.memory >= 0):
-            raise ValueError(
-                f"most, memory: got {self.most!r} and {self.memory!r}, expected whole numbers, at least 2 and 0"
-            )
+        integer("most", self.most, least=2)
+        integer("memory", self.memory, least=0)
 
 
 @dataclass(frozen=True)

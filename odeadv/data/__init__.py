@@ -6,9 +6,9 @@ it is given. Nothing here knows about models or solvers: this folder imports tor
 scikit-learn only when a dataset needs them), and only ``training`` and ``experiments`` import it.
 """
 
-from ._batches import Batches, as_model_input, random_crop_flip, to_float
-from ._dataset import ImageDataset
-from ._load import DatasetNotFoundError, load, names
+from odeadv.data._batches import Batches, as_model_input, random_crop_flip, to_float
+from odeadv.data._dataset import ImageDataset
+from odeadv.data._load import DatasetNotFoundError, load, names
 
 __all__ = [
     "Batches",

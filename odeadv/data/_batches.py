@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from odeadv.data.checks import check_images, check_int, check_labels
+from odeadv.data.checks import check_images, check_labels
+from odeadv.support.checks import integer
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def random_crop_flip(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range, or ``generator`` is missing.
     """
     check_images("images", images)
-    check_int("pad", pad, minimum=0)
+    integer("pad", pad, least=0)
     source = _check_generator(generator, "random_crop_flip")
     window = _Window(images.shape[1], images.shape[2], pad, flip)
     moves = _moves(len(images), window, source)
@@ -100,8 +101,8 @@ class Batches:
         """Validate the arguments, move the arrays to ``device`` and pad them if they are to be augmented."""
         check_images("images", images)
         check_labels("labels", labels, images)
-        check_int("batch_size", batch_size, minimum=1)
-        check_int("pad", pad, minimum=0)
+        integer("batch_size", batch_size, least=1)
+        integer("pad", pad, least=0)
         if len(labels) < (batch_size if drop_last else 1):
             raise ValueError(
                 f"images: got {len(labels)} samples, which make no batch of batch_size={batch_size} with drop_last="

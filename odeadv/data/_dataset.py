@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from odeadv.data.checks import check_images, check_int, check_labels, check_range
+from odeadv.data.checks import check_images, check_labels, check_range
+from odeadv.support.checks import integer
 
 Channels = tuple[float, float, float]
 
@@ -52,7 +53,7 @@ class ImageDataset:
 
     def __post_init__(self) -> None:
         """Validate every field."""
-        check_int("num_classes", self.num_classes, minimum=2)
+        integer("num_classes", self.num_classes, least=2)
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             check_images(f"{split}_images", images)
@@ -108,7 +109,7 @@ class ImageDataset:
         """
         for argument, count, labels in (("train", train, self.train_labels), ("test", test, self.test_labels)):
             if count is not None:
-                check_int(argument, count, minimum=1)
+                integer(argument, count, least=1)
                 if count > len(labels):
                     raise ValueError(f"{argument}: got {count}, expected at most the {len(labels)} samples there are")
         kept_train = _balanced(self.train_labels, train, self.num_classes)
@@ -129,7 +130,7 @@ class ImageDataset:
         Raises:
             TypeError, ValueError: ``count`` is not an int from 1 to one less than the number of training samples.
         """
-        check_int("count", count, minimum=1)
+        integer("count", count, least=1)
         if count >= len(self.train_labels):
             raise ValueError(f"count: got {count}, expected fewer than the {len(self.train_labels)} training samples")
         last = len(self.train_labels) - 1
@@ -149,8 +150,8 @@ class ImageDataset:
             TypeError, ValueError: ``count`` is below 2 or above the number of training samples, or ``number`` not
                 between 0 and ``count - 1``.
         """
-        check_int("count", count, minimum=2)
-        check_int("number", number, minimum=0)
+        integer("count", count, least=2)
+        integer("number", number, least=0)
         if number >= count or count > len(self.train_labels):
             raise ValueError(f"number, count: got {number} and {count}, expected number < count <= training samples")
         held = _rank(self.train_labels, self.num_classes) % count == number

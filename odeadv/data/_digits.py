@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from odeadv.data._splits import Splits
 from odeadv.data.checks import require
-
-from ._splits import Splits
 
 
 def read_digits() -> Splits:

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from odeadv.data._splits import Splits
 from odeadv.data.checks import check_labels, check_range
-
-from ._splits import Splits
 
 KEYS = ("train_x", "train_y", "test_x", "test_y")
 

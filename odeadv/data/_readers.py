@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from odeadv.data._splits import Splits
 from odeadv.data.checks import require
-
-from ._splits import Splits
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 

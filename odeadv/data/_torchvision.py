@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from odeadv.data._splits import Splits
 from odeadv.data.checks import require
-
-from ._splits import Splits
 
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 _TIMEOUT = 10.0  # seconds a connection may be silent; torchvision sets no limit of its own

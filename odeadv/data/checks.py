@@ -9,14 +9,6 @@ import torch
 from torch import Tensor
 
 
-def check_int(argument: str, value: object, minimum: int) -> None:
-    """Raise unless ``value`` is an ``int`` (not a ``bool``) of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), expected an int")
-    if value < minimum:
-        raise ValueError(f"{argument}: got {value}, expected at least {minimum}")
-
-
 def check_images(argument: str, images: Tensor) -> None:
     """Raise unless ``images`` is a ``uint8`` tensor of shape (n, height, width, 3)."""
     if not isinstance(images, Tensor):

@@ -32,7 +32,7 @@ from odeadv.evaluation.trust import (
     refuse_batches,
     whole_batch_dependence,
 )
-from odeadv.support.checks import positive_integer
+from odeadv.support.checks import integer
 from odeadv.support.digests import data_digest
 from odeadv.support.precision import warn_of_imitated_bf16
 
@@ -107,7 +107,7 @@ def evaluate(
     """
     began = time.perf_counter()
     protocol = resolve_protocol(protocol)
-    batch_size = positive_integer("batch_size", batch_size)
+    batch_size = integer("batch_size", batch_size)
     check_model(model)
     images, labels = _checked(data)
     device = _device(model, images, device)
@@ -237,7 +237,7 @@ def _check_options(progress: object, seed: object, num_classes: object, gradient
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: got {seed!r}, expected an integer")
     if num_classes is not None:
-        positive_integer("num_classes", num_classes)
+        integer("num_classes", num_classes)
     if gradients not in ("full", "bf16"):
         raise ValueError(f"gradients: got {gradients!r}, expected 'full' or 'bf16'")
 

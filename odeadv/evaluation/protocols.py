@@ -15,7 +15,7 @@ from torch import Tensor
 from odeadv import attacks as _attacks
 from odeadv.attacks.checks import radius
 from odeadv.evaluation._identity import described_function
-from odeadv.support.checks import non_negative, positive_integer
+from odeadv.support.checks import integer, number
 
 Score = Literal["last", "worst"]
 AUTOATTACK = "autoattack"
@@ -67,9 +67,9 @@ class AttackSpec:
         if self.name == "fgsm":
             self._fill_fgsm()
         if self.alpha is not None or self.name == "ifgsm":
-            object.__setattr__(self, "alpha", non_negative("alpha", self.alpha))
+            object.__setattr__(self, "alpha", number("alpha", self.alpha, least=0))
         if self.steps is not None or self.name == "ifgsm":
-            object.__setattr__(self, "steps", positive_integer("steps", self.steps))
+            object.__setattr__(self, "steps", integer("steps", self.steps))
         if function is None:
             self._check_autoattack()
         else:

@@ -13,7 +13,7 @@ import torch
 
 from odeadv.data import ImageDataset
 from odeadv.experiments._config import RunConfig
-from odeadv.support.checks import positive_integer
+from odeadv.support.checks import integer
 from odeadv.training import make_fabric, train
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: 
         TrainingDiverged: as `odeadv.training.train`.
     """
     training = config.training
-    if positive_integer("steps", steps) < 2:
+    if integer("steps", steps) < 2:
         raise ValueError(f"steps: got {steps}, expected 2 or more, as the first one is not timed")
     if data.name != config.data.name:
         raise ValueError(f"data: got {data.name!r}, expected {config.data.name!r}, which the configuration names")

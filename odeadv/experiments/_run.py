@@ -27,7 +27,7 @@ from odeadv.experiments._config import ModelConfig, RunConfig, load_config
 from odeadv.experiments._progress import Metrics, Progress
 from odeadv.models import FieldNetwork, averaged
 from odeadv.support import plain as configuration
-from odeadv.support.checks import positive_integer
+from odeadv.support.checks import integer
 from odeadv.support.files import DamagedFileError, read_tensors, write_json, write_tensors
 from odeadv.support.plain import identity as essential
 from odeadv.training import EpochResult, TrainResult, make_fabric, train
@@ -60,7 +60,7 @@ class Measurement:
     def __post_init__(self) -> None:
         resolve_protocol(self.protocol)
         if self.images is not None:
-            positive_integer("images", self.images)
+            integer("images", self.images)
 
     @property
     def key(self) -> str:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import index
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from odeadv.splitting import (
     make_grid,
 )
 from odeadv.splitting.method import AccuracyWarning, Method, _jumps
-from odeadv.support.checks import number
+from odeadv.support.checks import integer, number
 from odeadv.support.isolation import decides
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
@@ -43,20 +42,8 @@ def read_recordings(field: VectorField, sweeps: int | str | Converge | None, asc
             if isinstance(value, str) and value != "converge":
                 raise ValueError(f"sweeps: got {value!r}, expected a number, 'converge' or odeadv.Converge(...)")
             return Recordings(converge=Converge() if isinstance(value, str) else value)
-        return Recordings(_count_of(name, value, "recordings"), adding=name == "ascent")
+        return Recordings(integer(name, value), adding=name == "ascent")
     return Recordings()
-
-
-def _count_of(name: str, value: Any, what: str) -> int:
-    try:
-        count = math.nan if isinstance(value, bool) else index(value)
-    except TypeError:
-        count = math.nan
-    if not isinstance(count, int):
-        raise TypeError(f"{name}: got {value!r}, expected a whole number of {what}, at least 1")
-    if count < 1:
-        raise ValueError(f"{name}: got {count}, expected at least 1")
-    return count
 
 
 @dataclass(frozen=True)
@@ -115,7 +102,7 @@ def read_times(
         if math.copysign(1.0, dt) < 0.0 and span[1] > span[0]:
             raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
     else:
-        steps = _count_of("steps", steps, "steps")
+        steps = integer("steps", steps)
     inside = [(start, stop) for start, stop in _jumps(field) if start < max(span) and stop > min(span)]
     grid = make_grid(span, dt, steps, inside)
     for term in field.operators.values():
@@ -250,7 +237,7 @@ def read_checkpoints(field: VectorField, checkpoints: int | None, differentiate:
         )
     if not isinstance(field, AdversarialField):
         raise ValueError(f"checkpoints: got {checkpoints!r} for a field without a loss, expected an AdversarialField")
-    return _count_of("checkpoints", checkpoints, "segments")
+    return integer("checkpoints", checkpoints)
 
 
 def read_initial_state(field: VectorField, x0: Any) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from odeadv.splitting._grid import Grid, Step
 from odeadv.splitting._stepper import Stepper
 from odeadv.splitting.status import Outcome
+from odeadv.support.checks import integer
 from odeadv.support.isolation import decides
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
@@ -68,8 +69,7 @@ class Adaptive:
                 raise ValueError(f"{name}: got {value!r}, expected a number above 0, or None")
         if self.first and self.smallest and self.first < self.smallest:
             raise ValueError(f"first: got {self.first!r}, expected at least smallest, {self.smallest!r}")
-        if not isinstance(self.most, int) or self.most < 1:
-            raise ValueError(f"most: got {self.most!r}, expected a whole number, at least 1")
+        integer("most", self.most)
 
 
 @dataclass(frozen=True)

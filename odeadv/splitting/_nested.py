@@ -14,6 +14,7 @@ from odeadv.splitting._grid import Step
 from odeadv.splitting._scheme import Scheme
 from odeadv.splitting._stepper import Stepper
 from odeadv.splitting._substep import Clock, SubStep, get_substep
+from odeadv.support.checks import integer
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Nested:
         steps: equal inner steps a stage.
 
     Raises:
-        ValueError: if ``steps`` is not a whole number from 1 on, or the scheme is inconsistent.
+        TypeError: if ``steps`` is not an integer.
+        ValueError: if ``steps`` is below 1, or the scheme is inconsistent.
     """
 
     scheme: str | Scheme = "strang"
@@ -34,8 +36,7 @@ class Nested:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps: got {self.steps!r}, expected a whole number, at least 1")
+        integer("steps", self.steps)
         if isinstance(self.scheme, Scheme):
             self.scheme.check()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from numbers import Real
 from typing import Literal
 
 from odeadv.fields import VectorField
+from odeadv.support.checks import did_you_mean
 
 CostateKind = Literal["linear", "hermite", "exact"]
 
@@ -185,9 +185,7 @@ class Scheme:
         has = f"the field has {', '.join(map(repr, names))}"
         for key in keys:
             if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"scheme: {self.name!r} has a stage of {key!r}, but {has}{hint}")
+                raise ValueError(f"scheme: {self.name!r} has a stage of {key!r}, but {has}{did_you_mean(key, names)}")
         for name in names:
             if name not in keys:
                 raise ValueError(f"scheme: {self.name!r} has no stage of {name!r}, but {has}")

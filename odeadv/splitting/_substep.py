@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from odeadv.fields.operator import Operator, Tally, VectorFunction, as_time, returned, same_shape
 from odeadv.fields.terms import Forcing
+from odeadv.support.checks import did_you_mean
 from odeadv.support.isolation import check_unmodified, version
 
 Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
@@ -280,11 +280,8 @@ def get_substep(substep: str | SubStep) -> SubStep:
             method = key.removeprefix("torchdiffeq:")
             return TorchDiffEq(method, order=_FIXED_ORDERS.get(method, float("inf")))
         if key not in _NAMED:
-            near = difflib.get_close_matches(key, _NAMED, n=2)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(
-                f"substep: {substep!r} is not known; {hint}Known: {', '.join(_NAMED)}, and torchdiffeq:METHOD"
-            )
+            known = f"{', '.join(_NAMED)}, or torchdiffeq:METHOD"
+            raise ValueError(f"substep: got {substep!r}, expected one of {known}{did_you_mean(key, _NAMED, most=2)}")
         return _NAMED[key]
     if isinstance(substep, type) or not callable(getattr(substep, "advance", None)):
         raise TypeError(

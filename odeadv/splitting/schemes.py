@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from odeadv.splitting._scheme import Composition, Scheme, Stage, alternating, repeated
+from odeadv.support.checks import did_you_mean
 
 __all__ = [
     "Scheme",
@@ -295,8 +295,6 @@ def get(name: str, operators: int = 2) -> Scheme:
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     key = _ALIASES.get(key, key)
     if key not in _BUILDERS:
-        known = [*_BUILDERS, *_ALIASES]
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is near."
-        raise ValueError(f"scheme: {name!r} is not known; {hint} Known: {', '.join(_BUILDERS)}")
+        near = did_you_mean(key, [*_BUILDERS, *_ALIASES], most=3)
+        raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(_BUILDERS)}{near}")
     return _BUILDERS[key](operators)

@@ -1,57 +1,105 @@
-"""Checks of arguments: one policy and one wording for the whole package."""
+"""Checks of arguments: one policy and one wording for the whole package, ``argument: got X, expected Y``."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 from torch import Tensor
 
 
-def number(name: str, value: Any) -> float:
-    """``value`` as a float.
+def shown(value: object) -> str:
+    """Return ``repr(value)`` for a message, but only the type and shape of a tensor and at most 80 characters."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value.item() if isinstance(value, Tensor) and not value.is_meta else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def integer(name: str, value: Any, *, least: int = 1) -> int:
+    """Return ``value`` as an int. Python and NumPy integers are accepted.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave.
+        least: the smallest value allowed.
 
     Raises:
-        TypeError: if it is no number, or a tensor that requires a gradient, which a float would lose.
-        ValueError: if it is not finite.
+        TypeError: if ``value`` is not an integer; bool and float are not.
+        ValueError: if it is below ``least``.
+    """
+    try:
+        found = None if isinstance(value, bool | Tensor) else index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{name}: got {shown(value)}, expected an integer, at least {least}")
+    if found < least:
+        raise ValueError(f"{name}: got {found}, expected an integer, at least {least}")
+    return found
+
+
+def number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> float:
+    """Return ``value`` as a finite float. NumPy numbers and 0-d tensors without gradient are accepted.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller gave.
+        least: the smallest value allowed.
+        above: the value must be larger than this.
+        most: the largest value allowed.
+
+    Raises:
+        TypeError: if ``value`` is not a number (bool and str are not), or a tensor that requires a gradient, which a
+            float would lose.
+        ValueError: if it is not finite or outside the range.
     """
     if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name}: got a tensor that requires a gradient, expected a number; none would reach it")
+        raise TypeError(f"{name}: got a tensor that requires a gradient, expected a number; no gradient would reach it")
+    range_ = "".join(
+        f", {word} {bound:g}"
+        for word, bound in (("at least", least), ("above", above), ("at most", most))
+        if bound is not None
+    )
     try:
-        number = None if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = None
-    if number is None:
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {number}, expected a finite number")
-    return number
+        found = None if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = None
+    if found is None:
+        raise TypeError(f"{name}: got {shown(value)}, expected a number{range_}")
+    inside = (
+        math.isfinite(found)
+        and (least is None or found >= least)
+        and (above is None or found > above)
+        and (most is None or found <= most)
+    )
+    if not inside:
+        raise ValueError(f"{name}: got {found:g}, expected a finite number{range_}")
+    return found
 
 
-def non_negative(name: str, value: object) -> float:
-    """``value`` as a float; TypeError unless it is a real number, ValueError unless finite and >= 0."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, expected a number >= 0")
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
-    return number
+def choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``known``.
 
-
-def positive_integer(name: str, value: object) -> int:
-    """``value`` as an int; TypeError unless it is an integer, ValueError unless >= 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: got {value!r}, expected an integer >= 1")
-    if value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
-    return int(value)
-
-
-def one_of(name: str, value: object, known: Iterable[str]) -> str:
-    """``value``; ValueError unless it is one of ``known``."""
+    Raises:
+        TypeError: if ``value`` is not a string.
+        ValueError: if it is unknown; the message names the nearest known value.
+    """
     known = tuple(known)
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, known))}")
+    expected = f"expected one of {', '.join(map(repr, known))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {shown(value)}, {expected}")
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, {expected}{did_you_mean(value, known)}")
     return value
+
+
+def did_you_mean(word: object, known: Iterable[object], *, most: int = 1) -> str:
+    """Return ``"; did you mean ...?"`` with the words of ``known`` nearest to ``word``, or ``""`` if none is near."""
+    near = difflib.get_close_matches(str(word).lower(), [str(other) for other in known], n=most)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odeadv import attacks
 from odeadv.attacks.checks import radius
-from odeadv.support.checks import non_negative
+from odeadv.support.checks import number
 from odeadv.support.isolation import Mode
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Objective, Passed, Step
@@ -84,7 +84,7 @@ def batch_kl(clean: Tensor, attacked: Tensor) -> Tensor:
 def check_attack(eps: float, alpha: float, steps: int, mode: str) -> None:
     """Raise ValueError, by name, for what no attack can be made with."""
     radius(eps)
-    non_negative("alpha", alpha)
+    number("alpha", alpha, least=0)
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     if mode not in ("eval", "train", "unchanged"):
