@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from odeadv import attacks
 from odeadv.evaluation import AttackSpec, Evaluation, Protocol, evaluate
-from odeadv.evaluation._cycles import KEPT_FOR, KEPT_SHARE, SHORT, Cycles
+from odeadv.evaluation._ifgsm import KEPT_FOR, KEPT_SHARE, SHORT, Cycles
 
 ALPHA = EPS / 4
 LENGTHS = (5, 20, 21, 100, 333, 334)

@@ -21,7 +21,7 @@ from odeadv import attacks
 from odeadv.audit import audit
 from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
 from odeadv.evaluation._attack import Counted, attacked
-from odeadv.evaluation._fold import fold
+from odeadv.evaluation._prepare import fold
 from odeadv.evaluation.trust import differs, scales
 from odeadv.models import preact_resnet
 from odeadv.training import Pgd, Trades
@@ -166,8 +166,7 @@ class TestFunctions:
     def test_what_is_written_is_the_same_in_another_process(self) -> None:
         code = """
 import torch
-from odeadv.evaluation._identity import described_function
-from odeadv.evaluation._journal import model_digest
+from odeadv.support.digests import described_function, model_digest
 words, opaque = {"a", "b", "c", "d"}, object()
 def make():
     own, other = words, opaque

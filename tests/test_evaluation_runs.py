@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import odeadv
 from odeadv.attacks import apgd, ifgsm, pgd, square
 from odeadv.evaluation import AttackSpec, Evaluation, ProgressLine, Protocol, evaluate, mcnemar
-from odeadv.evaluation._bits import pack, unpack
 from odeadv.evaluation._compare import exact_p_value
-from odeadv.evaluation._fold import fold
+from odeadv.evaluation._evaluation import pack, unpack
+from odeadv.evaluation._prepare import fold
 from odeadv.evaluation._progress import duration
 
 EPS, ALPHA, N = 0.1, 0.025, 60

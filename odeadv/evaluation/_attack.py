@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from odeadv.attacks.balls import L2Ball, linf_bounds
 from odeadv.attacks.checks import check_logits
+from odeadv.evaluation._ifgsm import Run, SharedRuns, _run
+from odeadv.evaluation._prepare import Prepared
 from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, attack_function, pyautoattack, takes
+from odeadv.support.digests import derived_seed
 
 
 class Counted(nn.Module):
@@ -42,11 +46,6 @@ class Counted(nn.Module):
 
     def _came_back(self, gradient: Tensor) -> None:
         self.gradient_evaluations += len(gradient)
-
-
-def derived_seed(seed: int, place: str) -> int:
-    """A seed for what is done at ``place``, unrelated to those of other places; 32 bits, as every generator takes."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4], "big")
 
 
 def attacked(
@@ -140,3 +139,103 @@ def _logged(name: str) -> Iterator[list[str]]:
     finally:
         logger.removeHandler(listener)
         logger.propagate = propagate
+
+
+class Batch(NamedTuple):
+    """Images and labels on the model's device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcomes of one batch.
+
+    Attributes:
+        rows: (1 + 2 * attacks, n) bool: clean; then for each attack the images it ended with, and worst so far.
+        forward_passes: images sent through the model.
+        gradient_evaluations: how many of these were also differentiated.
+        notes: warnings of the attacks.
+    """
+
+    rows: Tensor
+    forward_passes: int
+    gradient_evaluations: int
+    notes: list[str]
+
+
+def batch_outcomes(
+    prepared: Prepared,
+    batch: Batch,
+    attacks: Sequence[AttackSpec],
+    *,
+    highest_label: int,
+    seed: int,
+    number: int,
+    repeatable: bool,
+    queued: bool = False,
+) -> Found:
+    """What the attacks do to one batch; rows of those that are queued (`worst_groups`) are left false.
+
+    Args:
+        prepared: the model.
+        batch: the clean images.
+        attacks: of the protocol.
+        highest_label: the largest label of all batches.
+        seed: of the attacks that draw.
+        number: of the batch.
+        repeatable: whether the same images always have the same gradients.
+        queued: run also what is otherwise queued, on the whole batch.
+    """
+    images, labels = batch
+    scorer = prepared.scorer(labels)
+    lengths: dict[Run, list[int]] = {}
+    for spec in attacks:
+        if spec.shared and (queued or spec.score == "last"):
+            lengths.setdefault(_run(spec), []).append(spec.steps or 1)
+    if lengths and prepared.approximate:
+        clean, clean_gradient = scorer.correct(images), scorer.gradient(images)
+    elif lengths:
+        clean, clean_gradient = scorer.correct_and_gradient(images)
+    else:
+        clean = scorer.correct(images)
+    scored: Mapping[tuple[Run, int], tuple[Tensor, Tensor]] = {}
+    if lengths:
+        shared = SharedRuns(scorer, images, clean, clean_gradient, lengths, repeatable=repeatable)
+        scored = shared.outcomes()
+    counted = Counted(prepared.exact, highest_label)
+    notes: list[str] = []
+    rows = [clean]
+    nothing = torch.zeros_like(clean)
+    specs = [json.dumps(spec.to_dict(), sort_keys=True) for spec in attacks]
+    for place, spec in enumerate(attacks):
+        if spec.shared:
+            rows += scored.get((_run(spec), spec.steps or 1), (nothing, nothing))
+        else:
+            # Not its place in the protocol: equal specs in a row are told apart by how many came before.
+            drawn_at = f"{number} {specs[place]} {specs[:place].count(specs[place])}"
+            last, warned = _separate(spec, counted, batch, clean, seed=seed, place=drawn_at)
+            rows += [last, clean & last]
+            notes += warned
+    return Found(
+        torch.stack(rows),
+        scorer.forward_passes + counted.forward_passes,
+        scorer.gradient_evaluations + counted.gradient_evaluations,
+        list(dict.fromkeys(notes)),
+    )
+
+
+def _separate(
+    spec: AttackSpec, model: Counted, batch: Batch, clean: Tensor, *, seed: int, place: str
+) -> tuple[Tensor, list[str]]:
+    """Outcomes of an attack that shares nothing; for its worst-so-far score, of the examples right before it."""
+    chosen = clean if spec.score == "worst" else torch.ones_like(clean)
+    outcomes = torch.zeros_like(clean)
+    if not chosen.any():
+        return outcomes, []
+    images, labels = batch.images[chosen], batch.labels[chosen]
+    found, notes = attacked(spec, model, images, labels, seed=seed, place=place)
+    with torch.no_grad():
+        outcomes[chosen] = model(found).argmax(dim=1) == labels
+    return outcomes, notes

@@ -16,7 +16,7 @@ from odeadv._version import __version__
 from odeadv.attacks.checks import check_images, check_labels, check_logits, check_model
 from odeadv.attacks.objective import attacking
 from odeadv.evaluation._evaluation import Evaluation
-from odeadv.evaluation._journal import Journal, model_digest, probe_logits
+from odeadv.evaluation._journal import Journal, probe_logits
 from odeadv.evaluation._prepare import Gradients, prepare
 from odeadv.evaluation._session import Session
 from odeadv.evaluation.protocols import Protocol, resolve_protocol
@@ -33,7 +33,7 @@ from odeadv.evaluation.trust import (
     whole_batch_dependence,
 )
 from odeadv.support.checks import integer
-from odeadv.support.digests import data_digest
+from odeadv.support.digests import data_digest, model_digest
 from odeadv.support.precision import warn_of_imitated_bf16
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from odeadv.evaluation._identity import described_function
-from odeadv.evaluation.trust import beyond, held, plain_attributes
-from odeadv.support.digests import add_tensor, without_addresses
+from odeadv.evaluation.trust import beyond
 from odeadv.support.files import check_file
 
 SCHEMA = "odeadv.evaluation.journal/2"
@@ -133,43 +131,3 @@ def _close(found: object, expected: object) -> bool:
     except (TypeError, ValueError):
         return False
     return not beyond(b, a, 1e-3)
-
-
-def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
-    """16 hex digits of a SHA-256 over what makes the function.
-
-    Those are the class, ``extra_repr``, ``config`` and attributes of every part that are plain data, tensors or
-    functions; the state dict and buffers outside it: names, dtypes, shapes and values.
-
-    Args:
-        model: any module.
-        ignored: full names of attributes that a forward pass changes, such as counters.
-    """
-    digest = hashlib.sha256()
-    for prefix, part in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        own = {name: value for name, value in plain_attributes(part).items() if dot + name not in ignored}
-        own = {
-            name: sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-            for name, value in own.items()
-        }
-        said = (prefix, type(part).__qualname__, part.extra_repr(), getattr(part, "config", None), sorted(own.items()))
-        digest.update(without_addresses(said).encode())
-        for name, value in sorted(held(part).items()):
-            if dot + name in ignored:
-                continue
-            digest.update(f"{dot}{name}".encode())
-            if isinstance(value, Tensor):
-                add_tensor(digest, value)
-            else:
-                digest.update(described_function(value).encode())
-    for name, buffer in model.named_buffers():
-        digest.update(name.encode())
-        add_tensor(digest, buffer)
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor):
-            add_tensor(digest, value)
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]

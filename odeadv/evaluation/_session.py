@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from odeadv.attacks.checks import own_dtype
 from odeadv.attacks.objective import constant
 from odeadv.data import as_model_input
-from odeadv.evaluation._attack import derived_seed
-from odeadv.evaluation._bits import pack, unpack
-from odeadv.evaluation._cycles import SHORT
-from odeadv.evaluation._evaluation import Evaluation, result_of
+from odeadv.evaluation._attack import Batch, batch_outcomes
+from odeadv.evaluation._evaluation import Evaluation, pack, result_of, unpack
+from odeadv.evaluation._ifgsm import SHORT, Queue, worst_groups
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation._run import Batch, batch_outcomes, worst_groups
-from odeadv.evaluation._worst import Queue
 from odeadv.evaluation.protocols import Protocol
+from odeadv.support.digests import derived_seed
 
 BF16_CHECK = 256  # at most so many examples have their bf16 gradients compared with full ones
 

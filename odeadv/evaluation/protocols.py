@@ -14,8 +14,8 @@ from torch import Tensor
 
 from odeadv import attacks as _attacks
 from odeadv.attacks.checks import radius
-from odeadv.evaluation._identity import described_function
 from odeadv.support.checks import integer, number
+from odeadv.support.digests import described_function
 
 Score = Literal["last", "worst"]
 AUTOATTACK = "autoattack"

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odeadv.attacks.checks import answered
+from odeadv.support.digests import _private
 
 PROBES = 2  # images in a probing forward pass
 _GAP = 1e3  # logits this many times larger than the next smaller ones have a scale of their own
 GRADIENT_PROBES = 64  # images whose gradients are computed twice, before long runs
-_INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, training, ...
 
 
 @dataclass(frozen=True)
@@ -218,34 +216,6 @@ def _state(model: nn.Module) -> dict[tuple[str, str], Any]:
             elif isinstance(value, (list, dict, set)) and (not name.startswith("_") or _private(name, value)):
                 state["attribute", dot + name] = repr(value) if len(value) < 1000 else len(value)
     return state
-
-
-def plain_attributes(part: nn.Module) -> dict[str, object]:
-    """Attributes of ``part`` that are plain values, without those that torch itself keeps in every module."""
-    return {name: value for name, value in vars(part).items() if _own(name) and _is_plain(value)}
-
-
-def held(part: nn.Module) -> dict[str, object]:
-    """Attributes of ``part`` that are tensors (no buffers) or functions, without those that torch itself keeps."""
-    kinds = (Tensor, FunctionType, MethodType, BuiltinFunctionType, partial)
-    return {name: value for name, value in vars(part).items() if _own(name) and isinstance(value, kinds)}
-
-
-def _own(name: str) -> bool:
-    """Whether an attribute is the module's own; torch.compile keeps addresses in what it wraps."""
-    return name not in _INTERNAL and not name.startswith("_torchdynamo_")
-
-
-def _private(name: str, value: object) -> bool:
-    return _own(name) and _is_plain(value)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(_is_plain(item) for item in value)
-    if isinstance(value, dict):
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.Size))
 
 
 def _same(a: Any, b: Any) -> bool:
