@@ -412,12 +412,12 @@ class TestStarts:
             ({"start": torch.zeros(2)}, ValueError, r"start: got torch.float32 of shape \(2,\) on cpu, expected"),
             ({"start": lambda x, g: None}, ValueError, "start: returned NoneType, expected a tensor"),
             ({"start": "clean", "restarts": 3}, ValueError, "restarts: got 3 from the same start, expected 1"),
-            ({"restarts": 0}, ValueError, "restarts: got 0, expected an integer >= 1"),
+            ({"restarts": 0}, ValueError, "restarts: got 0, expected an integer, at least 1"),
             ({"norm": "l1"}, ValueError, "norm: got 'l1', expected one of 'linf', 'l2'"),
-            ({"norm": 2}, ValueError, "norm: got 2, expected one of 'linf', 'l2'"),
-            ({"eot": 0}, ValueError, "eot: got 0, expected an integer >= 1"),
+            ({"norm": 2}, TypeError, "norm: got 2, expected one of 'linf', 'l2'"),
+            ({"eot": 0}, ValueError, "eot: got 0, expected an integer, at least 1"),
             ({"keep": "best"}, ValueError, "keep: got 'best', expected one of 'last', 'worst'"),
-            ({"momentum": -1}, ValueError, "momentum: got -1, expected a finite number >= 0"),
+            ({"momentum": -1}, ValueError, "momentum: got -1, expected a finite number, at least 0"),
             ({"target": torch.zeros(6)}, TypeError, "target: got dtype torch.float32, expected torch.int64"),
             ({"target": torch.arange(6) % 5}, ValueError, "target: got the label itself for 6 of 6 images"),
             ({"target": torch.full((6,), 7)}, ValueError, "labels: got 7, expected class indices < 5"),
@@ -433,7 +433,7 @@ class TestStarts:
             pgd(net(), images, labels, **given | change)
 
     def test_gaussian_refuses(self) -> None:
-        with pytest.raises(ValueError, match=r"^std: got -1, expected a finite number >= 0"):
+        with pytest.raises(ValueError, match=r"^std: got -1, expected a finite number, at least 0"):
             Gaussian(-1)
 
 

@@ -292,7 +292,7 @@ class TestSquare:
         [
             ({"p": 0}, r"p: got 0\.0, expected a number in \(0, 1\]"),
             ({"p": 1.5}, r"p: got 1\.5, expected a number in \(0, 1\]"),
-            ({"queries": 0}, "queries: got 0, expected an integer >= 1"),
+            ({"queries": 0}, "queries: got 0, expected an integer, at least 1"),
             ({"images": torch.rand(2, 12)}, r"images: got shape \(2, 12\), expected \(n, channels, height, width\)"),
             ({"generator": None}, "generator: got None"),
         ],

@@ -340,7 +340,7 @@ def test_write_of_an_unusable_model(tmp_path: Path) -> None:
     [
         ({"eps": 0.0}, ValueError, "eps: got 0.0, expected a radius above 0"),
         ({"generator": 0}, TypeError, "generator: got 0, expected e.g. torch.Generator"),
-        ({"steps": 0}, ValueError, "steps: got 0, expected an integer >= 1"),
+        ({"steps": 0}, ValueError, "steps: got 0, expected an integer, at least 1"),
         ({"surrogate": len}, TypeError, "model: got builtin_function_or_method"),
     ],
 )
