@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odeadv.attacks import apgd, fgsm, ifgsm, pgd, square
-from odeadv.attacks._iterates import iterates
+from odeadv.attacks._gradient import iterates
 from odeadv.attacks.balls import linf_bounds
 
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from odeadv.attacks import Gaussian, Tally, apgd, fgsm, ifgsm, pgd, square, transfer, worst_of
-from odeadv.attacks._iterates import with_momentum
+from odeadv.attacks._gradient import with_momentum
 from odeadv.attacks._losses import RULES, Truth
 from odeadv.attacks.balls import L2Ball, linf_bounds, unit
 from odeadv.attacks.objective import Objective, attacking

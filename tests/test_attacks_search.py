@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from odeadv.attacks import Tally, apgd, square
 from odeadv.attacks._apgd import checkpoints
-from odeadv.attacks._square import _window, share, side
-from odeadv.attacks._square_l2 import Bumps, pattern, tiled
+from odeadv.attacks._square import Bumps, _window, pattern, share, side, tiled
 from odeadv.attacks.balls import L2Ball
 
 

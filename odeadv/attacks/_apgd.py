@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._best import Best
-from odeadv.attacks._setting import setting
+from odeadv.attacks._setting import Best, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
 from odeadv.attacks.checks import radius

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._best import Best
+from odeadv.attacks._setting import Best
 from odeadv.attacks.checks import check_images, check_labels, check_model, check_target
 from odeadv.attacks.objective import Loss, Objective, attacking, constant, resolve_loss
 from odeadv.support.isolation import Mode
