@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from odeadv.attacks import Gaussian, Tally, apgd, fgsm, ifgsm, pgd, square, transfer, worst_of
 from odeadv.attacks._gradient import with_momentum
-from odeadv.attacks._losses import RULES, Truth
+from odeadv.attacks._losses import LOSS_RULES, Truth
 from odeadv.attacks.balls import L2Ball, linf_bounds, unit
-from odeadv.attacks.objective import Objective, attacking
+from odeadv.attacks.objective import AttackLoss, attacking
 
 EPS, ALPHA = 8 / 255, 2 / 255
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -83,7 +83,7 @@ class TestLosses:
     LABELS = torch.tensor([0, 2])
 
     def value(self, name: str, target: Tensor | None = None, clean: Tensor | None = None) -> Tensor:
-        return RULES[name].ascended(self.LOGITS, Truth(self.LABELS, target, clean))
+        return LOSS_RULES[name].ascended(self.LOGITS, Truth(self.LABELS, target, clean))
 
     def test_cross_entropy(self) -> None:
         expected = -self.LOGITS.log_softmax(1)[[0, 1], [0, 2]]
@@ -119,11 +119,13 @@ class TestLosses:
         else:
             torch.testing.assert_close(moved[:2], torch.tensor([-0.1, 0.1]))
 
-    @pytest.mark.parametrize("name", sorted(RULES))
+    @pytest.mark.parametrize("name", sorted(LOSS_RULES))
     def test_gradients_by_finite_differences(self, name: str) -> None:
         clean = torch.randn(2, 4, generator=seeded(), dtype=torch.float64)
         truth = Truth(self.LABELS, None, clean)
-        assert torch.autograd.gradcheck(lambda z: RULES[name].ascended(z, truth), self.LOGITS.clone().requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda z: LOSS_RULES[name].ascended(z, truth), self.LOGITS.clone().requires_grad_()
+        )
 
     def test_dlr_needs_classes(self) -> None:
         model, images = linear([1.0, 0.0], [0.0, 1.0]), middle(1, 2)
@@ -532,7 +534,7 @@ class TestNoise:
         with attacking(model, "eval"), torch.random.fork_rng(devices=[]):
             seed = int(torch.randint(2**63 - 1, (), generator=seeded(5)))
             torch.manual_seed(seed)
-            found = Objective(model, labels, eot=4).differentiate(images)
+            found = AttackLoss(model, labels, eot=4).differentiate(images)
         assert found.gradient is not None
         torch.testing.assert_close(found.gradient, mean, rtol=1e-12, atol=1e-15)
         assert torch.equal(model.drawn[4], model.drawn[0])
@@ -573,7 +575,7 @@ class TestPrecision:
             attacked = pgd(model, images, labels, loss=loss, **shared)
             pgd(model, images, labels, loss=spying, **shared)
             with attacking(model, "eval"):
-                gradient = Objective(model, labels).gradient(images)
+                gradient = AttackLoss(model, labels).gradient(images)
         assert set(logits) == {torch.bfloat16}
         assert set(seen) == {torch.float32}
         assert attacked.dtype == gradient.dtype == torch.float32

@@ -12,7 +12,7 @@ from odeadv.attacks._setting import Best, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
 from odeadv.attacks.checks import radius
-from odeadv.attacks.objective import Loss, Objective, Scores, Tally
+from odeadv.attacks.objective import AttackLoss, Loss, Scores, Tally
 from odeadv.support.checks import integer, number
 from odeadv.support.isolation import Mode
 
@@ -118,7 +118,7 @@ def checkpoints(steps: int) -> tuple[int, ...]:
 class _Trying:
     """Scores iterates and offers each to ``best``; ``drops`` says whether fooled examples may leave the batch."""
 
-    def __init__(self, objective: Objective, best: Best, *, drops: bool) -> None:
+    def __init__(self, objective: AttackLoss, best: Best, *, drops: bool) -> None:
         self._objective, self.best, self.drops = objective, best, drops
 
     def __call__(self, x: Tensor, index: Tensor | None, *, differentiate: bool) -> Scores:

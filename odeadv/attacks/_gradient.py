@@ -13,7 +13,7 @@ from odeadv.attacks._setting import Best, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm, divided
 from odeadv.attacks.checks import radius
-from odeadv.attacks.objective import Loss, Objective, Tally
+from odeadv.attacks.objective import AttackLoss, Loss, Tally
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
@@ -254,7 +254,7 @@ def pgd(
 
 
 def _run(
-    objective: Objective,
+    objective: AttackLoss,
     x0: Tensor,
     ball: Ball,
     *,

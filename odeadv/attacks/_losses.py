@@ -43,8 +43,8 @@ class Truth(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A loss as `Objective` uses it.
+class LossRule:
+    """A loss as `AttackLoss` uses it.
 
     Attributes:
         ascended: (logits, truth) to losses of shape (n,), of which more is worse for the model.
@@ -57,7 +57,7 @@ class Rule:
     targeted: bool = True
 
 
-def of_labels(function: PerExampleLoss) -> Rule:
+def of_labels(function: PerExampleLoss) -> LossRule:
     """The rule that ascends ``function(logits, labels)``, or, of a targeted attack, descends it at the target."""
 
     def ascended(logits: Tensor, truth: Truth) -> Tensor:
@@ -66,7 +66,7 @@ def of_labels(function: PerExampleLoss) -> Rule:
         losses = function(logits, truth.target)
         return -losses if isinstance(losses, Tensor) else losses  # what is not a tensor is refused by the caller
 
-    return Rule(ascended)
+    return LossRule(ascended)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,23 +103,23 @@ def _kl(logits: Tensor, truth: Truth) -> Tensor:
     return functional.kl_div(attacked, clean, reduction="none", log_target=True).sum(dim=1)
 
 
-RULES: Mapping[str, Rule] = MappingProxyType(
+LOSS_RULES: Mapping[str, LossRule] = MappingProxyType(
     {
         "ce": of_labels(cross_entropy),
         "margin": of_labels(margin),
-        "dlr": Rule(_dlr),
-        "kl": Rule(_kl, needs_clean=True, targeted=False),
+        "dlr": LossRule(_dlr),
+        "kl": LossRule(_kl, needs_clean=True, targeted=False),
     }
 )
 
 
-def resolve_loss(loss: object) -> Rule:
+def resolve_loss(loss: object) -> LossRule:
     """The rule that ``loss`` names or is; ValueError for an unknown name, TypeError for anything else."""
     expected = "'ce', 'margin', 'dlr', 'kl' or a function (logits, labels) -> losses of shape (n,)"
     if isinstance(loss, str):
-        if loss not in RULES:
+        if loss not in LOSS_RULES:
             raise ValueError(f"loss: got {loss!r}, expected {expected}")
-        return RULES[loss]
+        return LOSS_RULES[loss]
     if not callable(loss):
         raise TypeError(f"loss: got {loss!r}, expected {expected}")
     return of_labels(loss)

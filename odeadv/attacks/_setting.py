@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks._start import GivenStart, Start, resolve_start
 from odeadv.attacks.balls import BALLS, Ball, Norm
 from odeadv.attacks.checks import check_generator, check_images, check_labels, check_model, check_target, radius
-from odeadv.attacks.objective import Loss, Objective, Tally, attacking, constant, reseed, resolve_loss
+from odeadv.attacks.objective import AttackLoss, Loss, Tally, attacking, constant, reseed, resolve_loss
 from odeadv.support.checks import choice, integer
 from odeadv.support.isolation import Mode
 
@@ -33,7 +33,7 @@ class Setting:
 
     images: Tensor
     ball: Ball
-    objective: Objective
+    objective: AttackLoss
     start: Start
     generator: torch.Generator | None
     independent: bool
@@ -107,7 +107,7 @@ def setting(
         raise TypeError(f"tally: got {tally!r}, expected an odeadv.attacks.Tally or None")
     with attacking(model, mode, images.device):
         images = constant(images)
-        objective = Objective(
+        objective = AttackLoss(
             model,
             constant(labels),
             rule,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odeadv.attacks._setting import Best
 from odeadv.attacks.checks import check_images, check_labels, check_model, check_target
-from odeadv.attacks.objective import Loss, Objective, attacking, constant, resolve_loss
+from odeadv.attacks.objective import AttackLoss, Loss, attacking, constant, resolve_loss
 from odeadv.support.isolation import Mode
 
 
@@ -55,7 +55,7 @@ def worst_of(
     check_labels(labels, len(candidates[0]), candidates[0].device)
     target = check_target(target, labels)
     with attacking(model, mode, candidates[0].device), torch.no_grad():
-        objective = Objective(model, constant(labels), rule, target=None if target is None else constant(target))
+        objective = AttackLoss(model, constant(labels), rule, target=None if target is None else constant(target))
         best = Best(constant(candidates[0]))
         for images in map(constant, candidates):
             scores = objective.evaluate(images)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._losses import Loss, PerExampleLoss, Rule, Truth, cross_entropy, of_labels, resolve_loss
+from odeadv.attacks._losses import Loss, LossRule, PerExampleLoss, Truth, cross_entropy, of_labels, resolve_loss
 from odeadv.attacks.checks import answered, check_classes
 from odeadv.support.isolation import Mode, untouched
 
-__all__ = ["Loss", "Objective", "PerExampleLoss", "Scores", "Tally", "attacking", "constant", "reseed", "resolve_loss"]
+__all__ = ["AttackLoss", "Loss", "PerExampleLoss", "Scores", "Tally", "attacking", "constant", "reseed", "resolve_loss"]
 
 _LOGITS_NOT_FINITE = "model: returned logits that are not finite, so no attack on it can be trusted"
 _LOSS_NAN = "loss: returned NaN for finite logits, by which no attack can rank images"
@@ -75,7 +75,7 @@ class Scores(NamedTuple):
     gradient: Tensor | None = None
 
 
-class Objective:
+class AttackLoss:
     """The loss of ``model`` on images with these labels, as a function of the images; ascended by attacks.
 
     Losses are summed over the batch, so an example's gradient neither depends on the batch nor shrinks with it, and
@@ -85,7 +85,7 @@ class Objective:
     Args:
         model: (n, ...) images to (n, classes) logits.
         labels: (n,) int64.
-        loss: (logits, labels) to losses of shape (n,), or a `Rule`.
+        loss: (logits, labels) to losses of shape (n,), or a `LossRule`.
         target: (n,) int64, the classes that a targeted attack wants.
         eot: how many forward passes logits, losses and gradients are averaged over, for models that draw noise.
         deferred: do not wait for the result of the check that logits and gradients are finite (on an accelerator
@@ -102,7 +102,7 @@ class Objective:
         self,
         model: nn.Module,
         labels: Tensor,
-        loss: PerExampleLoss | Rule = cross_entropy,
+        loss: PerExampleLoss | LossRule = cross_entropy,
         *,
         target: Tensor | None = None,
         eot: int = 1,
@@ -114,7 +114,7 @@ class Objective:
         self.truth = Truth(labels, target)
         self._model = model
         self._highest_label = int(labels.max()) if target is None else max(int(labels.max()), int(target.max()))
-        self._rule = loss if isinstance(loss, Rule) else of_labels(loss)
+        self._rule = loss if isinstance(loss, LossRule) else of_labels(loss)
         self._eot = eot
         self._deferred = deferred
         self._finite: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from odeadv.attacks.objective import Objective
+from odeadv.attacks.objective import AttackLoss
 from odeadv.evaluation.trust import beyond
 
 Gradients = Literal["full", "bf16"]
@@ -76,8 +76,8 @@ class Scorer:
         make: Callable[[Tensor], Scorer],
     ) -> None:
         self.approximate, self._make, self._parts = approximate, make, list[Scorer]()
-        self._exact = Objective(exact, labels)
-        self._fast = self._exact if fast is exact else Objective(fast, labels)
+        self._exact = AttackLoss(exact, labels)
+        self._fast = self._exact if fast is exact else AttackLoss(fast, labels)
         self._model, self._labels = exact, labels
         self._confirmed = 0
 
@@ -117,7 +117,7 @@ class Scorer:
             return correct, gradient
         suspects = (~correct if open is None else ~correct & open).nonzero().squeeze(1)
         if len(suspects):
-            exact = Objective(self._model, self._labels[suspects])
+            exact = AttackLoss(self._model, self._labels[suspects])
             correct = correct.clone()
             correct[suspects] = exact.logits(images[suspects]).argmax(dim=1) == self._labels[suspects]
             self._confirmed += exact.forward_passes
