@@ -76,15 +76,15 @@ def test_embedded_pairs_estimate_the_error_of_the_lower_order(scheme, order, spa
 
 @pytest.mark.parametrize(("scheme", "order"), EMBEDDED)
 def test_measured_order_of_embedded_estimates(scheme, order):
-    from odeadv.splitting import Exact, Step, Stepper
+    from odeadv.splitting import Exact, Stepper, TimeStep
 
     table = odeadv.schemes.get(scheme)
     stepper = Stepper(list(split().operators.values()), [Exact(), Exact()], table.compositions)
     sizes = (0.4, 0.2) if order > 4 else (0.1, 0.05)
     estimates = []
     for h in sizes:
-        state, difference = stepper.advance_with(table.embedded, X0, Step(0.0, h, h))
-        assert torch.allclose(state, stepper.advance(X0, Step(0.0, h, h)), rtol=1e-14)
+        state, difference = stepper.advance_with(table.embedded, X0, TimeStep(0.0, h, h))
+        assert torch.allclose(state, stepper.advance(X0, TimeStep(0.0, h, h)), rtol=1e-14)
         true = matrix_exp((B + C) * h) @ X0
         assert torch.allclose(state - difference - true, -difference, rtol=0.3, atol=0)  # what is kept is far better
         estimates.append(float(difference.norm()))

@@ -13,7 +13,7 @@ from torch import Tensor
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
 from odeadv.splitting import CostateKind, Grid, Stepper
-from odeadv.support.isolation import Buffers, RandomState, inside_transform, recording, version
+from odeadv.support.isolation import Buffers, RandomState, differentiating, inside_transform, version
 
 
 def record(
@@ -51,7 +51,7 @@ def record(
     again = checkpoints is not None and not inside_transform()
     states: Sequence[Tensor]
     nodes: Sequence[Tensor]
-    with recording(field.modules, x0.device):
+    with differentiating(field.modules, x0.device):
         if inside_transform():
             states, nodes = _by_transform(field, x0 if differentiate else x0.detach(), grid, stepper)
         elif checkpoints is None:
@@ -136,7 +136,7 @@ def _transformed(
     field: AdversarialField, nodes: Sequence[Tensor], device: torch.device, differentiate: bool
 ) -> Sequence[Tensor]:
     """``nodes`` after the field's transforms, checked to be what can drive in their place."""
-    with recording(field.modules, device), torch.set_grad_enabled(differentiate):
+    with differentiating(field.modules, device), torch.set_grad_enabled(differentiate):
         for transform in field.transforms:
             before = [version(node) for node in nodes]
             given = transform(tuple(nodes))

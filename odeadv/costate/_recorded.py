@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Jump, Operator, Tally
+from odeadv.fields.operator import Cost, Jump, Operator
 from odeadv.splitting import CostateKind, Grid
-from odeadv.support.isolation import inside_transform, recording
+from odeadv.support.isolation import differentiating, inside_transform
 
 
 class Costate(Protocol):
@@ -51,7 +51,7 @@ class RecordedCostate:
         states: x(t_n) of the trajectory it was recorded on; not kept for ``"linear"``.
         operator: f, whose Jacobian Eq. 9 needs.
         kind: the evaluation between nodes.
-        tally: counts the vector-Jacobian products made between nodes.
+        cost: counts the vector-Jacobian products made between nodes.
         differentiate: whether a(t) is part of the autograd graph.
     """
 
@@ -61,7 +61,7 @@ class RecordedCostate:
     operator: Operator
     kind: CostateKind = "linear"
     differentiate: bool = False
-    tally: Tally = field(default_factory=Tally)
+    cost: Cost = field(default_factory=Cost)
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """a(t).
@@ -140,14 +140,14 @@ class RecordedCostate:
 
     def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
         """(df/dx)^T a at (t, x)."""
-        self.tally.vjps += 1
-        with recording(operator.modules, x.device):
+        self.cost.vjps += 1
+        with differentiating(operator.modules, x.device):
             if inside_transform():
-                pulled: Tensor = torch.func.vjp(lambda y: operator.velocity(t, y, self.tally), x)[1](a)[0]
+                pulled: Tensor = torch.func.vjp(lambda y: operator.velocity(t, y, self.cost), x)[1](a)[0]
                 return pulled if self.differentiate else pulled.detach()
             if not self.differentiate or not x.requires_grad:
                 x = x.detach().requires_grad_()
-            velocity = operator.velocity(t, x, self.tally)
+            velocity = operator.velocity(t, x, self.cost)
             if not velocity.requires_grad:
                 return torch.zeros_like(a)
             (product,) = torch.autograd.grad(

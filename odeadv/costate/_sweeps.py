@@ -14,7 +14,7 @@ from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.splitting import CostateKind, Grid, Stepper
 from odeadv.support.checks import integer, number
-from odeadv.support.isolation import decides
+from odeadv.support.isolation import read_value
 
 GROWTH = 1e8
 
@@ -124,7 +124,7 @@ class Sweeping:
         image = _flat(recorded)
         eps = torch.finfo(recorded.nodes[0].dtype).eps
         rtol, out_of_proportion = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
-        u, first = image, decides(image.norm(), "sweeps: 'converge'")
+        u, first = image, read_value(image.norm(), "sweeps: 'converge'")
         history: list[tuple[Tensor, Tensor]] = []
         self.converged = False
         while len(self.residuals) + 1 < settings.most:

@@ -16,9 +16,9 @@ from odeadv.diagnostics._result import Result, style
 from odeadv.solver import Solution, SolveError, Stats
 from odeadv.solver.request import read_initial_state, read_times
 from odeadv.splitting import Scheme
-from odeadv.splitting.method import read_method
+from odeadv.splitting.method import read_discretisation
 from odeadv.splitting.status import Status
-from odeadv.support.isolation import recording
+from odeadv.support.isolation import differentiating
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,14 +122,14 @@ def contraction(
     adversarial = needs_loss("contraction", field)
     check_iteration(rtol, most)
     eta, unit = adversarial.eta, with_strength(adversarial, 1.0)
-    method = read_method(unit, scheme, substep, "linear")
+    method = read_discretisation(unit, scheme, substep, "linear")
     grid = read_times(unit, t_span, dt, steps, None, None).grid
     if grid is None:
         raise ValueError(f"dt: got {dt!r}, expected a step size: sweeps that adapt their steps are not differentiable")
     with torch.inference_mode(False), torch.no_grad():
         start = read_initial_state(unit, x0).detach().clone()
     estimates: list[float] = []
-    with recording(unit.modules, start.device):
+    with differentiating(unit.modules, start.device):
         first = record(unit, start, grid, method.stepper(unit))
         base, split = _joined(first.nodes)
 

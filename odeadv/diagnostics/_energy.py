@@ -14,11 +14,11 @@ from torch import Tensor
 from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, quotient, walk
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import AdversarialField, Jump, Operator
-from odeadv.fields.operator import Tally
+from odeadv.fields.operator import Cost
 from odeadv.solver import Solution, driven, solve
 from odeadv.splitting import Clock, Scheme, SubStep, get_substep
-from odeadv.splitting.method import AccuracyWarning, read_method
-from odeadv.support.isolation import aside
+from odeadv.splitting.method import AccuracyWarning, read_discretisation
+from odeadv.support.isolation import without_effects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,7 +252,7 @@ def energy_of(
     given = substep if isinstance(substep, Mapping) else dict.fromkeys(("f", "costate"), substep or "euler")
     spent, losses = [], []
     for scheme in names:
-        with torch.inference_mode(False), torch.no_grad(), aside(field.modules, plain.states[0].device):
+        with torch.inference_mode(False), torch.no_grad(), without_effects(field.modules, plain.states[0].device):
             along = driven(field, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
             with warnings.catch_warnings():  # `driven` has warned of a choice of sub-steps, if there was one
                 warnings.simplefilter("ignore", AccuracyWarning)
@@ -288,17 +288,17 @@ class _Meter:
         self.name, self.order = method.name, method.order
         self.spent = 0.0
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `odeadv.splitting.SubStep.advance`."""
         # From 0, for the difference of the states would have lost digits.
-        moved = self.method.advance(operator, clock, h, torch.zeros_like(x), Tally())
+        moved = self.method.advance(operator, clock, h, torch.zeros_like(x), Cost())
         self.spent += next(self.factors) * norm(moved) ** 2 / (2.0 * self.eta * h)
-        return self.method.advance(operator, clock, h, x, tally)
+        return self.method.advance(operator, clock, h, x, cost)
 
 
 def _factors(field: AdversarialField, scheme: str | Scheme) -> list[float]:
     """For each stage of the costate in a step, the factor of its table; 1 where the field is not split."""
-    table = read_method(field, scheme, None, None).scheme
+    table = read_discretisation(field, scheme, None, None).scheme
     if table is None:
         return [1.0]
     costate = list(field.operators).index("costate")

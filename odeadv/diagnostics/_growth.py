@@ -16,7 +16,7 @@ from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import AdversarialField, Jump, VectorField, as_field
 from odeadv.solver import solve
 from odeadv.splitting import Scheme
-from odeadv.support.isolation import recording
+from odeadv.support.isolation import differentiating
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -247,7 +247,7 @@ def growth_of(
         def nodes(x: Tensor) -> Tensor:
             return torch.cat([y.reshape(-1) for y in solve(field, x, t_span, save_at="steps", **options).xs])
 
-        with recording(field.modules, x0.device):
+        with differentiating(field.modules, x0.device):
             flat = Linearised(nodes, x0).jvp(v / norm(v))
         parts = torch.split(flat, [x.numel() for x in reference.states])
         moved = [part.reshape(x.shape) for part, x in zip(parts, reference.states, strict=True)]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Jump, Operator, VectorField, as_field
-from odeadv.fields.operator import Tally, VectorFunction, as_time
+from odeadv.fields.operator import Cost, VectorFunction, as_time
 from odeadv.fields.terms import Sum
 from odeadv.solver import Solution, driven, solve
-from odeadv.splitting import Grid, Scheme, Step
-from odeadv.support.isolation import Replay, aside, recording
+from odeadv.splitting import Grid, Scheme, TimeStep
+from odeadv.support.isolation import Replay, differentiating, without_effects
 
 AnyField = VectorField | Operator | VectorFunction
 
@@ -36,7 +36,7 @@ class Layer:
     """
 
     index: int
-    step: Step
+    step: TimeStep
     piece: Operator | Jump
     x: Tensor
     end: Tensor
@@ -55,7 +55,7 @@ class Layer:
         """Take ``x`` to x + h f(t_n, x), the layer as a residual network has it; the map of a jump."""
         if isinstance(self.piece, Jump):
             with self.replay():
-                return self.piece.across(x, Tally())
+                return self.piece.across(x, Cost())
         return torch.add(x, self.velocity(x), alpha=self.step.h)
 
 
@@ -108,7 +108,7 @@ class Path:
         """Evaluate the field inside without effect on buffers and random state; with autograd if ``grad``."""
         device = self.states[0].device
         with (
-            recording(self.field.modules, device) if grad else aside(self.field.modules, device),
+            differentiating(self.field.modules, device) if grad else without_effects(self.field.modules, device),
             torch.set_grad_enabled(grad),
         ):
             yield
@@ -151,7 +151,7 @@ def walk(
         SolveError: if the solve fails.
     """
     whole = as_field(field)
-    with torch.inference_mode(False), torch.no_grad(), aside(whole.modules, _device(whole, x0)):
+    with torch.inference_mode(False), torch.no_grad(), without_effects(whole.modules, _device(whole, x0)):
         if isinstance(whole, AdversarialField) and scheme is None:
             return _recorded(whole, x0, t_span, dt, steps, substep)
         solution = solve(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.support.discovery import modules_of
-from odeadv.support.isolation import _wrapped, check_unmodified, version
+from odeadv.support.isolation import check_unmodified, is_wrapped, version
 
 VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,7 +55,7 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
 
 def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
     """``f(t, x)``, refused if it writes to ``x`` or is not of its shape; not for torch.compile, see `version`."""
-    if _wrapped(x):
+    if is_wrapped(x):
         before = version(x)
         return returned(f(t, x), x, before)
     before = -1 if x.is_inference() else x._version
@@ -74,7 +74,7 @@ def returned(value: object, x: Tensor, before: int) -> Tensor:
     return same_shape("f", value, x)
 
 
-class Tally:
+class Cost:
     """Counts what one operator cost: evaluations of its right-hand side, and vector-Jacobian products."""
 
     __slots__ = ("evaluations", "vjps")
@@ -149,11 +149,11 @@ class Operator:
         """The operator as it is on the step from ``t0`` to ``t1``: itself, unless it is `Piecewise`."""
         return self
 
-    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
+    def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
         """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
         if torch.compiler.is_compiling():
             return same_shape("f", self.f(as_time(t, x), x), x)
-        tally.evaluations += 1
+        cost.evaluations += 1
         return checked(self.f, as_time(t, x), x)
 
 
@@ -171,9 +171,9 @@ class Jump:
         self.map = map
         self.modules = modules_of(map, *modules)
 
-    def across(self, x: Tensor, tally: Tally) -> Tensor:
+    def across(self, x: Tensor, cost: Cost) -> Tensor:
         """The state at the end of the interval, counted."""
-        tally.evaluated()
+        cost.evaluated()
         before = version(x)
         end = self.map(x)
         check_unmodified("map", x, before)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from odeadv.fields.operator import Jump, Operator, Tally, same_shape
+from odeadv.fields.operator import Cost, Jump, Operator, same_shape
 from odeadv.support.discovery import modules_of
 
 
@@ -47,9 +47,9 @@ class Forcing(Operator):
         local.value, local._on, local.f = self._on(t0, t1), None, local._at
         return local
 
-    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
+    def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
         """The forcing at ``t``, at full precision of the time."""
-        tally.evaluated()
+        cost.evaluated()
         return self.scale * same_shape("costate", self.value(t), x)
 
     def _at(self, t: Tensor, x: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ class Sum(Operator):
     Args:
         operators: the terms.
         names: their names.
-        tallies: where the evaluations of each are counted; without them, an evaluation of the sum counts as one.
+        costs: where the evaluations of each are counted; without them, an evaluation of the sum counts as one.
     """
 
     def __init__(
-        self, operators: Sequence[Operator], names: Sequence[str] = (), tallies: Sequence[Tally] | None = None
+        self, operators: Sequence[Operator], names: Sequence[str] = (), costs: Sequence[Cost] | None = None
     ) -> None:
         super().__init__(
             lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
@@ -95,7 +95,7 @@ class Sum(Operator):
         )
         self.operators = tuple(operators)
         self.names = tuple(names)
-        self.tallies = tallies
+        self.costs = costs
         self.edges = tuple(sorted({edge for operator in operators for edge in operator.edges}))
 
     @property
@@ -125,14 +125,14 @@ class Sum(Operator):
                     "scheme such as 'lie' or 'strang'"
                 )
             parts.append(part)
-        return Sum(parts, self.names, self.tallies)
+        return Sum(parts, self.names, self.costs)
 
-    def velocity(self, t: float, x: Tensor, tally: Tally) -> Tensor:
+    def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
         """All velocities added up."""
-        if self.tallies is None:
-            tally.evaluated()
-        tallies = [Tally() for _ in self.operators] if self.tallies is None else self.tallies
-        values = [op.velocity(t, x, own) for op, own in zip(self.operators, tallies, strict=True)]
+        if self.costs is None:
+            cost.evaluated()
+        costs = [Cost() for _ in self.operators] if self.costs is None else self.costs
+        values = [op.velocity(t, x, own) for op, own in zip(self.operators, costs, strict=True)]
         return sum(values[1:], start=values[0])
 
 

@@ -14,11 +14,11 @@ from odeadv.fields.operator import VectorFunction, clock_dtype
 from odeadv.solver._saving import _last_good, _status
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver.request import read_initial_state, read_times
-from odeadv.splitting import Scheme, Step, TorchDiffEq
-from odeadv.splitting.method import SubSteps, read_method
+from odeadv.splitting import Scheme, TimeStep, TorchDiffEq
+from odeadv.splitting.method import SubSteps, read_discretisation
 from odeadv.splitting.status import Status
 from odeadv.support.checks import number
-from odeadv.support.isolation import aside, inside_transform, outside_inference_mode
+from odeadv.support.isolation import inside_transform, outside_inference_mode, without_effects
 
 
 def compile_solver(
@@ -72,7 +72,7 @@ class CompiledSolver:
         if dt == 0.0:
             raise ValueError("dt: got 0, expected a step size different from 0")
         self.field, self.dt = field, dt
-        self.method = read_method(field, scheme, substep, None)
+        self.method = read_discretisation(field, scheme, substep, None)
         self._options = {"fullgraph": True, **options}
         if any(isinstance(method, TorchDiffEq) for method in self.method.substeps.values()):
             raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
@@ -107,7 +107,7 @@ class CompiledSolver:
             raise SolveError(solution)
         return solution
 
-    def _step(self, h: float, x: Tensor, first: Step) -> Callable[[Tensor, Tensor], Tensor]:
+    def _step(self, h: float, x: Tensor, first: TimeStep) -> Callable[[Tensor, Tensor], Tensor]:
         key = (
             h,
             x.dtype,
@@ -123,20 +123,20 @@ class CompiledSolver:
 
             def step(x: Tensor, t: Tensor) -> Tensor:
                 # Times are tensors here, so that one graph serves every step.
-                return stepper.advance(x, Step(t, t + h, h))  # type: ignore[arg-type]
+                return stepper.advance(x, TimeStep(t, t + h, h))  # type: ignore[arg-type]
 
             # torch.compile allows only a few graphs for one code object, which all solvers would share.
             step.__code__ = step.__code__.replace(co_name=f"step_{len(self._steps)}")
             self._steps[key] = torch.compile(step, **self._options)
         return self._steps[key]
 
-    def _check(self, x: Tensor, step: Step) -> None:
+    def _check(self, x: Tensor, step: TimeStep) -> None:
         """One step as `solve` takes it, without effect: graphs cannot see a field that writes to its state, say.
 
         Raises:
             TypeError, ValueError: as from `solve`, by name.
         """
-        with outside_inference_mode(), aside(self.field.modules, x.device):
+        with outside_inference_mode(), without_effects(self.field.modules, x.device):
             start = x.detach().clone()
             if x.requires_grad and torch.is_grad_enabled() and not inside_transform():
                 start.requires_grad_()

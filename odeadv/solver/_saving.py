@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from odeadv.fields import VectorField
-from odeadv.splitting import Grid, Step, Stepper
+from odeadv.splitting import Grid, Stepper, TimeStep
 from odeadv.splitting.status import Status
-from odeadv.support.isolation import aside
+from odeadv.support.isolation import without_effects
 
 
 def _last_good(
@@ -26,7 +26,7 @@ def _last_good(
         return saved[-1][0], saved[-1][1].detach()
     limit, nodes = grid.sign * saved[bad][0], set(grid.times)
     t, x = [(t, x.detach()) for t, x in saved[: max(bad, 1)] if t in nodes][-1]
-    with aside(field.modules, x.device), torch.no_grad():
+    with without_effects(field.modules, x.device), torch.no_grad():
         for step in grid.part(grid.times.index(t), len(grid)):
             if grid.sign * step.t1 >= limit:
                 break
@@ -52,7 +52,7 @@ def _run(
     return x, saved
 
 
-def _strides(stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float]) -> Iterator[tuple[Step, Tensor]]:
+def _strides(stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float]) -> Iterator[tuple[TimeStep, Tensor]]:
     """The steps of ``grid`` with their ends; those between which nothing is saved as one, where that saves flows."""
     if not stepper.joins:
         yield from zip(grid, stepper.states(x, grid), strict=True)
@@ -64,7 +64,7 @@ def _strides(stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float]) ->
     for first, last in pairwise(sorted(nodes)):
         x = stepper.march(x, grid.part(first, last))
         t0, t1 = grid.times[first], grid.times[last]
-        yield grid[first] if last == first + 1 else Step(t0, t1, t1 - t0), x
+        yield grid[first] if last == first + 1 else TimeStep(t0, t1, t1 - t0), x
 
 
 def _reached(times: Sequence[float], grid: Grid, status: Status) -> list[float]:
@@ -75,7 +75,7 @@ def _reached(times: Sequence[float], grid: Grid, status: Status) -> list[float]:
 
 
 def _within(
-    stepper: Stepper, step: Step, before: Tensor, after: Tensor, t: float, field: VectorField, order: float
+    stepper: Stepper, step: TimeStep, before: Tensor, after: Tensor, t: float, field: VectorField, order: float
 ) -> Tensor:
     """Dense output of the scheme's order: the ends themselves, a cubic Hermite polynomial or a part of a step between.
 
@@ -89,9 +89,9 @@ def _within(
     stepper.refuse_jump(step)
     s = (t - step.t0) / step.h
     if order > 4 or not stepper.explicit:
-        with aside(field.modules, before.device):
-            return stepper.advance(before, Step(step.t0, t, t - step.t0))
-    with aside(field.modules, before.device):
+        with without_effects(field.modules, before.device):
+            return stepper.advance(before, TimeStep(step.t0, t, t - step.t0))
+    with without_effects(field.modules, before.device):
         left, right = stepper.velocity(before, step.t0, step), stepper.velocity(after, step.t1, step)
     value = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))
     return torch.add(value, s * (1.0 - s) ** 2 * left - s * s * (1.0 - s) * right, alpha=step.h)

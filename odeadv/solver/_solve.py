@@ -26,9 +26,9 @@ from odeadv.solver.request import (
     read_times,
 )
 from odeadv.splitting import Adaptive, CostateKind, Grid, Outcome, Scheme, Stepper, choose_grid, embedded, palindromic
-from odeadv.splitting.method import Method, SubSteps, read_method
+from odeadv.splitting.method import Discretisation, SubSteps, read_discretisation
 from odeadv.splitting.status import Status
-from odeadv.support.isolation import aside, outside_inference_mode
+from odeadv.support.isolation import outside_inference_mode, without_effects
 
 _OUTCOMES = {
     Outcome.DONE: Status.SUCCESS,
@@ -239,7 +239,7 @@ def _read(
     differentiate: bool,
 ) -> _Work:
     """The arguments of `solve`, checked."""
-    method = read_method(field, scheme, substep, costate)
+    method = read_discretisation(field, scheme, substep, costate)
     plan = read_recordings(field, sweeps, ascent)
     times = read_times(field, t_span, dt, steps, rtol, atol)
     segments = read_checkpoints(field, checkpoints, differentiate, plan)
@@ -256,7 +256,7 @@ class _Work:
     """One call of `solve`: what is solved, how, and what it has cost."""
 
     field: VectorField
-    method: Method
+    method: Discretisation
     times: Times
     x0: Tensor
     stats: Stats
@@ -289,7 +289,7 @@ class _Work:
             assert self.method.scheme is not None
             order = min(order, self.method.scheme.embedded_order)
             trial = embedded(stepper, self.method.scheme.embedded)
-        with aside(field.modules, self.x0.device):
+        with without_effects(field.modules, self.x0.device):
             search = choose_grid(stepper, self.x0, self.times.span, settings, order, edges, trial)
         if mirror is not None:
             self.count(mirror, None)
@@ -331,11 +331,11 @@ class _Work:
         """Move what ``stepper`` and the evaluations of ``a`` between nodes cost into the statistics."""
         names = list(self.stats.evaluations)
         counted = list(zip(names, stepper.counted, strict=False))
-        counted += [(names[0], part.tally) for part in _parts(a)]
-        for name, tally in counted:
-            self.stats.evaluations[name] += tally.evaluations
-            self.stats.vjps += tally.vjps
-            tally.evaluations = tally.vjps = 0
+        counted += [(names[0], part.cost) for part in _parts(a)]
+        for name, cost in counted:
+            self.stats.evaluations[name] += cost.evaluations
+            self.stats.vjps += cost.vjps
+            cost.evaluations = cost.vjps = 0
 
 
 def _parts(a: Costate | None) -> Sequence[RecordedCostate]:

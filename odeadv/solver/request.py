@@ -18,9 +18,9 @@ from odeadv.splitting import (
     Grid,
     make_grid,
 )
-from odeadv.splitting.method import AccuracyWarning, Method, _jumps
+from odeadv.splitting.method import AccuracyWarning, Discretisation, _jumps
 from odeadv.support.checks import integer, number
-from odeadv.support.isolation import decides
+from odeadv.support.isolation import read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 
@@ -131,7 +131,7 @@ def _adaptive_times(
     )
 
 
-def check_estimate(field: VectorField, method: Method, times: Times) -> None:
+def check_estimate(field: VectorField, method: Discretisation, times: Times) -> None:
     """Refuse an estimate of errors that the method does not allow, before a recording is made under it.
 
     Raises:
@@ -167,9 +167,9 @@ def check_decisions(x0: Tensor, plan: Recordings, times: Times) -> None:
         ValueError: naming ``dt`` or ``sweeps``, inside torch.func.vmap.
     """
     if times.adaptive is not None:
-        decides(x0.isfinite().all(), "dt: adaptive")
+        read_value(x0.isfinite().all(), "dt: adaptive")
     if plan.converge is not None:
-        decides(x0.isfinite().all(), "sweeps: 'converge'")
+        read_value(x0.isfinite().all(), "sweeps: 'converge'")
 
 
 def _span(t_span: Any) -> tuple[float, float]:

@@ -6,7 +6,7 @@ sub-step says how one operator is advanced over such a stage. Knows fields, but 
 
 from odeadv.splitting import schemes
 from odeadv.splitting._adaptive import Adaptive, Search, choose_grid, embedded, palindromic
-from odeadv.splitting._grid import Grid, Step, make_grid
+from odeadv.splitting._grid import Grid, TimeStep, make_grid
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import CostateKind, Scheme, Stage
 from odeadv.splitting._stepper import Stepper
@@ -25,9 +25,9 @@ __all__ = [
     "Scheme",
     "Search",
     "Stage",
-    "Step",
     "Stepper",
     "SubStep",
+    "TimeStep",
     "TorchDiffEq",
     "choose_grid",
     "embedded",

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odeadv.splitting._grid import Grid, Step
+from odeadv.splitting._grid import Grid, TimeStep
 from odeadv.splitting._stepper import Stepper
 from odeadv.splitting.status import Outcome
 from odeadv.support.checks import integer
-from odeadv.support.isolation import decides
+from odeadv.support.isolation import read_value
 
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
 
@@ -93,7 +93,7 @@ def choose_grid(
     """Find steps over ``t_span`` with which ``stepper`` meets the tolerances; they end on ``edges``.
 
     Args:
-        stepper: advances the state; its tallies count the trials.
+        stepper: advances the state; its costs count the trials.
         x0: initial state.
         t_span: start and end, in either direction.
         settings: tolerances.
@@ -175,9 +175,9 @@ def embedded(stepper: Stepper, others: Sequence[float]) -> Trial:
 def _norm(error: Tensor, x: Tensor, y: Tensor, settings: Adaptive) -> float:
     scale = settings.atol + settings.rtol * torch.maximum(x.abs(), y.abs())
     ratio = torch.where(error == 0, torch.zeros_like(scale), error.abs() / scale)
-    value = decides(ratio.square().mean().sqrt(), "dt: adaptive") if ratio.numel() else 0.0
+    value = read_value(ratio.square().mean().sqrt(), "dt: adaptive") if ratio.numel() else 0.0
     return value if value == value else float("inf")
 
 
-def _step(t0: float, t1: float) -> Step:
-    return Step(t0, t1, t1 - t0)
+def _step(t0: float, t1: float) -> TimeStep:
+    return TimeStep(t0, t1, t1 - t0)

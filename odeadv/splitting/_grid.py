@@ -12,7 +12,7 @@ from typing import NamedTuple
 MOST_STEPS = 1e8
 
 
-class Step(NamedTuple):
+class TimeStep(NamedTuple):
     """One step of signed length ``h`` from ``t0`` to ``t1`` (``h`` is free of the rounding of their difference).
 
     ``own`` is where the operators' own clocks begin, if not at ``t0``: within a stage whose clock is frozen.
@@ -61,13 +61,13 @@ class Grid:
             return repeat(self.h, len(self))  # no jump among them
         return (self[index].h for index in range(len(self)))
 
-    def __iter__(self) -> Iterator[Step]:
-        return map(Step, self.times, self.times[1:], self.sizes)
+    def __iter__(self) -> Iterator[TimeStep]:
+        return map(TimeStep, self.times, self.times[1:], self.sizes)
 
-    def __getitem__(self, index: int) -> Step:
+    def __getitem__(self, index: int) -> TimeStep:
         t0, t1 = self.times[index], self.times[index + 1]
         equal = self.h is not None and abs(t1 - t0) < 1.5 * abs(self.h)
-        return Step(t0, t1, self.h if equal and self.h is not None else t1 - t0)
+        return TimeStep(t0, t1, self.h if equal and self.h is not None else t1 - t0)
 
     def part(self, first: int, last: int) -> Grid:
         """The steps from the node numbered ``first`` to ``last``."""

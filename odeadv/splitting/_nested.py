@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from odeadv.fields.operator import Operator, Tally
+from odeadv.fields.operator import Cost, Operator
 from odeadv.fields.terms import Sum
 from odeadv.splitting import schemes
-from odeadv.splitting._grid import Step
+from odeadv.splitting._grid import TimeStep
 from odeadv.splitting._scheme import Scheme
 from odeadv.splitting._stepper import Stepper
 from odeadv.splitting._substep import Clock, SubStep, get_substep
@@ -96,14 +96,14 @@ class Nested:
         scheme = schemes.get(self.scheme, len(operator.names)) if isinstance(self.scheme, str) else self.scheme
         return scheme.numbered(operator.names)
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`; raises as `of`."""
         terms, chosen = self._chosen(operator)
         methods = list(chosen.values())
-        stepper = Stepper(terms.operators, methods, self._table(terms).compositions, [tally] * len(methods))
+        stepper = Stepper(terms.operators, methods, self._table(terms).compositions, [cost] * len(methods))
         running = clock.stop - clock.start
         for k in range(self.steps):
             begin = clock.start + running * (k / self.steps)
             end = clock.stop if k == self.steps - 1 else clock.start + running * ((k + 1) / self.steps)
-            x = stepper.advance(x, Step(begin, end, h / self.steps, clock.own + k * h / self.steps))
+            x = stepper.advance(x, TimeStep(begin, end, h / self.steps, clock.own + k * h / self.steps))
         return x

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Jump, Operator, Tally, VectorFunction, clock_dtype, returned
+from odeadv.fields.operator import Cost, Jump, Operator, VectorFunction, clock_dtype, returned
 from odeadv.fields.terms import Sum
-from odeadv.splitting._grid import Grid, Step
+from odeadv.splitting._grid import Grid, TimeStep
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
 from odeadv.support.isolation import inside_transform, version
@@ -40,42 +40,42 @@ class Stepper:
         operators: the terms of the field.
         substeps: how each is advanced.
         compositions: the scheme's tables with their factors, numbering ``operators``.
-        tallies: what each operator cost so far.
+        costs: what each operator cost so far.
     """
 
     operators: Sequence[Operator]
     substeps: Sequence[SubStep]
     compositions: Sequence[tuple[float, Composition]] = WHOLE
-    tallies: Sequence[Tally] = field(default_factory=list)
+    costs: Sequence[Cost] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.tallies:
-            self.tallies = [Tally() for _ in self.operators]
+        if not self.costs:
+            self.costs = [Cost() for _ in self.operators]
         self._rows = [(factor, _rows(stages)) for factor, stages in self.compositions]
         # Operators that are the same on every step need not be asked for each of them.
         self._constant = all(operator.constant for operator in self.operators)
         self._prepared = self._methods_to_prepare()
 
     @property
-    def counted(self) -> Sequence[Tally]:
-        """The tallies of the terms of the field, those within a sum included."""
+    def counted(self) -> Sequence[Cost]:
+        """The costs of the terms of the field, those within a sum included."""
         first = self.operators[0]
-        return first.tallies if isinstance(first, Sum) and first.tallies is not None else self.tallies
+        return first.costs if isinstance(first, Sum) and first.costs is not None else self.costs
 
-    def advance(self, x: Tensor, step: Step) -> Tensor:
+    def advance(self, x: Tensor, step: TimeStep) -> Tensor:
         """The state at the end of ``step`` from the state ``x`` at its beginning."""
         if self._constant and len(self._rows) == 1:
             return self._through(x, step, self.operators, self._rows[0][1])
         return self._mixed([factor for factor, _ in self._rows], self._ends(x, step))
 
-    def advance_with(self, others: Sequence[float], x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def advance_with(self, others: Sequence[float], x: Tensor, step: TimeStep) -> tuple[Tensor, Tensor]:
         """What `advance` gives, and its difference from the result with the factors ``others`` for the tables."""
         factors = [factor for factor, _ in self._rows]
         ends = self._ends(x, step, every=True)
         differences = [factor - other for factor, other in zip(factors, others, strict=True)]
         return self._mixed(factors, ends), self._mixed(differences, ends)
 
-    def _ends(self, x: Tensor, step: Step, *, every: bool = False) -> list[Tensor | None]:
+    def _ends(self, x: Tensor, step: TimeStep, *, every: bool = False) -> list[Tensor | None]:
         """What each table comes to; None for those with factor 0, unless ``every`` one is asked for."""
         local = [operator.on(step.t0, step.t1) for operator in self.operators]
         flowing = [operator for operator in local if not isinstance(operator, Jump)]
@@ -118,7 +118,7 @@ class Stepper:
             times, table = _evaluation_times(ends, rows, methods, x)
             before = version(table)
             for row, method in zip(rows, methods, strict=True):
-                self.tallies[row.operator].evaluations += (len(ends) - 1) * len(method.nodes)
+                self.costs[row.operator].evaluations += (len(ends) - 1) * len(method.nodes)
             steps = islice(sizes, len(ends) - 1)
             if euler:
                 for end in _euler_states(x, zip(steps, times, strict=True), functions, weights):
@@ -169,7 +169,7 @@ class Stepper:
         """Whether all sub-steps are explicit Runge-Kutta methods, which are accurate for slopes that are not steep."""
         return all(isinstance(method, RungeKutta) for method in self.substeps)
 
-    def refuse_jump(self, step: Step) -> None:
+    def refuse_jump(self, step: TimeStep) -> None:
         """Refuse a step between whose ends there are no states.
 
         Raises:
@@ -180,13 +180,13 @@ class Stepper:
                 f"save_at: the field jumps from {step.t0:g} to {step.t1:g}, where no state is defined in between"
             )
 
-    def velocity(self, x: Tensor, t: float, step: Step) -> Tensor:
+    def velocity(self, x: Tensor, t: float, step: TimeStep) -> Tensor:
         """dx/dt at the time ``t`` of ``step``, on which there is no jump, all operators added up."""
         values = []
-        for operator, tally in zip(self.operators, self.tallies, strict=True):
+        for operator, cost in zip(self.operators, self.costs, strict=True):
             local = operator.on(step.t0, step.t1)
             assert isinstance(local, Operator)
-            values.append(local.velocity(t, x, tally))
+            values.append(local.velocity(t, x, cost))
         return sum(values[1:], start=values[0])
 
     def _methods_to_prepare(self) -> list[RungeKutta]:
@@ -195,24 +195,24 @@ class Stepper:
         methods = [method for method in self.substeps if type(method) is RungeKutta]
         return methods if plain and len(self._rows) == 1 and len(methods) == len(self.substeps) else []
 
-    def _flowing(self, step: Step) -> list[Operator]:
+    def _flowing(self, step: TimeStep) -> list[Operator]:
         local = [operator.on(step.t0, step.t1) for operator in self.operators]
         return [operator for operator in local if not isinstance(operator, Jump)]
 
     def _outer(self, i: int, x: Tensor, t: float, h: float) -> Tensor:
-        return self.substeps[i].advance(self.operators[i], Clock(t, t + h, t), h, x, self.tallies[i])
+        return self.substeps[i].advance(self.operators[i], Clock(t, t + h, t), h, x, self.costs[i])
 
-    def _through(self, x: Tensor, step: Step, local: Sequence[Operator], rows: Sequence[Row]) -> Tensor:
+    def _through(self, x: Tensor, step: TimeStep, local: Sequence[Operator], rows: Sequence[Row]) -> Tensor:
         """A step on which every operator is an ODE."""
         for i, weight, begin, end, frozen, own in rows:
             start = step.time(begin)
             stop = start if frozen else step.time(end)
             origin = start if own == begin and step.own is None else step.own_time(own)
             h = step.h * weight
-            x = self.substeps[i].advance(local[i], Clock(start, stop, origin), h, x, self.tallies[i])
+            x = self.substeps[i].advance(local[i], Clock(start, stop, origin), h, x, self.costs[i])
         return x
 
-    def _across_jump(self, x: Tensor, step: Step, local: Sequence[Operator | Jump], rows: Sequence[Row]) -> Tensor:
+    def _across_jump(self, x: Tensor, step: TimeStep, local: Sequence[Operator | Jump], rows: Sequence[Row]) -> Tensor:
         """A jump takes the place of its operator's stages; the others act before it at t0, after it at t1.
 
         It takes place where its operator would have passed the middle of the step.
@@ -220,15 +220,15 @@ class Stepper:
         jumped, passed = False, 0.0
         for row in rows:
             operator = local[row.operator]
-            tally = self.tallies[row.operator]
+            cost = self.costs[row.operator]
             if isinstance(operator, Jump):
                 passed += row.weight
                 if not jumped and passed >= 0.5 - 1e-12:
-                    x, jumped = operator.across(x, tally), True
+                    x, jumped = operator.across(x, cost), True
             else:
                 end = step.t1 if jumped else step.t0
                 clock = Clock(end, end, step.own_time(row.own))
-                x = self.substeps[row.operator].advance(operator, clock, step.h * row.weight, x, tally)
+                x = self.substeps[row.operator].advance(operator, clock, step.h * row.weight, x, cost)
         return x
 
 
@@ -264,7 +264,7 @@ def _evaluation_times(
     A tensor for a time costs a microsecond: evaluations at the same times share theirs.
     """
     nodes = torch.tensor(ends, dtype=torch.float64, device="cpu")
-    step = Step(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # all steps as one, by the same arithmetic
+    step = TimeStep(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # all steps as one, by the same arithmetic
     columns: dict[tuple[float, ...], Tensor] = {}
     order: list[tuple[float, ...]] = []
     for row, method in zip(rows, methods, strict=True):

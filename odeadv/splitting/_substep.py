@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Operator, Tally, VectorFunction, as_time, returned, same_shape
+from odeadv.fields.operator import Cost, Operator, VectorFunction, as_time, returned, same_shape
 from odeadv.fields.terms import Forcing
 from odeadv.support.checks import did_you_mean
 from odeadv.support.isolation import check_unmodified, version
@@ -53,7 +53,7 @@ class SubStep(Protocol):
         """Order of accuracy; infinite for exact flows."""
         ...
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """Move ``x`` for the duration ``h`` along ``operator`` while its clock goes as ``clock`` says."""
         ...
 
@@ -79,10 +79,10 @@ class RungeKutta:
         """Whether it is Euler's method under any name: one evaluation, at the start, taken whole."""
         return self.nodes == (0.0,) and self.weights == (1.0,)
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`."""
         if isinstance(operator, Forcing):
-            return _quadrature(operator, self.nodes, self.weights, clock, h, x, tally)
+            return _quadrature(operator, self.nodes, self.weights, clock, h, x, cost)
         stages: list[tuple[float, list[tuple[int, float]]]]
         weights: list[tuple[int, float]]
         stages, weights = self._nonzero  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ class RungeKutta:
             y = x
             for j, coefficient in row:
                 y = torch.add(y, slopes[j], alpha=h * coefficient)
-            slopes.append(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, tally))
+            slopes.append(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, cost))
         for j, weight in weights:
             x = torch.add(x, slopes[j], alpha=h * weight)
         return x
@@ -138,17 +138,17 @@ class Exact:
     name: str = "exact"
     order: float = float("inf")
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`.
 
         Raises:
             ValueError: if the operator has no flow.
         """
         if isinstance(operator, Forcing):
-            return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, tally)
+            return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, cost)
         if operator.flow is None:
             raise ValueError("substep: 'exact' needs the operator's flow; give Operator(f, flow=...) or another method")
-        tally.evaluated()
+        cost.evaluated()
         before = version(x)
         moved = operator.flow(as_time(clock.own, x), as_time(h, x), x)
         check_unmodified("flow", x, before)
@@ -188,7 +188,7 @@ class TorchDiffEq:
         """What the sub-step is called."""
         return f"torchdiffeq:{self.method}"
 
-    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, tally: Tally) -> Tensor:
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`; all NaN where the method's steps shrink to nothing.
 
         Raises:
@@ -197,7 +197,7 @@ class TorchDiffEq:
         from torchdiffeq import odeint
 
         def scaled(s: Tensor, y: Tensor) -> Tensor:
-            return h * operator.velocity(clock.at(float(s.detach())), y, tally)
+            return h * operator.velocity(clock.at(float(s.detach())), y, cost)
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
         options = ({"step_t": span[1:]} if _is_adaptive(self.method) else {}) | dict(self.options)
@@ -231,7 +231,7 @@ def _quadrature(
     clock: Clock,
     h: float,
     x: Tensor,
-    tally: Tally,
+    cost: Cost,
 ) -> Tensor:
     totals: dict[float, float] = {}  # nodes that fall on the same time are one, as all do where the clock is frozen
     for node, weight in zip(nodes, weights, strict=True):
@@ -239,7 +239,7 @@ def _quadrature(
         totals[time] = totals.get(time, 0.0) + weight
     for time, weight in totals.items():
         if weight:
-            tally.evaluated()
+            cost.evaluated()
             x = torch.add(x, same_shape("costate", operator.value(time), x), alpha=operator.scale * h * weight)
     return x
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from odeadv.fields import AdversarialField, Forcing, Jump, VectorField
-from odeadv.fields.operator import Tally
+from odeadv.fields.operator import Cost
 from odeadv.fields.terms import Sum, Unrecorded
 from odeadv.splitting import schemes
 from odeadv.splitting._nested import Nested
@@ -23,7 +23,7 @@ class AccuracyWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Method:
+class Discretisation:
     """The three orthogonal choices, checked against the field: composition, sub-steps, costate evaluation."""
 
     name: str
@@ -54,13 +54,13 @@ class Method:
         if len(active) == 1:
             return Stepper(operators, substeps)
         if self.scheme is None:
-            return Stepper([Sum(operators, names, [Tally() for _ in operators])], substeps[:1])
+            return Stepper([Sum(operators, names, [Cost() for _ in operators])], substeps[:1])
         return Stepper(operators, substeps, self.scheme.compositions)
 
 
-def read_method(
+def read_discretisation(
     field: VectorField, scheme: str | Scheme, substep: SubSteps | None, costate: CostateKind | None
-) -> Method:
+) -> Discretisation:
     """The three orthogonal choices, as objects.
 
     Raises:
@@ -101,7 +101,7 @@ def read_method(
     substeps = _substeps(field, "euler" if substep is None else substep)
     if table is not None and count > 1:
         _warn(field, table, substeps, chosen=substep is not None)
-    return Method(name, table, substeps, kind)
+    return Discretisation(name, table, substeps, kind)
 
 
 def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *, chosen: bool) -> None:

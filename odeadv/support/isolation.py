@@ -44,7 +44,7 @@ def untouched(*modules: nn.Module, mode: Mode = "unchanged") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def aside(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def without_effects(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Evaluate inside without effect: buffers of ``modules`` and the global random state come back as they were."""
     cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with untouched(*modules), torch.random.fork_rng(devices=cuda):
@@ -52,13 +52,13 @@ def aside(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def differentiating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Differentiate inside, whatever the caller's grad mode, and without effect on buffers and random state.
 
     A `torch.Generator` or a Python attribute that a module keeps to itself is not protected.
     """
     # Leaving inference mode comes first: buffers copied within it could not be used for a backward pass.
-    with torch.inference_mode(False), torch.enable_grad(), aside(modules, device):
+    with torch.inference_mode(False), torch.enable_grad(), without_effects(modules, device):
         yield
 
 
@@ -138,8 +138,8 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def decides(value: Tensor, argument: str) -> float:
-    """``value`` as a float that decides how the solve goes on, as ``argument`` asks for.
+def read_value(value: Tensor, argument: str) -> float:
+    """``value`` as a float that read_value how the solve goes on, as ``argument`` asks for.
 
     Raises:
         ValueError: naming ``argument``, inside torch.func.vmap, which has no such values.
@@ -159,12 +159,12 @@ def version(x: Tensor) -> int:
     """How often ``x`` has been written to; -1 in inference mode and under torch.compile, where it is not known."""
     if torch.compiler.is_compiling():
         return -1
-    while _wrapped(x):  # within a torch.func transform: the tensor of the values knows
+    while is_wrapped(x):  # within a torch.func transform: the tensor of the values knows
         x = torch._C._functorch.get_unwrapped(x)
     return -1 if x.is_inference() else x._version
 
 
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_unmodified(name: str, x: Tensor, before: int) -> None:
