@@ -564,10 +564,10 @@ class TestImageDataset:
     @pytest.mark.parametrize(
         ("counts", "error", "message"),
         [
-            ({"train": 0}, ValueError, "train: got 0, expected at least 1"),
+            ({"train": 0}, ValueError, "train: got 0, expected an integer, at least 1"),
             ({"test": 3}, ValueError, "test: got 3, expected at most the 2 samples"),
-            ({"train": 2.0}, TypeError, r"train: got 2\.0 \(float\), expected an int"),
-            ({"test": True}, TypeError, r"test: got True \(bool\), expected an int"),
+            ({"train": 2.0}, TypeError, r"train: got 2\.0, expected an integer, at least 1"),
+            ({"test": True}, TypeError, r"test: got True, expected an integer, at least 1"),
         ],
     )
     def test_subset_checks_its_counts(self, counts: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -601,7 +601,7 @@ class TestImageDataset:
             ({"train_labels": [0, 1]}, TypeError, "train_labels: got list"),
             ({"train_labels": torch.tensor([0])}, ValueError, r"train_labels: got shape \(1,\) for 2 images"),
             ({"test_labels": torch.tensor([2])}, ValueError, "test_labels: got labels from 2 to 2, expected 0 to 1"),
-            ({"num_classes": 1}, ValueError, "num_classes: got 1, expected at least 2"),
+            ({"num_classes": 1}, ValueError, "num_classes: got 1, expected an integer, at least 2"),
         ],
     )
     def test_fields_are_checked(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -690,7 +690,7 @@ class TestRandomCropFlip:
             random_crop_flip(images)
         with pytest.raises(TypeError, match=r"generator: got int, expected a torch\.Generator"):
             random_crop_flip(images, generator=0)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"pad: got -1, expected at least 0"):
+        with pytest.raises(ValueError, match=r"pad: got -1, expected an integer, at least 0"):
             random_crop_flip(images, pad=-1, generator=seeded())
         with pytest.raises(TypeError, match=r"images: got dtype torch\.float32"):
             random_crop_flip(images.float(), generator=seeded())
@@ -774,9 +774,9 @@ class TestBatches:
         [
             ({"shuffle": True}, ValueError, r"generator: got None, .* shuffle=True, augment=False; pass torch"),
             ({"augment": True}, ValueError, r"generator: got None, .* shuffle=False, augment=True; pass torch"),
-            ({"batch_size": 0}, ValueError, "batch_size: got 0, expected at least 1"),
-            ({"batch_size": 2.5}, TypeError, r"batch_size: got 2\.5 \(float\), expected an int"),
-            ({"pad": -1}, ValueError, "pad: got -1, expected at least 0"),
+            ({"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer, at least 1"),
+            ({"batch_size": 2.5}, TypeError, r"batch_size: got 2\.5, expected an integer, at least 1"),
+            ({"pad": -1}, ValueError, "pad: got -1, expected an integer, at least 0"),
             ({"batch_size": 6, "drop_last": True}, ValueError, "got 5 samples, which make no batch of batch_size=6"),
             ({"images": torch.zeros(5, 4, 4, 3)}, TypeError, r"images: got dtype torch\.float32"),
             ({"labels": torch.arange(4)}, ValueError, r"labels: got shape \(4,\) for 5 images"),

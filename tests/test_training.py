@@ -506,7 +506,7 @@ def test_learning_rate_schedule_is_the_papers():
         (lambda: config(accumulate=3), "^accumulate: got 3, expected a divisor"),
         (lambda: config(lr=-1.0), r"^lr: got -1\.0"),
         (lambda: config(precision="fp8"), "^precision: got 'fp8'"),
-        (lambda: Layerwise("strong"), "^scheme: 'strong' is not known"),
+        (lambda: Layerwise("strong"), "^scheme: got 'strong', expected one of"),
         (lambda: Layerwise("lie", float("nan")), "^eta: got nan"),
         (lambda: Layerwise("lie", -1.0), r"^eta: got -1"),
         (lambda: Layerwise("strang", perturbation="input"), "^scheme: got 'strang' with perturbation='input'"),
