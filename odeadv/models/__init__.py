@@ -5,7 +5,8 @@
 """
 
 from odeadv.models._damping import Damp, Damping, LambdaDamp
-from odeadv.models._network import FieldNetwork, Network, Stem
+from odeadv.models._layers import Stem
+from odeadv.models._network import FieldNetwork, Network
 from odeadv.models._noise import Averaged, Noise, averaged
 from odeadv.models._ode import ConvField, OdeNet, ode_net
 from odeadv.models._refine import Refined, refine

@@ -19,19 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from odeadv.fields import Jump, Operator, Piecewise
-from odeadv.models._network import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    FieldNetwork,
-    Stem,
-    check_sizes,
-    check_statistics,
-    conv,
-    final_state,
-    initialise,
-    plain_substep,
-    read_substep,
-)
+from odeadv.models._layers import CIFAR10_MEAN, CIFAR10_STD, Stem, conv, initialise
+from odeadv.models._network import FieldNetwork, check_sizes, check_statistics, final_state, plain_substep, read_substep
 from odeadv.splitting import TorchDiffEq
 
 

@@ -14,16 +14,8 @@ from torch import Tensor, nn
 
 from odeadv.fields import Jump, Operator, Piecewise
 from odeadv.models._damping import Damping, DampingKind, make_damping
-from odeadv.models._network import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    FieldNetwork,
-    Stem,
-    check_sizes,
-    check_statistics,
-    conv,
-    initialise,
-)
+from odeadv.models._layers import CIFAR10_MEAN, CIFAR10_STD, Stem, conv, initialise
+from odeadv.models._network import FieldNetwork, check_sizes, check_statistics
 from odeadv.models._noise import NoiseKind, make_noise, noises_of, read_noise
 
 
