@@ -48,7 +48,7 @@ def test_depths():
     assert [len(preact_resnet(depth=d, width=2).blocks) for d in (8, 20, 32)] == [3, 9, 15]
     with pytest.raises(ValueError, match=r"^depth: got 18, expected 6n \+ 2"):
         preact_resnet(depth=18)
-    with pytest.raises(ValueError, match=r"^width, num_classes: got 0 and 10"):
+    with pytest.raises(ValueError, match=r"^width: got 0, expected an integer, at least 1"):
         preact_resnet(width=0)
 
 
@@ -277,7 +277,7 @@ def test_bad_input_is_named():
         net.field(images, labels.tolist())
     with pytest.raises(ValueError, match=r"^images: got none"):
         net.field(images[:0], labels[:0])
-    with pytest.raises(TypeError, match=r"^depth, width, num_classes: got 8\.0"):
+    with pytest.raises(TypeError, match=r"^depth: got 8\.0, expected an integer"):
         preact_resnet(8.0)
     with pytest.raises(ValueError, match=r"^mean, std: got 3 and 1"):
         preact_resnet(8, std=(0.2,))
@@ -320,3 +320,19 @@ def test_the_projection_is_a_strided_convolution(channels, layout):
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert gradients[0][0].is_contiguous(memory_format=layout)  # or all before it would work on mixed layouts, slowly
+
+
+def test_soft_labels_are_class_probabilities():
+    """One-hot probabilities are the class numbers; a mixture of labels is the mixture of the losses."""
+    net, images, labels = make()
+    net.eval()
+    one_hot = F.one_hot(labels, 7).double()
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+
+    def loss(targets: Tensor) -> Tensor:
+        return odeadv.solve(net.field(images, targets, eta=0.0)).loss
+
+    assert torch.allclose(loss(one_hot), loss(labels), rtol=1e-12)
+    assert torch.allclose(loss(mixed), 0.7 * loss(labels) + 0.3 * loss(labels.flip(0)), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"^labels: got probabilities of shape \(5, 6\), expected \(5, 7\)"):
+        net.field(images, one_hot[:, :6])

@@ -161,6 +161,6 @@ def test_bad_damping_is_named():
         preact_resnet(8, damping="lambda")
     with pytest.raises(ValueError, match=r"^damping: got 'damp' for a block that changes the state's shape"):
         PreActBlock(4, 8, 2, damping="damp")
-    with pytest.raises(ValueError, match=r"^damping: got 'damp' for depth 8, which has no block to damp"):
+    with pytest.raises(ValueError, match=r"^damping: got 'damp' for depth 8, expected depth 14 or more"):
         preact_resnet(8, damping="damp")  # it would be the plain network under another name
     assert isinstance(preact_resnet(14, 4, damping="damp").blocks[1].damping, nn.Module)

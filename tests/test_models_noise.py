@@ -267,20 +267,22 @@ def test_noise_is_a_diffusion_term_on_finer_steps():
 
 def test_bad_noise_is_named():
     assert preact_resnet(8, 4, noise=True).config["noise"] == 0.1
-    with pytest.raises(ValueError, match=r"^noise_kind: got 'other', expected 'absolute' or 'relative'"):
+    with pytest.raises(ValueError, match=r"^noise_kind: got 'other', expected one of 'absolute', 'relative'"):
         preact_resnet(8, noise_kind="other")
-    with pytest.raises(ValueError, match=r"^noise: got -1, expected a finite standard deviation"):
+    with pytest.raises(ValueError, match=r"^noise: got -1, expected a finite number, at least 0"):
         preact_resnet(8, noise=-1)
-    with pytest.raises(TypeError, match=r"^noise: got str, expected a standard deviation, or True for 0.1"):
+    with pytest.raises(TypeError, match=r"^noise: got '0.1', expected a number, at least 0"):
         preact_resnet(8, noise="0.1")
-    with pytest.raises(ValueError, match=r"^net: has no noise to draw; make it with noise=0.1"):
+    with pytest.raises(
+        ValueError, match=r"^net: got a network without noise, expected one with it; make it with noise=0.1"
+    ):
         averaged(preact_resnet(8, 4))
-    with pytest.raises(ValueError, match=r"^net: has no noise to draw"):
+    with pytest.raises(ValueError, match=r"^net: got a network without noise"):
         preact_resnet(8, 4).noisy_inference()
     net = preact_resnet(8, 4, noise=0.1)
-    with pytest.raises(ValueError, match=r"^passes: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"^passes: got 0, expected an integer, at least 1"):
         averaged(net, 0)
-    with pytest.raises(TypeError, match=r"^passes: got 2\.0, expected a whole number"):
+    with pytest.raises(TypeError, match=r"^passes: got 2\.0, expected an integer"):
         averaged(net, 2.0)
     with pytest.raises(TypeError, match=r"^generator: got str, expected a torch.Generator, a seed or None"):
         averaged(net, 2, "0")

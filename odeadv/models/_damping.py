@@ -1,4 +1,4 @@
-"""Damped residual blocks, the baselines of Yang et al. 2020: one learned scalar a block; the result is a field too."""
+"""Damped residual blocks, the baselines of Yang et al. 2020, with one learned scalar per block. They are fields too."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DampingKind = Literal["damp", "lambda-damp"]
 
 
 class Damping(nn.Module):
-    """Turns a residual f(x) into a damped one, with strength lambda >= 0 from a learned scalar ``k``.
+    """Damps a residual f(x), with strength lambda >= 0 from a learned scalar ``k``.
 
     Attributes:
-        span: k is drawn uniformly from it.
+        span: the interval from which k is drawn uniformly.
         k: the learned scalar.
     """
 
@@ -27,16 +27,16 @@ class Damping(nn.Module):
         self.k = nn.Parameter(torch.full((), self.span[0]))
 
     def initialise(self, generator: torch.Generator | None) -> None:
-        """Draw k from ``generator``, the global random state if None."""
+        """Draw k from ``generator``, or from the global random state if it is None."""
         nn.init.uniform_(self.k, *self.span, generator=generator)
 
     @property
     def strength(self) -> Tensor:
-        """lambda, a scalar."""
+        """The damping lambda, a scalar."""
         raise NotImplementedError
 
     def forward(self, f: Float[Tensor, "n c h w"], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """The velocity at ``x``, where the residual is ``f``."""
+        """Return the velocity at ``x``, given the residual ``f`` there."""
         raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ _KINDS: dict[str, type[Damping]] = {"damp": Damp, "lambda-damp": LambdaDamp}
 
 
 def make_damping(kind: DampingKind | None) -> Damping | None:
-    """A damping called ``kind``, its k not drawn yet; None for None.
+    """Return the damping called ``kind``, with its k not drawn yet; None for None.
 
     Raises:
         ValueError: for an unknown name.

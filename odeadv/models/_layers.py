@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+# Means and standard deviations of the pixels of CIFAR-10's training set, per channel, in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
@@ -21,6 +21,9 @@ class Stem(nn.Module):
     Args:
         width: channels of the state.
         mean, std: per-channel constants in [0, 1], part of the model so that attacks work on pixels.
+
+    Raises:
+        ValueError: if ``mean`` and ``std`` have different lengths.
     """
 
     mean: Tensor
@@ -28,41 +31,59 @@ class Stem(nn.Module):
 
     def __init__(self, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"mean, std: got {len(mean)} and {len(std)} values, expected one per image channel each")
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         self.conv = conv(len(mean), width, 3, 1)
 
+    def check(self, images: object) -> None:
+        """Reject anything but a batch of floating-point images with the stem's number of channels.
+
+        Raises:
+            TypeError, ValueError: naming ``images``.
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
+        if images.ndim != 4 or images.shape[1] != self.conv.in_channels:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected {self._expected}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
+
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
-        """x_0 of ``images``."""
-        channels = self.conv.in_channels
-        # A single channel would be repeated by the constants. What torch.fx traces with is no tensor.
-        if isinstance(images, Tensor) and images.shape[1] != channels:
-            raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, {channels}, height, width)")
+        """Return x_0 of ``images``."""
+        # Without this check the constants would repeat a single channel. The proxies of torch.fx are not tensors.
+        if isinstance(images, Tensor) and images.shape[1] != self.conv.in_channels:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected {self._expected}")
         x: Tensor = self.conv((images - self.mean) / self.std)
         return x
 
+    @property
+    def _expected(self) -> str:
+        return f"(n, {self.conv.in_channels}, height, width)"
+
 
 class _Strided1x1(nn.Conv2d):
-    """A strided 1x1 convolution, as one without a stride on the pixels that it looks at.
+    """A strided 1x1 convolution, computed without a stride on the pixels that it uses.
 
-    The same numbers; but oneDNN's own writes beyond its memory in the weight gradient of a channels_last image of
-    fewer than 8 channels, on a CPU with AVX2 alone (seen in torch 2.14.1).
+    The numbers are the same. oneDNN's strided kernel writes outside its memory in the weight gradient of a
+    channels_last image with fewer than 8 channels, on a CPU with AVX2 only (seen in torch 2.14.1).
     """
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
-        """The convolution of ``x``."""
-        # Pooling windows of one pixel choose pixels as slices do, but their backward pass keeps the memory format.
+        """Return the convolution of ``x``."""
+        # Pooling with windows of one pixel selects pixels as slicing does, but its backward pass keeps the layout.
         return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight)
 
 
 def conv(channels_in: int, channels_out: int, size: int, stride: int) -> nn.Conv2d:
-    """A convolution without bias that keeps the size of an image but for ``stride``."""
+    """Return a convolution without bias that divides height and width by ``stride``."""
     kind = _Strided1x1 if size == 1 and stride > 1 else nn.Conv2d
     return kind(channels_in, channels_out, size, stride=stride, padding=size // 2, bias=False)
 
 
 def initialise(net: nn.Module, generator: torch.Generator | None) -> None:
-    """Draw convolutions from N(0, 2 / (k k out)) and linear layers from U(+-1 / sqrt(in)), biases 0."""
+    """Draw convolutions from N(0, 2 / (k k out)) and linear layers from U(+-1 / sqrt(in)); set biases to 0."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

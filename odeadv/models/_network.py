@@ -1,14 +1,14 @@
-"""What a trainer, an attack or an evaluation may rely on: a network that is a field with its problem."""
+"""What a trainer, an attack or an evaluation may rely on: a network that is a field and carries its problem."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from odeadv.fields import AdversarialField, Operator, Problem, VectorField
@@ -21,11 +21,11 @@ Loss = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Network(Protocol):
-    """Images in [0, 1] to logits, and the same as a field: all that training, attacks and evaluation ask for.
+    """All that training, attacks and evaluation ask of a network: inputs to outputs, and the same as a field.
 
-    Any `torch.nn.Module` with `num_classes`, `solve_options` and `field` fits; the rest is a module's own and stands
-    here for type checkers.
-    ``net(images)`` equals ``odeadv.solve(net.field(images, labels), **net.solve_options).output``.
+    Any `torch.nn.Module` with `num_classes`, `solve_options` and `field` fits. The other methods are those of every
+    module; they are listed for type checkers.
+    ``net(inputs)`` equals ``odeadv.solve(net.field(inputs, targets), **net.solve_options).output``.
     """
 
     @property
@@ -35,19 +35,19 @@ class Network(Protocol):
 
     @property
     def solve_options(self) -> Mapping[str, Any]:
-        """Keywords that `odeadv.solve` is to be given with `field`; a trainer passes them on."""
+        """Keywords for `odeadv.solve` that belong to `field`; a trainer passes them on."""
         ...
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of ``images``."""
+        """Return the logits of ``images``."""
         ...
 
     def field(self, images: Tensor, labels: Tensor, eta: float = 0.0, *, loss: Loss | None = None) -> AdversarialField:
-        """The network as the field of Eq. 7, carrying its problem."""
+        """Return the network as the field of Eq. 7, carrying its problem."""
         ...
 
     def __call__(self, images: Tensor) -> Any:
-        """Logits of ``images``."""
+        """Return the logits of ``images``."""
         ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -76,12 +76,12 @@ class Network(Protocol):
 
 
 class FieldNetwork(nn.Module):
-    """Logits head(x(T)) of dx/dt = f(t, x) from x(0) = stem(images), solved in steps of ``dt``: what the models share.
+    """The network head(x(T)) with dx/dt = f(t, x) and x(0) = stem(inputs), solved in steps of ``dt``.
 
-    A subclass says what f is, in `dynamics`, and sets the attributes below.
+    All models are subclasses. A subclass defines f in `dynamics` and sets the attributes below.
     """
 
-    stem: Stem
+    stem: nn.Module
     head: nn.Module
     num_classes: int
     t_span: tuple[float, float]
@@ -90,72 +90,96 @@ class FieldNetwork(nn.Module):
 
     @property
     def solve_options(self) -> dict[str, Any]:
-        """Keywords for `odeadv.solve` beside the field; a trainer passes them on."""
+        """Keywords for `odeadv.solve` that belong to `field`; a trainer passes them on."""
         return options_for(self.substep)
 
     def dynamics(self, dt: float) -> Operator:
-        """The field f as an operator that is to be solved in steps of ``dt`` (which only noise depends on)."""
+        """Return f as an operator that will be solved in steps of ``dt``. Only noise depends on ``dt``."""
         raise NotImplementedError
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Reject inputs that the stem cannot take, naming the argument. Here every input is accepted."""
+
+    def default_loss(self, targets: Any, inputs: Any) -> Loss:
+        """Return the loss of the outputs, the mean cross-entropy with ``targets``, after checking these.
+
+        Raises:
+            TypeError, ValueError: naming ``labels``.
+        """
+        check_labels(targets, inputs, self.num_classes)
+        return lambda logits: cross_entropy(logits, targets)
 
     def field(
         self,
-        images: Float[Tensor, "n 3 h w"],
-        labels: Int[Tensor, " n"],
+        images: Float[Tensor, "n *input"],
+        labels: Tensor,
         eta: float = 0.0,
         *,
         loss: Loss | None = None,
     ) -> AdversarialField:
-        """The network as the field of Eq. 7, carrying its problem: x0 = stem(images), its time span and steps.
+        """Return the network as the field of Eq. 7, carrying its problem: x0 = stem(images), time span and steps.
 
         The loss is the cross-entropy of the head's logits, averaged over the batch. eta scales the gradient of that
-        mean, so eta / batch_size is what is invariant: the paper's eta = 50 (CIFAR-10) and 1000 (CIFAR-100) belong
-        to batches of 128. ``odeadv.solve(net.field(images, labels, eta), scheme="lie")`` is Eq. 5.
+        mean, so eta / batch_size is the invariant: the paper's eta = 50 (CIFAR-10) and 1000 (CIFAR-100) belong to
+        batches of 128. ``odeadv.solve(net.field(images, labels, eta), scheme="lie")`` is Eq. 5.
 
         Args:
-            images: in [0, 1].
-            labels: class numbers.
+            images: the inputs of the network; images lie in [0, 1].
+            labels: class numbers (n,), int64, or probabilities (n, classes), as soft labels and mixup have them.
             eta: strength of the costate.
-            loss: ``loss(logits)``, a scalar tensor, instead of the mean cross-entropy with ``labels``. eta scales its
-                gradient as it is.
+            loss: ``loss(logits)``, a scalar tensor, instead of the mean cross-entropy; then ``labels`` is ignored.
+                eta scales the gradient of that loss as it is.
 
         Raises:
-            TypeError: if images are not floating-point, labels not int64, or ``loss`` not callable.
+            TypeError: if images are not floating-point, labels have another dtype, or ``loss`` is not callable.
             ValueError: if the images' channels or the labels do not fit.
         """
         return adversarial_field(self, images, labels, eta, loss, self.dt)
 
 
+class ImageNetwork(FieldNetwork):
+    """A `FieldNetwork` of images in [0, 1], whose `Stem` normalises them."""
+
+    stem: Stem
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Reject anything but a batch of images, naming ``images``."""
+        self.stem.check(inputs)
+
+
 def adversarial_field(
-    net: FieldNetwork, images: Tensor, labels: Tensor, eta: float, loss: Loss | None, dt: float
+    net: FieldNetwork, inputs: Any, targets: Any, eta: float, loss: Loss | None, dt: float
 ) -> AdversarialField:
-    """`FieldNetwork.field` of ``net`` with steps of ``dt``."""
-    check_images(images, net.stem.conv.in_channels)
-    _check_labels(labels, images, net.num_classes)
+    """Return `FieldNetwork.field` of ``net`` with steps of ``dt``."""
+    net.check_inputs(inputs)
     return AdversarialField(
         net.dynamics(dt),
-        (lambda logits: F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels))
-        if loss is None
-        else loss,
+        net.default_loss(targets, inputs) if loss is None else loss,
         eta,
         readout=net.head,
-        x0=lambda: net.stem(images),
+        x0=lambda: net.stem(inputs),
         t_span=net.t_span,
         dt=dt,
     )
 
 
-def final_state(net: FieldNetwork, images: Tensor, dt: float, substep: str | TorchDiffEq) -> Tensor:
-    """x(T) of the plain field of ``net``, in steps of ``dt``."""
-    check_images(images, net.stem.conv.in_channels)
-    field = VectorField({"f": net.dynamics(dt)}, Problem(net.stem(images), net.t_span, dt))
+def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchDiffEq) -> Tensor:
+    """Return x(T) of the plain field of ``net``, in steps of ``dt``."""
+    net.check_inputs(inputs)
+    field = VectorField({"f": net.dynamics(dt)}, Problem(net.stem(inputs), net.t_span, dt))
     return solve(field, substep=substep).xs[-1]
 
 
-def options_for(substep: str | TorchDiffEq) -> dict[str, Any]:
-    """Keywords for `odeadv.solve` on an adversarial field whose f is advanced by ``substep``.
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy, in at least float32: in half precision the mean would lose most digits."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
-    The costate is integrated by the same rule; torchdiffeq's methods leave it to Simpson's, which is exact for linear
-    and Hermite costates. Euler is the default of `odeadv.solve` and is not named.
+
+def options_for(substep: str | TorchDiffEq) -> dict[str, Any]:
+    """Return the keywords for `odeadv.solve` on an adversarial field whose f is advanced by ``substep``.
+
+    The costate is integrated by the same rule. With a method of torchdiffeq it is integrated by Simpson's rule, which
+    is exact for linear and Hermite costates. Euler is the default of `odeadv.solve` and is left out.
     """
     if substep == "euler":
         return {}
@@ -165,7 +189,7 @@ def options_for(substep: str | TorchDiffEq) -> dict[str, Any]:
 
 
 def read_substep(substep: str | TorchDiffEq | Mapping[str, Any]) -> str | TorchDiffEq:
-    """The sub-step of a model: a name, a `TorchDiffEq`, or the arguments of one.
+    """Return the sub-step of a model, given as a name, a `TorchDiffEq`, or the arguments of a `TorchDiffEq`.
 
     Raises:
         TypeError, ValueError: naming ``substep``.
@@ -178,50 +202,49 @@ def read_substep(substep: str | TorchDiffEq | Mapping[str, Any]) -> str | TorchD
     if not isinstance(substep, str | TorchDiffEq):
         raise TypeError(f"substep: got {type(substep).__name__}, expected a name or odeadv.TorchDiffEq(...)")
     if isinstance(get_substep(substep), Exact):
-        raise ValueError("substep: 'exact' needs a field with a known flow, which a network is not; take 'rk4'")
+        raise ValueError(
+            "substep: got 'exact', expected another sub-step such as 'rk4': a network has no known exact flow"
+        )
     return substep
 
 
 def plain_substep(substep: str | TorchDiffEq) -> str | dict[str, Any]:
-    """``substep`` as plain values that `read_substep` understands."""
+    """Return ``substep`` as plain values that `read_substep` understands."""
     if isinstance(substep, str):
         return substep
     values = {field.name: getattr(substep, field.name) for field in dataclasses.fields(substep)}
     return values | {"options": dict(substep.options)}
 
 
-def check_images(images: Tensor, channels: int) -> None:
-    """Refuse what are not images of ``channels`` channels, by name."""
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, {channels}, height, width)")
-    if not images.is_floating_point():
-        raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
+def check_labels(labels: Any, inputs: Any, num_classes: int | None) -> None:
+    """Reject labels that are neither class numbers nor probabilities of the classes, one per input.
 
+    Args:
+        labels: what the caller gave.
+        inputs: the batch; its length is checked if it has one.
+        num_classes: number of logits, if known.
 
-def _check_labels(labels: Tensor, images: Tensor, num_classes: int) -> None:
+    Raises:
+        TypeError, ValueError: naming ``labels``, or ``images`` if there are none.
+    """
+    count = len(inputs)
+    if not count:
+        raise ValueError("images: got none, expected at least one")
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
+        if labels.shape != (count, labels.shape[1] if num_classes is None else num_classes):
+            width = "classes" if num_classes is None else num_classes
+            raise ValueError(f"labels: got probabilities of shape {tuple(labels.shape)}, expected ({count}, {width})")
+        return
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: got {got}, expected a tensor of int64 class numbers")
-    if not len(images):
-        raise ValueError("images: got none, expected at least one")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({len(images)},), one an image")
-    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"labels: got classes {int(labels.min())} to {int(labels.max())}, expected 0 to {num_classes - 1}"
+        raise TypeError(
+            f"labels: got {got}, expected int64 class numbers (n,) or probabilities (n, classes); for other targets "
+            "give a loss"
         )
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Refuse sizes that are no integers, or below 1, by name."""
-    names = ", ".join(sizes)
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in sizes.values()):
-        raise TypeError(f"{names}: got {', '.join(map(repr, sizes.values()))}, expected integers")
-    if any(value < 1 for value in sizes.values()):
-        raise ValueError(f"{names}: got {' and '.join(map(str, sizes.values()))}, expected at least 1 each")
-
-
-def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Refuse normalisation constants of different numbers of channels."""
-    if len(mean) != len(std):
-        raise ValueError(f"mean, std: got {len(mean)} and {len(std)} values, expected one an image channel each")
+    if labels.shape != (count,):
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({count},), one class number per input")
+    # On a GPU the comparison would wait for the device in every step.
+    if num_classes is not None and labels.device.type == "cpu":
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < num_classes:
+            raise ValueError(f"labels: got classes {low} to {high}, expected 0 to {num_classes - 1}")

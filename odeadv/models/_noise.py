@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import untouched
 
 NoiseKind = Literal["absolute", "relative"]
@@ -21,17 +22,17 @@ DEFAULT_STD = 0.1
 class Noise(nn.Module):
     """The diffusion term of a block: noise on the residual sum x + dt f(x), drawn from torch's global random state.
 
-    Like dropout: on in training mode, off in evaluation mode unless `at_inference` is set; and a recording pass, which
-    puts the random state back, sees the noise that the pass after it sees.
+    Like dropout, it is on in training mode and off in evaluation mode unless `at_inference` is set. A recording pass
+    restores the random state, so the pass after it draws the same noise.
 
     Args:
-        std: standard deviation over a unit of time, ``"absolute"``, or ``"relative"`` to that of the sum, taken over
-            the whole batch tensor as a constant.
-        kind: which of the two.
+        std: standard deviation over a unit of time.
+        kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum, which is taken over the whole
+            batch tensor and treated as a constant.
 
     Attributes:
         at_inference: whether the noise is on in evaluation mode too.
-        shared: whether all images of a batch see one draw, of an amplitude relative to their own sums.
+        shared: whether all images of a batch share one draw; relative noise then follows each image's own sum.
     """
 
     def __init__(self, std: float, kind: NoiseKind) -> None:
@@ -47,8 +48,8 @@ class Noise(nn.Module):
     def forward(
         self, x: Float[Tensor, "n c h w"], f: Float[Tensor, "n c h w"], dt: float = 1.0
     ) -> Float[Tensor, "n c h w"]:
-        """What to add to the velocity ``f`` at ``x``, so that an Euler step of ``dt`` adds std sqrt(dt) N(0, 1)."""
-        # Drawn contiguously in at least float32: several times faster, and the same numbers whatever f's layout.
+        """Return the noise to add to the velocity ``f`` at ``x``: an Euler step of ``dt`` adds std sqrt(dt) N(0, 1)."""
+        # A contiguous draw in at least float32 is several times faster, and its numbers do not depend on f's layout.
         shape = (1, *f.shape[1:]) if self.shared else f.shape
         drawn = torch.randn(shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
         with torch.no_grad():
@@ -61,40 +62,36 @@ class Noise(nn.Module):
             return torch.empty_like(f).copy_(drawn)
 
     def extra_repr(self) -> str:
-        """The arguments that made it."""
+        """Return the arguments that made it."""
         return f"std={self.std:g}, kind={self.kind!r}"
 
 
 def make_noise(std: float, kind: NoiseKind) -> Noise | None:
-    """The noise of one block, None if ``std`` is 0."""
+    """Return the noise of one block, or None if ``std`` is 0."""
     return Noise(std, kind) if std else None
 
 
 def read_noise(noise: float | bool, kind: str) -> tuple[float, NoiseKind]:
-    """Standard deviation and kind; True is the paper's 0.1.
+    """Return standard deviation and kind; True means the paper's 0.1.
 
     Raises:
         TypeError, ValueError: naming ``noise`` or ``noise_kind``.
     """
-    if kind not in ("absolute", "relative"):
-        raise ValueError(f"noise_kind: got {kind!r}, expected 'absolute' or 'relative'")
-    if not isinstance(noise, bool | int | float):
-        raise TypeError(f"noise: got {type(noise).__name__}, expected a standard deviation, or True for {DEFAULT_STD}")
-    std = DEFAULT_STD if noise is True else float(noise)
-    if not math.isfinite(std) or std < 0:
-        raise ValueError(f"noise: got {noise!r}, expected a finite standard deviation, at least 0")
-    return std, kind  # type: ignore[return-value]  # checked above
+    chosen: NoiseKind = choice("noise_kind", kind, get_args(NoiseKind))  # type: ignore[assignment]  # checked
+    if isinstance(noise, bool):
+        return (DEFAULT_STD if noise else 0.0), chosen
+    return number("noise", noise, least=0.0), chosen
 
 
 def noises_of(net: nn.Module) -> list[Noise]:
-    """The noises in ``net``.
+    """Return the noises in ``net``.
 
     Raises:
         ValueError: if there are none.
     """
     found = [module for module in net.modules() if isinstance(module, Noise)]
     if not found:
-        raise ValueError("net: has no noise to draw; make it with noise=0.1")
+        raise ValueError("net: got a network without noise, expected one with it; make it with noise=0.1")
     return found
 
 
@@ -105,28 +102,28 @@ def averaged(
     *,
     recompute: bool = True,
 ) -> Averaged:
-    """``net`` with noise at inference: logits averaged over ``passes`` noisy forward passes. See `Averaged`."""
+    """Return ``net`` with noise at inference: logits averaged over ``passes`` noisy forward passes. See `Averaged`."""
     return Averaged(net, passes, generator, recompute=recompute)
 
 
 class Averaged(nn.Module):
-    """Images to logits, the mean over noisy forward passes of ``net`` in evaluation mode.
+    """Logits averaged over noisy forward passes of ``net`` in evaluation mode.
 
-    Differentiable, so an attack on it attacks the mean over the noise (EOT, Athalye et al. 2018, arXiv:1707.07397).
-    Modes, statistics and the global random state are as before; the weights are shared with ``net``.
+    The mean is differentiable, so an attack sees the mean over the noise (EOT, Athalye et al. 2018, arXiv:1707.07397).
+    A call leaves modes, statistics and the global random state as they were. The weights are shared with ``net``.
 
     Args:
         net: a network made with ``noise``.
-        passes: how many.
-        generator: a seed, None being 0: every call draws the same noise, one for each pass and block that all images
-            of the batch share (relative noise by the standard deviation of each image's own sum), so that this is a
-            function of the image, which an attack can follow. Or a CPU generator: every call draws new noise for
-            every image, and the same sequence of calls is repeated by an equal generator.
-        recompute: where gradients are asked for, keep no pass's graph and run each again in the backward pass:
-            memory of one pass instead of all, for a third more time. Logits and gradients are the same.
+        passes: number of forward passes.
+        generator: a seed (None means 0) or a CPU generator. With a seed every call draws the same noise, one draw per
+            pass and block, shared by all images of the batch (relative noise follows each image's own sum). The
+            logits are then a function of the image, which an attack can follow. With a generator every call draws
+            new noise for every image, and an equal generator repeats the same sequence of calls.
+        recompute: if gradients are needed, keep the graph of one pass at a time and run each pass again in the
+            backward pass. It takes the memory of one pass, and a third more time. Logits and gradients are the same.
 
     Raises:
-        TypeError: if ``passes`` is not an integer, or ``generator`` none of these.
+        TypeError: if ``passes`` is not an integer, or ``generator`` is none of these.
         ValueError: if ``net`` has no noise, or ``passes`` is below 1.
     """
 
@@ -140,10 +137,7 @@ class Averaged(nn.Module):
     ) -> None:
         super().__init__()
         noises_of(net)
-        if not isinstance(passes, int) or isinstance(passes, bool):
-            raise TypeError(f"passes: got {passes!r}, expected a whole number of forward passes")
-        if passes < 1:
-            raise ValueError(f"passes: got {passes}, expected at least 1")
+        passes = integer("passes", passes)
         if not isinstance(generator, torch.Generator | int | None) or isinstance(generator, bool):
             raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator, a seed or None")
         self.net, self.passes, self.recompute = net, passes, recompute
@@ -156,7 +150,7 @@ class Averaged(nn.Module):
         return count
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Mean logits of ``images``, which lie in [0, 1]."""
+        """Return the mean logits of ``images``, which lie in [0, 1]."""
         given = self.generator
         source = given if isinstance(given, torch.Generator) else torch.Generator().manual_seed(given)
         seeds = torch.randint(2**62, (self.passes,), generator=source).tolist()
@@ -177,13 +171,13 @@ class Averaged(nn.Module):
         return logits
 
     def extra_repr(self) -> str:
-        """The arguments that made it."""
+        """Return the arguments that made it."""
         return f"passes={self.passes}"
 
 
 @contextlib.contextmanager
 def noisy(net: nn.Module, *, shared: bool = False) -> Iterator[None]:
-    """Noise on inside, whatever the mode of ``net``; one draw for all images of a batch if ``shared``."""
+    """Switch the noise on inside, in any mode of ``net``; if ``shared``, all images of a batch share one draw."""
     before = [(noise, noise.at_inference, noise.shared) for noise in noises_of(net)]
     try:
         for noise, _, _ in before:
@@ -196,7 +190,7 @@ def noisy(net: nn.Module, *, shared: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The global random state of the CPU and of ``device`` seeded inside, and put back."""
+    """Seed the global random state of the CPU and of ``device`` inside, and restore it."""
     cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)

@@ -1,8 +1,8 @@
 """A network of continuous depth: a time-dependent convolutional field between a stem and a head.
 
-Neural ODEs: Chen et al. 2018 (arXiv:1806.07366), whose field (GroupNorm, and t as one more channel of every
-convolution) this is. It cannot separate what a homeomorphism cannot (Dupont et al. 2019, arXiv:1904.01681); stages
-joined by jumps, or more channels than the images have, lift that.
+The field is that of the neural ODEs of Chen et al. 2018 (arXiv:1806.07366): GroupNorm, and t as one more channel of
+every convolution. A single segment is a homeomorphism, which cannot separate every pair of sets (Dupont et al. 2019,
+arXiv:1904.01681). Several stages joined by jumps, or more channels than the images have, lift that limit.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from odeadv.fields import Jump, Operator, Piecewise
 from odeadv.models._layers import CIFAR10_MEAN, CIFAR10_STD, Stem, conv, initialise
-from odeadv.models._network import FieldNetwork, check_sizes, check_statistics, final_state, plain_substep, read_substep
+from odeadv.models._network import ImageNetwork, final_state, plain_substep, read_substep
 from odeadv.splitting import TorchDiffEq
+from odeadv.support.checks import integer, number
 
 
 class ConvField(nn.Module):
-    """f(t, x): GN-ReLU-conv3x3-GN-ReLU-conv3x3-GN, t being one more input channel of both convolutions.
+    """f(t, x): GN-ReLU-conv3x3-GN-ReLU-conv3x3-GN. The time t is one more input channel of both convolutions.
 
     Callable as ``f(t, x)``, so it runs in any ODE solver.
 
@@ -40,7 +41,7 @@ class ConvField(nn.Module):
         self.norm3 = _norm(channels)
 
     def forward(self, t: Float[Tensor, ""], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """dx/dt at time ``t``."""
+        """Return dx/dt at time ``t``."""
         y = self.conv1(_with_time(t, F.relu(self.norm1(x))))
         z = self.conv2(_with_time(t, F.relu(self.norm2(y))))
         velocity: Tensor = self.norm3(z)
@@ -61,29 +62,29 @@ class Downsample(nn.Module):
         self.shortcut = conv(channels, 2 * channels, 1, 2)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """The state at the beginning of the next segment."""
+        """Return the state at the beginning of the next segment."""
         y = F.relu(self.norm1(x))
         z: Tensor = self.shortcut(y) + self.conv2(F.relu(self.norm2(self.conv1(y))))
         return z
 
 
-class OdeNet(FieldNetwork):
-    """Images to head(x(T)), x the solution of dx/dt = f(t, x) from stem(images).
+class OdeNet(ImageNetwork):
+    """The network head(x(T)), where x solves dx/dt = f(t, x) from x(0) = stem(images).
 
-    ``stages`` segments of length ``t_end``, each with a `ConvField` f on a clock of its own from 0 to ``t_end``; a jump
-    between two of them halves the grid and doubles the channels, and takes one step of time, t_end / steps. No part
-    depends on the batch: there are no running statistics.
+    There are ``stages`` segments of length ``t_end``. Each has its own `ConvField` f and its own clock, from 0 to
+    ``t_end``. A jump between two segments halves the grid and doubles the channels; it takes one step of time,
+    t_end / steps. No layer depends on the rest of the batch, so there are no running statistics.
 
-    ``net(images)`` is the solve by ``substep``; ``net.field`` is Eq. 7 on the same steps, so what trains a residual
-    network trains this one: ``odeadv.solve(net.field(images, labels, eta), scheme="lie", **net.solve_options)``.
+    ``net(images)`` is the solve by ``substep``. ``net.field`` is Eq. 7 on the same steps, so this network is trained
+    as a residual network is: ``odeadv.solve(net.field(images, labels, eta), scheme="lie", **net.solve_options)``.
 
     Args:
         width: channels of the first segment.
         num_classes: number of logits.
         stages: number of segments.
-        steps: steps a segment, the nodes of the costate among them.
-        substep: what advances f within a step: a name (`odeadv.substep_names`; ``"torchdiffeq:METHOD"`` too), an
-            `odeadv.TorchDiffEq`, or a dict of its arguments.
+        steps: steps per segment; the costate is recorded at their ends.
+        substep: the method that advances f within a step: a name of `odeadv.substep_names`,
+            ``"torchdiffeq:METHOD"``, an `odeadv.TorchDiffEq`, or a dict of its arguments.
         t_end: length of a segment.
         mean, std: normalisation constants per image channel.
         generator: source of the initial weights; the global random state if not given.
@@ -106,15 +107,13 @@ class OdeNet(FieldNetwork):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(width=width, num_classes=num_classes, stages=stages, steps=steps)
-        check_statistics(mean, std)
-        if not isinstance(t_end, int | float) or not math.isfinite(t_end) or t_end <= 0:
-            raise ValueError(f"t_end: got {t_end!r}, expected a finite length of time above 0")
+        width, num_classes = integer("width", width), integer("num_classes", num_classes)
+        stages, steps = integer("stages", stages), integer("steps", steps)
         self.substep = read_substep(substep)
         self.width, self.num_classes = width, num_classes
-        self.t_end, self.steps = float(t_end), steps
+        self.t_end, self.steps = number("t_end", t_end, above=0.0), steps
         self.dt = self.t_end / steps
-        # In whole steps first, so that the ends are where the grid has them.
+        # Computed from whole steps, as the grid computes its times, so that both round alike.
         self.t_span = (0.0, self.dt * (stages * steps + stages - 1))
         self._config = {
             "name": "ode_net",
@@ -142,7 +141,7 @@ class OdeNet(FieldNetwork):
         initialise(self, generator)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Logits of ``images``, which lie in [0, 1].
+        """Return the logits of ``images``, which lie in [0, 1].
 
         Raises:
             odeadv.SolveError: if the state becomes NaN or infinite.
@@ -151,7 +150,7 @@ class OdeNet(FieldNetwork):
         return logits
 
     def dynamics(self, dt: float) -> Operator:
-        """The segments, each on a clock of its own, and the jumps between them."""
+        """Return the segments, each on its own clock, and the jumps between them."""
         if not self.jumps:
             return Operator(self.segments[0])
         pieces: list[Operator | Jump] = []
@@ -170,7 +169,7 @@ class OdeNet(FieldNetwork):
         return copy.deepcopy(self._config)
 
     def extra_repr(self) -> str:
-        """The arguments that made it."""
+        """Return the arguments that made it."""
         config = self._config
         return ", ".join(f"{name}={config[name]!r}" for name in ("steps", "substep", "t_end"))
 
@@ -187,7 +186,7 @@ def ode_net(
     std: Sequence[float] = CIFAR10_STD,
     generator: torch.Generator | None = None,
 ) -> OdeNet:
-    """An `OdeNet`; see there."""
+    """Return an `OdeNet`; its arguments are described there."""
     return OdeNet(
         width,
         num_classes,

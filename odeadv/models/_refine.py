@@ -5,40 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from odeadv.fields import AdversarialField, Operator
-from odeadv.models._network import (
-    FieldNetwork,
-    Loss,
-    adversarial_field,
-    check_sizes,
-    final_state,
-    plain_substep,
-    read_substep,
-)
+from odeadv.models._network import FieldNetwork, Loss, adversarial_field, final_state, plain_substep, read_substep
 from odeadv.splitting import TorchDiffEq
+from odeadv.support.checks import integer
 
 
 def refine(net: FieldNetwork, k: int, *, substep: str | TorchDiffEq | Mapping[str, Any] | None = None) -> Refined:
-    """``net`` re-solved with steps 1/k as long; see `Refined`."""
+    """Return ``net``, solved with k times as many steps; see `Refined`."""
     return Refined(net, k, substep=substep)
 
 
 class Refined(FieldNetwork):
-    """The equation of ``net`` with its own weights (not copies), solved with k steps where ``net`` takes one.
+    """The equation of ``net``, solved with k steps for each step of ``net``. The weights are shared, not copied.
 
-    For a `PreActResNet` dt = 1/k, block n acting on [n, n + 1] throughout; k = 1 is the network, bit for bit. Jumps
-    happen once. In training mode batch-norm statistics move with every evaluation, k times as often. Noise is the
-    diffusion term sigma dW of the equation: each of the k Euler steps adds std / sqrt(k) N(0, 1), so that its variance
-    over a unit of time is that of ``net``; at a jump it is that of the jump. Sub-steps of several stages draw it for
-    each of them. Whatever the batch norm makes of the states between is what the trained block makes of them.
+    A `PreActResNet` is solved with dt = 1/k, and block n acts on all of [n, n + 1]; k = 1 is the network, bit for bit.
+    A jump happens once. In training mode every evaluation moves the batch-norm statistics, so they move k times as
+    often. Noise is the diffusion term sigma dW of the equation: each of the k Euler steps adds std / sqrt(k) N(0, 1),
+    so the variance over a unit of time is that of ``net``. A jump has its own noise. A sub-step with several stages
+    draws noise for each stage. Batch norm sees states between the layers, on which its statistics were not measured.
 
     Args:
-        net: a `PreActResNet`, an `OdeNet`, or one refined already, whose factors multiply.
-        k: steps for each of the network's.
-        substep: what advances f within a step, as for `OdeNet`; that of ``net`` if not given.
+        net: a `PreActResNet`, an `OdeNet`, a wrapped network, or a refined one, whose factors multiply.
+        k: steps per step of the network.
+        substep: the method that advances f within a step, as for `OdeNet`; that of ``net`` if not given.
 
     Raises:
         TypeError, ValueError: naming ``net``, ``k`` or ``substep``.
@@ -52,8 +45,10 @@ class Refined(FieldNetwork):
     ) -> None:
         super().__init__()
         if not isinstance(net, FieldNetwork):
-            raise TypeError(f"net: got {type(net).__name__}, expected a PreActResNet or an OdeNet")
-        check_sizes(k=k)
+            raise TypeError(
+                f"net: got {type(net).__name__}, expected a network of odeadv.models, such as a PreActResNet"
+            )
+        k = integer("k", k)
         substep = net.substep if substep is None else read_substep(substep)
         if isinstance(net, Refined):
             k *= net.k
@@ -63,7 +58,7 @@ class Refined(FieldNetwork):
         self.training = net.training
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Logits of ``images``, which lie in [0, 1].
+        """Return the logits of ``images``, which lie in [0, 1].
 
         Raises:
             odeadv.SolveError: if the state becomes NaN or infinite.
@@ -72,18 +67,18 @@ class Refined(FieldNetwork):
         return logits
 
     def dynamics(self, dt: float) -> Operator:
-        """The field of the network."""
+        """Return the field of the network."""
         return self.net.dynamics(dt)
 
     def field(
         self,
-        images: Float[Tensor, "n 3 h w"],
-        labels: Int[Tensor, " n"],
+        images: Float[Tensor, "n *input"],
+        labels: Tensor,
         eta: float = 0.0,
         *,
         loss: Loss | None = None,
     ) -> AdversarialField:
-        """The field of the network with the finer steps; see `PreActResNet.field`."""
+        """Return the field of the network with the finer steps; see `FieldNetwork.field`."""
         return adversarial_field(self.net, images, labels, eta, loss, self.dt)
 
     @property
@@ -92,5 +87,5 @@ class Refined(FieldNetwork):
         return {"name": "refined", "net": self.net.config, "k": self.k, "substep": plain_substep(self.substep)}
 
     def extra_repr(self) -> str:
-        """The arguments that made it."""
+        """Return the arguments that made it."""
         return f"k={self.k}, substep={self.substep!r}"

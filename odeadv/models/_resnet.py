@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from odeadv.fields import Jump, Operator, Piecewise
 from odeadv.models._damping import Damping, DampingKind, make_damping
 from odeadv.models._layers import CIFAR10_MEAN, CIFAR10_STD, Stem, conv, initialise
-from odeadv.models._network import FieldNetwork, check_sizes, check_statistics
+from odeadv.models._network import ImageNetwork
 from odeadv.models._noise import NoiseKind, make_noise, noises_of, read_noise
+from odeadv.support.checks import integer
 
 
 class PreActBlock(nn.Module):
-    """x -> x + f(x), f = BN-ReLU-conv3x3-BN-ReLU-conv3x3; with stride or new channels, a projection of x + f(x).
+    """The block x -> x + f(x) with f = BN-ReLU-conv3x3-BN-ReLU-conv3x3.
 
-    The projection shortcut is BN-ReLU-conv1x1. Such a block is a jump between two ODE segments, not an ODE step.
+    With a stride or new channels the block is x -> p(x) + f(x) with the projection shortcut p = BN-ReLU-conv1x1. Such
+    a block is a jump between two ODE segments, not an ODE step.
 
     Args:
         channels_in, channels_out: channels before and after.
         stride: of the first convolution and the projection.
-        damping: takes the place of f by a field damped in x, see `odeadv.models.Damping`; not on a jump.
-        noise: standard deviation of the noise added to the sum in training; 0 for none.
-        noise_kind: whether that is ``"absolute"`` or ``"relative"`` to the sum's own.
+        damping: replaces f by a field damped in x, see `odeadv.models.Damping`; not allowed on a jump.
+        noise: standard deviation of the noise added to the sum in training; 0 means no noise.
+        noise_kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum.
     """
 
     def __init__(
@@ -58,17 +60,17 @@ class PreActBlock(nn.Module):
         self.noise = make_noise(*read_noise(noise, noise_kind))
 
     def residual(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """f(x), damped if the block is: the velocity of the state, but for noise, where the block is an ODE step."""
+        """Return f(x), damped if the block is. If the block is an ODE step, this is the velocity without noise."""
         y = self.conv1(F.relu(self.bn1(x), inplace=True))
         z: Tensor = self.conv2(F.relu(self.bn2(y), inplace=True))
         return z if self.damping is None else self.damping(z, x)
 
     def velocity(self, x: Float[Tensor, "n c h w"], dt: float = 1.0) -> Float[Tensor, "n c h w"]:
-        """`residual`, with the noise of one step of ``dt`` where there is noise."""
+        """Return `residual` plus, if there is noise, the noise of one step of ``dt``."""
         return self._noised(x, self.residual(x), dt)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """The next state."""
+        """Return the next state."""
         y: Tensor = x if self.shortcut is None else self.shortcut(x)
         return y + self._noised(y, self.residual(x), 1.0)
 
@@ -79,27 +81,27 @@ class PreActBlock(nn.Module):
         return f + noise
 
 
-class PreActResNet(FieldNetwork):
-    """Pre-activated ResNet: a stem, three stages of n blocks, and a head; images in [0, 1] to logits.
+class PreActResNet(ImageNetwork):
+    """A pre-activated ResNet: a stem, three stages of n blocks, and a head; images in [0, 1] to logits.
 
     ``head(blocks(stem(images)))`` is ``net(images)`` exactly; block ``k`` is the step from t = k to k + 1.
 
     Args:
-        depth: 6n + 2, counting the stem, two convolutions a block and the linear layer.
+        depth: 6n + 2: the stem, two convolutions per block and the linear layer.
         width: channels of the first stage; the later ones have 2 and 4 times as many.
         num_classes: number of logits.
         mean, std: normalisation constants per image channel.
-        damping: ``"damp"`` (In-ResNet) or ``"lambda-damp"`` (lambda-In-ResNet) of all blocks but the first and the
-            two jumps (Yang et al. 2020, see `odeadv.models.Damping`).
-        noise: standard deviation of Gaussian noise added after every residual sum while training (Wang et al. 2019,
-            see `odeadv.models.Noise`); True for 0.1.
+        damping: ``"damp"`` (In-ResNet) or ``"lambda-damp"`` (lambda-In-ResNet) of all blocks except the first and
+            the two jumps (Yang et al. 2020, see `odeadv.models.Damping`).
+        noise: standard deviation of Gaussian noise added after every residual sum in training (Wang et al. 2019,
+            see `odeadv.models.Noise`); True means 0.1.
         noise_kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum.
         generator: source of the initial weights; the global random state if not given. The weights do not depend
-            on ``damping``, whose scalars are drawn last.
+            on ``damping``: its scalars are drawn last.
 
     Raises:
-        TypeError: if an integer is asked for and not given.
-        ValueError: if ``depth`` is not 6n + 2, ``width`` or ``num_classes`` is below 1, or a name is not known.
+        TypeError: if ``depth``, ``width`` or ``num_classes`` is not an integer.
+        ValueError: if ``depth`` is not 6n + 2, ``width`` or ``num_classes`` is below 1, or a name is unknown.
     """
 
     def __init__(
@@ -116,17 +118,15 @@ class PreActResNet(FieldNetwork):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not all(isinstance(value, int) for value in (depth, width, num_classes)):
-            raise TypeError(f"depth, width, num_classes: got {depth!r}, {width!r}, {num_classes!r}, expected integers")
-        check_statistics(mean, std)
+        depth, width = integer("depth", depth), integer("width", width)
+        num_classes = integer("num_classes", num_classes)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, ..., 56, ...")
-        check_sizes(width=width, num_classes=num_classes)
         make_damping(damping)
         if damping is not None and depth < 14:
             raise ValueError(
-                f"damping: got {damping!r} for depth {depth}, which has no block to damp (the first one and those that "
-                "change the state's shape never are); expected depth 14 or more"
+                f"damping: got {damping!r} for depth {depth}, expected depth 14 or more: the first block and "
+                "blocks that change the state's shape are never damped, and this network has no others"
             )
         strength, noise_kind = read_noise(noise, noise_kind)
         self.depth, self.width, self.num_classes = depth, width, num_classes
@@ -175,7 +175,7 @@ class PreActResNet(FieldNetwork):
                 module.initialise(generator)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Logits of ``images``, which lie in [0, 1]."""
+        """Return the logits of ``images``, which lie in [0, 1]."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
@@ -183,11 +183,11 @@ class PreActResNet(FieldNetwork):
         return logits
 
     def dynamics(self, dt: float) -> Operator:
-        """Block k on [k, k + 1], for steps of ``dt``."""
+        """Return the field of which block k acts on [k, k + 1], for steps of ``dt``."""
         return Piecewise([_piece(block, dt) for block in self.blocks], range(len(self.blocks) + 1))
 
     def noisy_inference(self, on: bool = True) -> PreActResNet:
-        """Switch the noise in evaluation mode on or off; returns the network.
+        """Switch the noise in evaluation mode on or off, and return the network.
 
         Raises:
             ValueError: if the network was made without noise.
@@ -202,7 +202,7 @@ class PreActResNet(FieldNetwork):
         return copy.deepcopy(self._config)
 
     def extra_repr(self) -> str:
-        """The arguments that made it."""
+        """Return the arguments that made it."""
         shown = f"depth={self.depth}, width={self.width}, num_classes={self.num_classes}"
         damping, noise, kind = (self._config[name] for name in ("damping", "noise", "noise_kind"))
         shown += f", damping={damping!r}" if damping else ""
@@ -228,7 +228,7 @@ def preact_resnet(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """A `PreActResNet`; see there."""
+    """Return a `PreActResNet`; its arguments are described there."""
     return PreActResNet(
         depth,
         width,
@@ -252,7 +252,7 @@ def resnet20(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """`preact_resnet` of depth 20 and width 16."""
+    """Return a `preact_resnet` of depth 20 and width 16."""
     return PreActResNet(
         20,
         16,
@@ -276,7 +276,7 @@ def resnet56(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """`preact_resnet` of depth 56 and width 16: 27 blocks, the paper's network."""
+    """Return a `preact_resnet` of depth 56 and width 16: 27 blocks, the paper's network."""
     return PreActResNet(
         56,
         16,
