@@ -521,6 +521,20 @@ class TestLoadArguments:
 
 
 class TestImageDataset:
+    def test_resized_takes_the_mean_of_areas(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (5, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        data = ImageDataset("mine", "here", pixels, torch.arange(5) % 2, pixels[:2], torch.arange(2), 2, False)
+        small = data.resized(8)
+        exact = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2).double(), 4).permute(0, 2, 3, 1)
+        assert torch.equal(small.train_images, (exact + 0.5).floor().to(torch.uint8))
+        assert small.test_images.shape == (2, 8, 8, 3)
+        assert torch.equal(small.train_labels, data.train_labels)
+        assert small.fingerprint() != data.fingerprint()
+        assert torch.equal(data.resized(32).train_images, pixels)
+        with pytest.raises(ValueError, match="size: got 12, expected a divisor of height and width, 32 and 32"):
+            data.resized(12)
+
     def test_cifar_statistics_are_the_published_ones(self) -> None:
         toy = dataset([0, 1], [0], 10, name="cifar10")
         assert toy.mean == (0.4914, 0.4822, 0.4465)

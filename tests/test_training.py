@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odeadv import attacks
-from odeadv.data import Batches, ImageDataset
+from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.models import ode_net, preact_resnet
+from odeadv.support.plain import key
 from odeadv.training import (
     CheckpointWarning,
     Draws,
@@ -19,6 +20,7 @@ from odeadv.training import (
     Natural,
     Objective,
     Passed,
+    Penalty,
     Pgd,
     Trades,
     TrainConfig,
@@ -491,6 +493,230 @@ def test_an_objective_of_ones_own_goes_with_every_defence():
     train(tiny_net(), tiny_data(), config(objective=LogitDecay(), defence=LAD))
 
 
+class TestStrength:
+    """s = L_LAD / L - 1, and its first order eta sum |a_n|^2 / L."""
+
+    def epoch(self, defence, accumulate: int = 1, **changes):
+        """One step without a learning rate: what is recorded is of the weights at the beginning."""
+        data = changes.pop("data", tiny_data(8))
+        settings = config(lr=0.0, epochs=1, augment="none", defence=defence, accumulate=accumulate, **changes)
+        return train(tiny_net(), data, settings).epochs[0]
+
+    def batch(self):
+        """The one batch of an epoch of 8 images, in the order of seed 0."""
+        data = tiny_data(8)
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+        return to_float(data.train_images[order]), data.train_labels[order]
+
+    @pytest.mark.parametrize("eta", [0.01, 2.0])
+    def test_lad_s_rise_of_the_loss_is_recorded_with_its_first_order(self, eta):
+        images, labels = self.batch()
+        a = costates_by_hand(tiny_net(), images, labels)
+        plain = F.cross_entropy(tiny_net().train()(images), labels).item()
+        driven = lad_by_hand(tiny_net().train(), images, labels, eta).item()
+        found = self.epoch(Layerwise("lie", eta))
+        assert found.strength == pytest.approx(driven / plain - 1, rel=1e-3)
+        nodes = [0.0, *(eta * node.square().sum().item() / plain for node in a[1:])]
+        assert found.strength_nodes == pytest.approx(nodes, rel=1e-4)
+        assert found.strength_first_order == pytest.approx(sum(nodes), rel=1e-4)
+        assert found.eta == eta
+
+    @pytest.mark.parametrize("scheme", ["lie", "strang", "strang-symmetric"])
+    def test_the_first_order_is_the_derivative_of_the_rise(self, scheme):
+        images, labels = batch(dtype=torch.float64)
+
+        def passed(eta):
+            return Layerwise(scheme, eta)(tiny_net().double().train(), images, labels)
+
+        strength = passed(1e-4).strength
+        rise = (strength.defended - strength.plain).item()
+        assert strength.nodes.sum().item() == pytest.approx(rise, rel=1e-2)
+
+    def test_x_0_alone_has_all_of_the_strength(self):
+        found = self.epoch(Layerwise("lie", 0.01, perturbation="input"))
+        assert found.strength_nodes[0] == found.strength_first_order > 0
+        assert found.strength == pytest.approx(found.strength_first_order, rel=0.05)
+
+    def test_random_directions_state_the_strength_of_costates_of_their_norm_and_raise_less(self):
+        lad, random = (self.epoch(Layerwise("lie", 0.1, perturbation=kind)) for kind in ("costate", "random"))
+        assert random.strength_first_order == pytest.approx(lad.strength_first_order, rel=1e-3)
+        assert abs(random.strength) < 0.5 * lad.strength
+
+    def test_without_a_defence_the_strength_is_zero(self):
+        for defence in (Undefended(), Layerwise("lie", 0.0)):
+            found = self.epoch(defence)
+            assert (found.strength, found.strength_first_order, found.strength_nodes) == (0.0, 0.0, ())
+
+    def test_micro_batches_have_the_strength_of_the_whole_batch(self):
+        images, labels = batch(8)
+        net = ode_net(width=4, num_classes=3, steps=2, generator=torch.Generator().manual_seed(0))
+        whole = Layerwise("strang", 0.5)(net, images, labels).strength
+        parts = [Layerwise("strang", 0.5)(net, images[i : i + 2], labels[i : i + 2], share=0.25) for i in (0, 2, 4, 6)]
+        nodes = sum(part.strength.nodes for part in parts) / 4
+        assert torch.allclose(nodes, whole.nodes, rtol=1e-4)
+
+    def test_recording_the_strength_adds_no_pass(self):
+        net, images, labels = tiny_net().train(), *batch()
+        calls = []
+        net.blocks[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+        Layerwise("lie", 2.0)(net, images, labels)
+        assert len(calls) == 2
+
+    @pytest.mark.parametrize("objective", [Pgd(steps=1), Trades(steps=1)])
+    def test_adversarial_objectives_record_the_strength_of_their_defended_pass(self, objective):
+        found = self.epoch(Layerwise("lie", 0.01), objective=objective)
+        assert found.strength == pytest.approx(found.strength_first_order, rel=0.05)
+        assert found.strength > 0
+
+    def test_an_objective_of_the_user_s_own_has_it_too(self):
+        assert self.epoch(Layerwise("lie", 0.01), objective=LogitDecay()).strength > 0
+
+    @pytest.mark.parametrize("defence", [Layerwise("strang", strength=0.05), Penalty(strength=0.05)])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_eta_is_chosen_for_a_strength_on_the_first_batches(self, defence, accumulate):
+        found = self.epoch(defence, accumulate)
+        assert found.strength_first_order == pytest.approx(0.05, rel=1e-4)
+        same = self.epoch(defence.with_eta(found.eta), accumulate)
+        assert replace(found, seconds=0.0) == replace(same, seconds=0.0)
+
+    def test_a_chosen_eta_changes_nothing_else_of_a_run(self):
+        nets = [tiny_net(noise=0.05) for _ in range(2)]
+        chosen = train(nets[0], tiny_data(), config(defence=Layerwise("lie", strength=0.1))).epochs
+        given = train(nets[1], tiny_data(), config(defence=Layerwise("lie", chosen[0].eta))).epochs
+        assert [epoch.loss for epoch in chosen] == [epoch.loss for epoch in given]
+        assert all(
+            torch.equal(a, b) for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True)
+        )
+
+    def test_a_strength_needs_a_training_to_choose_eta_in(self):
+        with pytest.raises(ValueError, match=r"^strength: got 0\.05 in a single pass, .*with_eta"):
+            Layerwise(strength=0.05)(tiny_net(), *batch())
+
+    def test_warm_up_raises_eta_step_by_step(self):
+        etas = []
+
+        @dataclass(frozen=True)
+        class Spy(Layerwise, name="test-spy"):
+            def __call__(self, *arguments, **keywords):
+                etas.append(self.eta)
+                return super().__call__(*arguments, **keywords)
+
+        epochs = train(tiny_net(), tiny_data(), config(epochs=3, defence=Spy("lie", 2.0, warmup=2))).epochs
+        assert etas == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]  # two steps an epoch
+        assert [epoch.eta for epoch in epochs] == [1.0, 2.0, 2.0]
+
+    def test_the_defaults_leave_the_names_of_runs_as_they_were(self):
+        # The keys of odeadv 1.0, which records and checkpoints carry.
+        assert key(TrainConfig(defence=Layerwise("strang"), objective=Pgd())) == "b7e3b9446b609d5f"
+
+
+class TestPenalty:
+    def by_hand(self, net, images, labels, eta):
+        xs = [net.stem(images)]
+        for block in net.blocks:
+            xs.append(block(xs[-1]))
+        loss = F.cross_entropy(net.head(xs[-1]), labels)
+        nodes = torch.autograd.grad(loss, xs[1:], create_graph=True)
+        return loss + 0.5 * eta * sum(node.square().sum() for node in nodes)
+
+    def test_it_is_the_penalised_loss_and_its_gradient_goes_through_the_costate(self):
+        images, labels = batch(dtype=torch.float64)
+        nets = [tiny_net().double().train() for _ in range(2)]
+        passed = Penalty(eta=2.0)(nets[0], images, labels)
+        expected = self.by_hand(nets[1], images, labels, 2.0)
+        assert passed.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+        passed.loss.backward()
+        expected.backward()
+        for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-7, atol=1e-12), name
+        plain = tiny_net().double().train()
+        F.cross_entropy(plain(images), labels).backward()
+        assert not torch.allclose(plain.stem.conv.weight.grad, nets[0].stem.conv.weight.grad, rtol=1e-3)
+        for (name, a), b in zip(nets[0].named_buffers(), plain.buffers(), strict=True):
+            assert torch.allclose(a, b), name  # statistics are updated once
+
+    def test_lad_is_the_penalty_to_first_order(self):
+        """The fact the control is there for: the two gradients agree up to O(eta^2)."""
+        images, labels = batch(dtype=torch.float64)
+        eta = 1e-4
+        gradients = []
+        for defence in (Layerwise("lie", eta), Penalty(eta)):
+            net, plain = tiny_net().double().train(), tiny_net().double().train()
+            F.cross_entropy(plain(images), labels).backward()
+            passed = defence(net, images, labels)
+            passed.loss.backward()
+            gradients.append(
+                torch.cat(
+                    [(a.grad - b.grad).flatten() for a, b in zip(net.parameters(), plain.parameters(), strict=True)]
+                )
+            )
+        assert F.cosine_similarity(*gradients, dim=0) > 0.9999
+        assert gradients[0].norm() == pytest.approx(gradients[1].norm().item(), rel=1e-2)
+
+    def test_its_strength_is_that_of_lad(self):
+        images, labels = batch()
+        penalty, lad = (
+            defence(tiny_net().train(), images, labels).strength for defence in (Penalty(0.5), Layerwise("lie", 0.5))
+        )
+        assert torch.allclose(penalty.nodes, lad.nodes, rtol=1e-4)
+        assert penalty.defended.item() == pytest.approx((penalty.plain + penalty.nodes.sum()).item())
+
+    @pytest.mark.parametrize("objective", [Natural(), Pgd(steps=1), Trades(steps=1)])
+    def test_it_trains_with_every_objective(self, objective):
+        found = train(tiny_net(), tiny_data(), config(objective=objective, defence=Penalty(2.0))).epochs
+        assert all(epoch.strength > 0 for epoch in found)
+
+    def test_micro_batches_have_the_gradient_of_the_whole(self):
+        images, labels = batch(8)
+        nets = [ode_net(width=4, num_classes=3, steps=2, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+        Penalty(20.0)(nets[0], images, labels).loss.backward()
+        for i in (0, 4):
+            (Penalty(20.0)(nets[1], images[i : i + 4], labels[i : i + 4], share=0.5).loss / 2).backward()
+        # The square of the batch's costate has no products between images, so parts add up exactly.
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("augment", "flip", "pad"), [("crop-flip", True, 4), ("crop", False, 4), ("flip", True, 0), ("none", None, None)]
+)
+def test_augmentation_is_a_choice(augment, flip, pad, monkeypatch):
+    """Training sees the batches that `Batches` makes with these arguments."""
+    data = replace(tiny_data(8), flip=True)
+    seen = []
+
+    @dataclass(frozen=True)
+    class Looking(Objective, name=f"test-looking-{augment}"):
+        def __call__(self, step):
+            seen.append(step.images.clone())
+            return step.defended(step.images)
+
+    train(tiny_net(), data, config(objective=Looking(), augment=augment, epochs=1))
+    arguments = {"augment": False} if pad is None else {"augment": True, "flip": flip, "pad": pad}
+    generator = torch.Generator().manual_seed(0)
+    batches = Batches(
+        data.train_images, data.train_labels, batch_size=8, shuffle=True, generator=generator, **arguments
+    )
+    assert all(torch.equal(a, b) for a, (b, _) in zip(seen, batches, strict=True))
+
+
+def test_validation_attacks_with_the_eps_that_is_trained_on(monkeypatch):
+    used = []
+    real = attacks.ifgsm
+
+    def spy(net, x, y, **arguments):
+        used.append(arguments)
+        return real(net, x, y, **arguments)
+
+    monkeypatch.setattr(attacks, "ifgsm", spy)
+    data = tiny_data()
+    train(
+        tiny_net(), data, config(objective=Pgd(eps=4 / 255, alpha=1 / 255, steps=1), epochs=1, milestones=()),
+        validation=(data.test_images, data.test_labels),
+    )  # fmt: skip
+    assert used[-1] == {"eps": 4 / 255, "alpha": 1 / 255, "steps": 10}
+
+
 def test_learning_rate_schedule_is_the_papers():
     paper = TrainConfig()
     assert [paper.learning_rate(epoch) for epoch in (0, 79, 80, 119, 120, 159)] == pytest.approx(
@@ -513,6 +739,10 @@ def test_learning_rate_schedule_is_the_papers():
         (lambda: Layerwise("lie", sweeps=0), "^sweeps: got 0"),
         (lambda: Layerwise("lie", sweeps=1.5), r"^sweeps: got 1\.5, expected an integer"),
         (lambda: Layerwise("lie", ascent=2.5), r"^ascent: got 2\.5"),
+        (lambda: Layerwise("lie", strength=0.0), "^strength: got 0, expected a finite number, above 0"),
+        (lambda: Layerwise("lie", warmup=-1), "^warmup: got -1, expected an integer, at least 0"),
+        (lambda: Penalty(-1.0), "^eta: got -1"),
+        (lambda: config(augment="mirror"), "^augment: got 'mirror', expected one of 'crop-flip'"),
         (lambda: config(milestones=80), "^milestones: got 80, expected a list"),
         (lambda: config(seed=2**70), "^seed: got"),
         (lambda: Pgd(eps=-1.0), "^eps: got -1"),

@@ -77,7 +77,7 @@ class ImageDataset:
 
     @property
     def mean(self) -> Channels:
-        """Mean of each channel with pixels in [0, 1]: published for CIFAR, else measured on ``train_images``."""
+        """Mean of each channel, pixels in [0, 1]: published for CIFAR of any size, else of ``train_images``."""
         return self._moments[0]
 
     @property
@@ -120,6 +120,26 @@ class ImageDataset:
             train_labels=self.train_labels[kept_train],
             test_images=self.test_images[kept_test],
             test_labels=self.test_labels[kept_test],
+        )
+
+    def resized(self, size: int) -> ImageDataset:
+        """Return the same samples at ``size`` x ``size`` pixels, each the mean of an area, rounded to nearest.
+
+        Args:
+            size: the new height and width; it divides the old ones.
+
+        Raises:
+            TypeError, ValueError: ``size`` is not an int that divides height and width.
+        """
+        size = integer("size", size)
+        height, width = self.train_images.shape[1:3]
+        if height % size or width % size:
+            raise ValueError(f"size: got {size}, expected a divisor of height and width, {height} and {width}")
+        rows, columns = height // size, width // size
+        return replace(
+            self,
+            train_images=_shrunk(self.train_images, rows, columns),
+            test_images=_shrunk(self.test_images, rows, columns),
         )
 
     def without_validation(self, count: int) -> tuple[ImageDataset, tuple[Tensor, Tensor]]:
@@ -170,6 +190,15 @@ class ImageDataset:
             digest.update(str(tuple(part.shape)).encode())
             digest.update(part.cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+def _shrunk(images: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the means over blocks of ``rows`` x ``columns`` pixels; integers, so that no float copy is made."""
+    n, height, width, channels = images.shape
+    blocks = images.view(n, height // rows, rows, width // columns, columns, channels)
+    area = rows * columns
+    sums = blocks.sum((2, 4), dtype=torch.int32)
+    return ((2 * sums + area) // (2 * area)).to(torch.uint8).contiguous()
 
 
 def _channel_moments(pixels: Tensor) -> tuple[float, float]:

@@ -7,10 +7,11 @@ in `objectives` or `defences`. Uses the solver, diagnostics, models, attacks and
 
 from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
-from odeadv.training._defences import Layerwise, Perturbation, Undefended
+from odeadv.training._defences import Layerwise, Penalty, Perturbation, Undefended
 from odeadv.training._distributed import make_fabric
 from odeadv.training._objectives import Natural, Pgd, Trades
 from odeadv.training._step import Defence, Draws, Objective, Passed, Step
+from odeadv.training._strength import Strength
 from odeadv.training._train import EpochResult, TrainingDiverged, TrainResult, train
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "Natural",
     "Objective",
     "Passed",
+    "Penalty",
     "Perturbation",
     "Pgd",
     "Step",
+    "Strength",
     "Trades",
     "TrainConfig",
     "TrainResult",

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from odeadv.support.checks import choice
 from odeadv.support.plain import with_floats
 from odeadv.training._defences import Undefended
 from odeadv.training._objectives import Natural
@@ -28,6 +29,8 @@ class TrainConfig:
         milestones: epochs after which the learning rate is divided by 10.
         momentum: of SGD.
         weight_decay: of SGD, on all parameters.
+        augment: how training images are varied: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror), ``"crop"``,
+            ``"flip"``, or ``"none"``. Images are only mirrored if the data set allows it.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
         channels_last: memory layout of images and weights; changes speed, and results by rounding only.
         sync_batchnorm: with several processes, take batch statistics over all of them.
@@ -54,6 +57,7 @@ class TrainConfig:
     compile: bool = False
     stop_above: float = 1e3
     seed: int = 0
+    augment: Literal["crop-flip", "crop", "flip", "none"] = "crop-flip"
 
     def __post_init__(self) -> None:
         with_floats(self)
@@ -78,6 +82,7 @@ class TrainConfig:
             raise ValueError(f"stop_above: got {self.stop_above}, expected a number above 0")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
+        choice("augment", self.augment, ("crop-flip", "crop", "flip", "none"))
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
         if self.milestones and max(self.milestones) > self.epochs:

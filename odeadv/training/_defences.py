@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +12,10 @@ from torch import Tensor
 from odeadv.models import Network
 from odeadv.solver import solve
 from odeadv.splitting import schemes
+from odeadv.support.checks import integer, number
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
+from odeadv.training._strength import Strength, first_order, watch_loss
 
 Perturbation = Literal["costate", "random", "shuffled", "input"]
 
@@ -35,6 +36,9 @@ class Layerwise(Defence, name="layerwise"):
             of one segment are nearly parallel), costates ``"shuffled"`` across the micro-batch, or the
             costate at the ``"input"`` alone: x_0 + eta a_0, then the plain network (by the adjoint of Lie, which
             takes G first; LAD itself never perturbs x_0).
+        strength: choose eta so that the first-order rise of the loss, eta sum |a_n|^2 / L, is this number on the
+            first batches of a training. ``eta`` is then not used; the results of the epochs state the chosen one.
+        warmup: epochs over which eta rises linearly, step by step, from 0 to its value.
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -45,12 +49,13 @@ class Layerwise(Defence, name="layerwise"):
     sweeps: int | Literal["converge"] = 1
     ascent: int | None = None
     perturbation: Perturbation = "costate"
+    strength: float | None = None
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         with_floats(self)
         object.__setattr__(self, "scheme", schemes.get(self.scheme).name)  # an alias is the same run
-        if not math.isfinite(self.eta) or self.eta < 0:
-            raise ValueError(f"eta: got {self.eta}, expected a finite number, at least 0")
+        _check_strength(self)
         if self.sweeps != "converge" and not _is_count(self.sweeps):
             raise ValueError(f"sweeps: got {self.sweeps!r}, expected an integer of at least 1, or 'converge'")
         if self.ascent is not None and (not _is_count(self.ascent) or self.sweeps != 1):
@@ -74,22 +79,51 @@ class Layerwise(Defence, name="layerwise"):
                 f"sweeps: got 'converge' with perturbation={self.perturbation!r}, which has no fixed point"
             )
 
-    def __call__(self, net: Network, images: Tensor, labels: Tensor, *, share: float, draws: Draws) -> Passed:
-        """Loss and logits of the perturbed pass."""
+    def __call__(
+        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+    ) -> Passed:
+        """Return loss, logits and strength of the perturbed pass.
+
+        ``passed = Layerwise("strang", eta=50.0)(net, images, labels); passed.loss.backward()`` is a step of a loop of
+        your own. Without ``draws``, random perturbations come from torch's global random state.
+
+        Raises:
+            ValueError: if ``strength`` is set; `train` chooses eta from it, and so does `with_eta`.
+        """
+        _check_chosen(self)
+        drawn = Draws.fresh(len(images)) if draws is None else draws
         scheme = schemes.get(self.scheme)
-        field = net.field(images, labels, self.eta * share)
+        if self.perturbation == "input":
+            scheme = scheme.adjoint()
+        eta = self.eta * share
+        field = net.field(images, labels, eta)
+        losses = watch_loss(field)
         if self.perturbation != "costate":
-            field = field.transformed(lambda nodes: _instead(self.perturbation, nodes, draws))
+            field = field.transformed(lambda nodes: _instead(self.perturbation, nodes, drawn))
         recordings = {"ascent": self.ascent} if self.ascent is not None else {"sweeps": self.sweeps}
-        solution = solve(
-            field,
-            scheme=scheme.adjoint() if self.perturbation == "input" else scheme,
-            **recordings,
-            **net.solve_options,
-        )
+        solution = solve(field, scheme=scheme, **recordings, **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None
-        return Passed(solution.loss, solution.output)
+        if eta == 0.0:
+            return Passed(solution.loss, solution.output, Strength.none(solution.loss))
+        costate = solution.costate
+        nodes = first_order(costate.nodes, costate.grid, scheme, eta, self.ascent or 1)
+        return Passed(solution.loss, solution.output, Strength(losses[0], solution.loss.detach(), nodes))
+
+
+def _check_strength(defence: Layerwise | Penalty) -> None:
+    number("eta", defence.eta, least=0)
+    integer("warmup", defence.warmup, least=0)
+    if defence.strength is not None:
+        object.__setattr__(defence, "strength", number("strength", defence.strength, above=0))
+
+
+def _check_chosen(defence: Layerwise | Penalty) -> None:
+    if defence.strength is not None:
+        raise ValueError(
+            f"strength: got {defence.strength:g} in a single pass, expected None; odeadv.training.train chooses eta "
+            "from the first batches, and with_eta(eta) sets one"
+        )
 
 
 def _is_count(value: object) -> bool:
@@ -123,9 +157,55 @@ class Undefended(Defence, name="none"):
 
     active = False
 
-    def __call__(self, net: Network, images: Tensor, labels: Tensor, *, share: float, draws: Draws) -> Passed:
-        """Loss and logits of the plain pass."""
+    def __call__(
+        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+    ) -> Passed:
+        """Return loss and logits of the plain pass."""
         solution = solve(net.field(images, labels), **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None
-        return Passed(solution.loss, solution.output)
+        return Passed(solution.loss, solution.output, Strength.none(solution.loss))
+
+
+@dataclass(frozen=True)
+class Penalty(Defence, name="penalty"):
+    """L + (eta/2) sum_{n >= 1} |a_n|^2 with a_n = dL/dx_n, differentiated through the costate (double backward).
+
+    The explicit form of what LAD does to first order in eta, at the price of second derivatives: a control.
+
+    Attributes:
+        eta: as for `Layerwise`: the same eta is the same strength eta sum |a_n|^2 / L.
+        strength, warmup: as for `Layerwise`.
+
+    Raises:
+        ValueError: naming the attribute that is out of range.
+    """
+
+    eta: float = 50.0
+    strength: float | None = None
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        with_floats(self)
+        _check_strength(self)
+
+    def __call__(
+        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+    ) -> Passed:
+        """Return the penalised loss, the logits of the plain pass and the strength.
+
+        Raises:
+            ValueError: if ``strength`` is set; see `Layerwise`.
+        """
+        _check_chosen(self)
+        # The plain pass updates statistics; the recording, made when it is asked for, keeps its graph and does not.
+        solution = solve(net.field(images, labels), differentiate_costate=True, **net.solve_options)
+        assert solution.loss is not None
+        assert solution.output is not None
+        eta = self.eta * share
+        if eta == 0.0:
+            return Passed(solution.loss, solution.output, Strength.none(solution.loss))
+        squares = torch.stack([node.square().sum() for node in solution.costate.nodes[1:]])
+        plain, rises = solution.loss.detach(), eta * squares.detach()
+        strength = Strength(plain, plain + rises.sum(), torch.cat([rises.new_zeros(1), rises]))
+        return Passed(solution.loss + 0.5 * eta * squares.sum(), solution.output, strength)

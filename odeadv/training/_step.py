@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from odeadv.models import FieldNetwork, Network
 from odeadv.support.plain import Choice
+from odeadv.training._strength import Strength
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,12 @@ class Passed:
     Attributes:
         loss: scalar, averaged over the batch.
         logits: (n, classes), of the pass that accuracy is counted on.
+        strength: of the defence in this pass, if the defence says it.
     """
 
     loss: Tensor
     logits: Tensor
+    strength: Strength | None = None
 
 
 class Draws:
@@ -43,6 +48,11 @@ class Draws:
         digest = hashlib.sha256(f"odeadv draws {seed} {step}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self._rows, self._total = rows, total
+
+    @classmethod
+    def fresh(cls, total: int) -> Draws:
+        """Return the draws of a whole batch of ``total`` rows, seeded from torch's global random state."""
+        return cls(int(torch.randint(2**62, ())), 0, slice(0, total), total)
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform on [0, 1), of the shape, dtype and device of ``like``, whose first axis are the rows."""
@@ -67,8 +77,21 @@ class Defence(Choice):
 
     #: Whether the pass differs from the plain one; TRADES adds a term of its own only then.
     active: bool = True
+    #: Strength of the perturbation; 0 for a defence that has none.
+    eta: float = 0.0
+    #: If set, training chooses eta from it on its first batches; see `Layerwise`.
+    strength: float | None = None
+    #: Epochs over which training raises eta to its value.
+    warmup: int = 0
 
-    def __call__(self, net: Network, images: Tensor, labels: Tensor, *, share: float, draws: Draws) -> Passed:
+    def with_eta(self, eta: float) -> Defence:
+        """Return the same defence with this eta, chosen and warmed up."""
+        changed: Any = dataclasses.replace(self, eta=eta, strength=None, warmup=0)  # type: ignore[type-var]
+        return changed  # type: ignore[no-any-return]
+
+    def __call__(
+        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+    ) -> Passed:
         """Loss and logits of the defended pass.
 
         Args:
@@ -112,6 +135,7 @@ class Step:
         draws: the step's random numbers.
         share: see `Defence`.
         seen: the images that diagnostics look at: of the last defended pass or attack; by default ``images``.
+        strength: of the last defended pass.
         attacked_net: the network as attacks run it (compiled, if that was asked for).
     """
 
@@ -122,6 +146,7 @@ class Step:
     draws: Draws
     share: float = 1.0
     seen: Tensor | None = None
+    strength: Strength | None = None
     attacked_net: nn.Module | None = None
 
     @property
@@ -137,7 +162,9 @@ class Step:
     def defended(self, images: Tensor) -> Passed:
         """Loss (mean cross-entropy with ``labels``) and logits of the defended pass."""
         self.seen = images
-        return self.defence(self.net, images, self.labels, share=self.share, draws=self.draws)
+        passed = self.defence(self.net, images, self.labels, share=self.share, draws=self.draws)
+        self.strength = passed.strength
+        return passed
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
         """Mean cross-entropy of ``logits`` with the labels, in at least float32."""
@@ -158,13 +185,15 @@ class StepModule(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net
-        self._objective, self._defence = objective, defence
+        self._objective, self.defence = objective, defence
         self.__dict__["_attacked"] = attacked  # not a submodule: its parameters are those of net
         self.seen: tuple[Tensor, Tensor] | None = None
+        self.strength: Strength | None = None
 
     def forward(self, images: Tensor, labels: Tensor, draws: Draws, share: float) -> tuple[Tensor, Tensor]:
         """Loss and detached logits of a step."""
-        step = Step(self.net, images, labels, self._defence, draws, share, attacked_net=self.__dict__["_attacked"])
+        step = Step(self.net, images, labels, self.defence, draws, share, attacked_net=self.__dict__["_attacked"])
         passed = self._objective(step)
+        self.strength = step.strength if self.defence.active else Strength.none(passed.loss)
         self.seen = (images if step.seen is None else step.seen).detach(), labels
         return passed.loss, passed.logits.detach()

@@ -23,18 +23,21 @@ from odeadv.diagnostics import Perturbation, perturbation
 from odeadv.models import FieldNetwork, Network
 from odeadv.solver import SolveError
 from odeadv.support.digests import data_digest
-from odeadv.support.isolation import untouched
+from odeadv.support.isolation import untouched, without_effects
 from odeadv.support.plain import identity as essential
 from odeadv.support.precision import warn_of_imitated_bf16
 from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import make_fabric, rows_of, synchronise_batch_norm
-from odeadv.training._step import Draws, StepModule
+from odeadv.training._step import Defence, Draws, StepModule
+from odeadv.training._strength import EpochStrength
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-VALIDATION_ATTACK = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10}
+VALIDATION_STEPS = 10
+#: Batches that eta is chosen on; their mean differs by a few percent from that of an epoch's.
+CALIBRATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,12 @@ class EpochResult:
             last one, scaled to the loss averaged over the batch); None if not finite.
         relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
         validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
-            objectives (IFGSM-10 at 8/255).
+            objectives (IFGSM-10 at the eps of the objective, with steps of a quarter of it).
+        strength: s, the relative rise of the loss that the perturbation makes, L_LAD / L - 1; None if the defence
+            does not say it. For `Penalty` it is ``strength_first_order``, which is the same unit.
+        strength_first_order: its first order, eta sum |a_n|^2 / L.
+        strength_nodes: the shares of ``strength_first_order`` by node, x_0 first.
+        eta: the defence's eta in the last step of the epoch, as chosen from a strength and warmed up.
     """
 
     epoch: int
@@ -62,6 +70,10 @@ class EpochResult:
     ratio: float | None = None
     relative: tuple[float, ...] = ()
     validation: dict[str, float] | None = None
+    strength: float | None = None
+    strength_first_order: float | None = None
+    strength_nodes: tuple[float, ...] = ()
+    eta: float = 0.0
 
 
 @dataclass
@@ -168,8 +180,9 @@ class _Run:
             data.train_labels,
             batch_size=config.batch_size,
             shuffle=True,
-            augment=True,
-            flip=data.flip,
+            augment=config.augment != "none",
+            flip=data.flip and "flip" in config.augment,
+            pad=4 if "crop" in config.augment else 0,
             drop_last=True,
             generator=self.generator,
             device=fabric.device,
@@ -197,6 +210,8 @@ class _Run:
         self.done = 0  # steps of the current epoch
         self.loss_sum = torch.zeros((), device=fabric.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
+        self.strength_sum: Tensor | None = None  # of `Strength.flat` over the steps; its length is the network's
+        self.eta: float | None = None if config.defence.strength is not None else config.defence.eta
         self.seconds = 0.0  # of the current epoch, before it was interrupted
         self.order_state = self.generator.get_state()
 
@@ -210,6 +225,8 @@ class _Run:
             for result in self.result.epochs:
                 on_epoch(result)
         self.net.train()
+        if self.eta is None:
+            self.eta = self._chosen_eta()
         for epoch in range(len(self.result.epochs), self.config.epochs):
             result = self._epoch(epoch, on_step if first else None)
             if first and on_epoch is not None:
@@ -232,6 +249,7 @@ class _Run:
             if self.done < len(self.batches) and self._due(last_saved):
                 self.seconds, last_saved = time.perf_counter() - began, time.perf_counter()
                 self._save()
+        strength = EpochStrength.of(None if self.strength_sum is None else self._over_processes(self.strength_sum))
         loss, correct = self._over_processes(self.loss_sum), self._over_processes(self.correct)
         with self._watching(epoch):
             measured, validation = self._measured(), self._validated()
@@ -245,12 +263,17 @@ class _Run:
             ratio=_finite(measured.ratio * self.config.accumulate * self.fabric.world_size),
             relative=tuple(measured.relative) if all(map(math.isfinite, measured.relative)) else (),
             validation=validation,
+            strength=strength.measured,
+            strength_first_order=strength.first_order,
+            strength_nodes=strength.nodes,
+            eta=self.step_module.defence.eta,
         )
         self.result.epochs.append(result)
         self._keep_best(result)
         self.done, self.seconds = 0, 0.0
         self.loss_sum.zero_()
         self.correct.zero_()
+        self.strength_sum = None
         self.order_state = self.generator.get_state()
         self._save()
         return result
@@ -271,6 +294,7 @@ class _Run:
         parts, world = self.config.accumulate, self.fabric.world_size
         self.engine_optimizer.zero_grad(set_to_none=True)
         number = epoch * len(self.batches) + self.done
+        self.step_module.defence = self._defence(number)
         for part in range(parts):
             rows = rows_of(self.fabric.global_rank, world, part, parts, len(labels))
             draws = Draws(self.config.seed, number, rows, len(labels))
@@ -279,8 +303,55 @@ class _Run:
                 loss, logits = self._forward(epoch, images[rows], labels[rows], draws)
                 self.fabric.backward(loss / parts)
             self.loss_sum += loss.detach() / parts
+            self._add_strength()
             self.correct += (logits.argmax(1) == labels[rows]).sum()
         self.engine_optimizer.step()
+
+    def _add_strength(self) -> None:
+        strength = self.step_module.strength
+        if strength is not None:
+            found = strength.flat()
+            self.strength_sum = found if self.strength_sum is None else self.strength_sum + found
+
+    def _defence(self, number: int) -> Defence:
+        """Return the defence of step ``number`` of the run: with the chosen eta, and with its warm-up."""
+        defence, eta = self.config.defence, self.eta
+        assert eta is not None
+        rising = defence.warmup * len(self.batches)
+        if number >= rising and defence.strength is None:
+            return defence
+        return defence.with_eta(eta * min(1.0, (number + 1) / rising) if rising else eta)
+
+    def _chosen_eta(self) -> float:
+        """Return the eta whose first-order strength on the first batches is the one asked for.
+
+        The batches are those that training will begin with. The passes leave weights, statistics, the order of the
+        images and the random state alone, so that the run is the one that `Layerwise` with this eta would be.
+        """
+        defence, config = self.config.defence, self.config
+        assert defence.strength is not None
+        self.step_module.defence = defence.with_eta(1.0)
+        order, share = self.generator.get_state(), 1.0 / (config.accumulate * self.fabric.world_size)
+        sums: Tensor | None = None
+        with torch.no_grad(), without_effects(list(self.net.modules()), self.fabric.device):
+            for number, (images, labels) in zip(range(CALIBRATION_BATCHES), self.batches, strict=False):
+                for part in range(config.accumulate):
+                    rows = rows_of(
+                        self.fabric.global_rank, self.fabric.world_size, part, config.accumulate, len(labels)
+                    )
+                    draws = Draws(config.seed, number, rows, len(labels))
+                    with self._watching(0), self.fabric.autocast():
+                        self.step_module(images[rows], labels[rows], draws, share)
+                    found = self.step_module.strength
+                    if found is not None:
+                        sums = found.flat() if sums is None else sums + found.flat()
+        self.generator.set_state(order)
+        rise = EpochStrength.of(None if sums is None else self._over_processes(sums)).first_order
+        if not rise:
+            raise ValueError(
+                f"strength: got {defence.strength:g}, but the costate of the first batches is {rise}; set eta instead"
+            )
+        return defence.strength / rise
 
     def _forward(self, epoch: int, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         share = 1.0 / (self.config.accumulate * self.fabric.world_size)
@@ -315,7 +386,7 @@ class _Run:
     def _diverged(
         self, epoch: int, what: str, images: Tensor | None = None, labels: Tensor | None = None
     ) -> TrainingDiverged:
-        eta = getattr(self.config.defence, "eta", 0.0)
+        eta = self.step_module.defence.eta
         text = f"training: epoch {epoch + 1}, step {self.done + 1}: {what}; "
         if eta:
             when, relative = "", self._perturbation_now(images, labels)
@@ -341,7 +412,7 @@ class _Run:
             return []
 
     def _perturbation(self, images: Tensor, labels: Tensor) -> Perturbation:
-        eta = getattr(self.config.defence, "eta", 0.0) / (self.config.accumulate * self.fabric.world_size)
+        eta = self.step_module.defence.eta / (self.config.accumulate * self.fabric.world_size)
         with self.fabric.autocast():
             found: Perturbation = perturbation(self.net.field(images, labels, eta))
         return found
@@ -357,6 +428,8 @@ class _Run:
         images, labels = self.validation
         right = {"clean": 0, "robust": 0} if self.config.objective.adversarial else {"clean": 0}
         training = self.net.training
+        eps = getattr(self.config.objective, "eps", 8 / 255)
+        attack = {"eps": eps, "alpha": eps / 4, "steps": VALIDATION_STEPS}
         self.net.eval()
         try:
             for first in range(0, len(images), 250):
@@ -365,7 +438,7 @@ class _Run:
                 with self.fabric.autocast():
                     seen = {"clean": x}
                     if "robust" in right:
-                        seen["robust"] = attacks.ifgsm(self.net, x, y, **VALIDATION_ATTACK)  # type: ignore[arg-type]
+                        seen["robust"] = attacks.ifgsm(self.net, x, y, **attack)  # type: ignore[arg-type]
                     with torch.no_grad():
                         for name, batch in seen.items():
                             right[name] += int((self.net(batch).argmax(1) == y).sum())
@@ -403,6 +476,8 @@ class _Run:
             "loss_sum": self.loss_sum,
             "correct": self.correct,
         }
+        if self.strength_sum is not None:
+            own["strength_sum"] = self.strength_sum
         if self.fabric.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.fabric.device)
         gathered = [own] if self.fabric.world_size == 1 else self._gathered(own)
@@ -420,6 +495,7 @@ class _Run:
                 "epochs": [asdict(result) for result in self.result.epochs],
                 "best_epoch": self.result.best_epoch,
                 "done": self.done,
+                "eta": self.eta,
                 "seconds": self.seconds,
             }
             self.checkpoints.save(len(self.result.epochs) * len(self.batches) + self.done, tensors, info)
@@ -442,11 +518,19 @@ class _Run:
             torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
         self.loss_sum.copy_(own["loss_sum"])
         self.correct.copy_(own["correct"])
+        # Checkpoints of odeadv before the strength was recorded lack it; their epoch counts the steps that are left.
+        self.strength_sum = own["strength_sum"].to(self.fabric.device) if "strength_sum" in own else None
+        self.eta = info.get("eta", self.eta)
         self.generator.set_state(tensors["order"])
-        epochs = [EpochResult(**{**e, "relative": tuple(e["relative"])}) for e in info["epochs"]]
+        epochs = [_epoch_result(e) for e in info["epochs"]]
         best = saved.without("best", tensors)
         self.result = TrainResult(epochs, info["best_epoch"], best or None)
         self.done, self.seconds = info["done"], info["seconds"]
+
+
+def _epoch_result(plain: dict[str, Any]) -> EpochResult:
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return EpochResult(**values)
 
 
 def _module(net: Network) -> FieldNetwork:
@@ -493,8 +577,8 @@ def _check(
             f"batch_size: got {config.batch_size} for {parts} equal parts (processes times micro-batches), expected a "
             "multiple of that; eta belongs to the whole batch"
         )
-    eta = getattr(config.defence, "eta", 0.0)
-    if eta and config.batch_size != 128:
+    eta = config.defence.eta
+    if eta and config.defence.strength is None and config.batch_size != 128:
         warnings.warn(
             f"eta: {eta:g} is for the mean over batches of {config.batch_size}; the paper's values belong to "
             f"batches of 128, where the same perturbation has eta = {eta * 128 / config.batch_size:g}",
