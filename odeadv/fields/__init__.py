@@ -7,6 +7,7 @@ by the solver. Imports nothing from the rest of the package but how to run a use
 
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
 from odeadv.fields.operator import Jump, Operator
+from odeadv.fields.residual import Residual
 from odeadv.fields.terms import Forcing, Piecewise
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Operator",
     "Piecewise",
     "Problem",
+    "Residual",
     "SplitField",
     "VectorField",
     "as_field",

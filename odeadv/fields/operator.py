@@ -156,6 +156,10 @@ class Operator:
         cost.evaluations += 1
         return checked(self.f, as_time(t, x), x)
 
+    def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
+        """Return x + h f(t, x), one step of Euler."""
+        return torch.add(x, self.velocity(t, x, cost), alpha=h)
+
 
 class Jump:
     """A map that takes the state from one end of an interval to the other, where no ODE step can (shapes change).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
@@ -224,12 +225,26 @@ class Stepper:
             if isinstance(operator, Jump):
                 passed += row.weight
                 if not jumped and passed >= 0.5 - 1e-12:
-                    x, jumped = operator.across(x, cost), True
+                    before, jumped = x, True
+                    x = operator.across(before, cost)
+                    if len(local) > 1:
+                        _warn_if_kept(before, x)
             else:
                 end = step.t1 if jumped else step.t0
                 clock = Clock(end, end, step.own_time(row.own))
                 x = self.substeps[row.operator].advance(operator, clock, step.h * row.weight, x, cost)
         return x
+
+
+def _warn_if_kept(before: Tensor, after: Tensor) -> None:
+    """Warn if a jump keeps the shape of the state while another operator acts."""
+    if before.shape == after.shape and before.dtype == after.dtype:
+        warnings.warn(
+            f"Jump: got a map that keeps the state's shape, {tuple(after.shape)}, expected one that changes it. The "
+            "other operators act before and after the jump, so this is another method than a step x + f(x) (Eq. "
+            "8); for such a step use odeadv.fields.Residual(map)",
+            stacklevel=2,
+        )
 
 
 def _euler_states(

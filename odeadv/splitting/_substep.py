@@ -83,6 +83,8 @@ class RungeKutta:
         """See `SubStep.advance`."""
         if isinstance(operator, Forcing):
             return _quadrature(operator, self.nodes, self.weights, clock, h, x, cost)
+        if self.is_euler:
+            return operator.euler(clock.start, h, x, cost)  # which a residual block knows without rounding
         stages: list[tuple[float, list[tuple[int, float]]]]
         weights: list[tuple[int, float]]
         stages, weights = self._nonzero  # type: ignore[attr-defined]

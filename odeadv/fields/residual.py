@@ -1,0 +1,42 @@
+"""A block of a residual network as a term of the equation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from odeadv.fields.operator import Cost, Operator, same_shape
+from odeadv.support.isolation import check_unmodified, version
+
+
+class Residual(Operator):
+    """A block x -> block(x) as the velocity f(x) = block(x) - x: its Euler step of length 1 is the block, bit for bit.
+
+    In floating point x + (block(x) - x) differs from block(x) by rounding. `euler` therefore evaluates the block itself
+    if the step has length 1. Every other step and sub-step uses the difference.
+
+    Args:
+        block: ``block(x)``, a tensor of the shape and dtype of ``x``, to which it must not write.
+        name: names the block in messages.
+
+    Raises:
+        TypeError: if ``block`` is not callable.
+    """
+
+    def __init__(self, block: Callable[[Tensor], Tensor], *, name: str = "block") -> None:
+        if not callable(block):
+            raise TypeError(f"{name}: got {type(block).__name__}, expected a callable block(x)")
+        super().__init__(lambda t, x: block(x) - x, modules=(block,))  # type: ignore[arg-type]  # modules are looked for
+        self.block = block
+        self.name = name
+
+    def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
+        """Return the block of ``x`` if ``h`` is 1; see `Operator.euler`."""
+        if h != 1.0:
+            return super().euler(t, h, x, cost)
+        cost.evaluated()
+        before = version(x)
+        end = self.block(x)
+        check_unmodified(self.name, x, before)
+        return same_shape(self.name, end, x)
