@@ -4,6 +4,7 @@
 `odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. Uses the solver and what is below it.
 """
 
+from odeadv.models._blocks import BlockNetwork, Bound, bind, from_blocks
 from odeadv.models._damping import Damp, Damping, LambdaDamp
 from odeadv.models._layers import Stem
 from odeadv.models._network import FieldNetwork, Network
@@ -15,6 +16,8 @@ from odeadv.models._resnet import PreActBlock, PreActResNet, preact_resnet, resn
 
 __all__ = [
     "Averaged",
+    "BlockNetwork",
+    "Bound",
     "ConvField",
     "Damp",
     "Damping",
@@ -28,7 +31,9 @@ __all__ = [
     "Refined",
     "Stem",
     "averaged",
+    "bind",
     "build",
+    "from_blocks",
     "names",
     "ode_net",
     "preact_resnet",

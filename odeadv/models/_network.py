@@ -93,8 +93,13 @@ class FieldNetwork(nn.Module):
         """Keywords for `odeadv.solve` that belong to `field`; a trainer passes them on."""
         return options_for(self.substep)
 
-    def dynamics(self, dt: float) -> Operator:
-        """Return f as an operator that will be solved in steps of ``dt``. Only noise depends on ``dt``."""
+    def dynamics(self, dt: float, inputs: Any) -> Operator:
+        """Return f as an operator that will be solved in steps of ``dt``.
+
+        Args:
+            dt: only noise depends on it.
+            inputs: only a network of any blocks depends on them, whose shapes they decide.
+        """
         raise NotImplementedError
 
     def check_inputs(self, inputs: Any) -> None:
@@ -153,7 +158,7 @@ def adversarial_field(
     """Return `FieldNetwork.field` of ``net`` with steps of ``dt``."""
     net.check_inputs(inputs)
     return AdversarialField(
-        net.dynamics(dt),
+        net.dynamics(dt, inputs),
         net.default_loss(targets, inputs) if loss is None else loss,
         eta,
         readout=net.head,
@@ -166,7 +171,7 @@ def adversarial_field(
 def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchDiffEq) -> Tensor:
     """Return x(T) of the plain field of ``net``, in steps of ``dt``."""
     net.check_inputs(inputs)
-    field = VectorField({"f": net.dynamics(dt)}, Problem(net.stem(inputs), net.t_span, dt))
+    field = VectorField({"f": net.dynamics(dt, inputs)}, Problem(net.stem(inputs), net.t_span, dt))
     return solve(field, substep=substep).xs[-1]
 
 

@@ -149,7 +149,7 @@ class OdeNet(ImageNetwork):
         logits: Tensor = self.head(final_state(self, images, self.dt, self.substep))
         return logits
 
-    def dynamics(self, dt: float) -> Operator:
+    def dynamics(self, dt: float, inputs: Any) -> Operator:
         """Return the segments, each on its own clock, and the jumps between them."""
         if not self.jumps:
             return Operator(self.segments[0])

@@ -54,8 +54,13 @@ class Refined(FieldNetwork):
             k *= net.k
             net = net.net
         self.net, self.k, self.substep = net, k, substep
-        self.num_classes, self.t_span, self.dt = net.num_classes, net.t_span, net.dt / k
+        self.t_span, self.dt = net.t_span, net.dt / k
         self.training = net.training
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]  # that of the network, which may find it by running
+        """Number of logits."""
+        return self.net.num_classes
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
         """Return the logits of ``images``, which lie in [0, 1].
@@ -66,9 +71,9 @@ class Refined(FieldNetwork):
         logits: Tensor = self.net.head(final_state(self.net, images, self.dt, self.substep))
         return logits
 
-    def dynamics(self, dt: float) -> Operator:
+    def dynamics(self, dt: float, inputs: Any) -> Operator:
         """Return the field of the network."""
-        return self.net.dynamics(dt)
+        return self.net.dynamics(dt, inputs)
 
     def field(
         self,

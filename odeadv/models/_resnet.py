@@ -182,7 +182,7 @@ class PreActResNet(ImageNetwork):
         logits: Tensor = self.head(x)
         return logits
 
-    def dynamics(self, dt: float) -> Operator:
+    def dynamics(self, dt: float, inputs: Any) -> Operator:
         """Return the field of which block k acts on [k, k + 1], for steps of ``dt``."""
         return Piecewise([_piece(block, dt) for block in self.blocks], range(len(self.blocks) + 1))
 

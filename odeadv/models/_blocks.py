@@ -1,0 +1,246 @@
+"""Any network of stem, blocks and head as a field: from another package, of any state and any inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odeadv.fields import Jump, Operator, Piecewise, Residual
+from odeadv.models._network import FieldNetwork, Loss, check_labels, cross_entropy
+from odeadv.support.isolation import without_effects
+
+TargetLoss = Callable[[Any, Any], Tensor]
+
+
+def from_blocks(
+    stem: nn.Module, blocks: Sequence[nn.Module], head: nn.Module, *, loss: TargetLoss | None = None
+) -> BlockNetwork:
+    """Return the network head(blocks(stem(inputs))) as a field, with one block per unit of time.
+
+    ``net(inputs)`` is the plain network. ``net.field(inputs, targets, eta)`` is the field of Eq. 7 with dt = 1: a block
+    that keeps the shape and dtype of its state is the step x + f(x) with f = block(x) - x, so eta = 0 is the plain
+    network bit for bit. Every other block is a jump. Which blocks jump is found by running them once on the first
+    inputs, without gradients and without effect on buffers and random state; for inputs of another shape (apart from
+    the batch size) they are run once again.
+
+    Args:
+        stem: from inputs of any kind (images, tokens, vectors) to the first state, floating or complex.
+        blocks: from state to state, in the order of the network. A block must not write to its input. For a layer
+            that needs more arguments see `bind`.
+        head: from the last state to the output.
+        loss: ``loss(output, targets)``, a scalar tensor, such as ``torch.nn.functional.mse_loss``. The default is the
+            mean cross-entropy of logits (n, classes) with class numbers (n,) or probabilities (n, classes).
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Example:
+        >>> net = torchvision.models.resnet18()
+        >>> stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        >>> blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
+        >>> wrapped = from_blocks(stem, blocks, nn.Sequential(net.avgpool, nn.Flatten(), net.fc))
+        >>> odeadv.solve(wrapped.field(images, labels, eta=50.0), scheme="strang").loss.backward()
+    """
+    return BlockNetwork(stem, blocks, head, loss=loss)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The result of running the blocks once.
+
+    Attributes:
+        jumps: for each block, whether it changes the state's shape or dtype.
+        output: shape of the head's output.
+    """
+
+    jumps: tuple[bool, ...]
+    output: torch.Size
+
+
+class BlockNetwork(FieldNetwork):
+    """A network of any modules as a field; see `from_blocks` and `from_module`, which make it.
+
+    The modules are those that were given, not copies: training this network trains them.
+
+    Attributes:
+        stem: from the inputs to the first state.
+        blocks: from state to state.
+        head: from the last state to the output.
+        loss: ``loss(output, targets)``; None for the mean cross-entropy.
+        names: how messages name the blocks.
+    """
+
+    blocks: nn.ModuleList
+    loss: TargetLoss | None
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        head: nn.Module,
+        *,
+        loss: TargetLoss | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        blocks = list(blocks)
+        parts = {"stem": stem, **{f"blocks[{n}]": block for n, block in enumerate(blocks)}, "head": head}
+        for name, part in parts.items():
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"{name}: got {type(part).__name__}, expected a torch.nn.Module")
+        if len(parts) == 2:
+            raise ValueError("blocks: got none, expected at least one")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(output, targets)")
+        self.stem, self.blocks, self.head, self.loss = stem, nn.ModuleList(blocks), head, loss
+        self.names = tuple(
+            f"block {n} ({type(block).__name__})" if names is None else names[n] for n, block in enumerate(blocks)
+        )
+        self.t_span, self.dt = (0.0, float(len(self.blocks))), 1.0
+        # Only this flag is set. The modules keep their modes, for a network may have layers frozen in eval mode.
+        self.training = self.blocks.training = any(part.training for part in parts.values())
+        self._layouts: dict[object, _Layout] = {}
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]  # known once `field` was called
+        """Number of logits, the size of the output's last dimension.
+
+        Raises:
+            AttributeError: before the first call of `field`, which finds it.
+        """
+        if not self._layouts:
+            raise AttributeError("num_classes")
+        return next(reversed(self._layouts.values())).output[-1]
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Return the output of the plain network."""
+        x = self.stem(inputs)
+        for block in self.blocks:
+            x = block(x)
+        output: Tensor = self.head(x)
+        return output
+
+    def dynamics(self, dt: float, inputs: Any) -> Operator:
+        """Return the field of which block k acts on [k, k + 1]."""
+        pieces = [
+            Jump(block) if jumps else Residual(block, name=name)
+            for block, jumps, name in zip(self.blocks, self._layout(inputs).jumps, self.names, strict=True)
+        ]
+        return Piecewise(pieces, range(len(pieces) + 1))
+
+    def default_loss(self, targets: Any, inputs: Any) -> Loss:
+        """Return the loss of the outputs that was given, else the mean cross-entropy, after checking the targets.
+
+        Raises:
+            TypeError, ValueError: naming ``labels``; or ``loss``, if the output is not (n, classes).
+        """
+        loss = self.loss
+        if loss is not None:
+            return lambda output: loss(output, targets)
+        output = self._layout(inputs).output
+        if len(output) != 2:
+            raise ValueError(
+                f"loss: got none for a network with outputs of shape {tuple(output)}, expected loss(output, targets); "
+                "the default, mean cross-entropy, needs logits (n, classes)"
+            )
+        check_labels(targets, inputs, output[1])
+        return lambda logits: cross_entropy(logits, targets)
+
+    def _layout(self, inputs: Any) -> _Layout:
+        """Return what running the network once on inputs of this shape shows."""
+        kind = next((p.device.type for p in self.parameters()), "cpu")
+        key = (_signature(inputs), torch.is_autocast_enabled(kind), next((p.dtype for p in self.parameters()), None))
+        if key not in self._layouts:
+            self._layouts[key] = self._look(inputs)
+        return self._layouts[key]
+
+    def _look(self, inputs: Any) -> _Layout:
+        """Run the network without gradients and without effects.
+
+        Raises:
+            TypeError: if the stem or a block does not return a state.
+        """
+        tensors = [*self.parameters(), inputs]
+        device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
+        jumps = []
+        with torch.no_grad(), without_effects([self], device):
+            x = self.stem(inputs)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"stem: returned {type(x).__name__}, expected a tensor")
+            if not (x.is_floating_point() or x.is_complex()):
+                raise TypeError(f"stem: returned {x.dtype}, expected a floating or complex state")
+            for block, name in zip(self.blocks, self.names, strict=True):
+                before = x.shape, x.dtype
+                x = block(x)
+                if not isinstance(x, Tensor):
+                    raise TypeError(
+                        f"blocks: {name} returned {type(x).__name__}, expected a tensor; wrap it in a module that "
+                        "returns the state alone"
+                    )
+                jumps.append((x.shape, x.dtype) != before)
+            output = self.head(x)
+            if not isinstance(output, Tensor):
+                raise TypeError(f"head: returned {type(output).__name__}, expected a tensor")
+        return _Layout(tuple(jumps), output.shape)
+
+    def extra_repr(self) -> str:
+        """Return the loss, if one was given."""
+        return "" if self.loss is None or isinstance(self.loss, nn.Module) else f"loss={self.loss!r}"
+
+
+def bind(module: nn.Module, /, *args: Any, **kwargs: Any) -> Bound:
+    """Return ``module`` with further arguments fixed, such as a mask: ``bind(layer, src_mask=mask)(x)``.
+
+    Args:
+        module: a layer, called as ``module(x, *args, **kwargs)``.
+        args: arguments after the state.
+        kwargs: arguments by name. Tensors become buffers: they move with the network, but are no part of its weights.
+
+    Raises:
+        TypeError: if ``module`` is not a module.
+    """
+    return Bound(module, args, kwargs)
+
+
+class Bound(nn.Module):
+    """A module whose arguments after the first one are fixed; see `bind`."""
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: got {type(module).__name__}, expected a torch.nn.Module")
+        self.module = module
+        self.training = module.training
+        # Names of buffers (for tensors) or the values themselves, in the order of the call.
+        self._positions: list[tuple[str, Any]] = [self._keep(f"argument{n}", value) for n, value in enumerate(args, 1)]
+        self._names: dict[str, tuple[str, Any]] = {name: self._keep(name, value) for name, value in kwargs.items()}
+
+    def _keep(self, name: str, value: Any) -> tuple[str, Any]:
+        if not isinstance(value, Tensor):
+            return "", value
+        self.register_buffer(name, value, persistent=False)
+        return name, None
+
+    def _value(self, kept: tuple[str, Any]) -> Any:
+        name, value = kept
+        return getattr(self, name) if name else value
+
+    def forward(self, x: Tensor) -> Any:
+        """Return ``module(x, ...)`` with the fixed arguments."""
+        args = [self._value(kept) for kept in self._positions]
+        return self.module(x, *args, **{name: self._value(kept) for name, kept in self._names.items()})
+
+
+def _signature(inputs: Any) -> object:
+    """Return what the shapes of the states may depend on: shapes (without the batch size), dtypes and structure."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[1:], inputs.dtype
+    if isinstance(inputs, dict):
+        return tuple((name, _signature(value)) for name, value in inputs.items())
+    if isinstance(inputs, list | tuple):
+        return tuple(_signature(value) for value in inputs)
+    return type(inputs)
