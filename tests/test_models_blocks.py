@@ -314,8 +314,10 @@ def test_what_does_not_fit_is_named():
     whole = models.from_blocks(nn.Identity(), [nn.Embedding(3, 4)], head)
     with pytest.raises(TypeError, match=r"^stem: returned torch.int64, expected a floating or complex state"):
         whole.field(labels, labels)
+    centred = inputs - 0.5
     written = models.from_blocks(
         nn.Identity(), [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4).double())], nn.Linear(4, 3).double()
     )
     with pytest.raises(ValueError, match=r"^block 0 \(Sequential\): modifies the state in place"):
-        written.field(inputs - 0.5, labels)
+        written.field(centred, labels)
+    assert torch.equal(centred, inputs - 0.5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odeadv.fields import Jump, Operator, Piecewise, Residual
 from odeadv.models._network import FieldNetwork, Loss, check_labels, cross_entropy
-from odeadv.support.isolation import without_effects
+from odeadv.support.isolation import check_unmodified, version, without_effects
 
 TargetLoss = Callable[[Any, Any], Tensor]
 
@@ -163,6 +163,7 @@ class BlockNetwork(FieldNetwork):
 
         Raises:
             TypeError: if the stem or a block does not return a state.
+            ValueError: if a block writes to its state.
         """
         tensors = [*self.parameters(), inputs]
         device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
@@ -174,14 +175,16 @@ class BlockNetwork(FieldNetwork):
             if not (x.is_floating_point() or x.is_complex()):
                 raise TypeError(f"stem: returned {x.dtype}, expected a floating or complex state")
             for block, name in zip(self.blocks, self.names, strict=True):
-                before = x.shape, x.dtype
-                x = block(x)
+                state = x.clone()  # a block that writes to its state must not write to the caller's inputs
+                before = version(state)
+                x = block(state)
+                check_unmodified(name, state, before)
                 if not isinstance(x, Tensor):
                     raise TypeError(
                         f"blocks: {name} returned {type(x).__name__}, expected a tensor; wrap it in a module that "
                         "returns the state alone"
                     )
-                jumps.append((x.shape, x.dtype) != before)
+                jumps.append((x.shape, x.dtype) != (state.shape, state.dtype))
             output = self.head(x)
             if not isinstance(output, Tensor):
                 raise TypeError(f"head: returned {type(output).__name__}, expected a tensor")
