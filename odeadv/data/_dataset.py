@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,3 +228,13 @@ def _rank(labels: Tensor, num_classes: int) -> Tensor:
     rank = torch.empty_like(labels)
     rank[by_class] = torch.arange(len(labels), device=labels.device) - first
     return rank
+
+
+class Splits(NamedTuple):
+    """Images ``uint8`` (n, height, width, 3) and labels ``int64`` (n,) of both sets, with the number of classes."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int

@@ -6,12 +6,17 @@ import difflib
 import os
 from pathlib import Path
 
-from odeadv.data._dataset import ImageDataset
-from odeadv.data._digits import read_digits
-from odeadv.data._npz import KEYS, read_npz
-from odeadv.data._readers import EXTENSIONS, read_folder
-from odeadv.data._splits import Splits
-from odeadv.data._torchvision import FOLDERS, download_torchvision, read_torchvision
+from odeadv.data._dataset import ImageDataset, Splits
+from odeadv.data._readers import (
+    EXTENSIONS,
+    FOLDERS,
+    KEYS,
+    download_torchvision,
+    read_digits,
+    read_folder,
+    read_npz,
+    read_torchvision,
+)
 
 _NAMES = ("cifar10", "cifar100", "digits", "folder")
 _CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from odeadv.data._splits import Splits
-from odeadv.data.checks import require
+from odeadv.data._dataset import Splits
+from odeadv.data.checks import check_labels, check_range, require
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -89,3 +98,155 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     if mode.startswith(("I", "F")):
         raise ValueError(f"{path}: got an image of mode {mode!r}, expected 8 bits per channel; convert it first")
     return pixels
+
+
+KEYS = ("train_x", "train_y", "test_x", "test_y")
+
+
+def read_npz(path: Path, num_classes: int | None) -> Splits:
+    """Read ``train_x``, ``train_y``, ``test_x``, ``test_y``; images NHWC or NCHW, labels of any integer type.
+
+    Args:
+        path: the archive. Pickled objects in it are refused.
+        num_classes: what the labels must stay below; ``None`` counts the training labels, which must then be 0 to
+            K-1 with none left out.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a key, or an array has the wrong dtype, shape or labels. The
+            message names the file and the key.
+    """
+    arrays = _arrays(path)
+    train_images, test_images = (_images(arrays[key], f"{path}: {key}") for key in ("train_x", "test_x"))
+    train_labels, test_labels = (_labels(arrays[key], f"{path}: {key}") for key in ("train_y", "test_y"))
+    check_labels(f"{path}: train_y", train_labels, train_images)
+    check_labels(f"{path}: test_y", test_labels, test_images)
+    if test_images.shape[1:] != train_images.shape[1:]:
+        raise ValueError(
+            f"{path}: test_x: got images of height, width, channels {tuple(test_images.shape[1:])}, expected those of "
+            f"train_x, {tuple(train_images.shape[1:])}"
+        )
+    if num_classes is None:
+        present = np.unique(arrays["train_y"]).tolist()
+        num_classes = len(present)
+        if num_classes < 2 or present != list(range(num_classes)):
+            raise ValueError(
+                f"{path}: train_y: got the {num_classes} distinct labels {_abridged(present)}, expected 0 to "
+                "K-1 with every class present and K at least 2; renumber the labels"
+            )
+    check_range(f"{path}: train_y", train_labels, num_classes)
+    check_range(f"{path}: test_y", test_labels, num_classes)
+    return Splits(train_images, train_labels, test_images, test_labels, num_classes)
+
+
+def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in KEYS if key not in archive.files]
+            if not missing:
+                return {key: archive[key] for key in KEYS}
+            found = archive.files
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: cannot be read as an .npz archive of plain arrays ({type(error).__name__}: {error}); write it "
+            f"again with numpy.savez and the keys {', '.join(KEYS)}"
+        ) from error
+    raise ValueError(f"{path}: lacks {', '.join(missing)}; got the keys {_abridged(found)}, expected {', '.join(KEYS)}")
+
+
+def _images(array: NDArray[np.generic], where: str) -> Tensor:
+    if array.dtype != np.uint8:
+        raise ValueError(f"{where}: got dtype {array.dtype}, expected uint8 pixels from 0 to 255; convert them first")
+    if array.ndim == 4 and array.shape[3] != 3 and array.shape[1] == 3:
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[3] != 3 or array.shape[1] == 0 or array.shape[2] == 0:
+        raise ValueError(f"{where}: got shape {array.shape}, expected (n, height, width, 3) or (n, 3, height, width)")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _labels(array: NDArray[np.generic], where: str) -> Tensor:
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{where}: got dtype {array.dtype} and shape {array.shape}, expected integers of shape (n,)")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _abridged(values: Sequence[object]) -> str:
+    shown = ", ".join(map(str, values[:10]))
+    return f"[{shown}{', ...' if len(values) > 10 else ''}]"
+
+
+def read_digits() -> Splits:
+    """1,797 digits of 8x8 pixels and 17 grey levels, enlarged to 32x32 RGB; a fifth of each class is the test set.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+    """
+    bunch = require("sklearn.datasets", "scikit-learn", 'the "digits" dataset').load_digits()
+    labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+    images = _enlarged(torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)))
+    # RandomState's stream is frozen by numpy's compatibility policy, so the split is the same everywhere.
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = order[labels[order] == label]
+        test[members[: round(len(members) / 5)]] = True
+    train_order, test_order = order[~test[order]], order[test[order]]
+    return Splits(images[train_order], labels[train_order], images[test_order], labels[test_order], num_classes=10)
+
+
+def _enlarged(levels: Tensor) -> Tensor:
+    # Levels are integers up to 16 and the interpolation weights multiples of 1/64, so every float here is exact and
+    # the rounded pixel does not depend on the machine.
+    grey = interpolate(levels[:, None], size=(32, 32), mode="bilinear", align_corners=False)
+    return (grey * 255 / 16).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+
+
+FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+_TIMEOUT = 10.0  # seconds a connection may be silent; torchvision sets no limit of its own
+
+
+def read_torchvision(name: str, root: Path) -> Splits:
+    """Read ``root/cifar-10-batches-py`` or ``root/cifar-100-python``.
+
+    Raises:
+        ImportError: torchvision is missing.
+        RuntimeError: a file is missing or its checksum is wrong.
+    """
+    cifar = _cifar(name)
+    train, test = (cifar(str(root), train=train, download=False) for train in (True, False))
+    train_images, test_images = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))
+    train_labels, test_labels = (torch.tensor(split.targets, dtype=torch.int64) for split in (train, test))
+    return Splits(train_images, train_labels, test_images, test_labels, num_classes=len(train.classes))
+
+
+def download_torchvision(name: str, root: Path) -> None:
+    """Download the folder that `read_torchvision` reads.
+
+    Everything is fetched, unpacked and checked in a scratch folder inside ``root`` and moved only then, so a failure
+    leaves ``root`` as it was.
+
+    Raises:
+        Exception: whatever torchvision, the network or the file system raised.
+    """
+    cifar = _cifar(name)
+    existed = root.is_dir()
+    root.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    try:
+        if timeout is None:
+            socket.setdefaulttimeout(_TIMEOUT)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
+            cifar(scratch, download=True)
+            target = root / FOLDERS[name]
+            target.mkdir(exist_ok=True)
+            for file in sorted(Path(scratch, FOLDERS[name]).iterdir()):
+                os.replace(file, target / file.name)
+    finally:
+        socket.setdefaulttimeout(timeout)
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: the download is in it
+                root.rmdir()
+
+
+def _cifar(name: str) -> Any:
+    datasets = require("torchvision.datasets", "torchvision", f"{name} in torchvision's format")
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]

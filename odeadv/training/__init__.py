@@ -9,10 +9,11 @@ from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
 from odeadv.training._defences import Layerwise, Penalty, Perturbation, Undefended
 from odeadv.training._distributed import make_fabric
+from odeadv.training._loop import EpochResult, TrainingDiverged, TrainResult
 from odeadv.training._objectives import Natural, Pgd, Trades
 from odeadv.training._step import Defence, Draws, Objective, Passed, Step
 from odeadv.training._strength import Strength
-from odeadv.training._train import EpochResult, TrainingDiverged, TrainResult, train
+from odeadv.training._train import train
 
 __all__ = [
     "CheckpointWarning",

@@ -1,0 +1,471 @@
+"""The training loop: the same for every objective, defence, network and number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from odeadv import attacks
+from odeadv.data import Batches, ImageDataset, to_float
+from odeadv.diagnostics import Perturbation, perturbation
+from odeadv.models import FieldNetwork
+from odeadv.solver import SolveError
+from odeadv.support.digests import data_digest
+from odeadv.support.isolation import untouched, without_effects
+from odeadv.support.plain import identity as essential
+from odeadv.training import _checkpoint as saved
+from odeadv.training._config import TrainConfig
+from odeadv.training._distributed import rows_of, synchronise_batch_norm
+from odeadv.training._step import Defence, Draws, StepModule
+from odeadv.training._strength import EpochStrength
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+VALIDATION_STEPS = 10
+
+#: Batches that eta is chosen on; their mean differs by a few percent from that of an epoch's.
+CALIBRATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch came to.
+
+    Attributes:
+        epoch: its number, counted from 1.
+        loss: mean training loss; L_LAD where there is a defence.
+        accuracy: accuracy of the same forward passes, in [0, 1].
+        lr: learning rate.
+        seconds: wall time.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch (of several parts, on the
+            last one, scaled to the loss averaged over the batch); None if not finite.
+        relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
+        validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
+            objectives (IFGSM-10 at the eps of the objective, with steps of a quarter of it).
+        strength: s, the relative rise of the loss that the perturbation makes, L_LAD / L - 1; None if the defence
+            does not say it. For `Penalty` it is ``strength_first_order``, which is the same unit.
+        strength_first_order: its first order, eta sum |a_n|^2 / L.
+        strength_nodes: the shares of ``strength_first_order`` by node, x_0 first.
+        eta: the defence's eta in the last step of the epoch, as chosen from a strength and warmed up.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    seconds: float
+    ratio: float | None = None
+    relative: tuple[float, ...] = ()
+    validation: dict[str, float] | None = None
+    strength: float | None = None
+    strength_first_order: float | None = None
+    strength_nodes: tuple[float, ...] = ()
+    eta: float = 0.0
+
+
+@dataclass
+class TrainResult:
+    """What a training came to.
+
+    Attributes:
+        epochs: one result an epoch.
+        best_epoch: the epoch with the highest validation accuracy (robust, for adversarial objectives), the first of
+            equals; None without validation images.
+        best: parameters and buffers after that epoch.
+    """
+
+    epochs: list[EpochResult] = field(default_factory=list)
+    best_epoch: int | None = None
+    best: dict[str, Tensor] | None = None
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a state became NaN, infinite or absurdly large."""
+
+
+class _Run:
+    """One call of `train`: the loop, and what is saved and restored of it."""
+
+    def __init__(
+        self,
+        net: FieldNetwork,
+        data: ImageDataset,
+        config: TrainConfig,
+        fabric: Fabric,
+        validation: tuple[Tensor, Tensor] | None,
+        checkpoints: Path | None,
+        every: float,
+        identity: Any,
+    ) -> None:
+        self.net, self.config, self.fabric, self.every = net, config, fabric, every
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.batches = Batches(
+            data.train_images,
+            data.train_labels,
+            batch_size=config.batch_size,
+            shuffle=True,
+            augment=config.augment != "none",
+            flip=data.flip and "flip" in config.augment,
+            pad=4 if "crop" in config.augment else 0,
+            drop_last=True,
+            generator=self.generator,
+            device=fabric.device,
+        )
+        self.validation = validation
+        if fabric.world_size > 1 and config.sync_batchnorm:
+            synchronise_batch_norm(net)
+        # Attacks take input gradients of the same weights; compiled, they run as one graph in evaluation mode.
+        attacked = torch.compile(net) if config.compile else None
+        assert attacked is None or isinstance(attacked, nn.Module)
+        self.step_module = StepModule(net, config.objective, config.defence, attacked)
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
+        self.checkpoints = None
+        if checkpoints is not None:
+            # As the run's name does, leave out what has its default: fields may be added later.
+            whole = {"config": essential(config), "run": identity, "data": data.fingerprint()}
+            whole["processes"] = fabric.world_size
+            whole["net"] = saved.architecture(net)
+            whole["validation"] = None if validation is None else data_digest(*validation)
+            self.checkpoints = saved.Checkpoints(checkpoints, whole)
+        self.result = TrainResult()
+        self.done = 0  # steps of the current epoch
+        self.loss_sum = torch.zeros((), device=fabric.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
+        self.strength_sum: Tensor | None = None  # of `Strength.flat` over the steps; its length is the network's
+        self.eta: float | None = None if config.defence.strength is not None else config.defence.eta
+        self.seconds = 0.0  # of the current epoch, before it was interrupted
+        self.order_state = self.generator.get_state()
+
+    def go(
+        self, on_step: Callable[[int, int, int], object] | None, on_epoch: Callable[[EpochResult], object] | None
+    ) -> TrainResult:
+        """All epochs that are left."""
+        self._restore()
+        first = self.fabric.is_global_zero
+        if first and on_epoch is not None:
+            for result in self.result.epochs:
+                on_epoch(result)
+        self.net.train()
+        if self.eta is None:
+            self.eta = self._chosen_eta()
+        for epoch in range(len(self.result.epochs), self.config.epochs):
+            result = self._epoch(epoch, on_step if first else None)
+            if first and on_epoch is not None:
+                on_epoch(result)
+        return self.result
+
+    def _epoch(self, epoch: int, on_step: Callable[[int, int, int], object] | None) -> EpochResult:
+        lr = self.config.learning_rate(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        began = time.perf_counter() - self.seconds
+        last_saved = time.perf_counter()
+        self.order_state = self.generator.get_state()
+        self.batches.pass_over(self.done)
+        for images, labels in self.batches:
+            self._step(epoch, images, labels)
+            self.done += 1
+            if on_step is not None:
+                on_step(epoch + 1, self.done, len(self.batches))
+            if self.done < len(self.batches) and self._due(last_saved):
+                self.seconds, last_saved = time.perf_counter() - began, time.perf_counter()
+                self._save()
+        strength = EpochStrength.of(None if self.strength_sum is None else self._over_processes(self.strength_sum))
+        loss, correct = self._over_processes(self.loss_sum), self._over_processes(self.correct)
+        with self._watching(epoch):
+            measured, validation = self._measured(), self._validated()
+        result = EpochResult(
+            epoch=epoch + 1,
+            loss=float(loss) / (len(self.batches) * self.fabric.world_size),
+            accuracy=int(correct) / (len(self.batches) * self.config.batch_size),
+            lr=lr,
+            seconds=time.perf_counter() - began,
+            # The costate of a part's own mean is larger than that of the batch's by the number of parts.
+            ratio=_finite(measured.ratio * self.config.accumulate * self.fabric.world_size),
+            relative=tuple(measured.relative) if all(map(math.isfinite, measured.relative)) else (),
+            validation=validation,
+            strength=strength.measured,
+            strength_first_order=strength.first_order,
+            strength_nodes=strength.nodes,
+            eta=self.step_module.defence.eta,
+        )
+        self.result.epochs.append(result)
+        self._keep_best(result)
+        self.done, self.seconds = 0, 0.0
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.strength_sum = None
+        self.order_state = self.generator.get_state()
+        self._save()
+        return result
+
+    def _due(self, last_saved: float) -> bool:
+        """Whether to write a checkpoint within the epoch; all processes come to the same answer."""
+        if self.checkpoints is None:
+            return False
+        if self.fabric.world_size == 1:
+            return time.perf_counter() - last_saved > self.every
+        if self.done % 20:
+            return False
+        answer: bool = self.fabric.broadcast(time.perf_counter() - last_saved > self.every)
+        return answer
+
+    def _step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward passes of all micro-batches of this process, and one step of SGD."""
+        parts, world = self.config.accumulate, self.fabric.world_size
+        self.engine_optimizer.zero_grad(set_to_none=True)
+        number = epoch * len(self.batches) + self.done
+        self.step_module.defence = self._defence(number)
+        for part in range(parts):
+            rows = rows_of(self.fabric.global_rank, world, part, parts, len(labels))
+            draws = Draws(self.config.seed, number, rows, len(labels))
+            waits = part < parts - 1
+            with self.fabric.no_backward_sync(self.module, enabled=waits and world > 1):
+                loss, logits = self._forward(epoch, images[rows], labels[rows], draws)
+                self.fabric.backward(loss / parts)
+            self.loss_sum += loss.detach() / parts
+            self._add_strength()
+            self.correct += (logits.argmax(1) == labels[rows]).sum()
+        self.engine_optimizer.step()
+
+    def _add_strength(self) -> None:
+        strength = self.step_module.strength
+        if strength is not None:
+            found = strength.flat()
+            self.strength_sum = found if self.strength_sum is None else self.strength_sum + found
+
+    def _defence(self, number: int) -> Defence:
+        """Return the defence of step ``number`` of the run: with the chosen eta, and with its warm-up."""
+        defence, eta = self.config.defence, self.eta
+        assert eta is not None
+        rising = defence.warmup * len(self.batches)
+        if number >= rising and defence.strength is None:
+            return defence
+        return defence.with_eta(eta * min(1.0, (number + 1) / rising) if rising else eta)
+
+    def _chosen_eta(self) -> float:
+        """Return the eta whose first-order strength on the first batches is the one asked for.
+
+        The batches are those that training will begin with. The passes leave weights, statistics, the order of the
+        images and the random state alone, so that the run is the one that `Layerwise` with this eta would be.
+        """
+        defence, config = self.config.defence, self.config
+        assert defence.strength is not None
+        self.step_module.defence = defence.with_eta(1.0)
+        order, share = self.generator.get_state(), 1.0 / (config.accumulate * self.fabric.world_size)
+        sums: Tensor | None = None
+        with torch.no_grad(), without_effects(list(self.net.modules()), self.fabric.device):
+            for number, (images, labels) in zip(range(CALIBRATION_BATCHES), self.batches, strict=False):
+                for part in range(config.accumulate):
+                    rows = rows_of(
+                        self.fabric.global_rank, self.fabric.world_size, part, config.accumulate, len(labels)
+                    )
+                    draws = Draws(config.seed, number, rows, len(labels))
+                    with self._watching(0), self.fabric.autocast():
+                        self.step_module(images[rows], labels[rows], draws, share)
+                    found = self.step_module.strength
+                    if found is not None:
+                        sums = found.flat() if sums is None else sums + found.flat()
+        self.generator.set_state(order)
+        rise = EpochStrength.of(None if sums is None else self._over_processes(sums)).first_order
+        if not rise:
+            raise ValueError(
+                f"strength: got {defence.strength:g}, but the costate of the first batches is {rise}; set eta instead"
+            )
+        return defence.strength / rise
+
+    def _forward(self, epoch: int, images: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        share = 1.0 / (self.config.accumulate * self.fabric.world_size)
+        with self._watching(epoch, images, labels):
+            loss, logits = self.module(images, labels, draws, share)
+        # Reading the loss waits for the device once a step; a run that trains on after a NaN costs more.
+        value = float(loss.detach())
+        if not value <= self.config.stop_above:
+            raise self._diverged(epoch, f"the loss is {value:g}", images, labels)
+        return loss, logits
+
+    @contextlib.contextmanager
+    def _watching(self, epoch: int, images: Tensor | None = None, labels: Tensor | None = None) -> Iterator[None]:
+        """Turn what a network that has diverged raises into `TrainingDiverged`."""
+        try:
+            yield
+        except SolveError as error:
+            raise self._diverged(epoch, error.solution.status.message, images, labels) from error
+        except ValueError as error:  # attacks refuse logits that are not finite
+            if self._is_finite(images):
+                raise
+            raise self._diverged(epoch, "logits or a weight are not finite", images, labels) from error
+
+    def _is_finite(self, images: Tensor | None) -> bool:
+        """Whether the weights are, and the logits of ``images`` in evaluation mode."""
+        values = list(self.net.parameters())
+        if images is not None:
+            with torch.no_grad(), untouched(self.net, mode="eval"):
+                values.append(self.net(images))
+        return all(bool(value.isfinite().all()) for value in values)
+
+    def _diverged(
+        self, epoch: int, what: str, images: Tensor | None = None, labels: Tensor | None = None
+    ) -> TrainingDiverged:
+        eta = self.step_module.defence.eta
+        text = f"training: epoch {epoch + 1}, step {self.done + 1}: {what}; "
+        if eta:
+            when, relative = "", self._perturbation_now(images, labels)
+            if not relative and self.result.epochs:
+                when, relative = " of the epoch before", list(self.result.epochs[-1].relative)
+            if relative:
+                worst = max(range(len(relative)), key=lambda n: (not math.isfinite(relative[n]), relative[n]))
+                text += f"the perturbation ||eta a_n|| / ||x_n||{when} is largest at layer {worst} "
+                text += f"({relative[worst]:.3g}); "
+        text += f"lower lr ({self.config.lr:g})"
+        text += f" or eta ({eta:g} at batch size {self.config.batch_size})" if eta else ""
+        if self.checkpoints is not None and self.checkpoints.paths():
+            text += f"; the last good checkpoint is {self.checkpoints.paths()[-1]}"
+        return TrainingDiverged(text)
+
+    def _perturbation_now(self, images: Tensor | None, labels: Tensor | None) -> list[float]:
+        """The perturbation of every layer on this batch; empty where it cannot be measured any more."""
+        if images is None or labels is None or self.fabric.world_size > 1:  # statistics would wait for all processes
+            return []
+        try:
+            return list(self._perturbation(images, labels).relative)
+        except (SolveError, ValueError):
+            return []
+
+    def _perturbation(self, images: Tensor, labels: Tensor) -> Perturbation:
+        eta = self.step_module.defence.eta / (self.config.accumulate * self.fabric.world_size)
+        with self.fabric.autocast():
+            found: Perturbation = perturbation(self.net.field(images, labels, eta))
+        return found
+
+    def _measured(self) -> Perturbation:
+        """Eq. 16 and the size of the perturbation, on the last batch; without effect on the network."""
+        assert self.step_module.seen is not None
+        return self._perturbation(*self.step_module.seen)
+
+    def _validated(self) -> dict[str, float] | None:
+        if self.validation is None:
+            return None
+        images, labels = self.validation
+        right = {"clean": 0, "robust": 0} if self.config.objective.adversarial else {"clean": 0}
+        training = self.net.training
+        eps = getattr(self.config.objective, "eps", 8 / 255)
+        attack = {"eps": eps, "alpha": eps / 4, "steps": VALIDATION_STEPS}
+        self.net.eval()
+        try:
+            for first in range(0, len(images), 250):
+                x = to_float(images[first : first + 250]).to(self.fabric.device)
+                y = labels[first : first + 250].to(self.fabric.device)
+                with self.fabric.autocast():
+                    seen = {"clean": x}
+                    if "robust" in right:
+                        seen["robust"] = attacks.ifgsm(self.net, x, y, **attack)  # type: ignore[arg-type]
+                    with torch.no_grad():
+                        for name, batch in seen.items():
+                            right[name] += int((self.net(batch).argmax(1) == y).sum())
+        finally:
+            self.net.train(training)
+        return {name: count / len(images) for name, count in right.items()}
+
+    def _keep_best(self, result: EpochResult) -> None:
+        if result.validation is None:
+            return
+        name = "robust" if self.config.objective.adversarial else "clean"
+        so_far = self.result.best_epoch
+        if so_far is not None:
+            before = self.result.epochs[so_far - 1].validation
+            assert before is not None
+            if result.validation[name] <= before[name]:
+                return
+        self.result.best_epoch = result.epoch
+        self.result.best = {key: value.detach().clone() for key, value in self.net.state_dict().items()}
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        if self.fabric.world_size == 1:
+            return value
+        total = self.fabric.all_reduce(value.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        if self.fabric.world_size > 1:
+            self.fabric.barrier()
+        own = {
+            "torch": torch.get_rng_state(),
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+        }
+        if self.strength_sum is not None:
+            own["strength_sum"] = self.strength_sum
+        if self.fabric.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.fabric.device)
+        gathered = [own] if self.fabric.world_size == 1 else self._gathered(own)
+        if self.fabric.is_global_zero:
+            tensors = {
+                **saved.prefixed("model", saved.model_tensors(self.net)),
+                **saved.prefixed("optimizer", saved.optimizer_tensors(self.optimizer)),
+                "order": self.order_state,
+            }
+            for rank, state in enumerate(gathered):
+                tensors |= saved.prefixed(f"process{rank}", state)
+            if self.result.best is not None:
+                tensors |= saved.prefixed("best", self.result.best)
+            info = {
+                "epochs": [asdict(result) for result in self.result.epochs],
+                "best_epoch": self.result.best_epoch,
+                "done": self.done,
+                "eta": self.eta,
+                "seconds": self.seconds,
+            }
+            self.checkpoints.save(len(self.result.epochs) * len(self.batches) + self.done, tensors, info)
+
+    def _gathered(self, own: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        whole: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(whole, own)
+        return whole
+
+    def _restore(self) -> None:
+        found = None if self.checkpoints is None else self.checkpoints.load()
+        if found is None:
+            return
+        tensors, info = found
+        self.net.load_state_dict(saved.without("model", tensors))
+        saved.load_optimizer(self.optimizer, saved.without("optimizer", tensors))
+        own = saved.without(f"process{self.fabric.global_rank}", tensors)
+        torch.set_rng_state(own["torch"])
+        if "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
+        self.loss_sum.copy_(own["loss_sum"])
+        self.correct.copy_(own["correct"])
+        # Checkpoints of odeadv before the strength was recorded lack it; their epoch counts the steps that are left.
+        self.strength_sum = own["strength_sum"].to(self.fabric.device) if "strength_sum" in own else None
+        self.eta = info.get("eta", self.eta)
+        self.generator.set_state(tensors["order"])
+        epochs = [_epoch_result(e) for e in info["epochs"]]
+        best = saved.without("best", tensors)
+        self.result = TrainResult(epochs, info["best_epoch"], best or None)
+        self.done, self.seconds = info["done"], info["seconds"]
+
+
+def _epoch_result(plain: dict[str, Any]) -> EpochResult:
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return EpochResult(**values)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
