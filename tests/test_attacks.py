@@ -4,7 +4,8 @@ import copy
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odeadv.attacks import apgd, fgsm, ifgsm, pgd, square
+from odeadv.attacks import apgd, apgd_t, fgsm, ifgsm, pgd, square, worst_of
 from odeadv.attacks._gradient import iterates
 from odeadv.attacks.balls import linf_bounds
 
@@ -276,6 +277,82 @@ class TestResult:
         assert torch.equal(rows, columns)
 
 
+class TestDefaults:
+    """``pgd(net, x, y, eps=8/255)`` is enough: alpha = eps / 4, 10 steps, a fixed generator."""
+
+    def test_pgd(self) -> None:
+        net, (images, labels) = small_net(), batch()
+        expected = pgd(net, images, labels, eps=EPS, alpha=EPS / 4, steps=10, generator=seeded(0))
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        assert torch.equal(pgd(net, images, labels, eps=EPS), expected)
+        assert torch.equal(pgd(net, images, labels, eps=EPS), expected)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_the_others(self) -> None:
+        net, (images, labels) = small_net(), batch()
+        expected = ifgsm(net, images, labels, eps=EPS, alpha=EPS / 4, steps=10)
+        assert torch.equal(ifgsm(net, images, labels, eps=EPS), expected)
+        for attack in (partial(apgd, steps=3), partial(apgd_t, steps=3), partial(square, queries=5)):
+            expected = attack(net, images, labels, eps=EPS, generator=seeded(0))
+            assert torch.equal(attack(net, images, labels, eps=EPS), expected)
+
+    def test_restarts_still_differ(self) -> None:
+        net, (images, labels) = small_net(), batch()
+        starts: list[Tensor] = []
+
+        def start(x: Tensor, generator: torch.Generator) -> Tensor:
+            starts.append(x + torch.rand(x.shape, generator=generator, dtype=x.dtype))
+            return starts[-1]
+
+        pgd(net, images, labels, eps=1e-9, start=start, restarts=2)
+        assert not torch.equal(*starts)
+
+
+class TestRadiusPerExample:
+    """A tensor of radii does what one call per image would do."""
+
+    RADII = torch.tensor([0.0, 1 / 255, 8 / 255, 0.1, 0.5, 1.0])
+    ATTACKS: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        "fgsm": fgsm,
+        "ifgsm": ifgsm,
+        "worst": partial(ifgsm, keep="worst"),
+        "pgd": partial(pgd, steps=3, restarts=2),
+        "apgd": partial(apgd, steps=12),
+        "apgd_t": partial(apgd_t, steps=6, targets=2),
+        "square": partial(square, queries=8),
+    }
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+    def test_as_one_call_each(self, attack: Callable[..., Tensor], norm: str) -> None:
+        net, (images, labels) = small_net(), batch()
+        together = attack(net, images, labels, eps=self.RADII, norm=norm)
+        for k, eps in enumerate(self.RADII.double().tolist()):
+            every = attack(net, images, labels, eps=eps, norm=norm)  # with all images: the draws are the same
+            torch.testing.assert_close(together[k], every[k], rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_no_radius_is_left(self, norm: str, dtype: torch.dtype) -> None:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).to(dtype)
+        images, labels = batch(torch.float32)
+        images = images.to(dtype)
+        attacked = pgd(net, images, labels, eps=self.RADII, norm=norm)
+        offsets = (attacked.double() - images.double()).flatten(1)
+        reached = offsets.abs().amax(1) if norm == "linf" else offsets.norm(dim=1)
+        assert attacked.dtype == dtype
+        assert (reached <= self.RADII.double()).all()
+        assert (reached[2:] > 0).all()
+
+    def test_equal_radii_are_a_number(self) -> None:
+        net, (images, labels) = small_net(torch.float32), batch(torch.float32)
+        eps = torch.full((6,), 0.03)
+        for attack in (fgsm, ifgsm, pgd):
+            expected = attack(net, images, labels, eps=float(eps[0]))
+            assert torch.equal(attack(net, images, labels, eps=eps), expected)
+
+
 class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("boom")
@@ -399,15 +476,19 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eps": True}, TypeError, "eps: got True, expected a number, at least 0"),
     ({"alpha": -1}, ValueError, "alpha: got -1, expected a finite number, at least 0"),
     ({"alpha": math.inf}, ValueError, "alpha: got inf, expected a finite number, at least 0"),
-    ({"alpha": None}, TypeError, "alpha: got None, expected a number, at least 0"),
+    ({"alpha": "2/255"}, TypeError, "alpha: got '2/255', expected a number, at least 0"),
+    ({"eps": torch.rand(3)}, ValueError, r"eps: got a tensor of shape \(3,\), expected a number or shape \(2,\)"),
+    ({"eps": torch.rand(2, 1)}, ValueError, r"eps: got a tensor of shape \(2, 1\), expected a number or shape"),
+    ({"eps": torch.tensor([8, 8])}, TypeError, r"eps: got dtype torch\.int64, expected a number, or a floating"),
+    ({"eps": torch.tensor([0.1, 8.0])}, ValueError, "eps: got 8, expected a finite number, at least 0, at most 1"),
+    ({"alpha": torch.tensor([0.1, -0.1])}, ValueError, r"alpha: got -0\.1, expected a finite number, at least 0"),
     ({"steps": 0}, ValueError, "steps: got 0, expected an integer, at least 1"),
     ({"steps": 2.0}, TypeError, r"steps: got 2\.0, expected an integer, at least 1"),
     ({"steps": True}, TypeError, "steps: got True, expected an integer, at least 1"),
     ({"loss": "hinge"}, ValueError, "loss: got 'hinge', expected 'ce', 'margin', 'dlr', 'kl' or a function"),
     ({"loss": 3}, TypeError, "loss: got 3, expected 'ce', 'margin', 'dlr', 'kl' or a function"),
     ({"mode": "test"}, ValueError, "mode: got 'test', expected 'eval', 'train' or 'unchanged'"),
-    ({"generator": None}, ValueError, r"generator: got None, expected e\.g\. torch\.Generator\(\)\.manual_seed\(0\)"),
-    ({"generator": 0}, ValueError, r"generator: got 0, expected e\.g\. torch\.Generator\(\)\.manual_seed\(0\)"),
+    ({"generator": 0}, TypeError, r"generator: got 0, expected e\.g\. torch\.Generator\(\)\.manual_seed\(0\)"),
     ({"model": torch.relu}, TypeError, r"model: got builtin_function_or_method, expected a torch\.nn\.Module"),
     ({"images": [[0.5]]}, TypeError, r"images: got list, expected a torch\.Tensor"),
     (
@@ -421,9 +502,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"images": torch.tensor([[-0.5, 2.0]])},
         ValueError,
-        r"images: values in \[-0\.5, 2\.0\], expected \[0, 1\]; normalisation belongs inside the model",
+        r"images: got values in \[-0\.5, 2\], expected \[0, 1\]; normalisation belongs inside the model",
     ),
-    ({"images": torch.tensor([[0.0, 1.5]])}, ValueError, r"images: values in \[0\.0, 1\.5\]"),
+    ({"images": torch.tensor([[0.0, 1.5]])}, ValueError, r"images: got values in \[0, 1\.5\]"),
     ({"labels": [0, 1]}, TypeError, r"labels: got list, expected a torch\.Tensor"),
     ({"labels": torch.zeros(2)}, TypeError, r"labels: got dtype torch\.float32, expected torch\.int64"),
     ({"labels": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"labels: got shape \(2, 1\), expected \(2,\)"),
@@ -435,6 +516,21 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"model": constant_logits(torch.zeros(2))},
         ValueError,
         r"model: returned logits of shape \(2,\), expected \(2, c",
+    ),
+    (
+        {"model": constant_logits(torch.zeros(2)), "labels": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        r"model: returned logits of shape \(2,\), expected \(2, classes\); .* torch\.stack\(\[-z, z\], 1\)",
+    ),
+    (
+        {"model": constant_logits(torch.zeros(2, 1)), "labels": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        r"model: returned logits of shape \(2, 1\), expected at least 2 classes; .* torch\.cat\(\[-z, z\], 1\)",
+    ),
+    (
+        {"model": constant_logits(torch.zeros(2, 10, 8, 8))},
+        ValueError,
+        r"model: returned logits of shape \(2, 10, 8, 8\), expected \(2, classes\); .*one answer per position",
     ),
     ({"model": constant_logits(torch.zeros(3, 5))}, ValueError, r"model: returned logits of shape \(3, 5\), expected"),
     (
@@ -450,8 +546,57 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"model": Root(), "images": torch.zeros(2, 3, 8, 8)}, ValueError, "model: the gradient .* contains NaN"),
     ({"loss": lambda z, y: 1.0}, TypeError, r"loss: returned float, expected a tensor of shape \(2,\)"),
-    ({"loss": functional.cross_entropy}, ValueError, r"loss: returned shape \(\), expected \(2,\), one for each image"),
+    ({"loss": functional.cross_entropy}, ValueError, r"loss: returned shape \(\), expected \(2,\), one per image"),
 ]
+
+
+class TestNotFinite:
+    """The message names the images and the attack, and never prints a tensor."""
+
+    class Broken(nn.Module):
+        """Logits of images whose first pixel is above 0.9 are NaN."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.flatten(1)[:, :5]
+            return torch.where(z[:, :1] > 0.9, torch.nan, z)
+
+    def batch(self, n: int, bad: list[int]) -> tuple[Tensor, Tensor]:
+        images = 0.2 + 0.1 * torch.rand(n, 3, 4, 4, generator=seeded())
+        images[bad, 0, 0, 0] = 1.0
+        return images, torch.arange(n) % 5
+
+    @pytest.mark.parametrize(
+        ("name", "attack"),
+        [
+            ("fgsm", fgsm),
+            ("ifgsm", partial(ifgsm, keep="worst")),
+            ("pgd", partial(pgd, restarts=3)),
+            ("apgd", partial(apgd, steps=20, restarts=2)),
+            ("apgd_t", partial(apgd_t, steps=8)),
+            ("square", partial(square, queries=9)),
+        ],
+    )
+    def test_names_images_and_attack(self, name: str, attack: Callable[..., Tensor]) -> None:
+        images, labels = self.batch(12, [3, 7])
+        message = rf"^model: returned logits that are not finite for images 3, 7 \(2 of 12\) during {name}, so"
+        with pytest.raises(ValueError, match=message):
+            attack(self.Broken(), images, labels, eps=EPS)
+
+    def test_many_images_are_counted(self) -> None:
+        images, labels = self.batch(40, list(range(10, 30)))
+        with pytest.raises(ValueError, match=r"for images 10, 11, 12, 13, 14, \.\.\. \(20 of 40\) during fgsm"):
+            fgsm(self.Broken(), images, labels, eps=EPS)
+
+    def test_gradients(self) -> None:
+        images, labels = self.batch(4, [])
+        images[2] = 0.0  # the gradient of Root is 0 * infinity there
+        with pytest.raises(ValueError, match=r"contains NaN or infinity for image 2 \(1 of 4\) during ifgsm"):
+            ifgsm(Root(), images, labels % 2, eps=EPS)
+
+    def test_candidates(self) -> None:
+        images, labels = self.batch(4, [1])
+        with pytest.raises(ValueError, match=r"for image 1 \(1 of 4\) during worst_of"):
+            worst_of(self.Broken(), [images], labels)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
@@ -499,5 +644,5 @@ def test_a_model_that_writes_to_its_images_is_refused_before_it_does(attack: Cal
 
 def test_labels_on_another_device_are_refused() -> None:
     images, labels = batch(n=2)
-    with pytest.raises(ValueError, match=r"labels: on device meta, expected .* cpu"):
+    with pytest.raises(ValueError, match=r"labels: got device meta, expected cpu"):
         fgsm(small_net(), images, labels.to("meta"), eps=EPS)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from odeadv import models
-from odeadv.attacks import apgd, fgsm, ifgsm, pgd, square
+from odeadv.attacks import apgd, apgd_t, fgsm, ifgsm, pgd, square
 
 EPS, ALPHA, STEPS = 0.1, 0.02, 20
 TIES = 2e-3  # a share of the examples: a gradient that rounding makes 0 for one library and not for the other
@@ -205,6 +205,81 @@ class TestTorchattacks:
         theirs = torchattack("BIM", net, eps=8 / 255, alpha=2 / 255, steps=3)(images, labels)
         ours = ifgsm(net, images, labels, eps=8 / 255, alpha=2 / 255, steps=3)
         assert (theirs - ours).abs().max() < 1e-5
+
+
+class TestAutoAttack:
+    """The authors' code, as pyautoattack packages it, from the same starts."""
+
+    STARTS = 12  # more runs than any test here makes
+
+    def given(
+        self, trained: tuple[nn.Module, Tensor, Tensor], norm: str
+    ) -> tuple[nn.Module, Tensor, Tensor, list[Any]]:
+        """In double: in single precision rounding alone parts two runs of 100 steps."""
+        model, images, labels = in_double(*trained)
+        noise = [torch.randn(images.shape, generator=seeded(k), dtype=images.dtype) for k in range(self.STARTS)]
+        if norm == "linf":
+            noise = [2 * EPS * (torch.rand(x.shape, generator=seeded(k)).double() - 0.5) for k, x in enumerate(noise)]
+        else:
+            noise = [0.8 * x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in noise]
+        return model, images, labels, noise
+
+    def theirs(self, kind: str, model: nn.Module, norm: str, noise: list[Tensor], images: Tensor, **more: Any) -> Any:
+        """Their attack, with the starts replaced by ours and without its rounding of images to float32."""
+        base = pytest.importorskip("pyautoattack.autopgd_base")
+        eps = EPS if norm == "linf" else 0.8
+        attack = getattr(base, kind)(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, device="cpu", **more)
+        single = attack.attack_single_run
+        runs = iter(noise)
+
+        def from_our_start(x: Tensor, y: Tensor) -> Any:
+            chosen = [int((images == one).flatten(1).all(1).nonzero()[0]) for one in x]
+            return single(x, y, x_init=x + next(runs)[chosen])
+
+        attack.attack_single_run = from_our_start
+        return attack
+
+    def starts(self, noise: list[Tensor]) -> Callable[[Tensor, torch.Generator], Tensor]:
+        runs = iter(noise)
+        return lambda images, generator: images + next(runs)
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("steps", [20, 100])
+    def test_apgd_t_example_by_example(
+        self, trained: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, norm: str, steps: int
+    ) -> None:
+        model, images, labels, noise = self.given(trained, norm)
+        attack = self.theirs("APGDAttack_targeted", model, norm, noise, images, n_iter=steps, n_target_classes=9)
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        theirs = attack.perturb(images, labels)
+        monkeypatch.undo()
+        eps = EPS if norm == "linf" else 0.8
+        ours = apgd_t(model, images, labels, eps=eps, norm=norm, steps=steps, start=self.starts(noise))
+        some_survive(model, ours, labels)
+        with torch.no_grad():
+            assert torch.equal(model(ours).argmax(1) == labels, model(theirs).argmax(1) == labels)
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("loss", ["ce", "dlr"])
+    def test_apgd_example_by_example(
+        self, trained: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, norm: str, loss: str
+    ) -> None:
+        model, images, labels, noise = self.given(trained, norm)
+        with torch.no_grad():
+            right = model(images).argmax(1) == labels
+        images, labels, noise = images[right], labels[right], [x[right] for x in noise]
+        attack = self.theirs("APGDAttack", model, norm, noise, images, n_iter=50, n_restarts=2, loss=loss)
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        theirs = attack.perturb(images, labels)
+        monkeypatch.undo()
+        eps = EPS if norm == "linf" else 0.8
+        ours = apgd(
+            model, images, labels, eps=eps, norm=norm, steps=50, restarts=2, loss=loss, variant="autoattack",
+            start=self.starts(noise),
+        )  # fmt: skip
+        some_survive(model, ours, labels)
+        with torch.no_grad():
+            assert torch.equal(model(ours).argmax(1) == labels, model(theirs).argmax(1) == labels)
 
 
 class TestFoolbox:

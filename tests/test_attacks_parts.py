@@ -425,7 +425,7 @@ class TestStarts:
             ({"target": torch.full((6,), 7)}, ValueError, "labels: got 7, expected class indices < 5"),
             ({"target": (torch.arange(6) + 1) % 5, "loss": "kl"}, ValueError, "loss: got 'kl' with a target"),
             ({"tally": 1}, TypeError, r"tally: got 1, expected an odeadv\.attacks\.Tally"),
-            ({"generator": None, "start": "clean", "eot": 2}, ValueError, "generator: got None"),
+            ({"generator": torch.default_generator}, ValueError, "generator: got torch's global one"),
         ],
     )
     def test_refusals(self, change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from odeadv.attacks import Tally, apgd, square
-from odeadv.attacks._apgd import checkpoints
+from odeadv.attacks import Tally, apgd, apgd_t, square
+from odeadv.attacks._apgd import autoattack_checkpoints, checkpoints
 from odeadv.attacks._square import Bumps, _window, pattern, share, side, tiled
 from odeadv.attacks.balls import L2Ball
 
@@ -165,10 +165,78 @@ class TestAutoPGD:
     def test_refuses(self) -> None:
         net = wavy()
         images, labels = batch(net)
-        with pytest.raises(ValueError, match=r"^rho: got 1.5, expected a number in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"^rho: got 1.5, expected a finite number, at least 0, at most 1"):
             apgd(net, images, labels, eps=0.1, rho=1.5, generator=seeded())
-        with pytest.raises(ValueError, match=r"^generator: got None"):
-            apgd(net, images, labels, eps=0.1, generator=None)
+        with pytest.raises(ValueError, match=r"^variant: got 'torch', expected one of 'paper', 'autoattack'"):
+            apgd(net, images, labels, eps=0.1, variant="torch")
+
+
+class TestTargetedAutoPGD:
+    def test_targets_are_the_most_likely_wrong_classes_in_turn(self) -> None:
+        net = wavy()
+        images, labels = batch(net)
+        seen: list[Tensor] = []
+
+        def noted(z: Tensor, y: Tensor) -> Tensor:
+            seen.append(y)
+            return functional.cross_entropy(z, y, reduction="none")
+
+        apgd_t(net, images, labels, eps=1e-4, steps=2, targets=2, loss=noted, generator=seeded())
+        ranked = net(images).argsort(1, descending=True)
+        assert torch.equal(ranked[:, 0], labels)
+        assert torch.equal(seen[0], labels)  # the clean images
+        assert [int((ranked == y[:, None]).int().argmax(1).unique()) for y in seen[1:]] == [1, 1, 1, 2, 2, 2]
+
+    def test_any_wrong_class_ends_an_example(self) -> None:
+        net = wavy()
+        images, labels = batch(net)
+        labels[0] = (labels[0] + 1) % 4  # wrong without an attack
+        tally = Tally()
+        attacked = apgd_t(net, images, labels, eps=0.3, steps=20, generator=seeded(), tally=tally)
+        assert torch.equal(attacked[0], images[0])
+        assert tally.queries[0] == 1
+        fooled = net(attacked).argmax(1) != labels
+        assert fooled[0]
+        assert fooled.sum() > 5
+        assert tally.queries.max() <= 1 + 3 * 21  # four classes have three targets, though nine were asked for
+
+    def test_is_at_least_as_strong_as_each_target_alone(self) -> None:
+        net = wavy()
+        images, labels = batch(net, 60)
+        shared: dict[str, Any] = {"eps": 0.03, "steps": 20, "start": "clean"}
+        together = net(apgd_t(net, images, labels, **shared)).argmax(1) == labels
+        ranked = net(images).argsort(1, descending=True)
+        for rank in (1, 2, 3):
+            alone = apgd(net, images, labels, target=ranked[:, rank], loss="dlr", variant="autoattack", **shared)
+            assert not (together & (net(alone).argmax(1) != labels)).any()
+        assert 0 < together.sum() < 60
+
+    def test_checkpoints_of_autoattack(self) -> None:
+        """The periods of its code: int(0.22 n), shortened by int(0.03 n), at least int(0.06 n)."""
+        assert autoattack_checkpoints(100) == checkpoints(100)
+        assert autoattack_checkpoints(20) == (4, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20)
+        assert autoattack_checkpoints(1) == (1,)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"targets": 0}, "targets: got 0, expected an integer, at least 1"),
+            ({"loss": "kl"}, "loss: got 'kl', expected 'dlr'"),
+            ({"net": nn.Sequential(nn.Flatten(), nn.Linear(12, 3).double())}, "loss: 'dlr' got 3 classes, expected at"),
+        ],
+    )
+    def test_refuses(self, change: dict[str, Any], message: str) -> None:
+        images, labels = batch(wavy())
+        given: dict[str, Any] = {"net": wavy(), "eps": 0.1} | change
+        with pytest.raises(ValueError, match=f"^{message}"):
+            apgd_t(given.pop("net"), images, labels % 3, **given)
+
+    def test_three_classes_with_the_margin(self) -> None:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+        images, _ = batch(wavy())
+        labels = net(images).argmax(1)
+        attacked = apgd_t(net, images, labels, eps=0.5, steps=10, loss="margin")
+        assert (net(attacked).argmax(1) != labels).any()
 
 
 class Spy(nn.Module):
@@ -289,11 +357,11 @@ class TestSquare:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"p": 0}, r"p: got 0\.0, expected a number in \(0, 1\]"),
-            ({"p": 1.5}, r"p: got 1\.5, expected a number in \(0, 1\]"),
+            ({"p": 0}, "p: got 0, expected a finite number, above 0, at most 1"),
+            ({"p": 1.5}, r"p: got 1\.5, expected a finite number, above 0, at most 1"),
             ({"queries": 0}, "queries: got 0, expected an integer, at least 1"),
             ({"images": torch.rand(2, 12)}, r"images: got shape \(2, 12\), expected \(n, channels, height, width\)"),
-            ({"generator": None}, "generator: got None"),
+            ({"generator": torch.default_generator}, "generator: got torch's global one"),
         ],
     )
     def test_refuses(self, change: dict[str, Any], message: str) -> None:

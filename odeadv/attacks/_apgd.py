@@ -1,22 +1,24 @@
-"""Auto-PGD: projected gradient ascent with momentum that chooses its own step sizes."""
+"""Auto-PGD: projected gradient ascent with momentum that chooses its own step sizes; and its targeted form."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._setting import Best, setting
+from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
-from odeadv.attacks.checks import radius
-from odeadv.attacks.objective import AttackLoss, Loss, Scores, Tally
-from odeadv.support.checks import integer, number
+from odeadv.attacks.objective import Loss, Tally
+from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
-_INERTIA = 0.75  # the paper's alpha
+Variant = Literal["paper", "autoattack"]
+
+_INERTIA = 0.75  # alpha in the paper: the share of the new step in the next iterate
 
 
 def apgd(
@@ -24,8 +26,8 @@ def apgd(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
-    generator: torch.Generator | None,
+    eps: float | Tensor,
+    generator: torch.Generator | None = None,
     steps: int = 100,
     norm: Norm = "linf",
     loss: Loss = "ce",
@@ -33,80 +35,163 @@ def apgd(
     start: GivenStart = "uniform",
     restarts: int = 1,
     rho: float = 0.75,
+    variant: Variant = "paper",
     eot: int = 1,
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """Auto-PGD: steps with momentum, whose length halves at checkpoints where the loss has stopped rising.
+    """Attack with Auto-PGD: steps with momentum, whose length halves when the loss stops rising.
 
     With P the projection, x_0 the start, eta = 2 eps at first, and s(x, eta) the step of length eta of `ifgsm`::
 
         z_{k+1} = P(s(x_k, eta))
         x_{k+1} = P(x_k + 0.75 (z_{k+1} - x_k) + 0.25 (x_k - x_{k-1})),   x_1 = z_1.
 
-    At iteration w_j = ceil(p_j * steps), p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), an
-    example's eta is halved, and it goes on from its point of highest loss, if since w_{j-1} the loss rose in fewer than
-    ``rho`` of the steps, or if neither eta nor the highest loss have changed. Source: Croce and Hein 2020, "Reliable
-    evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks", Algorithm 1.
+    An example is reviewed at iteration w_j = ceil(p_j * steps), p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1}
+    - 0.03, 0.06). Its eta is halved, and it returns to its point of highest loss, in two cases: the loss rose in fewer
+    than ``rho`` of the steps since w_{j-1}; or neither eta nor the highest loss has changed. Source: Croce and Hein
+    2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
+    Algorithm 1.
 
     Args:
         model: as for `fgsm`.
         images: as for `fgsm`.
         labels: as for `fgsm`.
         eps: as for `fgsm`.
-        generator: as for `fgsm`; None only if nothing is random.
-        steps: how many steps, in each run. A run costs ``steps`` gradients and one forward pass more.
+        generator: as for `fgsm`.
+        steps: number of steps per run. A run costs ``steps`` gradients and one more forward pass.
         norm: as for `fgsm`.
         loss: as for `fgsm`.
         target: as for `fgsm`.
         start: as for `ifgsm`.
-        restarts: how many runs, each from a start of its own and on the examples that are not fooled yet.
+        restarts: number of runs, each from its own start, on the examples that are not fooled yet.
         rho: the share of rising steps below which the step size is halved, in [0, 1].
+        variant: ``"paper"`` follows Algorithm 1. ``"autoattack"`` follows the authors' code: reviews are at other
+            iterations unless ``steps`` is 100, and its count of rising steps differs (see the page on attacks). From
+            the same start it ends with AutoAttack's outcomes.
         eot: as for `fgsm`.
         mode: as for `fgsm`.
         tally: as for `fgsm`.
 
     Returns:
-        The attacked images, like those of `fgsm`: per example the first iterate (the start among them) that fools the
-        model, or, if there is none, the one of highest loss. An example that is fooled leaves the batch at the next
-        checkpoint, unless some part of the model is in training mode.
+        The attacked images, like those of `fgsm`: per example the first iterate (including the start) that fools the
+        model, or, if there is none, the iterate of highest loss. A fooled example leaves the batch at the next review,
+        unless some part of the model is in training mode.
 
     Raises:
         TypeError: as `fgsm`.
-        ValueError: as `ifgsm`, and if ``rho`` is above 1.
+        ValueError: as `fgsm`, and if ``rho`` is above 1.
     """
-    eps = radius(eps, norm)
+    schedule = _schedule(steps, rho, variant)
+    with setting(
+        "apgd", model, images, labels, eps=eps, norm=norm, loss=loss, target=target, start=start, restarts=restarts,
+        eot=eot, generator=generator, mode=mode, tally=tally,
+    ) as attack:  # fmt: skip
+        best = Best(attack.images)
+        for x0, ball, index in attack.runs(restarts, best):
+            _run(attack, schedule, best, x0, ball, index)
+        return best.images
+
+
+def apgd_t(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    generator: torch.Generator | None = None,
+    steps: int = 100,
+    targets: int = 9,
+    norm: Norm = "linf",
+    loss: Loss = "dlr",
+    start: GivenStart = "uniform",
+    restarts: int = 1,
+    rho: float = 0.75,
+    variant: Variant = "autoattack",
+    eot: int = 1,
+    mode: Mode = "eval",
+    tally: Tally | None = None,
+) -> Tensor:
+    """Attack with targeted Auto-PGD: `apgd` towards each of the most likely wrong classes, one after the other.
+
+    The target of run k is the class with the (k + 1)-th largest logit of the clean image, k = 1, ..., ``targets``.
+    Any wrong class counts as fooled, and fooled examples take no part in later runs. Images that the model gets wrong
+    without an attack are returned as they are. With the defaults this is APGD-T of AutoAttack. Source: Croce and Hein
+    2020, Section 4; the authors' code, https://github.com/fra31/auto-attack.
+
+    Args:
+        model: as for `fgsm`.
+        images: as for `fgsm`.
+        labels: as for `fgsm`.
+        eps: as for `fgsm`.
+        generator: as for `fgsm`.
+        steps: as for `apgd`.
+        targets: number of target classes; at most all classes but the label's are tried.
+        norm: as for `fgsm`.
+        loss: as for `fgsm`, without ``"kl"``. ``"dlr"`` needs at least four classes; with fewer, take ``"margin"``.
+        start: as for `ifgsm`.
+        restarts: number of runs per target.
+        rho: as for `apgd`.
+        variant: as for `apgd`.
+        eot: as for `fgsm`.
+        mode: as for `fgsm`.
+        tally: as for `fgsm`.
+
+    Returns:
+        The attacked images, as from `apgd`. The clean images are among the candidates.
+
+    Raises:
+        TypeError: as `fgsm`.
+        ValueError: as `apgd`, and if ``loss`` is ``"kl"``.
+    """
+    schedule = _schedule(steps, rho, variant)
+    targets = integer("targets", targets)
+    if loss == "kl":
+        raise ValueError("loss: got 'kl', expected 'dlr', 'ce', 'margin' or a function: it has no targeted form")
+    with setting(
+        "apgd_t", model, images, labels, eps=eps, norm=norm, loss=loss, target=None, start=start, restarts=restarts,
+        eot=eot, generator=generator, mode=mode, tally=tally,
+    ) as attack:  # fmt: skip
+        best = Best(attack.images)
+        attack.reseed()
+        scores = attack.loss.evaluate(attack.images)
+        wrong = attack.loss.fooled(scores)
+        # The clean image is returned only if it is wrong: its loss has no target, so it cannot be compared.
+        best.offer(attack.images, torch.full_like(scores.losses, -torch.inf), wrong)
+        ranked = scores.logits.argsort(dim=1, descending=True)
+        for rank in range(1, min(targets, ranked.shape[1] - 1) + 1):
+            attack.loss.aim(ranked[:, rank])
+            for x0, ball, index in attack.runs(restarts, best, begun=True):
+                _run(attack, schedule, best, x0, ball, index)
+        return best.images
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """The reviews of step sizes.
+
+    Attributes:
+        steps: number of steps.
+        rho: the share of rising steps below which the step size is halved.
+        reviews: the iterations w_1 < w_2 < ... at which step sizes are reviewed.
+        paper: True for Algorithm 1; False for the authors' code.
+    """
+
+    steps: int
+    rho: float
+    reviews: tuple[int, ...]
+    paper: bool
+
+
+def _schedule(steps: int, rho: float, variant: Variant) -> _Schedule:
     steps = integer("steps", steps)
-    rho = number("rho", rho, least=0)
-    if rho > 1:
-        raise ValueError(f"rho: got {rho!r}, expected a number in [0, 1]")
-    given = setting(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=norm,
-        loss=loss,
-        target=target,
-        start=start,
-        restarts=restarts,
-        eot=eot,
-        generator=generator,
-        mode=mode,
-        tally=tally,
-    )
-    with given as attack:
-
-        def run(x0: Tensor, ball: Ball, index: Tensor | None, best: Best) -> None:
-            trying = _Trying(attack.objective, best, drops=attack.independent)
-            eta = 2 * min(eps, math.sqrt(x0[0].numel()))  # no ball in the box is larger
-            _run(trying, x0, ball, index, eta=eta, steps=steps, rho=rho)
-
-        return attack.best_of(restarts, run)
+    rho = number("rho", rho, least=0, most=1)
+    paper = choice("variant", variant, ("paper", "autoattack")) == "paper"
+    return _Schedule(steps, rho, checkpoints(steps) if paper else autoattack_checkpoints(steps), paper)
 
 
 def checkpoints(steps: int) -> tuple[int, ...]:
-    """The iterations w_1 < w_2 < ... <= ``steps`` at which step sizes are reviewed."""
+    """Return the iterations w_1 < w_2 < ... <= ``steps`` at which the paper reviews step sizes."""
     # In hundredths, so that ceil does not round 57.00000000000001 up.
     before, p, reviewed = 0, 22, []
     while p <= 100:
@@ -115,29 +200,33 @@ def checkpoints(steps: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(reviewed))
 
 
-class _Trying:
-    """Scores iterates and offers each to ``best``; ``drops`` says whether fooled examples may leave the batch."""
-
-    def __init__(self, objective: AttackLoss, best: Best, *, drops: bool) -> None:
-        self._objective, self.best, self.drops = objective, best, drops
-
-    def __call__(self, x: Tensor, index: Tensor | None, *, differentiate: bool) -> Scores:
-        scores = (self._objective.differentiate if differentiate else self._objective.evaluate)(x, index)
-        self.best.offer(x, scores.losses, self._objective.fooled(scores, index), index)
-        return scores
+def autoattack_checkpoints(steps: int) -> tuple[int, ...]:
+    """Return the iterations at which the authors' code reviews step sizes: sums of truncated periods."""
+    # The same float products as in the authors' code, because int() of them decides.
+    period, shorter, shortest = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
+    reviewed, last = [], period
+    while last <= steps:
+        reviewed.append(last)
+        period = max(period - shorter, shortest)
+        last += period
+    return tuple(reviewed)
 
 
 class _State(NamedTuple):
-    """One run between two iterations; every part has one row for each example.
+    """One run between two iterations; every part has one row per example.
 
     Attributes:
-        x, before: x_k and x_{k-1}.
-        gradient, loss: at x_k.
+        x: x_k.
+        before: x_{k-1}.
+        gradient: the gradient at x_k.
+        loss: the loss that the next one must exceed to count as a rise.
         eta: step sizes, (n, 1, ...).
-        top, top_gradient, top_loss: the point of highest loss so far.
-        rises: steps since the last checkpoint in which the loss rose.
-        reviewed_loss: the highest loss at the last checkpoint.
-        halved: whether eta was halved there.
+        top: the point of highest loss so far.
+        top_gradient: the gradient there.
+        top_loss: the loss there.
+        rises: number of steps since the last review in which the loss rose.
+        reviewed_loss: the highest loss at the last review.
+        halved: True if eta was halved there.
     """
 
     x: Tensor
@@ -153,45 +242,62 @@ class _State(NamedTuple):
     halved: Tensor
 
 
-def _run(trying: _Trying, x0: Tensor, ball: Ball, index: Tensor | None, *, eta: float, steps: int, rho: float) -> None:
-    _, loss, gradient = trying(x0, index, differentiate=True)
-    assert gradient is not None
+def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Ball, index: Tensor | None) -> None:
+    """Run once from ``x0`` on the examples ``index`` (None: all), offering every iterate to ``best``."""
+    loss = attack.loss
+    scores = loss.differentiate(x0, index)
+    best.offer(x0, scores.losses, loss.fooled(scores, index), index)
+    assert scores.gradient is not None
     n = len(x0)
     state = _State(
         x=x0,
         before=x0,
-        gradient=gradient,
-        loss=loss,
-        eta=x0.new_full((n, *[1] * (x0.ndim - 1)), eta),
+        gradient=scores.gradient,
+        # The authors' code compares the first loss with an entry of its table that is still 0.
+        loss=scores.losses if schedule.paper else torch.zeros_like(scores.losses),
+        eta=_first_eta(attack.eps, x0, index),
         top=x0,
-        top_gradient=gradient,
-        top_loss=loss,
+        top_gradient=scores.gradient,
+        top_loss=scores.losses,
         rises=torch.zeros(n, dtype=torch.int64, device=x0.device),
-        reviewed_loss=loss,
-        halved=torch.zeros(n, dtype=torch.bool, device=x0.device),
+        reviewed_loss=scores.losses,
+        # True switches the second condition off at the first review, as the authors' code does.
+        halved=torch.full((n,), not schedule.paper, device=x0.device),
     )
-    reviews, last_review = checkpoints(steps), 0
-    for k in range(1, steps + 1):
+    last_review = 0
+    for k in range(1, schedule.steps + 1):
         x = _next(state, ball, inertia=1.0 if k == 1 else _INERTIA)
-        scores = trying(x, index, differentiate=k < steps)  # nothing follows the last gradient
-        if k == steps:
+        if k == schedule.steps:
+            attack.offer(best, x, index)  # no step follows, so no gradient is needed
             return
+        scores = loss.differentiate(x, index)
+        best.offer(x, scores.losses, loss.fooled(scores, index), index)
         assert scores.gradient is not None
         state = _moved(state, x, scores.losses, scores.gradient)
-        if k in reviews:
-            state = _reviewed(state, fewest=rho * (k - last_review))
+        if k in schedule.reviews:
+            state = _reviewed(state, schedule, steps=k - last_review)
             last_review = k
-            still_open = ~(trying.best.fooled if index is None else trying.best.fooled[index])
+            still_open = ~(best.fooled if index is None else best.fooled[index])
             if not still_open.any():
                 return
-            if trying.drops and not still_open.all():
+            if attack.independent and not still_open.all():
                 rows = still_open.nonzero()[:, 0]
                 index = rows if index is None else index[rows]
-                state, ball = _State(*(part[rows] for part in state)), ball.rows(rows)
+                state, ball = _State._make(part[rows] for part in state), ball.rows(rows)
+
+
+def _first_eta(eps: float | Tensor, x0: Tensor, index: Tensor | None) -> Tensor:
+    """Return 2 eps for each example, (n, 1, ...)."""
+    largest = math.sqrt(x0[0].numel())  # no ball within the box needs a larger radius
+    shape = (len(x0), *[1] * (x0.ndim - 1))
+    if isinstance(eps, Tensor):
+        chosen = eps if index is None else eps[index]
+        return 2 * chosen.clamp(max=largest).to(x0.dtype)
+    return x0.new_full(shape, 2 * min(eps, largest))
 
 
 def _next(state: _State, ball: Ball, *, inertia: float) -> Tensor:
-    """x_{k+1}."""
+    """Return x_{k+1}."""
     z = ball.project(ball.ascend(state.x, state.gradient, state.eta))
     if inertia == 1.0:
         return z
@@ -199,7 +305,7 @@ def _next(state: _State, ball: Ball, *, inertia: float) -> Tensor:
 
 
 def _moved(state: _State, x: Tensor, loss: Tensor, gradient: Tensor) -> _State:
-    """The state with x_{k+1} in it."""
+    """Return the state after the step to ``x``."""
     higher = loss > state.top_loss
     shaped = higher.view(state.eta.shape)
     return state._replace(
@@ -214,14 +320,18 @@ def _moved(state: _State, x: Tensor, loss: Tensor, gradient: Tensor) -> _State:
     )
 
 
-def _reviewed(state: _State, *, fewest: float) -> _State:
-    """The state after a checkpoint: where it got stuck, eta halved and x moved to the point of highest loss."""
-    stuck = (state.rises < fewest) | (~state.halved & (state.top_loss == state.reviewed_loss))
+def _reviewed(state: _State, schedule: _Schedule, *, steps: int) -> _State:
+    """Return the state after a review ``steps`` after the last: stuck examples halve eta and return to their top."""
+    fewest = schedule.rho * steps
+    # The authors' code also counts equality as too few rises.
+    too_few = state.rises < fewest if schedule.paper else state.rises <= fewest
+    stuck = too_few | (~state.halved & (state.top_loss == state.reviewed_loss))
     shaped = stuck.view(state.eta.shape)
     return state._replace(
         x=torch.where(shaped, state.top, state.x),
         gradient=torch.where(shaped, state.top_gradient, state.gradient),
-        loss=torch.where(stuck, state.top_loss, state.loss),
+        # The authors' code compares the next loss with that of the point which was left.
+        loss=torch.where(stuck, state.top_loss, state.loss) if schedule.paper else state.loss,
         eta=torch.where(shaped, state.eta / 2, state.eta),
         rises=torch.zeros_like(state.rises),
         reviewed_loss=state.top_loss,

@@ -1,19 +1,19 @@
-"""The attacks with a fixed step size, each a choice of start, step, momentum, number of steps and of runs."""
+"""The attacks with a fixed step size: FGSM, IFGSM and PGD, and the loop that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._setting import Best, setting
+from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm, divided
-from odeadv.attacks.checks import radius
-from odeadv.attacks.objective import AttackLoss, Loss, Tally
+from odeadv.attacks.checks import lengths
+from odeadv.attacks.objective import Loss, Tally
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
@@ -25,7 +25,7 @@ def fgsm(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
+    eps: float | Tensor,
     norm: Norm = "linf",
     loss: Loss = "ce",
     target: Tensor | None = None,
@@ -34,56 +34,46 @@ def fgsm(
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """The fast gradient sign method: one step of length ``eps`` from the images, clipped to [0, 1].
+    """Attack with the fast gradient sign method: one step of length ``eps`` from the images, clipped to [0, 1].
 
-    ``x + eps * sign(g)`` in the L-infinity norm, ``x + eps * g / ||g||_2`` (FGM) in the L2 norm, g the gradient of the
-    loss. Bitwise equal to `ifgsm` with ``steps=1, alpha=eps``. Source: Goodfellow, Shlens and Szegedy 2015,
-    "Explaining and Harnessing Adversarial Examples".
+    The step is ``x + eps * sign(g)`` in the L-infinity norm and ``x + eps * g / ||g||_2`` (FGM) in the L2 norm, with g
+    the gradient of the loss. The result is bitwise equal to `ifgsm` with ``steps=1, alpha=eps``. Source: Goodfellow,
+    Shlens and Szegedy 2015, "Explaining and Harnessing Adversarial Examples".
 
     Args:
-        model: images to logits (n, classes); its normalisation inside.
+        model: images to logits (n, classes), classes >= 2; its normalisation inside.
         images: (n, channels, height, width) or (n, ...), floating, values in [0, 1].
         labels: (n,), int64 class indices, on the device of the images.
         eps: radius of the ball, in pixel units of [0, 1], e.g. 8/255; for L2, 1.0 is one pixel from black to white.
+            A floating tensor (n,) gives one radius per image.
         norm: ``"linf"`` or ``"l2"``.
-        loss: what is ascended: ``"ce"``, cross-entropy; ``"margin"``, max_{j != y} z_j - z_y; ``"dlr"``, the
-            difference of logits ratio (Croce and Hein 2020); ``"kl"``, KL(clean probabilities || attacked) (its
-            gradient is 0 at the clean images: start elsewhere); or a function (logits, labels) -> losses (n,). Logits
-            are handed over in at least float32.
-        target: (n,), int64 classes to be reached; the loss is then that of the target and descended (``"dlr"`` has
-            a targeted form of its own, ``"kl"`` has none).
-        eot: average the gradient over so many forward passes, for models that draw random numbers ("expectation over
-            transformation", Athalye et al. 2018). Above 1 it needs ``generator``.
-        generator: the only source of the attack's randomness, of any device, e.g.
-            ``torch.Generator().manual_seed(0)``. If given, it also seeds torch's global random state, from which a
-            stochastic model draws, for the time of the attack.
-        mode: run the model in ``"eval"`` or ``"train"`` mode, or ``"unchanged"``. Whichever, modes, buffers,
-            ``requires_grad``, ``.grad`` and torch's global random state are afterwards what they were.
-        tally: a `Tally` to be filled with how often each example went through the model.
+        loss: the function that is raised: ``"ce"``, cross-entropy; ``"margin"``, max_{j != y} z_j - z_y; ``"dlr"``,
+            the difference of logits ratio (Croce and Hein 2020); ``"kl"``, KL(clean probabilities || attacked) (its
+            gradient is 0 at the clean images: start elsewhere); or a function (logits, labels) -> losses (n,). It
+            gets logits in at least float32.
+        target: (n,), int64 classes to be reached. The loss is then that of the target, and it is lowered (``"dlr"``
+            has a targeted form, ``"kl"`` has none).
+        eot: number of forward passes over which the gradient is averaged, for models that draw random numbers
+            ("expectation over transformation", Athalye et al. 2018).
+        generator: the only source of the attack's randomness, on any device. If something is random and None is
+            given, it is ``torch.Generator().manual_seed(0)``: every call draws the same numbers. The generator also
+            seeds torch's global random state, from which a stochastic model draws, during the attack.
+        mode: run the model in ``"eval"`` or ``"train"`` mode, or ``"unchanged"``. In every case modes, buffers,
+            ``requires_grad``, ``.grad`` and torch's global random state are restored afterwards.
+        tally: a `Tally` that receives the number of times each example went through the model.
 
     Returns:
         The attacked images: shape, dtype, device and memory format of ``images``, detached. None is further than
-        ``eps`` from the clean one, to the last bit, nor has a pixel outside [0, 1].
+        ``eps`` from the clean one, to the last bit, and all pixels are in [0, 1].
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
         ValueError: if an argument is out of range or of the wrong shape, or if logits or gradient are not finite.
     """
-    return ifgsm(
-        model,
-        images,
-        labels,
-        eps=eps,
-        alpha=eps,
-        steps=1,
-        norm=norm,
-        loss=loss,
-        target=target,
-        eot=eot,
-        generator=generator,
-        mode=mode,
-        tally=tally,
-    )
+    return _attack(
+        "fgsm", model, images, labels, eps=eps, alpha=eps, steps=1, momentum=0.0, start="clean", restarts=1,
+        keep="last", norm=norm, loss=loss, target=target, eot=eot, generator=generator, mode=mode, tally=tally,
+    )  # fmt: skip
 
 
 def ifgsm(
@@ -91,9 +81,9 @@ def ifgsm(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
-    alpha: float,
-    steps: int,
+    eps: float | Tensor,
+    alpha: float | Tensor | None = None,
+    steps: int = 10,
     norm: Norm = "linf",
     loss: Loss = "ce",
     target: Tensor | None = None,
@@ -105,7 +95,7 @@ def ifgsm(
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """The iterated fast gradient sign method: ``steps`` steps of length ``alpha``, from the images themselves.
+    """Attack with the iterated fast gradient sign method: ``steps`` steps of length ``alpha``, from the images.
 
     Each iterate is projected to the ball and to [0, 1]; by default the last one is returned. With ``momentum=1.0``
     it is MI-FGSM. Sources: Kurakin, Goodfellow and Bengio 2017, "Adversarial Examples in the Physical World"; Dong et
@@ -116,18 +106,19 @@ def ifgsm(
         images: as for `fgsm`.
         labels: as for `fgsm`.
         eps: as for `fgsm`.
-        alpha: length of one step in ``norm``, in the units of ``eps``.
-        steps: how many steps.
+        alpha: length of one step in ``norm``, in the units of ``eps``; None means eps / 4. A floating tensor (n,)
+            gives one length per image.
+        steps: number of steps.
         norm: as for `fgsm`.
         loss: as for `fgsm`.
         target: as for `fgsm`.
         momentum: the decay mu of g_{k+1} = mu g_k + gradient / ||gradient||_1, along which steps are taken; 0 for none.
         start: ``"clean"``; ``"uniform"``, in the ball; ``"gaussian"``, 0.001 times standard normal noise (see
-            `Gaussian`); a tensor like ``images``; or a function (images, generator) -> images. Whichever, it is
-            projected to the ball and to [0, 1]. Random starts need ``generator``.
+            `Gaussian`); a tensor like ``images``; or a function (images, generator) -> images. Every start is
+            projected to the ball and to [0, 1].
         keep: ``"last"`` returns the last iterate. ``"worst"`` returns, per example, the first iterate that fools the
-            model, or, if there is none, the one of highest loss, the start among them; the run ends when all examples
-            are fooled. It costs one more forward pass.
+            model, or, if there is none, the iterate of highest loss, including the start; the run ends when all
+            examples are fooled. It costs one more forward pass.
         eot: as for `fgsm`.
         generator: as for `fgsm`.
         mode: as for `fgsm`.
@@ -138,26 +129,12 @@ def ifgsm(
 
     Raises:
         TypeError: as `fgsm`.
-        ValueError: as `fgsm`, and if randomness is asked for without a ``generator``.
+        ValueError: as `fgsm`.
     """
-    return pgd(
-        model,
-        images,
-        labels,
-        eps=eps,
-        alpha=alpha,
-        steps=steps,
-        norm=norm,
-        loss=loss,
-        target=target,
-        momentum=momentum,
-        start=start,
-        keep=keep,
-        eot=eot,
-        generator=generator,
-        mode=mode,
-        tally=tally,
-    )
+    return _attack(
+        "ifgsm", model, images, labels, eps=eps, alpha=alpha, steps=steps, momentum=momentum, start=start, restarts=1,
+        keep=keep, norm=norm, loss=loss, target=target, eot=eot, generator=generator, mode=mode, tally=tally,
+    )  # fmt: skip
 
 
 def pgd(
@@ -165,10 +142,10 @@ def pgd(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
-    alpha: float,
-    steps: int,
-    generator: torch.Generator | None,
+    eps: float | Tensor,
+    alpha: float | Tensor | None = None,
+    steps: int = 10,
+    generator: torch.Generator | None = None,
     norm: Norm = "linf",
     loss: Loss = "ce",
     target: Tensor | None = None,
@@ -180,7 +157,7 @@ def pgd(
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """Projected gradient descent: `ifgsm` from a start drawn uniformly from the ball, any number of times.
+    """Attack with projected gradient descent: `ifgsm` from a start drawn uniformly from the ball, ``restarts`` times.
 
     Source: Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks".
 
@@ -190,17 +167,18 @@ def pgd(
         labels: as for `fgsm`.
         eps: as for `fgsm`.
         alpha: as for `ifgsm`.
-        steps: how many steps, in each run.
-        generator: as for `fgsm`; None only if nothing is random.
+        steps: number of steps per run.
+        generator: as for `fgsm`.
         norm: as for `fgsm`.
         loss: as for `fgsm`.
         target: as for `fgsm`.
         momentum: as for `ifgsm`.
         start: as for `ifgsm`.
-        restarts: how many runs, each from a start of its own. Of one run the last iterate is returned. Of several,
-            per example, that of the first run whose last iterate fools the model, or, if there is none, that of
-            highest loss; and examples that are fooled are left out of later runs, unless some part of the model is in
-            training mode (then examples may depend on each other). Each run then costs one more forward pass.
+        restarts: number of runs, each from its own start. From one run the last iterate is returned. From several
+            runs, per example, the last iterate of the first run whose last iterate fools the model is returned, or, if
+            there is none, the last iterate of highest loss. Fooled examples are left out of later runs, unless some
+            part of the model is in training mode (examples may then depend on each other). Each run costs one more
+            forward pass.
         keep: as for `ifgsm`; with ``"worst"`` the choice is among all iterates of all runs.
         eot: as for `fgsm`.
         mode: as for `fgsm`.
@@ -211,85 +189,105 @@ def pgd(
 
     Raises:
         TypeError: as `fgsm`.
-        ValueError: as `ifgsm`.
+        ValueError: as `fgsm`.
     """
-    eps = radius(eps, norm)
-    alpha = number("alpha", alpha, least=0)
+    return _attack(
+        "pgd", model, images, labels, eps=eps, alpha=alpha, steps=steps, momentum=momentum, start=start,
+        restarts=restarts, keep=keep, norm=norm, loss=loss, target=target, eot=eot, generator=generator, mode=mode,
+        tally=tally,
+    )  # fmt: skip
+
+
+def _attack(
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float | Tensor | None,
+    steps: int,
+    momentum: float,
+    restarts: int,
+    keep: Keep,
+    **shared: Any,
+) -> Tensor:
+    """Run ``restarts`` runs of ``steps`` steps; ``shared`` is the rest of what `setting` takes."""
     steps = integer("steps", steps)
     momentum = number("momentum", momentum, least=0)
     choice("keep", keep, ("last", "worst"))
-    given = setting(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=norm,
-        loss=loss,
-        target=target,
-        start=start,
-        restarts=restarts,
-        eot=eot,
-        generator=generator,
-        mode=mode,
-        tally=tally,
-    )
-    with given as attack:
+    with setting(name, model, images, labels, restarts=restarts, **shared) as attack:
+        run = _Run(attack, attack.eps / 4 if alpha is None else lengths("alpha", alpha, images), steps, momentum)
         if restarts == 1 and keep == "last":
-            return _run(attack.objective, attack.begin(), attack.ball, alpha=alpha, steps=steps, momentum=momentum)
-
-        def run(x0: Tensor, ball: Ball, index: Tensor | None, best: Best) -> None:
-            _run(
-                attack.objective,
-                x0,
-                ball,
-                alpha=alpha,
-                steps=steps,
-                momentum=momentum,
-                index=index,
-                best=best,
-                every=keep == "worst",
-            )
-
-        return attack.best_of(restarts, run)
+            return run(attack.begin(), attack.ball)
+        best = Best(attack.images)
+        for x0, ball, index in attack.runs(restarts, best):
+            if keep == "last":
+                attack.offer(best, run(x0, ball, index), index)
+            else:
+                run.offering(best, x0, ball, index)
+        return best.images
 
 
-def _run(
-    objective: AttackLoss,
-    x0: Tensor,
-    ball: Ball,
-    *,
-    alpha: float,
-    steps: int,
-    momentum: float,
-    index: Tensor | None = None,
-    best: Best | None = None,
-    every: bool = False,
-) -> Tensor:
-    """The last iterate; it, and with ``every`` all before it, are offered to ``best``."""
+class _Run:
+    """Steps of a fixed length.
 
-    def offer_and_differentiate(x: Tensor) -> Tensor:
-        scores = objective.differentiate(x, index)
-        assert scores.gradient is not None
-        if best is not None and every:
-            best.offer(x, scores.losses, objective.fooled(scores, index), index)
-        return scores.gradient
+    Args:
+        attack: the loss, among others.
+        alpha: length of a step; a number, or a float64 tensor (n, 1, ...).
+        steps: number of steps.
+        momentum: decay of the momentum; 0 for none.
+    """
 
-    gradient = with_momentum(offer_and_differentiate, momentum) if momentum else offer_and_differentiate
-    x = x0
-    for x in islice(iterates(gradient, x0, alpha=alpha, bounds=ball), steps):
-        if best is not None and every and best.fooled.all():
-            return x
-    if best is not None:
-        scores = objective.evaluate(x, index)
-        best.offer(x, scores.losses, objective.fooled(scores, index), index)
-    return x
+    def __init__(self, attack: Setting, alpha: float | Tensor, steps: int, momentum: float) -> None:
+        self._attack, self._alpha, self._steps, self._momentum = attack, alpha, steps, momentum
+
+    def __call__(self, x0: Tensor, ball: Ball, index: Tensor | None = None) -> Tensor:
+        """Return the last iterate from ``x0``; ``index`` has the numbers of the examples (None: all)."""
+
+        def gradient(x: Tensor) -> Tensor:
+            found = self._attack.loss.differentiate(x, index).gradient
+            assert found is not None
+            return found
+
+        x = x0
+        for moved in self._iterates(gradient, x0, ball, index):
+            x = moved
+        return x
+
+    def offering(self, best: Best, x0: Tensor, ball: Ball, index: Tensor | None) -> None:
+        """Offer every iterate, including ``x0``, to ``best``; stop when all examples are fooled."""
+        loss = self._attack.loss
+
+        def offered_gradient(x: Tensor) -> Tensor:
+            scores = loss.differentiate(x, index)
+            assert scores.gradient is not None
+            best.offer(x, scores.losses, loss.fooled(scores, index), index)
+            return scores.gradient
+
+        x = x0
+        for moved in self._iterates(offered_gradient, x0, ball, index):
+            x = moved
+            if best.fooled.all():
+                return
+        self._attack.offer(best, x, index)
+
+    def _iterates(
+        self, gradient: Callable[[Tensor], Tensor], x0: Tensor, ball: Ball, index: Tensor | None
+    ) -> Iterator[Tensor]:
+        alpha = self._alpha
+        if isinstance(alpha, Tensor):
+            # In float32 at least, as torch adds numbers to half precision.
+            alpha = alpha.to(torch.promote_types(x0.dtype, torch.float32))
+            alpha = alpha if index is None else alpha[index]
+        direction = with_momentum(gradient, self._momentum) if self._momentum else gradient
+        return islice(iterates(direction, x0, alpha=alpha, bounds=ball), self._steps)
 
 
 def iterates(
     gradient: Callable[[Tensor], Tensor],
     start: Tensor,
     *,
-    alpha: float,
+    alpha: float | Tensor,
     bounds: Ball,
     first_gradient: Tensor | None = None,
 ) -> Iterator[Tensor]:
@@ -302,8 +300,8 @@ def iterates(
         gradient: images to gradient, both (n, ...).
         start: x_0, (n, ...), within ``bounds``.
         alpha: step size, in pixel units of [0, 1].
-        bounds: the allowed set, and the norm that steps are measured in.
-        first_gradient: the gradient at ``start``, if known already.
+        bounds: the allowed set, with the norm in which steps are measured.
+        first_gradient: the gradient at ``start``, if it is known already.
     """
     x, direction = start, first_gradient
     while True:
@@ -313,10 +311,10 @@ def iterates(
 
 
 def with_momentum(gradient: Callable[[Tensor], Tensor], decay: float) -> Callable[[Tensor], Tensor]:
-    """``gradient`` with memory: g_{k+1} = decay * g_k + gradient(x_k) / ||gradient(x_k)||_1, g_0 = 0, per example.
+    """Return ``gradient`` with memory: g_{k+1} = decay * g_k + gradient(x_k) / ||gradient(x_k)||_1, g_0 = 0.
 
-    A gradient that is 0 adds nothing. One such function serves one run. Source: Dong et al. 2018, "Boosting
-    Adversarial Attacks with Momentum", Eq. 6.
+    Each example has its own memory. A gradient that is 0 adds nothing. One such function serves one run. Source: Dong
+    et al. 2018, "Boosting Adversarial Attacks with Momentum", Eq. 6.
     """
     memory: Tensor | None = None
 

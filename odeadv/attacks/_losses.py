@@ -1,4 +1,4 @@
-"""What attacks ascend, by name: cross-entropy, margin, difference of logits ratio, Kullback-Leibler divergence."""
+"""The losses that attacks raise, by name: cross-entropy, margin, difference of logits ratio, KL divergence."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from odeadv.support.checks import shown
+
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["ce", "margin", "dlr", "kl"]
 Loss = LossName | PerExampleLoss
 
 
 class Truth(NamedTuple):
-    """What the logits of a batch are compared with.
+    """The classes and logits that a batch of logits is compared with.
 
     Attributes:
         labels: (n,) int64, the true classes.
-        target: (n,) int64, the classes that a targeted attack wants; None for an untargeted one.
+        target: (n,) int64, the classes that the loss leads to; None for an untargeted attack.
         clean: (n, classes), logits of the clean images; None unless the loss needs them.
+        reach: if True, a model with a ``target`` is fooled only if it answers the target. If False, any wrong class
+            fools it, and the target is only a direction (APGD-T).
     """
 
     labels: Tensor
     target: Tensor | None = None
     clean: Tensor | None = None
+    reach: bool = True
 
     def rows(self, index: Tensor | None) -> Truth:
-        """That of the examples ``index`` only; None means all."""
+        """Return the part of the examples ``index``; None means all."""
         if index is None:
             return self
         target, clean = (None if part is None else part[index] for part in (self.target, self.clean))
-        return Truth(self.labels[index], target, clean)
+        return Truth(self.labels[index], target, clean, self.reach)
 
     def fooled(self, logits: Tensor) -> Tensor:
-        """(n,) bool: whether the class is not the true one, or, of a targeted attack, is the target."""
+        """Return (n,) bool: True if the predicted class is the one that the attack wants."""
         predicted = logits.argmax(dim=1)
-        return predicted != self.labels if self.target is None else predicted == self.target
+        return predicted == self.target if self.target is not None and self.reach else predicted != self.labels
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ class LossRule:
     """A loss as `AttackLoss` uses it.
 
     Attributes:
-        ascended: (logits, truth) to losses of shape (n,), of which more is worse for the model.
-        needs_clean: whether it reads ``truth.clean``.
-        targeted: whether it is defined for targeted attacks.
+        ascended: (logits, truth) to losses of shape (n,); a higher loss is worse for the model.
+        needs_clean: True if it reads ``truth.clean``.
+        targeted: True if it is defined for targeted attacks.
     """
 
     ascended: Callable[[Tensor, Truth], Tensor]
@@ -58,38 +63,40 @@ class LossRule:
 
 
 def of_labels(function: PerExampleLoss) -> LossRule:
-    """The rule that ascends ``function(logits, labels)``, or, of a targeted attack, descends it at the target."""
+    """Return the rule that raises ``function(logits, labels)``, or lowers ``function(logits, target)``."""
 
     def ascended(logits: Tensor, truth: Truth) -> Tensor:
         if truth.target is None:
             return function(logits, truth.labels)
         losses = function(logits, truth.target)
-        return -losses if isinstance(losses, Tensor) else losses  # what is not a tensor is refused by the caller
+        return -losses if isinstance(losses, Tensor) else losses  # the caller rejects what is not a tensor
 
     return LossRule(ascended)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """``logsumexp(z) - z_y``, (n,)."""
+    """Return ``logsumexp(z) - z_y``, (n,)."""
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{j != y} z_j - z_y``, (n,): positive where the class is wrong. Source: Carlini and Wagner 2017, f_6."""
+    """Return ``max_{j != y} z_j - z_y``, (n,), which is positive for a wrong class. Source: Carlini, Wagner 2017."""
     own = labels[:, None]
     others = logits.scatter(1, own, -torch.inf)
     return others.amax(dim=1) - logits.gather(1, own)[:, 0]
 
 
 def _dlr(logits: Tensor, truth: Truth) -> Tensor:
-    """Difference of logits ratio; pi sorts the logits z from high to low. Source: Croce and Hein 2020, Eq. 6 and 7.
+    """Return the difference of logits ratio, (n,). Source: Croce and Hein 2020, Eq. 6 and 7.
 
-    ``(max_{j != y} z_j - z_y) / (z_pi1 - z_pi3)``; targeted, ``(z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2)``.
+    With pi sorting the logits z from high to low: ``(max_{j != y} z_j - z_y) / (z_pi1 - z_pi3)``; for a target t,
+    ``(z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2)``.
     """
     needed = 3 if truth.target is None else 4
     if logits.shape[1] < needed:
         raise ValueError(f"loss: 'dlr' got {logits.shape[1]} classes, expected at least {needed}; use 'margin'")
     top = logits.topk(needed, dim=1).values
+    # 1e-12 is the reference implementation's, so that equal logits give 0 and not NaN.
     if truth.target is None:
         return margin(logits, truth.labels) / (top[:, 0] - top[:, 2] + 1e-12)
     gain = (logits.gather(1, truth.target[:, None]) - logits.gather(1, truth.labels[:, None]))[:, 0]
@@ -97,7 +104,7 @@ def _dlr(logits: Tensor, truth: Truth) -> Tensor:
 
 
 def _kl(logits: Tensor, truth: Truth) -> Tensor:
-    """``sum_j p_j (log p_j - log q_j)``, p of the clean and q of the attacked images. Source: Zhang et al. 2019."""
+    """Return ``sum_j p_j (log p_j - log q_j)``, (n,): p clean, q attacked. Source: Zhang et al. 2019."""
     assert truth.clean is not None
     clean, attacked = (part.log_softmax(dim=1) for part in (truth.clean, logits))
     return functional.kl_div(attacked, clean, reduction="none", log_target=True).sum(dim=1)
@@ -114,12 +121,12 @@ LOSS_RULES: Mapping[str, LossRule] = MappingProxyType(
 
 
 def resolve_loss(loss: object) -> LossRule:
-    """The rule that ``loss`` names or is; ValueError for an unknown name, TypeError for anything else."""
+    """Return the rule for a name or a function; raise ValueError for an unknown name, TypeError otherwise."""
     expected = "'ce', 'margin', 'dlr', 'kl' or a function (logits, labels) -> losses of shape (n,)"
     if isinstance(loss, str):
         if loss not in LOSS_RULES:
             raise ValueError(f"loss: got {loss!r}, expected {expected}")
         return LOSS_RULES[loss]
     if not callable(loss):
-        raise TypeError(f"loss: got {loss!r}, expected {expected}")
+        raise TypeError(f"loss: got {shown(loss)}, expected {expected}")
     return of_labels(loss)

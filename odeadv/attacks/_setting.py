@@ -1,81 +1,135 @@
-"""What every attack has in common: checking the arguments, running the model without a trace, restarting."""
+"""The parts that all attacks share: checks of arguments, a model that is restored, restarts, choosing the best."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._start import GivenStart, Start, resolve_start
+from odeadv.attacks._start import GivenStart, Start, is_random, resolve_start
 from odeadv.attacks.balls import BALLS, Ball, Norm
-from odeadv.attacks.checks import check_generator, check_images, check_labels, check_model, check_target, radius
+from odeadv.attacks.checks import (
+    check_generator,
+    check_images,
+    check_labels,
+    check_model,
+    check_target,
+    lengths,
+    radius,
+)
 from odeadv.attacks.objective import AttackLoss, Loss, Tally, attacking, constant, reseed, resolve_loss
-from odeadv.support.checks import choice, integer
+from odeadv.support.checks import choice, integer, shown
 from odeadv.support.isolation import Mode
+
+
+class Best:
+    """For each example the first candidate that fools the model; until then the candidate of highest loss.
+
+    Attributes:
+        images: (n, ...), the chosen candidates.
+        losses: (n,), their losses; -infinity before the first candidate.
+        fooled: (n,) bool, True if the chosen candidate fools the model.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = torch.empty_like(images).copy_(images)
+        self.losses = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
+        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+    def offer(self, candidates: Tensor, losses: Tensor, fooled: Tensor, index: Tensor | None = None) -> None:
+        """Keep each candidate that is better than the present choice.
+
+        Args:
+            candidates: (m, ...), attacked images of the examples ``index``.
+            losses: (m,), their losses.
+            fooled: (m,) bool, True if they fool the model.
+            index: (m,) the numbers of the examples; None means all, m = n.
+        """
+        rows: Tensor | slice = slice(None) if index is None else index
+        better = ~self.fooled[rows] & (fooled | (losses > self.losses[rows]))
+        shaped = better.view(-1, *[1] * (candidates.ndim - 1))
+        self.images[rows] = torch.where(shaped, candidates, self.images[rows])
+        self.losses[rows] = torch.where(better, losses.double(), self.losses[rows])
+        self.fooled[rows] |= fooled
+
+    def open(self) -> Tensor:
+        """Return the numbers of the examples that no candidate has fooled so far."""
+        return (~self.fooled).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One call of an attack: what is attacked, within what, from where.
+    """One call of an attack: the model's loss, the images, the ball around them and the start.
 
     Attributes:
         images: (n, ...), the clean images.
-        ball: the allowed set around them.
-        objective: what is ascended.
-        start: where a run starts.
+        eps: radius of the ball; a number, or a float64 tensor (n, 1, ...).
+        ball: the allowed set around the images.
+        loss: the function that is raised.
+        start: the start of a run.
         generator: the source of all randomness; None if there is none.
-        independent: whether an example's logits do not depend on the others in the batch, as far as modes tell (no
-            part of the model is in training mode), so that examples may be left out.
+        independent: True if no part of the model is in training mode. The logits of an example then do not depend on
+            the rest of the batch, as far as modes tell, so examples may be left out.
     """
 
     images: Tensor
+    eps: float | Tensor
     ball: Ball
-    objective: AttackLoss
+    loss: AttackLoss
     start: Start
     generator: torch.Generator | None
     independent: bool
 
     def begin(self) -> Tensor:
-        """The start of the first run; from here on the model's own noise comes from the generator, too."""
+        """Return the start of the first run; from now on the model's own noise comes from the generator, too."""
         x = self.start(self.images, self.ball)
-        if self.generator is not None:
-            reseed(self.generator, self.images.device)
-        self.objective.compare_with(self.images)
+        self.reseed()
+        self.loss.compare_with(self.images)
         return x
 
-    def best_of(self, restarts: int, run: Callable[[Tensor, Ball, Tensor | None, Best], object]) -> Tensor:
-        """The best of ``restarts`` runs, each on the examples that those before it have not fooled.
+    def reseed(self) -> None:
+        """Seed the global random state, from which a stochastic model draws, if there is a generator."""
+        if self.generator is not None:
+            reseed(self.generator, self.images.device)
+
+    def runs(self, count: int, best: Best, *, begun: bool = False) -> Iterator[tuple[Tensor, Ball, Tensor | None]]:
+        """Yield start, ball and example numbers (None: all) of up to ``count`` runs.
+
+        A run has only the examples that are not fooled yet, if examples are independent. There is no further run once
+        all are fooled.
 
         Args:
-            restarts: how many runs at most; there is no further one when all examples are fooled.
-            run: called as ``run(x0, ball, index, best)`` with the start and ball of the examples ``index`` (None:
-                all); it offers candidates to ``best``.
+            count: the largest number of runs.
+            best: receives the candidates of the caller, and so knows which examples are fooled.
+            begun: True if the model has been seeded already.
         """
-        best, index = Best(self.images), None
-        for number in range(restarts):
-            x0 = self.start(self.images, self.ball) if number else self.begin()
-            if index is None:
-                run(x0, self.ball, None, best)
+        for number in range(count):
+            if best.fooled.all():
+                return
+            x0 = self.start(self.images, self.ball) if number or begun else self.begin()
+            if self.independent and best.fooled.any():
+                index = best.open()
+                yield x0[index], self.ball.rows(index), index
             else:
-                run(x0[index], self.ball.rows(index), index, best)
-            if number < restarts - 1:
-                still_open = best.open()
-                if len(still_open) == 0:
-                    break
-                index = still_open if self.independent else None
-        return best.images
+                yield x0, self.ball, None
+
+    def offer(self, best: Best, x: Tensor, index: Tensor | None = None) -> None:
+        """Score ``x`` of the examples ``index`` without a gradient, and offer it to ``best``."""
+        scores = self.loss.evaluate(x, index)
+        best.offer(x, scores.losses, self.loss.fooled(scores, index), index)
 
 
 @contextlib.contextmanager
 def setting(
+    attack: str,
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
+    eps: float | Tensor,
     norm: Norm,
     loss: Loss,
     target: Tensor | None,
@@ -86,28 +140,37 @@ def setting(
     mode: Mode,
     tally: Tally | None,
 ) -> Iterator[Setting]:
-    """Check the arguments; inside, the model is in ``mode``; afterwards it and the random state are as before."""
-    eps = radius(eps, norm)
-    choice("norm", norm, BALLS)
-    rule = resolve_loss(loss)
-    restarts = integer("restarts", restarts)
-    eot = integer("eot", eot)
+    """Check the arguments of the attack called ``attack`` and prepare it.
+
+    In the body the model is in ``mode``. Afterwards the model and the global random state are as before.
+    """
     check_model(model)
     check_images(images)
     check_labels(labels, len(images), images.device)
+    choice("norm", norm, BALLS)
+    if isinstance(eps, Tensor) and eps.ndim:
+        eps = lengths("eps", eps, images, most=1.0 if norm == "linf" else None)
+    else:
+        eps = radius(eps, norm)
+    rule = resolve_loss(loss)
+    restarts = integer("restarts", restarts)
+    eot = integer("eot", eot)
     target = check_target(target, labels)
     if target is not None and not rule.targeted:
         raise ValueError(f"loss: got {loss!r} with a target, expected 'ce', 'margin', 'dlr' or a function")
-    if generator is not None or eot > 1:
+    random = is_random(start)
+    if generator is None and (random or eot > 1):
+        generator = torch.Generator().manual_seed(0)
+    if generator is not None:
         check_generator(generator)
-    starting, random = resolve_start(start, images, eps=eps, norm=norm, generator=generator)
+    starting = resolve_start(start, images, eps=eps, norm=norm, generator=generator)
     if restarts > 1 and not random:
         raise ValueError(f"restarts: got {restarts} from the same start, expected 1, or a random start")
     if tally is not None and not isinstance(tally, Tally):
-        raise TypeError(f"tally: got {tally!r}, expected an odeadv.attacks.Tally or None")
+        raise TypeError(f"tally: got {shown(tally)}, expected an odeadv.attacks.Tally or None")
     with attacking(model, mode, images.device):
         images = constant(images)
-        objective = AttackLoss(
+        attacked = AttackLoss(
             model,
             constant(labels),
             rule,
@@ -115,42 +178,8 @@ def setting(
             eot=eot,
             deferred=True,
             tally=tally,
+            attack=attack,
         )
         independent = not any(part.training for part in model.modules())
-        yield Setting(images, BALLS[norm](images, eps), objective, starting, generator, independent)
-        objective.raise_if_not_finite()
-
-
-class Best:
-    """For each example the first candidate that fools the model, and until then the one of highest loss.
-
-    Attributes:
-        images: (n, ...), the chosen ones.
-        losses: (n,), theirs; -infinity before the first candidate.
-        fooled: (n,) bool, whether they fool the model.
-    """
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = torch.empty_like(images).copy_(images)
-        self.losses = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
-        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-
-    def offer(self, candidates: Tensor, losses: Tensor, fooled: Tensor, index: Tensor | None = None) -> None:
-        """Take what is better among ``candidates`` (m, ...), ``losses`` and ``fooled`` (m,).
-
-        Args:
-            candidates: attacked images of the examples ``index``.
-            losses: theirs.
-            fooled: whether they fool the model.
-            index: (m,) which examples these are; None means all, m = n.
-        """
-        rows: Tensor | slice = slice(None) if index is None else index
-        better = ~self.fooled[rows] & (fooled | (losses > self.losses[rows]))
-        shaped = better.view(-1, *[1] * (candidates.ndim - 1))
-        self.images[rows] = torch.where(shaped, candidates, self.images[rows])
-        self.losses[rows] = torch.where(better, losses.double(), self.losses[rows])
-        self.fooled[rows] |= fooled
-
-    def open(self) -> Tensor:
-        """The indices of the examples that no candidate has fooled so far."""
-        return (~self.fooled).nonzero()[:, 0]
+        yield Setting(images, eps, BALLS[norm](images, eps), attacked, starting, generator, independent)
+        attacked.raise_if_not_finite()

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.attacks._setting import Best, Setting, setting
-from odeadv.attacks.balls import BALLS, Bounds, L2Ball, Norm, divided
-from odeadv.attacks.checks import check_generator, check_images, radius
+from odeadv.attacks.balls import Bounds, L2Ball, Norm, divided
+from odeadv.attacks.checks import check_images, lengths
 from odeadv.attacks.objective import Loss, Tally
-from odeadv.support.checks import choice, integer, number
+from odeadv.support.checks import integer, number
 from odeadv.support.isolation import Mode
 
-_SHARES = {"linf": 0.8, "l2": 0.1}
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, at these queries of 10,000
+# The share p of a square halves after each of these queries of 10,000, as in the authors' code.
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+SMALLEST = 3  # side of an L2 window in pixels: a bump has two signs and a middle
+TILES = 5  # bumps of the first L2 query along the shorter side of the image, as in the authors' code
 
 
 def square(
@@ -26,26 +29,28 @@ def square(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float,
-    generator: torch.Generator,
+    eps: float | Tensor,
+    generator: torch.Generator | None = None,
     norm: Norm = "linf",
     queries: int = 5000,
     loss: Loss = "margin",
     target: Tensor | None = None,
-    p: float | None = None,
+    p: float = 0.8,
     eot: int = 1,
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """The Square attack: changes of random squares, kept where they raise the loss or fool the model.
+    """Attack by random search: changes of random squares are kept if they raise the loss or fool the model.
 
-    L-infinity: the first query has vertical stripes of +-eps, each one pixel wide; every later one sets a random square
-    to x + eps or x - eps, the sign drawn for each channel. L2: the first query has bumps of random signs in tiles all
-    over; every later one moves the length that the perturbation has in two random squares into one of them, as a bump
-    of random sign on what is there (the side is odd and at least 3). The side of the square is
-    sqrt(p * height * width), p halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000, rescaled
-    to ``queries``. No gradient is asked for: the model may be of any kind. Source: Andriushchenko et al. 2020, "Square
-    Attack: a query-efficient black-box adversarial attack via random search", Algorithms 1 to 3.
+    In the L-infinity norm the first query has vertical stripes of +-eps, each one pixel wide. Every later query sets a
+    random square to x + eps or x - eps, with a random sign per channel. In the L2 norm the first query has bumps of
+    random signs in tiles. Every later query takes two random squares and moves the length of their perturbation into
+    the first, as a bump of random sign added to the present perturbation there (the side is odd and at least 3).
+
+    The side of the square is sqrt(p * height * width). p is halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000
+    and 8000 of 10,000, rescaled to ``queries``. No gradient is needed, so the model may be of any kind. Source:
+    Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random search",
+    Algorithms 1 to 3.
 
     Args:
         model: as for `fgsm`, but it need not be differentiable.
@@ -54,73 +59,51 @@ def square(
         eps: as for `fgsm`.
         generator: as for `fgsm`.
         norm: ``"linf"`` or ``"l2"``.
-        queries: how often each example goes through the model at most (times ``eot``); it stops once it is fooled.
+        queries: the largest number of passes of each example (times ``eot``); an example stops once it is fooled.
         loss: as for `fgsm`.
         target: as for `fgsm`.
-        p: the share of the pixels in the first squares, in (0, 1]; None takes the authors' 0.8, for L2 0.1.
-        eot: how many forward passes logits and losses are averaged over.
+        p: the share of the pixels in the first squares, in (0, 1]; 0.8 is AutoAttack's, in both norms.
+        eot: number of forward passes over which logits and losses are averaged.
         mode: as for `fgsm`.
-        tally: as for `fgsm`; ``tally.queries`` says how many each example took.
+        tally: as for `fgsm`; ``tally.queries`` has the number of queries of each example.
 
     Returns:
         The attacked images, like those of `fgsm`: per example the first query that fooled the model, or, if none did,
-        the one of highest loss. (The clean image is not among the queries.)
+        the query of highest loss. (The clean image is not among the queries.)
 
     Raises:
         TypeError: as `fgsm`.
-        ValueError: as `fgsm`, and if the images are not 4-D or ``p`` not in (0, 1].
+        ValueError: as `fgsm`, and if the images are not 4-D or ``p`` is not in (0, 1].
     """
-    eps = radius(eps, norm)
     queries = integer("queries", queries)
-    choice("norm", norm, BALLS)
-    p = _SHARES[norm] if p is None else number("p", p, least=0)
-    if not 0 < p <= 1:
-        raise ValueError(f"p: got {p!r}, expected a number in (0, 1]")
-    check_generator(generator)
+    p = number("p", p, above=0, most=1)
     check_images(images)
     if images.ndim != 4:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, channels, height, width)")
-    given = setting(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=norm,
-        loss=loss,
-        target=target,
-        start=partial(tiled, eps=eps) if norm == "l2" else _stripes,
-        restarts=1,
-        eot=eot,
-        generator=generator,
-        mode=mode,
-        tally=tally,
-    )
-    with given as attack:
-        proposals: Proposals
-        if isinstance(attack.ball, L2Ball):
-            proposals = Bumps(attack.ball, generator)
-        else:
-            assert isinstance(attack.ball, Bounds)
-            proposals = Corners(attack.ball, generator)
-        return _search(attack, proposals, queries=queries, p=p)
+    start = partial(tiled, eps=lengths("eps", eps, images)) if norm == "l2" else _stripes
+    with setting(
+        "square", model, images, labels, eps=eps, norm=norm, loss=loss, target=target, start=start, restarts=1, eot=eot,
+        generator=generator, mode=mode, tally=tally,
+    ) as attack:  # fmt: skip
+        return _search(attack, queries=queries, p=p)
 
 
 def share(query: int, *, queries: int, p: float) -> float:
-    """The share of the pixels in the square of query ``query`` (from 1) of ``queries``."""
+    """Return the share of the pixels in the square of query ``query`` (from 1) of ``queries``."""
     rescaled = query * 10_000 // queries
     return float(p * 0.5 ** sum(rescaled > step for step in _HALVINGS))
 
 
 class Proposals(Protocol):
-    """What the search tries next."""
+    """The images that the search tries next."""
 
     def proposed(self, best: Tensor, share: float, index: Tensor) -> Tensor:
-        """Images to try instead of ``best``, (k, channels, height, width), of the examples ``index``, (k,)."""
+        """Return images to try instead of ``best``, (k, channels, height, width), of the examples ``index``, (k,)."""
 
 
 @dataclass(frozen=True)
 class Corners:
-    """In the L-infinity norm: a random square set to x + eps or x - eps, by channel (Algorithm 2).
+    """Proposals in the L-infinity norm: a random square set to x + eps or x - eps, by channel (Algorithm 2).
 
     Attributes:
         ball: the allowed set.
@@ -131,11 +114,11 @@ class Corners:
     generator: torch.Generator
 
     def proposed(self, best: Tensor, share: float, index: Tensor) -> Tensor:
-        """See `Proposals`."""
+        """Return images to try; see `Proposals`."""
         lower, upper = self.ball
         n, channels, height, width = lower.shape
         size = side(share, (height, width))
-        # Drawn for all examples, so that those of one do not depend on which others are fooled.
+        # Draw for all examples, so that the draws of one do not depend on which others are fooled.
         rows, columns = (_window(n, length, size, self.generator) for length in (height, width))
         inside = rows[:, None, :, None] & columns[:, None, None, :]
         raised = signs((n, channels, 1, 1), self.generator).to(lower)[index] > 0
@@ -144,21 +127,27 @@ class Corners:
 
 
 def side(share: float, shape: tuple[int, int]) -> int:
-    """The side of a square with ``share`` of the pixels of an image, in pixels, at least 1."""
+    """Return the side of a square with ``share`` of the pixels of an image, in pixels, at least 1."""
     return min(max(round(math.sqrt(share * shape[0] * shape[1])), 1), *shape)
 
 
 def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Clean images plus or minus 1 in vertical stripes, one pixel wide; projection leaves eps of it."""
+    """Return the images plus or minus 1 in vertical stripes, one pixel wide; the projection leaves eps of it."""
     n, channels, _, width = images.shape
     return images + signs((n, channels, 1, width), generator).to(images)
 
 
-def _search(attack: Setting, proposals: Proposals, *, queries: int, p: float) -> Tensor:
-    objective, best = attack.objective, Best(attack.images)
+def _search(attack: Setting, *, queries: int, p: float) -> Tensor:
+    best, generator = Best(attack.images), attack.generator
+    assert generator is not None  # the start is random
+    proposals: Proposals
+    if isinstance(attack.ball, L2Ball):
+        proposals = Bumps(attack.ball, generator)
+    else:
+        assert isinstance(attack.ball, Bounds)
+        proposals = Corners(attack.ball, generator)
     x = attack.begin()
-    scores = objective.evaluate(x)
-    best.offer(x, scores.losses, objective.fooled(scores))
+    attack.offer(best, x)
     for query in range(1, queries):
         index = best.open()
         if len(index) == 0:
@@ -166,30 +155,24 @@ def _search(attack: Setting, proposals: Proposals, *, queries: int, p: float) ->
         if not attack.independent:
             index = torch.arange(len(x), device=index.device)
         tried = proposals.proposed(best.images[index], share(query, queries=queries, p=p), index)
-        tried = attack.ball.rows(index).project(tried)
-        scores = objective.evaluate(tried, index)
-        best.offer(tried, scores.losses, objective.fooled(scores, index), index)
+        attack.offer(best, attack.ball.rows(index).project(tried), index)
     return best.images
 
 
 def _window(n: int, length: int, size: int, generator: torch.Generator) -> Tensor:
-    """(n, length) bool: in each row ``size`` adjacent places, drawn uniformly."""
+    """Return (n, length) bool: in each row ``size`` adjacent places, drawn uniformly."""
     first = torch.randint(length - size + 1, (n, 1), generator=generator, device=generator.device)
     places = torch.arange(length, device=generator.device)
     return (places >= first) & (places < first + size)
 
 
-SMALLEST = 3  # side of a window, in pixels: a bump has two signs and a middle
-TILES = 5  # of the first query, along the shorter side of the image
-
-
 @dataclass(frozen=True)
 class Bumps:
-    """What the search tries next, in the L2 norm.
+    """Proposals in the L2 norm.
 
-    A proposal moves the length of the perturbation in two random windows into the first of them, channel by channel,
-    together with what the ball leaves unused; there it is the old perturbation plus a bump of random sign, both of
-    length 1, scaled to that length. Source: Andriushchenko et al. 2020, Algorithm 3 and Eq. 2.
+    A proposal moves the length of the perturbation in two random windows, and the length that the ball leaves unused,
+    into the first window, channel by channel. The new perturbation there is the old one plus a bump of random sign,
+    both of length 1, scaled to that length. Source: Andriushchenko et al. 2020, Algorithm 3 and Eq. 2.
 
     Attributes:
         ball: the allowed set.
@@ -200,16 +183,17 @@ class Bumps:
     generator: torch.Generator
 
     def side(self, share: float) -> int:
-        """The side of a window with ``share`` of the pixels: odd, at least `SMALLEST` where that fits."""
+        """Return the side of a window with ``share`` of the pixels: odd, and at least `SMALLEST` if that fits."""
         height, width = self.ball.images.shape[2:]
         most = min(height, width)
         chosen = max(round(math.sqrt(share * height * width)), SMALLEST) // 2 * 2 + 1
         return min(chosen, most - 1 + most % 2)
 
     def proposed(self, best: Tensor, share: float, index: Tensor) -> Tensor:
-        """Images to try instead of ``best``, (k, channels, height, width), of the examples ``index``."""
+        """Return images to try; see `Proposals`."""
         n, channels, height, width = self.ball.images.shape
         side = self.side(share)
+        # Draw for all examples, so that the draws of one do not depend on which others are fooled.
         corners = [
             torch.randint(length - side + 1, (2, n), generator=self.generator, device=self.generator.device)
             for length in (height, width)
@@ -229,18 +213,18 @@ class Bumps:
         here[window] = True
         there[example, 0, (other_top[:, None] + steps)[:, :, None], (other_left[:, None] + steps)[:, None, :]] = True
 
-        clean = self.ball.images[index]
-        offset = best - clean
-        unused = (self.ball.eps**2 - _length(offset, (1, 2, 3)) ** 2).clamp(min=0) / channels
+        ball = self.ball.rows(index)
+        offset = best - ball.images
+        unused = (ball.eps**2 - _length(offset, (1, 2, 3)) ** 2).clamp(min=0).to(best.dtype) / channels
         available = (_length(offset * (here | there), (2, 3)) ** 2 + unused).sqrt()
         inside = offset * here
         mixed = sign * placed + divided(inside, _length(inside, (2, 3)))
         taken = divided(mixed, _length(mixed, (2, 3))) * available
-        return clean + torch.where(here, taken, offset * ~there)
+        return ball.images + torch.where(here, taken, offset * ~there)
 
 
-def tiled(images: Tensor, generator: torch.Generator, *, eps: float) -> Tensor:
-    """Clean images with bumps of random signs in tiles all over, together of length ``eps``."""
+def tiled(images: Tensor, generator: torch.Generator, *, eps: float | Tensor) -> Tensor:
+    """Return the images with bumps of random signs in tiles, which together have the length ``eps``."""
     n, channels, height, width = images.shape
     side = max(min(height, width) // TILES, 1)
     rows, columns = height // side, width // side
@@ -256,14 +240,14 @@ def tiled(images: Tensor, generator: torch.Generator, *, eps: float) -> Tensor:
 
 
 def pattern(side: int) -> Tensor:
-    """(side, side) float64 of length 1: a positive bump beside a negative one, each falling off from its middle."""
+    """Return (side, side) float64 of length 1: a positive and a negative bump, each falling off from its middle."""
     half = side // 2
     both = torch.cat([_bump(side, half), -_bump(side, side - half)], dim=1)
     return both / both.square().sum().sqrt()
 
 
 def _bump(height: int, width: int) -> Tensor:
-    """Eq. 2: at a distance d (in the maximum norm) from the middle, the sum of 1 / k^2 for k from d + 1 to n + 1."""
+    """Return Eq. 2: at a distance d (maximum norm) from the middle, the sum of 1 / k^2 for k from d + 1 to n + 1."""
     n = height // 2
     rows = (torch.arange(height) - height // 2).abs()
     columns = (torch.arange(width) - width // 2).abs()
@@ -276,5 +260,5 @@ def _length(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Independent -1.0 and 1.0, each with probability 1/2, on the generator's device."""
+    """Return independent -1.0 and 1.0, each with probability 1/2, on the generator's device."""
     return 2.0 * torch.randint(2, shape, generator=generator, device=generator.device) - 1.0

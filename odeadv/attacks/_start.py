@@ -1,4 +1,4 @@
-"""Where an attack starts: a function of the clean images and the ball around them."""
+"""The start of an attack: a function of the clean images and the ball around them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from odeadv.attacks.balls import Ball, Norm, unit
-from odeadv.attacks.checks import check_generator
-from odeadv.support.checks import number
+from odeadv.support.checks import did_you_mean, number, shown
 
 Start = Callable[[Tensor, Ball], Tensor]
 GivenStart = Literal["clean", "uniform", "gaussian"] | Tensor | Callable[[Tensor, torch.Generator], Tensor]
+
+# As good as infinite next to images in [0, 1], but it overflows in no dtype.
+_FAR = 1e4
+
+_NAMES = ("clean", "uniform", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -35,74 +39,91 @@ class Gaussian:
         number("std", self.std, least=0)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """``images + std * noise``, before any projection."""
+        """Return ``images + std * noise``, before any projection."""
         return images + self.std * _draw(torch.randn, images.shape, images, generator)
 
 
 def clean_start(images: Tensor, bounds: Ball) -> Tensor:
-    """The clean images themselves."""
+    """Return the clean images themselves."""
     return images
 
 
-def uniform_start(eps: float, generator: torch.Generator) -> Start:
-    """A start drawn uniformly from the L-infinity ball, then projected (Madry et al. 2018).
+def uniform_start(eps: float | Tensor, generator: torch.Generator) -> Start:
+    """Return a start that draws uniformly from the L-infinity ball, then projects (Madry et al. 2018).
 
-    The draw is made on the generator's device and in row-major order, so one seed gives one start whatever the
-    device and memory format of the images.
+    The draw is made on the generator's device and in row-major order. So one seed gives one start, on every device
+    and in every memory format of the images.
     """
 
     def start(images: Tensor, bounds: Ball) -> Tensor:
         uniform = _draw(torch.rand, images.shape, images, generator)
-        return bounds.project((images + _finite(eps) * (2 * uniform - 1)).to(images.dtype))
+        return bounds.project((images + _at_most(eps, uniform) * (2 * uniform - 1)).to(images.dtype))
 
     return start
 
 
-def uniform_l2_start(eps: float, generator: torch.Generator) -> Start:
-    """A start drawn uniformly from the L2 ball, then projected: a normal direction at eps * u^(1 / pixels)."""
+def uniform_l2_start(eps: float | Tensor, generator: torch.Generator) -> Start:
+    """Return a start that draws uniformly from the L2 ball, then projects.
+
+    The direction is normal. Its length is eps * u^(1 / pixels) with u uniform, because the volume of a ball grows with
+    that power of its radius.
+    """
 
     def start(images: Tensor, bounds: Ball) -> Tensor:
         direction = unit(_draw(torch.randn, images.shape, images, generator))
         radii = _draw(torch.rand, torch.Size([len(images)] + [1] * (images.ndim - 1)), images, generator)
         radii = radii ** (1 / images[0].numel())
-        return bounds.project((images + _finite(eps) * radii * direction).to(images.dtype))
+        return bounds.project((images + _at_most(eps, radii) * radii * direction).to(images.dtype))
 
     return start
 
 
+def is_random(start: object) -> bool:
+    """Return True if ``start`` draws random numbers, or is a function that may."""
+    return not isinstance(start, Tensor) and not (isinstance(start, str) and start == "clean")
+
+
 def resolve_start(
-    start: object, images: Tensor, *, eps: float, norm: Norm, generator: torch.Generator | None
-) -> tuple[Start, bool]:
-    """The start that ``start`` names or is, and whether it is random.
+    start: object, images: Tensor, *, eps: float | Tensor, norm: Norm, generator: torch.Generator | None
+) -> Start:
+    """Return the start for a name, a tensor or a function.
+
+    Args:
+        start: as the attack was given it.
+        images: the clean images.
+        eps: radius of the ball.
+        norm: of the ball.
+        generator: the source of random starts; None only if the start `is_random` not.
 
     Raises:
         TypeError: if ``start`` is neither a name, a tensor nor a function.
-        ValueError: if the name is unknown, the tensor is not like ``images``, or there is no generator to draw from.
+        ValueError: if the name is unknown or the tensor is not like ``images``.
     """
     expected = "'clean', 'uniform', 'gaussian', a tensor like the images, or a function (images, generator) -> images"
     if isinstance(start, Tensor):
-        return _tensor_start(start, images), False
+        return _tensor_start(start, images)
     if isinstance(start, str) and start == "clean":
-        return clean_start, False
-    if isinstance(start, str) and start not in ("uniform", "gaussian"):
-        raise ValueError(f"start: got {start!r}, expected {expected}")
+        return clean_start
+    if isinstance(start, str) and start not in _NAMES:
+        raise ValueError(f"start: got {start!r}, expected {expected}{did_you_mean(start, _NAMES)}")
     if not isinstance(start, str) and not callable(start):
-        raise TypeError(f"start: got {start!r}, expected {expected}")
-    drawn_from = check_generator(generator)
+        raise TypeError(f"start: got {shown(start)}, expected {expected}")
+    assert generator is not None
+    source = generator
     if start == "uniform":
-        return (uniform_start if norm == "linf" else uniform_l2_start)(eps, drawn_from), True
+        return (uniform_start if norm == "linf" else uniform_l2_start)(eps, source)
     draw = Gaussian() if isinstance(start, str) else start
 
     def projected(images: Tensor, ball: Ball) -> Tensor:
-        started = draw(images, drawn_from)
+        started = draw(images, source)
         if not isinstance(started, Tensor) or started.shape != images.shape:
             raise ValueError(f"start: returned {_described(started)}, expected a tensor of shape {tuple(images.shape)}")
-        # Our own draws are not looked at: to wait for the answer stops an accelerator's queue.
+        # Our own draws need no check: waiting for its result would stop an accelerator's queue.
         if not isinstance(draw, Gaussian) and not (~started.isnan()).all():
             raise ValueError("start: returned NaN, expected pixel values")
         return ball.project(torch.empty_like(images).copy_(started.detach()))
 
-    return projected, True
+    return projected
 
 
 def _tensor_start(given: Tensor, images: Tensor) -> Start:
@@ -115,9 +136,9 @@ def _tensor_start(given: Tensor, images: Tensor) -> Start:
     return lambda clean, ball: ball.project(torch.empty_like(clean).copy_(given.detach()))
 
 
-def _finite(eps: float) -> float:
-    """``eps``, or a number that is as good as infinite beside the box, but overflows in no dtype."""
-    return min(eps, 1e4)
+def _at_most(eps: float | Tensor, like: Tensor) -> float | Tensor:
+    """Return ``eps``, or `_FAR` if that is smaller; a tensor in the dtype of ``like``, as a number would be."""
+    return eps.clamp(max=_FAR).to(like.dtype) if isinstance(eps, Tensor) else min(eps, _FAR)
 
 
 def _described(value: object) -> str:
@@ -127,5 +148,5 @@ def _described(value: object) -> str:
 
 
 def _draw(kind: Callable[..., Tensor], shape: torch.Size, images: Tensor, generator: torch.Generator) -> Tensor:
-    dtype = torch.promote_types(images.dtype, torch.float32)  # a bfloat16 has 8 bits only
+    dtype = torch.promote_types(images.dtype, torch.float32)  # a bfloat16 has only 8 bits of randomness
     return kind(shape, generator=generator, device=generator.device, dtype=dtype).to(images.device)

@@ -1,4 +1,4 @@
-"""Attacks that were made elsewhere: on another model, by another method."""
+"""Attacks that were made elsewhere: on another model, or by another method."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def worst_of(
     target: Tensor | None = None,
     mode: Mode = "eval",
 ) -> Tensor:
-    """The strongest of several attacked versions of each image: the first that fools ``model``, or of highest loss.
+    """Return the strongest of several attacked versions of each image.
+
+    The strongest version is the first that fools ``model``, or, if none does, the version of highest loss.
 
     Args:
         model: as for `fgsm`; it need not be differentiable.
         candidates: attacked images, each (n, ...), all of one shape, floating, values in [0, 1].
         labels: (n,), int64 class indices.
-        loss: what ranks images that do not fool the model; as for `fgsm`, without ``"kl"``.
+        loss: ranks images that do not fool the model; as for `fgsm`, without ``"kl"``.
         target: as for `fgsm`.
         mode: as for `fgsm`.
 
@@ -37,7 +39,7 @@ def worst_of(
 
     Raises:
         TypeError: as `fgsm`.
-        ValueError: as `fgsm`, and if there are no candidates or their shapes differ.
+        ValueError: as `fgsm`, and if ``candidates`` is empty or their shapes differ.
     """
     candidates = tuple(candidates)
     if not candidates:
@@ -46,7 +48,7 @@ def worst_of(
         check_images(images)
         if images.shape != candidates[0].shape:
             raise ValueError(
-                f"candidates: got shapes {tuple(candidates[0].shape)} and {tuple(images.shape)}, expected one"
+                f"candidates: got shapes {tuple(candidates[0].shape)} and {tuple(images.shape)}, expected one shape"
             )
     rule = resolve_loss(loss)
     if rule.needs_clean:
@@ -55,11 +57,13 @@ def worst_of(
     check_labels(labels, len(candidates[0]), candidates[0].device)
     target = check_target(target, labels)
     with attacking(model, mode, candidates[0].device), torch.no_grad():
-        objective = AttackLoss(model, constant(labels), rule, target=None if target is None else constant(target))
+        scored = AttackLoss(
+            model, constant(labels), rule, target=None if target is None else constant(target), attack="worst_of"
+        )
         best = Best(constant(candidates[0]))
         for images in map(constant, candidates):
-            scores = objective.evaluate(images)
-            best.offer(images, scores.losses, objective.fooled(scores))
+            scores = scored.evaluate(images)
+            best.offer(images, scores.losses, scored.fooled(scores))
     return best.images
 
 
@@ -74,9 +78,10 @@ def transfer(
     target: Tensor | None = None,
     mode: Mode = "eval",
 ) -> Tensor:
-    """Attack other models, and keep for each image what is worst for ``model``, whose gradient is never asked for.
+    """Attack other models, and keep for each image the version that is worst for ``model``.
 
-    Source: Papernot, McDaniel and Goodfellow 2016, "Transferability in Machine Learning".
+    The gradient of ``model`` is never used. Source: Papernot, McDaniel and Goodfellow 2016, "Transferability in
+    Machine Learning".
 
     Args:
         model: the victim; as for `fgsm`, but it need not be differentiable.
@@ -90,13 +95,13 @@ def transfer(
         mode: of ``model``, as for `fgsm`.
 
     Returns:
-        (n, ...), chosen by `worst_of` among one attacked version for each surrogate.
+        (n, ...), chosen by `worst_of` among one attacked version per surrogate.
 
     Raises:
         TypeError: as `worst_of`, and if ``surrogates`` is a model itself.
-        ValueError: as `worst_of`, and if there are no surrogates.
+        ValueError: as `worst_of`, and if ``surrogates`` is empty.
     """
-    if isinstance(surrogates, nn.Module):  # a Sequential would be taken for a sequence of its layers
+    if isinstance(surrogates, nn.Module):  # a Sequential would be read as a sequence of its layers
         raise TypeError(f"surrogates: got one {type(surrogates).__name__}, expected a sequence of models, e.g. [model]")
     if not surrogates:
         raise ValueError("surrogates: got none, expected at least one model")

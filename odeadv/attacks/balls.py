@@ -12,62 +12,71 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2"]
 
+# Below this radius float64 has too few digits to scale an offset to it: such a ball is its centre.
+_POINT = 1e-300
+
 
 class Ball(Protocol):
     """The images that are allowed around clean ones: a ball of some norm, within [0, 1]."""
 
     def project(self, x: Tensor) -> Tensor:
-        """Allowed images near ``x``; same shape, dtype and memory format as ``x``."""
+        """Return allowed images near ``x``, with its shape, dtype and memory format."""
 
     def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-        """``x`` after the step of length ``alpha``, in this norm, that raises a function of this gradient most."""
+        """Return ``x`` after the step of length ``alpha``, in this norm, that raises the loss most."""
 
     def rows(self, index: Tensor) -> Ball:
-        """The set around the images ``index`` only."""
+        """Return the set around the images ``index`` only."""
 
 
 class Bounds(NamedTuple):
-    """The lowest and highest allowed value of every pixel; both shaped like the images."""
+    """The L-infinity ball: the lowest and highest allowed value of every pixel, both shaped like the images."""
 
     lower: Tensor
     upper: Tensor
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest allowed images to ``x``; same shape, dtype and memory format as ``x``."""
+        """Return the allowed images that are nearest to ``x``, with its shape, dtype and memory format."""
         return x.clamp(self.lower, self.upper)
 
     def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-        """``x`` after a step of length ``alpha`` (a number, or one for each image) along the gradient's signs."""
-        return sign_step(x, gradient, alpha if isinstance(alpha, Tensor) else min(alpha, 2.0))  # 2 leaves the box
+        """Return ``x`` after a step of length ``alpha`` (a number, or one per image) along the gradient's signs."""
+        # A step of 2 leaves the box from anywhere in it, and a longer one may overflow in half precision.
+        return sign_step(x, gradient, alpha if isinstance(alpha, Tensor) else min(alpha, 2.0))
 
     def rows(self, index: Tensor) -> Bounds:
-        """The bounds of the images ``index`` only, numbers or (n,) bool."""
+        """Return the bounds of the images ``index`` only, numbers or (n,) bool."""
         return Bounds(rows(self.lower, index), rows(self.upper, index))
 
 
 def rows(images: Tensor, index: Tensor) -> Tensor:
-    """``images`` chosen by ``index``, numbers or (n,) bool, in their memory format (plain indexing may lose it)."""
+    """Return the images chosen by ``index``, numbers or (n,) bool, in their memory format."""
     taken = images[index]
+    # Plain indexing may return contiguous images.
     last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
     return taken.contiguous(memory_format=torch.channels_last) if last else taken
 
 
-def linf_bounds(images: Tensor, eps: float) -> Bounds:
-    """The intersection of the eps-ball around ``images`` with [0, 1], with rounding always towards ``images``.
+def linf_bounds(images: Tensor, eps: float | Tensor) -> Bounds:
+    """Return the intersection of the eps-ball around ``images`` with [0, 1], rounded towards ``images``.
 
-    In exact arithmetic on the returned values, ``images - lower <= eps`` and ``upper - images <= eps``, and no wider
-    bound of that dtype has this for the largest radius <= eps that the dtype represents.
+    In exact arithmetic on the returned values, ``images - lower <= eps`` and ``upper - images <= eps``. No wider bound
+    of that dtype has this property for the largest radius <= eps that the dtype represents.
 
     Args:
         images: (n, ...), values in [0, 1], any floating dtype.
-        eps: radius >= 0.
+        eps: radius >= 0; a number, or a float64 tensor (n, 1, ...) with one radius per image.
     """
     zero, infinity = images.new_tensor(0.0), images.new_tensor(torch.inf)
-    radius = images.new_tensor(min(eps, 1.0))  # beyond 1 the ball holds the whole box
-    if radius.item() > eps:
-        radius = torch.nextafter(radius, zero)
-    # A floating-point sum less its larger part is exact, so both comparisons with what is left are exact too.
-    # (For the lower bound, images < radius needs no such care: the bound is then 0.)
+    if isinstance(eps, Tensor):
+        radius = eps.clamp(max=1).to(images.dtype)
+        radius = torch.where(radius.double() > eps, torch.nextafter(radius, zero), radius)
+    else:
+        radius = images.new_tensor(min(eps, 1.0))  # beyond 1 the ball holds the whole box
+        if radius.item() > eps:
+            radius = torch.nextafter(radius, zero)
+    # A floating-point sum minus its larger part is exact, so both comparisons with the rest are exact too.
+    # (The lower bound needs no such care if images < radius: the bound is then 0.)
     lower = images - radius
     lower = torch.where(images - lower > radius, torch.nextafter(lower, infinity), lower)
     upper = images + radius
@@ -77,9 +86,9 @@ def linf_bounds(images: Tensor, eps: float) -> Bounds:
 
 
 def sign_step(x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-    """``x + alpha * sign(gradient)``: the steepest ascent of length ``alpha`` in the L-infinity norm."""
+    """Return ``x + alpha * sign(gradient)``: the steepest ascent of length ``alpha`` in the L-infinity norm."""
     if isinstance(alpha, Tensor):
-        return x + alpha * gradient.sign()
+        return (x + alpha * gradient.sign()).to(x.dtype)
     return torch.add(x, gradient.sign(), alpha=alpha)
 
 
@@ -89,59 +98,62 @@ class L2Ball:
 
     Attributes:
         images: (n, ...), the clean images, values in [0, 1], any floating dtype.
-        eps: radius >= 0, in pixel units of [0, 1] (one pixel from black to white has length 1).
+        eps: radius >= 0, in pixel units of [0, 1] (one pixel from black to white has length 1); a number, or a
+            float64 tensor (n, 1, ...) with one radius per image.
     """
 
     images: Tensor
-    eps: float
+    eps: float | Tensor
 
     def project(self, x: Tensor) -> Tensor:
-        """``x`` scaled down to the ball, then clipped to [0, 1]; same shape, dtype and memory format as ``x``.
+        """Return ``x`` scaled down to the ball, then clipped to [0, 1], with its shape, dtype and memory format.
 
         In exact arithmetic on the returned values no image is further than ``eps`` from the clean one. Images in the
-        ball are only clipped. (As in all the usual libraries, this is a point of the ball and the box, but not always
-        the nearest.)
+        ball are only clipped. (As in the usual libraries, the result is in the ball and the box, but it is not always
+        the nearest such point.)
         """
-        if self.eps < 1e-300:  # 0, or where float64 has too few digits to scale to it
+        if not isinstance(self.eps, Tensor) and self.eps < _POINT:
             return torch.empty_like(x).copy_(self.images)
+        eps = self.eps.clamp(min=_POINT) if isinstance(self.eps, Tensor) else self.eps
         clean = self.images.double()
         offset = x.double() - clean
-        # Relative to eps, so that no square underflows. 1 - slack pays for the rounding of this very sum, and twice of
-        # it makes a second projection find the first one inside.
+        # Relative to eps, so that no square underflows. 1 - slack pays for the rounding of this very sum; with twice
+        # the slack a second projection finds the first one inside.
         slack = (offset[0].numel() + 8) * torch.finfo(torch.float64).eps
-        length = (offset / self.eps).square().sum(dim=_pixels(x), keepdim=True).sqrt()
+        length = (offset / eps).square().sum(dim=_pixels(x), keepdim=True).sqrt()
         allowed = offset * ((1 - 2 * slack) / length.clamp(min=1 - slack))
         scaled = (clean + allowed).to(x.dtype)
-        # Rounding to the dtype of the images may lengthen an offset: take such pixels one number back.
+        # Rounding to the dtype of the images may lengthen an offset. Such pixels go back by one number.
         outside = (scaled.double() - clean).abs() > allowed.abs()
         scaled = torch.where(outside, torch.nextafter(scaled, self.images), scaled)
-        return torch.where(length <= 1 - slack, x, scaled).clamp(0, 1)
+        inside = torch.where(length <= 1 - slack, x, scaled).clamp(0, 1)
+        return torch.where(self.eps < _POINT, self.images, inside) if isinstance(self.eps, Tensor) else inside
 
     def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-        """``x`` after a step of length ``alpha`` (a number, or one for each image) along the gradient.
+        """Return ``x`` after a step of length ``alpha`` (a number, or one per image) along the gradient.
 
-        The steepest ascent of that length in the L2 norm. Where the gradient is 0, ``x`` stays.
+        This is the steepest ascent of that length in the L2 norm. If the gradient is 0, ``x`` stays.
         """
         direction = unit(gradient)
         if isinstance(alpha, Tensor):
-            return x + alpha * direction
+            return (x + alpha * direction).to(x.dtype)
         return torch.add(x, direction, alpha=min(alpha, torch.finfo(x.dtype).max / 4))  # so that no pixel overflows
 
     def rows(self, index: Tensor) -> L2Ball:
-        """The balls around the images ``index`` only."""
-        return L2Ball(self.images[index], self.eps)
+        """Return the balls around the images ``index`` only."""
+        return L2Ball(self.images[index], self.eps[index] if isinstance(self.eps, Tensor) else self.eps)
 
 
 def unit(gradient: Tensor) -> Tensor:
-    """Each example of ``gradient``, (n, ...), divided by its L2 norm; 0 stays 0."""
+    """Return each example of ``gradient``, (n, ...), divided by its L2 norm; 0 stays 0."""
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    # Divided by the largest entry first, as the square of 1e-30 is no float32.
+    # Divide by the largest entry first: the square of 1e-30 underflows in float32.
     wide = divided(wide, wide.abs().amax(dim=_pixels(wide), keepdim=True))
     return divided(wide, wide.square().sum(dim=_pixels(wide), keepdim=True).sqrt()).to(gradient.dtype)
 
 
 def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """``numerator / denominator``, and 0 where the denominator is 0."""
+    """Return ``numerator / denominator``, and 0 where the denominator is 0."""
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
 
 
@@ -149,4 +161,4 @@ def _pixels(tensor: Tensor) -> tuple[int, ...]:
     return tuple(range(1, tensor.ndim))
 
 
-BALLS: Mapping[str, Callable[[Tensor, float], Ball]] = MappingProxyType({"linf": linf_bounds, "l2": L2Ball})
+BALLS: Mapping[str, Callable[[Tensor, float | Tensor], Ball]] = MappingProxyType({"linf": linf_bounds, "l2": L2Ball})

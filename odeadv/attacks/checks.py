@@ -1,4 +1,4 @@
-"""What the attacks and the evaluation refuse, before any work is done; every message names the argument."""
+"""Checks of the arguments of attacks, before any work is done. Every message names the argument."""
 
 from __future__ import annotations
 
@@ -7,28 +7,66 @@ import math
 import torch
 from torch import Tensor, nn
 
-from odeadv.support.checks import number
+from odeadv.support.checks import number, shown
 from odeadv.support.isolation import version
 
 _WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
 
+# Enough to find the images in a data set; more would fill the terminal.
+_NUMBERS_SHOWN = 5
+
 
 def radius(eps: object, norm: object = "linf") -> float:
-    """``eps``; raises as `number`, and ValueError if an L-infinity ball would hold every image in [0, 1]."""
+    """Return ``eps`` as a float.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is negative or not finite, or if an L-infinity ball would hold every image in [0, 1].
+    """
     found = number("eps", eps, least=0)
     if found > 1 and norm in ("linf", "Linf"):
         raise ValueError(f"eps: got {found:g}, expected at most 1 for images in [0, 1]; is it in units of 1/255?")
     return found
 
 
+def lengths(name: str, value: object, images: Tensor, *, most: float | None = None) -> float | Tensor:
+    """Return a length, or one length per image.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a number, or a tensor (n,).
+        images: (n, ...).
+        most: the largest length allowed.
+
+    Returns:
+        A float; or a float64 tensor (n, 1, ...) on the device of ``images``.
+
+    Raises:
+        TypeError: if ``value`` is not a number or a floating tensor.
+        ValueError: if a length is negative, not finite or above ``most``, or the shape is not (n,).
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return number(name, value, least=0, most=most)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a number, or a floating tensor with one per image")
+    if value.shape != (len(images),):
+        raise ValueError(
+            f"{name}: got a tensor of shape {tuple(value.shape)}, expected a number or shape ({len(images)},)"
+        )
+    low, high = (bound.item() for bound in torch.aminmax(value.detach()))
+    for bound in (low, high):
+        number(name, bound, least=0, most=most)
+    return value.detach().to(images.device, torch.float64).view(-1, *[1] * (images.ndim - 1))
+
+
 def check_model(model: object) -> None:
-    """TypeError unless ``model`` is a module (only a module's modes and buffers can be put back)."""
+    """Raise TypeError unless ``model`` is a module: only the modes and buffers of modules can be restored."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
 
 
 def check_images(images: object) -> None:
-    """TypeError unless a floating tensor; ValueError unless (n, ...) with n >= 1 and all values in [0, 1]."""
+    """Raise TypeError unless a floating tensor; ValueError unless (n, ...) with n >= 1 and all values in [0, 1]."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a torch.Tensor")
     if not images.is_floating_point():
@@ -39,39 +77,41 @@ def check_images(images: object) -> None:
     if math.isnan(low) or math.isnan(high):
         raise ValueError("images: contain NaN, expected values in [0, 1]")
     if low < 0 or high > 1:
-        raise ValueError(f"images: values in [{low}, {high}], expected [0, 1]; normalisation belongs inside the model")
+        raise ValueError(
+            f"images: got values in [{low:.3g}, {high:.3g}], expected [0, 1]; normalisation belongs inside the model"
+        )
 
 
 def check_labels(labels: object, n: int, device: torch.device | None = None, *, name: str = "labels") -> None:
-    """TypeError unless an int64 tensor; ValueError unless (n,), on ``device`` (None: any) and nowhere negative."""
+    """Raise TypeError unless an int64 tensor; ValueError unless (n,), nonnegative and on ``device`` (None: any)."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, expected a torch.Tensor")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices")
     if labels.shape != (n,):
-        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one for each image")
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one per image")
     if device is not None and labels.device != device:
-        raise ValueError(f"{name}: on device {labels.device}, expected that of the images, {device}")
+        raise ValueError(f"{name}: got device {labels.device}, expected {device}, the device of the images")
     if labels.min() < 0:
         raise ValueError(f"{name}: got {int(labels.min())}, expected class indices >= 0")
 
 
 def own_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype of the first floating parameter of ``model``; ``default`` if it has none."""
+    """Return the dtype of the first floating parameter of ``model``, or ``default`` if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
 
 
 def answered(model: nn.Module, images: Tensor) -> object:
-    """What ``model`` returns for ``images``; ValueError if it writes to them, or cannot take their dtype."""
+    """Return ``model(images)``; raise ValueError if the model writes to its images or cannot take their dtype."""
     before = version(images)
     try:
         answer = model(images)
     except RuntimeError as error:
-        # So torch refuses where a gradient is asked for.
+        # torch raises this if images that require a gradient are written to.
         if str(error).startswith("a leaf Variable that requires grad is being used in an in-place operation"):
             raise ValueError(_WRITES) from error
         own = own_dtype(model, images.dtype)
-        if own == images.dtype or "type" not in str(error):  # out of memory, say
+        if own == images.dtype or "type" not in str(error):  # another cause, for example out of memory
             raise
         why = str(error).partition("\n")[0]
         raise ValueError(
@@ -84,28 +124,66 @@ def answered(model: nn.Module, images: Tensor) -> object:
 
 
 def check_classes(logits: object, n: int, highest_label: int) -> Tensor:
-    """``logits``; TypeError unless a floating tensor, ValueError unless (n, classes) with all labels < classes."""
+    """Return ``logits`` if they are (n, classes), with at least two classes and one for every label.
+
+    Raises:
+        TypeError: if they are not a floating tensor.
+        ValueError: if their shape is wrong.
+    """
     if not isinstance(logits, Tensor):
         raise TypeError(f"model: returned {type(logits).__name__}, expected a tensor of logits")
     if not logits.is_floating_point():
         raise TypeError(f"model: returned dtype {logits.dtype}, expected floating logits")
     if logits.ndim != 2 or len(logits) != n:
-        raise ValueError(f"model: returned logits of shape {tuple(logits.shape)}, expected ({n}, classes)")
-    if highest_label >= logits.shape[1]:
-        raise ValueError(f"labels: got {highest_label}, expected class indices < {logits.shape[1]} (logits per image)")
+        raise ValueError(
+            f"model: returned logits of shape {tuple(logits.shape)}, expected ({n}, classes){_advice(logits, n)}"
+        )
+    classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError(
+            f"model: returned logits of shape {tuple(logits.shape)}, expected at least 2 classes; if its only output z "
+            "is the logit of class 1, return torch.cat([-z, z], 1)"
+        )
+    if highest_label >= classes:
+        raise ValueError(f"labels: got {highest_label}, expected class indices < {classes} (the logits per image)")
     return logits
 
 
-def check_logits(logits: object, n: int, highest_label: int) -> Tensor:
-    """``logits``; raises as `check_classes`, and ValueError unless they are finite."""
+def _advice(logits: Tensor, n: int) -> str:
+    if logits.shape == (n,):
+        return "; if they are the logits z of class 1, return torch.stack([-z, z], 1)"
+    if logits.ndim > 2 and len(logits) == n:
+        return "; a model with one answer per position needs pooling or flatten(1) first"
+    return ""
+
+
+def check_logits(logits: object, n: int, highest_label: int, *, first: int = 0) -> Tensor:
+    """Return ``logits``; raise as `check_classes`, and ValueError unless they are finite.
+
+    Args:
+        logits: what the model returned.
+        n: the number of images.
+        highest_label: the largest label.
+        first: the number of the first image, for the message.
+    """
     checked = check_classes(logits, n, highest_label)
     if not checked.isfinite().all():
-        raise ValueError("model: returned logits that are not finite, so no attack on it can be trusted")
+        bad = (~checked.isfinite()).any(dim=1).nonzero()[:, 0] + first
+        raise ValueError(
+            f"model: returned logits that are not finite for {image_numbers(bad, n)}, so no attack on it can be trusted"
+        )
     return checked
 
 
+def image_numbers(numbers: Tensor, n: int) -> str:
+    """Return the first few of these image numbers and their count, e.g. ``images 3, 17 (2 of 128)``."""
+    few = ", ".join(str(number) for number in numbers[:_NUMBERS_SHOWN].tolist())
+    more = ", ..." if len(numbers) > _NUMBERS_SHOWN else ""
+    return f"image{'s' if len(numbers) > 1 else ''} {few}{more} ({len(numbers)} of {n})"
+
+
 def check_target(target: object, labels: Tensor) -> Tensor | None:
-    """``target``; raises as `check_labels`, and ValueError if it is the label of some image."""
+    """Return ``target``; raise as `check_labels`, and ValueError if it is the label of some image."""
     if target is None:
         return None
     check_labels(target, len(labels), labels.device, name="target")
@@ -117,12 +195,12 @@ def check_target(target: object, labels: Tensor) -> Tensor | None:
 
 
 def check_generator(generator: object) -> torch.Generator:
-    """``generator``; ValueError unless it is one, and not torch's global one."""
+    """Return ``generator``; raise TypeError unless it is one, and ValueError if it is torch's global one."""
     if not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator: got {generator!r}, expected e.g. torch.Generator().manual_seed(0)")
+        raise TypeError(f"generator: got {shown(generator)}, expected e.g. torch.Generator().manual_seed(0)")
     if any(generator is own for own in (torch.default_generator, *torch.cuda.default_generators)):
         raise ValueError(
-            "generator: got torch's global one, whose state attacks put back, so that every call would draw the "
-            "same; expected one of your own, e.g. torch.Generator().manual_seed(torch.initial_seed())"
+            "generator: got torch's global one. Attacks restore its state, so every call would draw the same numbers; "
+            "expected another, e.g. torch.Generator().manual_seed(torch.initial_seed())"
         )
     return generator

@@ -1,4 +1,4 @@
-"""What an attack ascends: a model's loss on one labelled batch, and its gradient with respect to the images."""
+"""The function that an attack raises: a model's loss on one labelled batch, with its gradient for the images."""
 
 from __future__ import annotations
 
@@ -10,27 +10,53 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks._losses import Loss, LossRule, PerExampleLoss, Truth, cross_entropy, of_labels, resolve_loss
-from odeadv.attacks.checks import answered, check_classes
+from odeadv.attacks._losses import (
+    Loss,
+    LossRule,
+    PerExampleLoss,
+    Truth,
+    cross_entropy,
+    margin,
+    of_labels,
+    resolve_loss,
+)
+from odeadv.attacks.checks import answered, check_classes, image_numbers
 from odeadv.support.isolation import Mode, untouched
 
-__all__ = ["AttackLoss", "Loss", "PerExampleLoss", "Scores", "Tally", "attacking", "constant", "reseed", "resolve_loss"]
+__all__ = [
+    "AttackLoss",
+    "Loss",
+    "PerExampleLoss",
+    "Scores",
+    "Tally",
+    "attacking",
+    "constant",
+    "cross_entropy",
+    "margin",
+    "reseed",
+    "resolve_loss",
+]
 
-_LOGITS_NOT_FINITE = "model: returned logits that are not finite, so no attack on it can be trusted"
-_LOSS_NAN = "loss: returned NaN for finite logits, by which no attack can rank images"
-_GRADIENT_NOT_FINITE = "model: the gradient of the loss with respect to the images contains NaN or infinity"
+# What was not finite: the sentence before the image numbers, and the one after them.
+_LOGITS = ("model: returned logits that are not finite for", "so no attack on it can be trusted")
+_LOSSES = ("loss: returned NaN for the finite logits of", "so no attack can rank these images")
+_GRADIENTS = (
+    "model: the gradient of the loss with respect to the images contains NaN or infinity for",
+    "so no attack can follow it",
+)
 
 
 @contextlib.contextmanager
 def attacking(model: nn.Module, mode: Mode, device: torch.device | None = None) -> Iterator[None]:
-    """Gradients on, also under a caller's ``no_grad`` or ``inference_mode``; ``model`` in ``mode``, then restored.
+    """Run the body with gradients on and ``model`` in ``mode``, then restore the model and the random state.
 
-    Torch's global random state (of the CPU, and of ``device`` if that is a CUDA device) is put back as well.
+    Gradients are on even under a caller's ``no_grad`` or ``inference_mode``. The global random state that is restored
+    is that of the CPU, and that of ``device`` if it is a CUDA device.
     """
     cuda: list[int] = []
     if device is not None and device.type == "cuda":
         cuda = [torch.cuda.current_device() if device.index is None else device.index]
-    # Leaving inference mode comes first: buffers copied within it could not be used for a backward pass.
+    # Leave inference mode first: a backward pass cannot use buffers that were copied within it.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -41,7 +67,7 @@ def attacking(model: nn.Module, mode: Mode, device: torch.device | None = None) 
 
 
 def reseed(generator: torch.Generator, device: torch.device) -> None:
-    """Seed torch's global random state, which stochastic models draw from, by one draw from ``generator``."""
+    """Seed torch's global random state, from which stochastic models draw, with one draw from ``generator``."""
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -50,17 +76,17 @@ def reseed(generator: torch.Generator, device: torch.device) -> None:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """``tensor`` without history, and fit for autograd if it was made under ``inference_mode``."""
+    """Return ``tensor`` without history, usable by autograd even if it was made under ``inference_mode``."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @dataclass
 class Tally:
-    """What an attack has asked of the model for each example; give an empty one to an attack, then read it.
+    """The number of times each example went through the model. Give an empty one to an attack, then read it.
 
     Attributes:
-        queries: (n,) int64, how often the example went through the model.
-        gradients: (n,) int64, how often this was also differentiated.
+        queries: (n,) int64, forward passes per example.
+        gradients: (n,) int64, forward passes per example that were also differentiated.
     """
 
     queries: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -68,7 +94,7 @@ class Tally:
 
 
 class Scores(NamedTuple):
-    """Of one batch: logits (n, classes), losses (n,), and, where asked for, the gradient, like the images."""
+    """Logits (n, classes) and losses (n,) of one batch; and the gradient, shaped like the images, if asked for."""
 
     logits: Tensor
     losses: Tensor
@@ -76,26 +102,28 @@ class Scores(NamedTuple):
 
 
 class AttackLoss:
-    """The loss of ``model`` on images with these labels, as a function of the images; ascended by attacks.
+    """The loss of ``model`` on images with these labels, as a function of the images. Attacks raise it.
 
-    Losses are summed over the batch, so an example's gradient neither depends on the batch nor shrinks with it, and
-    computed in at least float32, whatever the dtype of the logits (bfloat16 under autocast).
-    Only images are differentiated: no weight gradient is computed, no ``.grad`` written. Use it inside `attacking`.
+    The losses of a batch are summed. So an example's gradient does not depend on the batch and does not shrink with
+    its size. Losses are computed in at least float32, whatever the dtype of the logits (bfloat16 under autocast).
+    Only images are differentiated: no weight gradient is computed, no ``.grad`` is written. Use it inside `attacking`.
 
     Args:
         model: (n, ...) images to (n, classes) logits.
         labels: (n,) int64.
         loss: (logits, labels) to losses of shape (n,), or a `LossRule`.
         target: (n,) int64, the classes that a targeted attack wants.
-        eot: how many forward passes logits, losses and gradients are averaged over, for models that draw noise.
-        deferred: do not wait for the result of the check that logits and gradients are finite (on an accelerator
-            each would stop the queue): `raise_if_not_finite` then raises, once, for all that happened before.
-        tally: counts per example, zeroed here.
+        eot: the number of forward passes over which logits, losses and gradients are averaged, for models that draw
+            random numbers.
+        deferred: do not wait for the result of the check that logits, losses and gradients are finite: on an
+            accelerator each wait would stop its queue. `raise_if_not_finite` then raises for all passes so far.
+        tally: counts per example, set to zero here.
+        attack: the name of the attack, for messages.
 
     Attributes:
         forward_passes: images sent through the model so far.
-        gradient_evaluations: how many of these were also differentiated.
-        truth: what the logits are compared with.
+        gradient_evaluations: forward passes that were also differentiated.
+        truth: the classes and logits that the model's logits are compared with.
     """
 
     def __init__(
@@ -108,6 +136,7 @@ class AttackLoss:
         eot: int = 1,
         deferred: bool = False,
         tally: Tally | None = None,
+        attack: str = "",
     ) -> None:
         self.forward_passes = 0
         self.gradient_evaluations = 0
@@ -117,8 +146,9 @@ class AttackLoss:
         self._rule = loss if isinstance(loss, LossRule) else of_labels(loss)
         self._eot = eot
         self._deferred = deferred
-        self._finite: dict[str, Tensor] = {}
+        self._finite: dict[tuple[str, str], Tensor] = {}
         self._tally = tally
+        self._attack = attack
         if tally is not None:
             tally.queries, tally.gradients = torch.zeros_like(labels), torch.zeros_like(labels)
 
@@ -127,50 +157,54 @@ class AttackLoss:
         if self._rule.needs_clean:
             self.truth = self.truth._replace(clean=_wide(self.logits(clean)))
 
+    def aim(self, target: Tensor) -> None:
+        """From now on lead to ``target``, (n,) int64; any wrong class still counts as fooled."""
+        self.truth = self.truth._replace(target=target, reach=False)
+
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (n, classes), without a graph. ValueError if they are not finite or not of that shape."""
+        """Return logits (n, classes) without a graph; raise ValueError if they are not finite or not of that shape."""
         with torch.no_grad():
             return _mean([self._forward(images, None) for _ in range(self._eot)])
 
     def gradient(self, images: Tensor) -> Tensor:
-        """Gradient of the summed loss, shaped like ``images``. Raises as `logits_and_gradient`."""
+        """Return the gradient of the summed loss, shaped like ``images``; raise as `logits_and_gradient`."""
         return self.logits_and_gradient(images)[1]
 
     def logits_and_gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes) and the gradient of the summed loss (shaped like ``images``) from one forward pass.
+        """Return logits (n, classes) and the gradient of the summed loss, like ``images``, from one forward pass.
 
         Raises:
-            TypeError: if the model's or the loss's result is not a tensor.
-            ValueError: if one of them is not of the right shape, logits or gradient are not finite, a label has no
-                logit, or the loss does not depend on the images.
+            TypeError: if the model or the loss does not return a tensor.
+            ValueError: if a result has the wrong shape, logits or gradient are not finite, a label has no logit, or
+                the loss does not depend on the images.
         """
         scores = self.differentiate(images)
         assert scores.gradient is not None
         return scores.logits, scores.gradient
 
     def evaluate(self, images: Tensor, index: Tensor | None = None) -> Scores:
-        """Logits and losses without a graph; ``images`` are those of the examples ``index`` (None: all)."""
+        """Return logits and losses without a graph; ``images`` belong to the examples ``index`` (None: all)."""
         with torch.no_grad():
             passes = [self._score(images, index) for _ in range(self._eot)]
         return Scores(*(_mean(list(part)) for part in zip(*passes, strict=True)))
 
     def differentiate(self, images: Tensor, index: Tensor | None = None) -> Scores:
-        """Logits, losses and the gradient of their sum, each the mean over ``eot`` passes; otherwise as `evaluate`.
+        """Return logits, losses and the gradient of their sum, each the mean over ``eot`` passes.
 
-        Raises as `logits_and_gradient`.
+        ``images`` belong to the examples ``index`` (None: all). Raises as `logits_and_gradient`.
         """
         passes = [self._differentiate(images, index) for _ in range(self._eot)]
         return Scores(*(_mean(list(part)) for part in zip(*passes, strict=True)))
 
     def fooled(self, scores: Scores, index: Tensor | None = None) -> Tensor:
-        """(n,) bool: whether the (mean) logits of the examples ``index`` are what the attack wants."""
+        """Return (n,) bool: True if the (mean) logits of the examples ``index`` are what the attack wants."""
         return self.truth.rows(index).fooled(scores.logits)
 
     def raise_if_not_finite(self) -> None:
-        """ValueError if logits or gradients so far were not finite; for ``deferred``, which does not raise at once."""
-        for message, finite in self._finite.items():
-            if not finite:
-                raise ValueError(message)
+        """Raise ValueError if logits, losses or gradients so far were not finite; ``deferred`` checks end here."""
+        for what, good in self._finite.items():
+            if not good.all():
+                raise ValueError(self._message(what, (~good).nonzero()[:, 0]))
 
     def _differentiate(self, images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         leaf = images.detach().requires_grad_()
@@ -179,7 +213,7 @@ class AttackLoss:
         if gradient is None:
             self.raise_if_not_finite()
             raise ValueError("model: the loss of its logits has no gradient with respect to the images (detached?)")
-        self._check_finite(gradient, _GRADIENT_NOT_FINITE)
+        self._check(_finite_rows(gradient), _GRADIENTS, index)
         self.gradient_evaluations += len(images)
         if self._tally is not None:
             self._tally.gradients[slice(None) if index is None else index] += 1
@@ -192,35 +226,49 @@ class AttackLoss:
         if not isinstance(losses, Tensor):
             raise TypeError(f"loss: returned {type(losses).__name__}, expected a tensor of shape ({n},)")
         if losses.shape != (n,):
-            raise ValueError(f"loss: returned shape {tuple(losses.shape)}, expected ({n},), one for each image")
-        self._check(~losses.detach().isnan().any(), _LOSS_NAN)
+            raise ValueError(f"loss: returned shape {tuple(losses.shape)}, expected ({n},), one per image")
+        self._check(~losses.detach().isnan(), _LOSSES, index)
         return logits, losses
 
     def _forward(self, images: Tensor, index: Tensor | None) -> Tensor:
         logits = check_classes(self._answer(images), len(images), self._highest_label)
-        self._check_finite(logits, _LOGITS_NOT_FINITE)
+        self._check(_finite_rows(logits), _LOGITS, index)
         self.forward_passes += len(images)
         if self._tally is not None:
             self._tally.queries[slice(None) if index is None else index] += 1
         return logits
 
     def _answer(self, images: Tensor) -> object:
-        # A model that writes to its images is refused at the first pass, which is not given the caller's own.
+        # The first pass gets a copy: a model that writes to its images is rejected before it can write to the caller's.
         first = not self.forward_passes and not images.requires_grad
         return answered(self._model, images.clone() if first else images)
 
-    def _check_finite(self, tensor: Tensor, message: str) -> None:
-        self._check((tensor.detach() * 0).sum() == 0, message)  # a tenth of the time of isfinite().all()
+    def _check(self, good: Tensor, what: tuple[str, str], index: Tensor | None) -> None:
+        """Check ``good``, (m,) bool, of the examples ``index``: now, or later if checks are deferred."""
+        if not self._deferred:
+            if not good.all():
+                bad = (~good).nonzero()[:, 0]
+                raise ValueError(self._message(what, bad if index is None else index[bad]))
+        elif index is None:
+            self._finite[what] = good & self._finite.get(what, good)
+        else:
+            found = self._finite.get(what, torch.ones_like(self.truth.labels, dtype=torch.bool))
+            self._finite[what] = found.index_put((index,), good & found[index])
 
-    def _check(self, good: Tensor, message: str) -> None:
-        if self._deferred:
-            self._finite[message] = good & self._finite.get(message, good)
-        elif not good:
-            raise ValueError(message)
+    def _message(self, what: tuple[str, str], bad: Tensor) -> str:
+        before, after = what
+        during = f" during {self._attack}" if self._attack else ""
+        return f"{before} {image_numbers(bad, len(self.truth.labels))}{during}, {after}"
+
+
+def _finite_rows(tensor: Tensor) -> Tensor:
+    """Return (n,) bool: True if all entries of the row are finite."""
+    # NaN and infinity times 0 are NaN. This takes a tenth of the time of isfinite().all() on images.
+    return (tensor.detach() * 0).sum(dim=tuple(range(1, tensor.ndim))) == 0
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """``logits`` in at least float32."""
+    """Return ``logits`` in at least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
