@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers import conv_net, seeded
+from helpers import image_batch as batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,32 +24,10 @@ from odeadv.attacks.balls import linf_bounds
 EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def small_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    """A conv net with all that an attack could disturb: batch norm, dropout, mixed modes, requires_grad and .grad."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Conv2d(4, 6, 3, stride=2),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(54, 5),
-        ).to(dtype)
-        net[1].running_mean.normal_()
+    net = conv_net(dtype)
+    net[1].running_mean.normal_(generator=seeded())  # so that evaluation mode differs
     return net
-
-
-def batch(dtype: torch.dtype = torch.float64, n: int = 6) -> tuple[Tensor, Tensor]:
-    images = torch.rand(n, 3, 8, 8, generator=seeded(1), dtype=dtype)
-    images[0], images[1] = 0.0, 1.0  # where the box, not the ball, is the bound
-    return images, torch.arange(n) % 5
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,15 +19,6 @@ from odeadv.attacks import apgd, apgd_t, fgsm, ifgsm, pgd, square
 
 EPS, ALPHA, STEPS = 0.1, 0.02, 20
 TIES = 2e-3  # a share of the examples: a gradient that rounding makes 0 for one library and not for the other
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Normalised(nn.Module):
@@ -51,7 +43,6 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
     images, labels = images[order], labels[order]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        torch.set_num_threads(1)
         net = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import image_batch as batch
+from helpers import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,26 +29,11 @@ EPS, ALPHA = 8 / 255, 2 / 255
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def net(dtype: torch.dtype = torch.float64, *, dropout: float = 0.0, classes: int = 5) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(dropout), nn.Flatten()]
         return nn.Sequential(*parts, nn.Linear(256, classes)).to(dtype).eval()
-
-
-def batch(dtype: torch.dtype = torch.float64, n: int = 6) -> tuple[Tensor, Tensor]:
-    images = torch.rand(n, 3, 8, 8, generator=seeded(1), dtype=torch.float64).to(dtype)
-    images[0], images[1] = 0.0, 1.0
-    return images, torch.arange(n) % 5
 
 
 def linear(*rows: list[float]) -> nn.Linear:

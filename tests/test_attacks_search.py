@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,15 +15,6 @@ from odeadv.attacks import Tally, apgd, apgd_t, square
 from odeadv.attacks._apgd import autoattack_checkpoints, checkpoints
 from odeadv.attacks._square import Bumps, _window, pattern, share, side, tiled
 from odeadv.attacks.balls import L2Ball
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def wavy(scale: float = 3.0) -> nn.Sequential:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_nets import Small, held_out, trained
+from helpers import Small, held_out, trained
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -163,11 +163,6 @@ class Private(Wrapped):
 class Probabilities(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).softmax(dim=1)
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)  # the network is too small to share
 
 
 def run(model: nn.Module, **changes: object) -> Audit:

@@ -51,11 +51,6 @@ def _without_other_attacks(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "PEERS", {})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads) -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Path:
     """A folder with quick runs of all that is cheap enough; each checked by its own test."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import seeded
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -37,10 +38,6 @@ def numbered(n: int) -> tuple[Tensor, Tensor]:
     images = torch.zeros(n, 1, 1, 3, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(n)
     return images, torch.arange(n)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def arrays(**changes: NDArray[Any]) -> Arrays:

@@ -11,22 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import measured_order
-from torch import Tensor, nn
+from helpers import measured_order, small_resnet
+from torch import Tensor
 
 import odeadv
 from benchmarks._expm import matrix_exp
 from odeadv import diagnostics
 from odeadv.diagnostics._path import walk
 from odeadv.diagnostics._second_order import terms_of
-from odeadv.models import PreActResNet, preact_resnet
+from odeadv.models import PreActResNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for one another cost more than they do
 
 
 A = torch.tensor([[0.1, 1.0, 0.3], [-1.4, 0.2, 0.0], [0.5, -0.2, -0.6]], dtype=torch.float64)
@@ -62,14 +57,7 @@ def norms(tensors: list[Tensor]) -> list[float]:
 
 
 def small_net(**options: object) -> tuple[PreActResNet, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    net = preact_resnet(8, 2, 4, generator=generator, **options).double()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2, generator=generator)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-    return net, torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([1, 3])
+    return small_resnet(depth=8, seed=1, width=2, num_classes=4, labels=(1, 3), size=8, **options)
 
 
 def by_hand(net: PreActResNet, images: Tensor, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import conv_net
 from torch import Tensor, nn
 
 from odeadv.attacks import fgsm, ifgsm
@@ -15,28 +16,12 @@ from odeadv.evaluation._evaluation import wilson_interval
 from odeadv.evaluation.protocols import resolve_protocol
 
 
-@pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)  # the networks are too small to share
-
-
 class Counting(nn.Module):
     """A conv net that counts the images it sees, and those whose gradient comes back."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.net = nn.Sequential(
-                nn.Conv2d(3, 4, 3, padding=1),
-                nn.BatchNorm2d(4),
-                nn.ReLU(),
-                nn.Dropout(0.5),
-                nn.Conv2d(4, 6, 3, stride=2),
-                nn.Tanh(),
-                nn.Flatten(),
-                nn.Linear(54, 5),
-            ).to(dtype)
+        self.net = conv_net(dtype)
         self.forwards = self.backwards = 0
         self.shapes: list[torch.Size] = []
         self.channels_last: list[bool] = []

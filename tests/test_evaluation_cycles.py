@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_nets import EPS, held_out, trained
+from helpers import EPS, held_out, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

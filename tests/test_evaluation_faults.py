@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,10 +28,6 @@ from odeadv.models import preact_resnet
 from odeadv.training import Pgd, Trades
 
 IFGSM = Protocol("p", (AttackSpec("ifgsm", 8 / 255, 2 / 255, 3),))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def linear(classes: int = 4) -> nn.Module:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_nets import Small, held_out, trained
+from helpers import Small, held_out, trained
 from torch import Tensor, nn
 
 import odeadv
@@ -38,11 +38,6 @@ WORST = Protocol(
     "worst", tuple(AttackSpec(spec.name, spec.eps, spec.alpha, spec.steps, "worst") for spec in LAST.attacks)
 )
 MIXED = Protocol("mixed", LAST.attacks[:2] + WORST.attacks[2:] + (AttackSpec("pgd", EPS, ALPHA, 3),))
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)  # the network is too small to share
 
 
 def same(a: Evaluation, b: Evaluation) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import small_resnet as make
 from torch import Tensor, nn
 
 import odeadv
@@ -10,18 +11,6 @@ from odeadv.models import PreActResNet, preact_resnet
 
 ETA = 20.0
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
-
-
-def make(dtype: torch.dtype = torch.float64, depth: int = 14, seed: int = 0) -> tuple[PreActResNet, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    net = preact_resnet(depth=depth, width=4, num_classes=7, generator=generator).to(dtype)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):  # statistics that eval mode would notice
-            nn.init.uniform_(module.running_mean, -0.2, 0.2, generator=generator)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-    images = torch.rand(5, 3, 16, 16, generator=generator, dtype=dtype)
-    return net, images, torch.tensor([0, 1, 2, 3, 6])
 
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:

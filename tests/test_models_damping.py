@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import small_resnet
 from torch import Tensor, nn
 
 import odeadv
@@ -13,15 +14,8 @@ KINDS = ["damp", "lambda-damp"]
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the tensors are too small to share
-
-
 def make(kind: str | None, dtype: torch.dtype = torch.float64, depth: int = 14) -> tuple[PreActResNet, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    net = preact_resnet(depth, 4, 7, damping=kind, generator=generator).to(dtype)
-    return net, torch.rand(5, 3, 16, 16, generator=generator, dtype=dtype), torch.tensor([0, 1, 2, 3, 6])
+    return small_resnet(dtype, depth, statistics=False, damping=kind)
 
 
 def by_hand(block: PreActBlock, x: Tensor, kind: str | None) -> Tensor:

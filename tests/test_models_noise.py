@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import small_resnet
 from torch import Tensor, nn
 
 import odeadv
@@ -12,15 +13,8 @@ ETA = 20.0
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the tensors are too small to share
-
-
 def make(dtype: torch.dtype = torch.float64, **kwargs: object) -> tuple[PreActResNet, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    net = preact_resnet(14, 4, 7, generator=generator, **({"noise": 0.1} | kwargs)).to(dtype)
-    return net, torch.rand(5, 3, 16, 16, generator=generator, dtype=dtype), torch.tensor([0, 1, 2, 3, 6])
+    return small_resnet(dtype, statistics=False, **({"noise": 0.1} | kwargs))
 
 
 @pytest.mark.parametrize(("channels_in", "stride"), [(8, 1), (4, 2)])

@@ -6,20 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import measured_order
+from helpers import measured_order, seeded, small_resnet
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
 import odeadv
-from odeadv.models import OdeNet, PreActResNet, ode_net, preact_resnet, refine
+from odeadv.models import OdeNet, PreActResNet, ode_net, refine
 
 ETA = 5.0
 LABELS = torch.tensor([0, 1, 2, 3, 6])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the tensors are too small to share
 
 
 def make(**kwargs: object) -> tuple[OdeNet, Tensor]:
@@ -33,13 +28,12 @@ def make(**kwargs: object) -> tuple[OdeNet, Tensor]:
 
 
 def resnet(noise: float = 0.0) -> tuple[PreActResNet, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    net = preact_resnet(14, 4, 7, noise=noise, generator=generator).double()
+    net, images, _ = small_resnet(statistics=False, noise=noise)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.2, 0.2, generator=generator)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
-    return net, torch.rand(5, 3, 16, 16, generator=generator, dtype=torch.float64)
+            nn.init.uniform_(module.running_mean, -0.2, 0.2, generator=seeded(1))
+            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=seeded(2))
+    return net, images
 
 
 def test_the_field_by_hand():

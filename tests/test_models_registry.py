@@ -22,11 +22,6 @@ MADE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the tensors are too small to share
-
-
 @pytest.mark.parametrize("name", MADE)
 def test_config_makes_an_equal_architecture(name):
     net = MADE[name]()

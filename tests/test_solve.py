@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import measured_order
+from helpers import INTEGRAL, LAM, X0, Y0, A, Q, T, measured_order, scalar_field
 from torch import Tensor
 
 import odeadv
@@ -17,17 +17,7 @@ from benchmarks._expm import matrix_exp
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 
-LAM, ETA, T = -0.7, 0.3, 1.5
-X0 = torch.tensor([1.3], dtype=torch.float64)
-INTEGRAL = (math.exp(2 * LAM * T) - 1) / (2 * LAM)
-
-A = torch.tensor([[-0.4, 1.1, 0.0], [-0.9, 0.2, 0.5], [0.3, 0.0, -0.8]], dtype=torch.float64)
-Q = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
-Y0 = torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64)
-
-
-def scalar_field(eta: float = ETA) -> odeadv.AdversarialField:
-    return odeadv.AdversarialField(lambda t, x: LAM * x, lambda x: 0.5 * (x**2).sum(), eta=eta)
+ETA = 0.3
 
 
 def linear_field(eta: float = ETA) -> odeadv.AdversarialField:

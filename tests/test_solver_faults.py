@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchdiffeq
+from helpers import seeded
 from torch import Tensor, nn
 
 import odeadv
@@ -19,10 +20,6 @@ from odeadv.diagnostics import energy, hamiltonian, second_order
 from odeadv.fields import Jump, Piecewise
 from odeadv.models import preact_resnet
 from odeadv.training import Draws, Layerwise, Step, Trades, TrainConfig, Undefended, train
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def decay(t: Tensor, x: Tensor) -> Tensor:

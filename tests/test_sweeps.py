@@ -4,23 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import measured_order
+from helpers import INTEGRAL, LAM, X0, Y0, A, Q, T, measured_order, scalar_field
 from torch import Tensor, nn
 
 import odeadv
 from benchmarks._expm import matrix_exp
 
-LAM, T = -0.7, 1.5
-X0 = torch.tensor([1.3], dtype=torch.float64)
-INTEGRAL = (math.exp(2 * LAM * T) - 1) / (2 * LAM)
-A = torch.tensor([[-0.4, 1.1, 0.0], [-0.9, 0.2, 0.5], [0.3, 0.0, -0.8]], dtype=torch.float64)
-Q = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
-Y0 = torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64)
 ACCURATE = {"scheme": "strang-symmetric", "substep": "rk4", "costate": "hermite"}
-
-
-def scalar_field(eta: float) -> odeadv.AdversarialField:
-    return odeadv.AdversarialField(lambda t, x: LAM * x, lambda x: 0.5 * (x**2).sum(), eta=eta)
 
 
 def fixed_point_of_linear_problem(eta: float) -> Tensor:
