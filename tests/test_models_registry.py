@@ -41,7 +41,7 @@ def test_config_makes_an_equal_architecture(name):
 
 
 def test_names_and_what_is_wrong_with_others():
-    assert {"preact_resnet", "ode_net", "resnet20", "resnet56", "refined"} == set(models.names())
+    assert {"preact_resnet", "ode_net", "residual_mlp", "resnet20", "resnet56", "refined"} == set(models.names())
     assert build("resnet20", num_classes=3).config["depth"] == 20
     with pytest.raises(
         ValueError, match=r"^model: got 'preactresnet', expected one of .*; did you mean 'preact_resnet'"

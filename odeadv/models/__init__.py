@@ -7,6 +7,7 @@
 from odeadv.models._blocks import BlockNetwork, Bound, bind, from_blocks
 from odeadv.models._damping import Damp, Damping, LambdaDamp
 from odeadv.models._layers import Stem
+from odeadv.models._mlp import MlpBlock, ResidualMlp, residual_mlp
 from odeadv.models._network import FieldNetwork, Network
 from odeadv.models._noise import Averaged, Noise, averaged
 from odeadv.models._ode import ConvField, OdeNet, ode_net
@@ -23,12 +24,14 @@ __all__ = [
     "Damping",
     "FieldNetwork",
     "LambdaDamp",
+    "MlpBlock",
     "Network",
     "Noise",
     "OdeNet",
     "PreActBlock",
     "PreActResNet",
     "Refined",
+    "ResidualMlp",
     "Stem",
     "averaged",
     "bind",
@@ -38,6 +41,7 @@ __all__ = [
     "ode_net",
     "preact_resnet",
     "refine",
+    "residual_mlp",
     "resnet20",
     "resnet56",
 ]

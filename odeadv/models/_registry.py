@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from odeadv.models._mlp import residual_mlp
 from odeadv.models._network import FieldNetwork
 from odeadv.models._ode import ode_net
 from odeadv.models._refine import Refined
@@ -61,6 +62,7 @@ _MODELS: dict[str, Callable[..., FieldNetwork]] = {
     "preact_resnet": preact_resnet,
     "resnet20": resnet20,
     "resnet56": resnet56,
+    "residual_mlp": residual_mlp,
     "ode_net": ode_net,
     "refined": _refined,
 }
