@@ -198,6 +198,91 @@ def test_figures_of_the_honest_network(honest: Audit) -> None:
     assert honest["local linearity"].figures["ratio_at_eps_over_100"] == pytest.approx(1, abs=0.02)
 
 
+def test_the_headline_is_the_accuracy_under_everything_tried(honest: Audit) -> None:
+    clean = (trained()(held_out(N)[0]).argmax(1) == held_out(N)[1]).float().mean().item()
+    assert honest.clean_accuracy == pytest.approx(clean)
+    lowest = dict(honest.against_steps)[40]
+    assert honest.robust_accuracy is not None
+    assert 0 < honest.robust_accuracy <= lowest
+    for name in ("another loss", "gradient-free does not beat gradients", "transfer does not beat gradients"):
+        broken = honest[name].figures.get("broken_by_it_only", honest[name].figures.get("broken_by_other_losses_only"))
+        assert honest.robust_accuracy <= dict(honest.against_steps)[10] - broken / N
+    low, high = honest.to_dict()["robust_accuracy_interval"]
+    assert low < honest.robust_accuracy < high
+    line = f"accuracy under everything tried: {100 * honest.robust_accuracy:.1f} % (95 % interval {100 * low:.1f} to"
+    assert line in repr(honest)
+    assert line in honest.to_markdown()
+
+
+def test_the_headline_counts_what_only_a_weak_attack_breaks() -> None:
+    """Square breaks a masked network where gradients stand still."""
+    found = run(Rounded(), surrogate=trained())
+    assert found.robust_accuracy is not None
+    assert found.robust_accuracy < dict(found.against_steps)[40]
+    broken = sum(
+        found[f"{name} does not beat gradients"].figures["broken_by_it_only"] for name in ("gradient-free", "transfer")
+    )
+    resistant = round(N * dict(found.against_steps)[40])
+    assert resistant - broken <= N * found.robust_accuracy <= resistant - broken / 2
+
+
+@pytest.mark.parametrize("make", [lambda: Noisy(), lambda: NotANumber(), lambda: TooFew()])
+def test_no_headline_without_a_figure_that_can_be_believed(make: Callable[[], nn.Module]) -> None:
+    found = run(make(), num_classes=10)
+    assert found.robust_accuracy is None
+    assert "accuracy under everything tried: unknown" in repr(found)
+
+
+class TestL2:
+    EPS = 0.3
+
+    def test_an_honest_network_passes_every_line(self) -> None:
+        found = run(trained(), eps=self.EPS, norm="l2")
+        assert [(check.name, check.found) for check in found.checks if check.status == "fail"] == []
+        radii, accuracies = zip(*found.against_eps, strict=True)
+        assert radii[-1] == pytest.approx(held_out(N)[0][0].numel() ** 0.5)
+        assert accuracies[-1] == 0
+        assert found.robust_accuracy is not None
+        assert 0 < found.robust_accuracy <= dict(found.against_steps)[40] < found.clean_accuracy
+        assert found.to_dict()["eps_255"] is None
+        assert "eps = 0.3 in L2" in repr(found)
+        assert "| eps in L2 | accuracy, % |" in found.to_markdown()
+
+    def test_a_masked_network_is_caught(self) -> None:
+        failed = {check.name for check in run(Rounded(), eps=self.EPS, norm="l2").failures}
+        assert {"gradients not zero", "accuracy falls to 0 with eps"} <= failed
+
+
+class StraightThrough(Wrapped):
+    """Rounds its inputs, with the gradient of the identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + ((8 * x).round() / 8 - x).detach())
+
+
+class OneLogit(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, :1]
+
+
+def test_a_straight_through_gradient_is_called_by_its_name() -> None:
+    found = run(StraightThrough())["local linearity"]
+    assert found.status == "fail"
+    assert found.figures["may_be_straight_through"]
+    assert "straight-through" in found.found
+    assert "straight-through" in found.meaning
+    other = run(OtherGradients())["local linearity"]
+    assert not other.figures["may_be_straight_through"]
+    assert "straight-through" not in other.found
+
+
+def test_one_logit_is_named() -> None:
+    images, labels = held_out(N)
+    found = audit(OneLogit(), (images, 0 * labels), eps=EPS, **QUICK)
+    assert "torch.cat([-z, z], 1)" in found["number of classes"].found
+    assert found["restarts"].status == "not applicable"
+
+
 class InPlace(Wrapped):
     """Normalises its images where they are."""
 
@@ -333,9 +418,12 @@ def test_write_of_an_unusable_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"eps": 0.0}, ValueError, "eps: got 0.0, expected a radius above 0"),
+        ({"eps": 0.0}, ValueError, "eps: got 0, expected a finite number, above 0, at most 0.5"),
         ({"generator": 0}, TypeError, "generator: got 0, expected e.g. torch.Generator"),
         ({"steps": 0}, ValueError, "steps: got 0, expected an integer, at least 1"),
+        ({"norm": "l1"}, ValueError, "norm: got 'l1', expected one of 'linf', 'l2'"),
+        ({"eps": 0.6}, ValueError, "eps: got 0.6, expected a finite number, above 0, at most 0.5"),
+        ({"num_classes": 2.0}, TypeError, "num_classes: got 2.0, expected an integer, at least 1"),
         ({"surrogate": len}, TypeError, "model: got builtin_function_or_method"),
     ],
 )

@@ -1,23 +1,35 @@
-"""The checklist, in order: first whether the model can be attacked at all, then whether attacks on it work."""
+"""The checklist in order: can the model be attacked at all, do its gradients tell the truth, do attacks work?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from odeadv.attacks.checks import answered, check_images, check_labels, check_model, own_dtype
+from odeadv.attacks.balls import BALLS, Norm
+from odeadv.attacks.checks import (
+    answered,
+    check_generator,
+    check_images,
+    check_labels,
+    check_model,
+    own_dtype,
+)
 from odeadv.attacks.objective import attacking, constant
-from odeadv.audit._attacks import attack_checks
-from odeadv.audit._behaviour import behaviour_checks
-from odeadv.audit._gradients import gradient_checks
-from odeadv.audit._report import Audit
-from odeadv.audit._subject import Subject
+from odeadv.audit._attacks import ATTACKS
+from odeadv.audit._behaviour import BEHAVIOUR
+from odeadv.audit._gradients import GRADIENTS
+from odeadv.audit._report import Audit, Check
+from odeadv.audit._subject import Counts, Subject
 from odeadv.data import as_model_input
 from odeadv.evaluation.trust import PROBES
-from odeadv.support.checks import integer, number
+from odeadv.support.checks import choice, integer, number
+
+# With a larger L-infinity radius every image could become a grey one: there is no robust accuracy to audit.
+_LARGEST_LINF = 0.5
 
 
 def audit(
@@ -25,7 +37,8 @@ def audit(
     data: tuple[Tensor, Tensor],
     *,
     eps: float = 8 / 255,
-    generator: torch.Generator,
+    norm: Norm = "linf",
+    generator: torch.Generator | None = None,
     steps: int = 20,
     more_steps: int = 100,
     restarts: int = 3,
@@ -36,79 +49,97 @@ def audit(
     batch_size: int = 128,
     progress: Callable[[str], object] | None = None,
 ) -> Audit:
-    """Run the checklist on ``model``; it comes back as it was, and so does the global random state.
+    """Run the checklist on ``model``, and restore the model and the global random state afterwards.
 
-    A model with a fault that makes attacks meaningless (logits that are not finite, too few classes) fails those
-    lines, and the others are not applicable. A random model is attacked by single draws.
+    A fault that makes attacks meaningless (logits that are not finite, too few classes) fails its own line, and the
+    lines with attacks are not applicable. A random model is attacked by single draws.
 
     Args:
         model: images to logits (n, classes); its normalisation inside.
-        data: (images, labels): a few hundred examples will do. Images floating in [0, 1], or uint8 (n, h, w,
+        data: (images, labels); a few hundred examples are enough. Images are floating in [0, 1], or uint8 (n, h, w,
             channels).
-        eps: radius of the L-infinity ball whose robust accuracy is in question, in pixel units of [0, 1].
-        generator: the only source of randomness.
+        eps: radius of the ball whose robust accuracy is in question, in pixel units of [0, 1].
+        norm: of the ball, ``"linf"`` or ``"l2"``.
+        generator: the only source of randomness; None means ``torch.Generator().manual_seed(0)``.
         steps: of IFGSM and PGD, with alpha = eps / 4.
-        more_steps: the largest number of steps, where accuracy must have converged.
+        more_steps: the largest number of steps, at which the accuracy must have converged.
         restarts: random starts of PGD.
         queries: of the gradient-free attack.
         tolerance: the fraction of examples by which one attack may differ from another without a failure; never
             below one example.
-        num_classes: how many logits there must be; None takes the highest label there is, where there are enough
+        num_classes: the number of logits that there must be. None takes the highest label, if there are enough
             examples to tell.
-        surrogate: another model for the same task, for the transfer attack; not applicable without.
+        surrogate: another model for the same task, for the transfer attack, which needs one.
         batch_size: images in one forward pass.
-        progress: called with the name of each group of checks before it is run.
+        progress: called with the name of each group of checks before the group is run.
 
     Returns:
-        One `Check` a line, and accuracy against eps and against steps.
+        One `Check` per line, the accuracy under everything that was tried, and accuracy against eps and steps.
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
         ValueError: if an argument is out of range or of the wrong shape, or the model does not take the images' dtype.
     """
     check_model(model)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: got {generator!r}, expected e.g. torch.Generator().manual_seed(0)")
     if surrogate is not None:
         check_model(surrogate)
+    generator = check_generator(torch.Generator().manual_seed(0) if generator is None else generator)
     images, labels = _inputs(model, data)
+    choice("norm", norm, BALLS)
+    eps = number("eps", eps, above=0, most=_LARGEST_LINF if norm == "linf" else None)
     given = {"steps": steps, "more_steps": more_steps, "restarts": restarts, "queries": queries}
-    counts = {name: integer(name, value) for name, value in {**given, "batch_size": batch_size}.items()}
-    if not 0 < number("eps", eps, least=0) <= 0.5:
-        raise ValueError(f"eps: got {eps!r}, expected a radius above 0, at most 0.5, e.g. 8/255")
+    counts = Counts(**{name: integer(name, value) for name, value in {**given, "batch_size": batch_size}.items()})
     tolerance = number("tolerance", tolerance, least=0)
-    say: Callable[[str], object] = progress if progress is not None else lambda _: None
+    if num_classes is not None:
+        num_classes = integer("num_classes", num_classes)
 
-    settings: dict[str, Any] = {**counts, "tolerance": tolerance, "alpha": eps / 4}
+    checks: list[Check] = []
     with attacking(model, "eval"):
-        torch.manual_seed(_drawn(generator))  # inside: the global state is put back
+        torch.manual_seed(_drawn(generator))  # inside, so that the global state is restored
         subject = Subject(
-            model,
-            constant(images),
-            constant(labels).to(images.device),
-            float(eps),
-            tolerance,
-            generator,
-            surrogate,
-            num_classes,
-            counts["steps"],
-            counts["more_steps"],
-            counts["restarts"],
-            counts["queries"],
-            counts["batch_size"],
+            model=model,
+            images=constant(images),
+            labels=constant(labels).to(images.device),
+            eps=eps,
+            norm=norm,
+            tolerance=tolerance,
+            generator=generator,
+            surrogate=surrogate,
+            num_classes=num_classes,
+            counts=counts,
         )
-        if own_dtype(model, subject.images.dtype) != subject.images.dtype:  # refused, where other failures are reported
+        if own_dtype(model, subject.images.dtype) != subject.images.dtype:
+            # Raise, and do not report as a failure: the mistake is the caller's, not the model's.
             with torch.no_grad():
                 answered(model, subject.images[:PROBES].clone())
-        say("behaviour")
-        checks, usable = behaviour_checks(subject)
-        say("gradients")
-        checks += gradient_checks(subject, usable)
-        say("attacks")
-        found = attack_checks(subject, usable)
+        for name, group in (("behaviour", BEHAVIOUR), ("gradients", GRADIENTS), ("attacks", ATTACKS)):
+            if progress is not None:
+                progress(name)
+            checks += [run(subject) for run in group]
+    settings: dict[str, Any] = {**asdict(counts), "tolerance": tolerance, "alpha": eps / 4}
+    clean, robust = _headline(subject)
     return Audit(
-        tuple(checks + found.checks), len(images), float(eps), found.against_eps, found.against_steps, settings
+        tuple(checks),
+        subject.n,
+        eps,
+        norm=norm,
+        clean_correct=clean,
+        robust_correct=robust,
+        against_eps=subject.against_eps,
+        against_steps=subject.against_steps,
+        settings=settings,
     )
+
+
+def _headline(subject: Subject) -> tuple[int | None, int | None]:
+    """Return the number of examples that are right, and right under everything tried; None if unknown.
+
+    A random model has no such figures: among many draws noise alone finds a wrong answer.
+    """
+    if subject.unusable or subject.random:
+        return None, None
+    clean = int((subject.outputs.argmax(dim=1) == subject.labels).sum())
+    return clean, int(subject.unbroken.sum()) if subject.attackable else None
 
 
 def _inputs(model: nn.Module, data: object) -> tuple[Tensor, Tensor]:

@@ -1,105 +1,101 @@
-"""Whether the model is a function from images to logits: the same answer every time, finite, of the right width."""
+"""Checks that the model is a function from images to logits: finite, of the right width, always the same answer."""
 
 from __future__ import annotations
 
 import torch
 
-from odeadv.audit._report import Check
-from odeadv.audit._subject import Subject, not_applicable, verdict
-from odeadv.evaluation.trust import Behaviour, batch_dependence, behaviour
+from odeadv.audit._checklist import Finding, check, not_applicable
+from odeadv.audit._subject import Subject
+from odeadv.evaluation.trust import batch_dependence, behaviour
 
-_MEANING = {
-    "finite logits": (
-        "Logits that are NaN or infinite compare as wrong or right by accident: no accuracy means anything."
-    ),
-    "number of classes": (
-        "With logits that are no class an attack may end in a class that does not exist; with fewer than the "
-        "labels the accuracy is wrong."
-    ),
-    "same answer twice": (
-        "The model draws random numbers, so one gradient is one draw of many: average over passes (EOT) "
-        "before believing a robust accuracy, and check that no dropout was left on."
-    ),
-    "same answer in any batch": (
-        "The logits of an image depend on the other images, its place or the size of its batch, so that neither the "
-        "accuracy nor an attack is about single images: use running statistics, not those of the batch."
-    ),
-    "state left alone": (
-        "The forward pass changes the model, so every image met a different one and the result depends on the "
-        "order of evaluation."
-    ),
-    "logits, not probabilities": (
-        "The outputs look like probabilities: cross-entropy of them has weak gradients, so attacks on them "
-        "are weaker than on the logits."
-    ),
-}
+# A float32 softmax over 1,000 classes sums to 1 within 1e-5; logits hardly ever do by accident.
+_SUM_TOLERANCE = 1e-4
+
+# With ten examples per class the highest class is missing among them with probability exp(-10).
+_EXAMPLES_PER_CLASS = 10
 
 
-def behaviour_checks(subject: Subject) -> tuple[list[Check], bool]:
-    """The lines, and whether attacks on the model make sense at all; tells ``subject`` if the model is random."""
-    seen: list[Behaviour] = []
+@check(
+    "finite logits",
+    "Logits that are NaN or infinite compare as wrong or right by accident: no accuracy means anything.",
+    attacks=False,
+)
+def finite_logits(subject: Subject) -> Finding:
+    """Run the model on all examples and check that its logits are finite, of shape (n, classes)."""
     try:
         for part in subject.batches():
-            seen.append(behaviour(subject.model, subject.images[part]))
+            subject.behaviours.append(behaviour(subject.model, subject.images[part]))
     except Exception as error:  # a user's model may raise anything
-        why = f"the forward pass raised {type(error).__name__}: {error}"
-        first = Check("finite logits", "fail", {}, why, _MEANING["finite logits"])
-        return [first, *_rest("the forward pass failed")], False
-    logits = torch.cat([found.logits for found in seen])
-    wrong_shape = logits.ndim != 2
-    bad = 0 if wrong_shape else int((~logits.isfinite()).any(dim=1).sum())
-    finite = Check(
-        "finite logits",
-        verdict(not bad and not wrong_shape),
-        {"examples_not_finite": bad},
-        f"{bad} of {subject.n} examples have logits that are not finite"
-        if not wrong_shape
-        else f"the model returned shape {tuple(logits.shape)}, expected ({subject.n}, classes)",
-        _MEANING["finite logits"],
-    )
-    if finite.status == "fail":
-        return [finite, *_rest("logits are unusable")], False
-    subject.random = any(found.random for found in seen)
-    classes = _classes(subject, logits.shape[1])
-    checks = [finite, classes, _same_twice(seen), _any_batch(subject, seen), _state(seen), _probabilities(logits)]
-    return checks, int(subject.labels.max()) < logits.shape[1]
+        subject.unusable = "the forward pass failed"
+        return Finding(False, f"the forward pass raised {type(error).__name__}: {error}")
+    logits = torch.cat([found.logits for found in subject.behaviours])
+    if logits.ndim != 2:
+        subject.unusable = "logits are unusable"
+        found = f"the model returned shape {tuple(logits.shape)}, expected ({subject.n}, classes)"
+        return Finding(False, found, {"examples_not_finite": 0})
+    bad = int((~logits.isfinite()).any(dim=1).sum())
+    if bad:
+        subject.unusable = "logits are unusable"
+    subject.outputs = logits
+    subject.unbroken &= logits.argmax(dim=1) == subject.labels
+    found = f"{bad} of {subject.n} examples have logits that are not finite"
+    return Finding(not bad, found, {"examples_not_finite": bad})
 
 
-def _rest(why: str) -> list[Check]:
-    return [not_applicable(name, why, meaning) for name, meaning in list(_MEANING.items())[1:]]
-
-
-def _classes(subject: Subject, width: int) -> Check:
-    name, seen = "number of classes", int(subject.labels.max()) + 1
+@check(
+    "number of classes",
+    "With more logits than classes, an attack may end in a class that does not exist; with fewer, the accuracy is "
+    "wrong.",
+    attacks=False,
+)
+def number_of_classes(subject: Subject) -> Finding:
+    """Check the number of logits against ``num_classes``, or against the highest label."""
+    width, seen = subject.outputs.shape[1], int(subject.labels.max()) + 1
+    subject.attackable = seen <= width and width >= 2
     figures = {"logits": width, "highest_label": seen - 1, "num_classes": subject.num_classes}
     found = f"{width} logits, labels up to {seen - 1}"
+    if width < 2:
+        return Finding(False, f"{found}; for one logit z, let the model return torch.cat([-z, z], 1)", figures)
     if subject.num_classes is not None:
         good = width == subject.num_classes and seen <= width
-        return Check(name, verdict(good), figures, f"{found}, {subject.num_classes} classes asked", _MEANING[name])
-    if seen < width and subject.n < 10 * width:
-        return not_applicable(name, f"{found}: too few examples to tell; give num_classes", _MEANING[name])
-    return Check(name, verdict(seen == width), figures, found, _MEANING[name])
+        return Finding(good, f"{found}, {subject.num_classes} classes asked", figures)
+    if seen < width and subject.n < _EXAMPLES_PER_CLASS * width:
+        return not_applicable(f"{found}: too few examples to tell; give num_classes")
+    return Finding(seen == width, found, figures)
 
 
-def _same_twice(seen: list[Behaviour]) -> Check:
-    name = "same answer twice"
-    difference, random = max(found.difference for found in seen), any(found.random for found in seen)
+@check(
+    "same answer twice",
+    "The model draws random numbers, so one gradient is one draw of many. Average over passes (EOT) before you "
+    "believe a robust accuracy, and check that no dropout is left on.",
+    attacks=False,
+)
+def same_answer_twice(subject: Subject) -> Finding:
+    """Check that two passes agree, with and without a gradient, and that no part is in training mode."""
+    seen, random = subject.behaviours, subject.random
+    difference = max(found.difference for found in seen)
     training = sorted({name for found in seen for name in found.training})
     note = f"; in training mode after eval(): {', '.join(training)}" if training else ""
     with_gradient, disagrees = max(found.with_gradient for found in seen), any(found.disagrees for found in seen)
     if disagrees and not random:
-        note += f"; a pass that a gradient could be asked of differs from one without by {with_gradient:.2g}"
+        note += f"; a pass with gradients on differs from a pass without by {with_gradient:.2g}"
     found = f"two forward passes differ by at most {difference:.2g}: EOT is {'' if random else 'not '}needed{note}"
     figures = {"largest_difference": difference, "with_gradient": with_gradient, "training_mode": training}
-    return Check(name, verdict(not random and not disagrees and not training), figures, found, _MEANING[name])
+    return Finding(not random and not disagrees and not training, found, figures)
 
 
-def _any_batch(subject: Subject, seen: list[Behaviour]) -> Check:
-    name = "same answer in any batch"
+@check(
+    "same answer in any batch",
+    "The logits of an image depend on the other images, its place or the size of its batch. Neither the accuracy nor "
+    "an attack is then about single images: use running statistics, not those of the batch.",
+    attacks=False,
+)
+def same_answer_in_any_batch(subject: Subject) -> Finding:
+    """Compare the logits with those of images alone, in reversed order and in a larger batch."""
     if subject.random:
-        return not_applicable(name, "the model is random, so its answers differ anyway", _MEANING[name])
+        return not_applicable("the model is random, so its answers differ anyway")
     differences: list[float] = []
-    for part, found in zip(subject.batches(), seen, strict=True):
+    for part, found in zip(subject.batches(), subject.behaviours, strict=True):
         difference = batch_dependence(subject.model, subject.images[part], found.logits)
         differences += [] if difference is None else [difference]
     largest = max(differences, default=0.0)
@@ -108,28 +104,49 @@ def _any_batch(subject: Subject, seen: list[Behaviour]) -> Check:
         if differences
         else "logits alone, in reversed order and in a larger batch are the same"
     )
-    return Check(name, verdict(not differences), {"largest_difference": largest}, text, _MEANING[name])
+    return Finding(not differences, text, {"largest_difference": largest})
 
 
-def _state(seen: list[Behaviour]) -> Check:
-    name = "state left alone"
-    tensors = sorted({item for found in seen for item in found.changed_tensors})
-    attributes = sorted({item for found in seen for item in found.changed_attributes})
-    what = ", ".join(tensors + attributes)
-    found = f"a forward pass in eval mode changes {what}" if what else "no buffer, parameter or attribute changes"
-    figures = {"tensors": tensors, "attributes": attributes}
-    return Check(name, verdict(not what), figures, found, _MEANING[name])
+@check(
+    "state left alone",
+    "The forward pass changes the model, so every image met a different model and the result depends on the order of "
+    "evaluation.",
+    attacks=False,
+)
+def state_left_alone(subject: Subject) -> Finding:
+    """Check that a forward pass changes no buffer, parameter or attribute."""
+    tensors = sorted({item for found in subject.behaviours for item in found.changed_tensors})
+    attributes = sorted({item for found in subject.behaviours for item in found.changed_attributes})
+    changed = ", ".join(tensors + attributes)
+    found = f"a forward pass in eval mode changes {changed}" if changed else "no buffer, parameter or attribute changes"
+    return Finding(not changed, found, {"tensors": tensors, "attributes": attributes})
 
 
-def _probabilities(logits: torch.Tensor) -> Check:
-    name = "logits, not probabilities"
+@check(
+    "logits, not probabilities",
+    "The outputs look like probabilities. The cross-entropy of probabilities has weak gradients, so attacks on them "
+    "are weaker than attacks on the logits.",
+    attacks=False,
+)
+def logits_not_probabilities(subject: Subject) -> Finding:
+    """Check that the rows of the output are not probabilities; report if they are log-probabilities."""
+    logits = subject.outputs
     sums = logits.double().sum(dim=1)
-    probabilities = bool((logits >= 0).all() and (logits <= 1).all() and ((sums - 1).abs() < 1e-4).all())
-    logs = bool((logits <= 0).all() and (logits.double().exp().sum(dim=1) - 1).abs().max() < 1e-4)
+    probabilities = bool((logits >= 0).all() and (logits <= 1).all() and ((sums - 1).abs() < _SUM_TOLERANCE).all())
+    logs = bool((logits <= 0).all() and (logits.double().exp().sum(dim=1) - 1).abs().max() < _SUM_TOLERANCE)
     found = (
         "every row is between 0 and 1 and sums to 1"
         if probabilities
         else f"rows sum to {sums.min():.3g} to {sums.max():.3g}"
     )
-    figures = {"probabilities": probabilities, "log_probabilities": logs}
-    return Check(name, verdict(not probabilities), figures, found, _MEANING[name])
+    return Finding(not probabilities, found, {"probabilities": probabilities, "log_probabilities": logs})
+
+
+BEHAVIOUR = (
+    finite_logits,  # first: the others read what it records
+    number_of_classes,
+    same_answer_twice,
+    same_answer_in_any_batch,
+    state_left_alone,
+    logits_not_probabilities,
+)

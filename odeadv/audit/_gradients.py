@@ -1,4 +1,4 @@
-"""Whether the gradient tells the truth about the loss: not masked, not saturated, not lost in rounding."""
+"""Checks that the gradient describes the loss: not masked, not saturated, not lost in rounding."""
 
 from __future__ import annotations
 
@@ -7,53 +7,138 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from odeadv.audit._report import Check
-from odeadv.audit._subject import Loss, Subject, cross_entropy, gradient, margin, not_applicable, resisted, verdict
-from odeadv.evaluation import AttackSpec, Protocol, evaluate
+from odeadv.attacks import ifgsm
+from odeadv.attacks.objective import PerExampleLoss, cross_entropy, margin
+from odeadv.audit._checklist import Finding, check, not_applicable
+from odeadv.audit._subject import Subject
+from odeadv.evaluation import Protocol, evaluate
 
-_MEANING = {
-    "gradients not zero": (
-        "Where the gradient of the loss is exactly zero a gradient attack stands still: the robustness is "
-        "masked (rounding, a step function, a saturated softmax), not real."
-    ),
-    "another loss": (
-        "The margin of the logits, rescaled, breaks images that cross-entropy does not: cross-entropy "
-        "saturates on this model, so its robust accuracy is too high."
-    ),
-    "local linearity": (
-        "A small step along the gradient does not change the loss as the gradient says: the gradient is "
-        "shattered, masked or computed for another function than the forward pass."
-    ),
-    "float precision": (
-        "The outcomes change when the same attack is computed in float64: the gradients are lost in rounding, "
-        "so attack in float64 or on rescaled logits."
-    ),
-}
+# Attacks of about equal strength differ on more examples than repetitions of one attack do.
+_EQUAL_STRENGTH = 5
+
+# A curved loss changes the slope by a few per cent over eps/100; a gradient of another function is far off.
+_SLOPE_TOLERANCE = 0.25
 
 
-def gradient_checks(subject: Subject, usable: bool) -> list[Check]:
-    """The lines; not applicable if the model cannot be attacked."""
-    if not usable:
-        return [not_applicable(name, "the model cannot be attacked", why) for name, why in _MEANING.items()]
-    checks = []
-    for name, check in zip(_MEANING, (_not_zero, _another_loss, _linearity, _precision), strict=True):
-        try:
-            checks.append(check(subject, name))
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            checks.append(Check(name, "fail", {}, f"could not be checked: {error}", _MEANING[name]))
-    return checks
-
-
-def _not_zero(subject: Subject, name: str) -> Check:
+@check(
+    "gradients not zero",
+    "If the gradient of the loss is exactly zero, a gradient attack does not move. The robustness is masked (rounding, "
+    "a step function, a saturated softmax), not real.",
+)
+def gradients_not_zero(subject: Subject) -> Finding:
+    """Count the examples with a gradient that is zero or not finite."""
     zero = not_finite = 0
     for part in subject.batches():
-        _, found = gradient(subject.model, subject.images[part], subject.labels[part], cross_entropy)
+        _, found = _gradient(subject.model, subject.images[part], subject.labels[part], cross_entropy)
         flat = found.flatten(1)
         zero += int((flat == 0).all(dim=1).sum())
         not_finite += int((~flat.isfinite()).any(dim=1).sum())
     figures = {"zero": zero, "not_finite": not_finite, "fraction_zero": zero / subject.n}
-    found_text = f"{zero} of {subject.n} examples have a gradient of exactly zero, {not_finite} one that is not finite"
-    return Check(name, verdict(zero <= subject.allowed and not not_finite), figures, found_text, _MEANING[name])
+    text = f"{zero} of {subject.n} examples have a gradient of exactly zero, {not_finite} one that is not finite"
+    return Finding(zero <= subject.allowed and not not_finite, text, figures)
+
+
+@check(
+    "another loss",
+    "The margin of the logits, or rescaled logits, break images that cross-entropy does not: cross-entropy saturates "
+    "on this model, so its robust accuracy is too high.",
+)
+def another_loss(subject: Subject) -> Finding:
+    """Attack the survivors of cross-entropy along other losses."""
+    scale = float(subject.logits(subject.images).std(dim=1).mean())
+    if not scale > 0:
+        return not_applicable("all logits of an image are equal")
+    plain = subject.evaluated(subject.spec(subject.counts.steps)).attacks[0]
+    survivors = subject.resisted(plain)
+    index = survivors.nonzero().squeeze(1)
+    rescaled = _Rescaled(subject.model, scale).eval()
+    before = len(index)
+    for loss in (cross_entropy, margin):
+        index = _survivors(subject, rescaled, index, loss)
+    broken = before - len(index)
+    kept = torch.zeros_like(survivors)
+    kept[index] = True
+    subject.unbroken &= kept
+    loose = max(1, _EQUAL_STRENGTH * subject.allowed)
+    figures = {"broken_by_other_losses_only": broken, "allowed": loose, "scale": scale}
+    text = f"{broken} of {subject.n} examples resist cross-entropy but fall to rescaled logits or the margin"
+    return Finding(broken <= loose, text, figures)
+
+
+@check(
+    "local linearity",
+    "A small step along the gradient does not change the loss as the gradient says. The loss may have steps (rounded "
+    "inputs, quantised activations) or be shattered; or the gradient is that of another function, which is what a "
+    "straight-through estimator does on purpose. Attacks along such a gradient may still work: compare with the "
+    "gradient-free attack.",
+)
+def local_linearity(subject: Subject) -> Finding:
+    """Compare the change of the margin over small and large steps with the gradient."""
+    if subject.random:
+        return not_applicable("the model is random, so the loss has no fixed surface")
+    part = subject.batches()[0]
+    model, dtype = _double(subject)
+    images, labels = subject.images[part].to(dtype), subject.labels[part]
+    losses, gradient = _gradient(model, images, labels, margin)
+    flat = gradient.flatten(1)
+    # The slope along the steepest step: the dual norm of the gradient.
+    slope = flat.abs().sum(dim=1) if subject.norm == "linf" else flat.norm(dim=1)
+    length = slope.view(-1, *[1] * (images.ndim - 1)).clamp(min=torch.finfo(dtype).tiny)
+    direction = gradient.sign() if subject.norm == "linf" else gradient / length
+    kept = slope > 0
+    small, large = (
+        _median_ratio(model, images + radius * direction, labels, losses, radius * slope, kept)
+        for radius in (0.01 * subject.eps, subject.eps)
+    )
+    usable = float(kept.float().mean())
+    good = usable > 0.5 and abs(small - 1) <= _SLOPE_TOLERANCE
+    # A step function that is followed on average: flat over a small step, but not over a large one.
+    straight = usable > 0.5 and not good and 0.5 <= large <= 2
+    figures = {
+        "ratio_at_eps_over_100": small,
+        "ratio_at_eps": large,
+        "fraction_with_slope": usable,
+        "may_be_straight_through": straight,
+    }
+    along = "the gradient's signs" if subject.norm == "linf" else "the gradient"
+    text = (
+        f"a step of eps/100 along {along} changes the margin by {small:.2f} times what the "
+        f"gradient says, a step of eps by {large:.2f} times (medians)"
+    )
+    if straight:
+        text += "; the gradient fits large steps only, as that of a straight-through estimator does"
+    return Finding(good, text, figures)
+
+
+@check(
+    "float precision",
+    "The outcomes change if the same attack is computed in float64: the gradients are lost in rounding, so attack in "
+    "float64 or on rescaled logits.",
+)
+def float_precision(subject: Subject) -> Finding:
+    """Compare the outcomes of one attack on the model and on its float64 copy."""
+    if subject.images.dtype == torch.float64:
+        return not_applicable("the model is in float64 already")
+    if subject.random:
+        return not_applicable("the model is random, so outcomes differ anyway")
+    model, dtype = _double(subject)
+    if dtype != torch.float64:
+        return not_applicable("the model cannot be copied to float64")
+    protocol = Protocol("audit", (subject.spec(subject.counts.steps),))
+    single, double = (
+        subject.resisted(
+            evaluate(network, (images, subject.labels), protocol, batch_size=subject.counts.batch_size).attacks[0]
+        )
+        for network, images in ((subject.model, subject.images), (model, subject.images.double()))
+    )
+    differ, only_double = int((single != double).sum()), int((single & ~double).sum())
+    loose = max(1, _EQUAL_STRENGTH * subject.allowed)
+    figures = {"outcomes_that_differ": differ, "broken_in_float64_only": only_double, "allowed": loose}
+    text = f"{differ} of {subject.n} worst-so-far outcomes differ between {subject.images.dtype} and float64"
+    return Finding(differ <= loose, text.replace("torch.", ""), figures)
+
+
+GRADIENTS = (gradients_not_zero, another_loss, local_linearity, float_precision)
 
 
 class _Rescaled(nn.Module):
@@ -68,95 +153,41 @@ class _Rescaled(nn.Module):
         return logits / self.scale
 
 
-def _another_loss(subject: Subject, name: str) -> Check:
-    scale = float(subject.logits(subject.images).std(dim=1).mean())
-    if not scale > 0:
-        return not_applicable(name, "all logits of an image are equal", _MEANING[name])
-    plain = subject.evaluated(AttackSpec("ifgsm", subject.eps, subject.eps / 4, subject.steps)).attacks[0]
-    survivors = resisted(plain).to(subject.labels.device)
-    broken = 0
-    index = survivors.nonzero().squeeze(1)
-    rescaled = _Rescaled(subject.model, scale).eval()
-    for loss in (cross_entropy, margin):
-        if len(index):
-            kept = _survivors(subject, rescaled, index, loss)
-            broken += len(index) - len(kept)
-            index = kept
-    loose = max(1, 5 * subject.allowed)
-    figures = {"broken_by_other_losses_only": broken, "allowed": loose, "scale": scale}
-    found = f"{broken} of {subject.n} examples resist cross-entropy but fall to rescaled logits or the margin"
-    return Check(name, verdict(broken <= loose), figures, found, _MEANING[name])
-
-
-def _survivors(subject: Subject, model: nn.Module, index: Tensor, loss: Loss) -> Tensor:
-    """Which of ``index`` IFGSM along ``loss`` does not break."""
-    from odeadv.attacks import ifgsm
-
-    kept = []
-    for part in torch.split(index, subject.batch_size):
+def _survivors(subject: Subject, model: nn.Module, index: Tensor, loss: PerExampleLoss) -> Tensor:
+    """Return the examples of ``index`` that IFGSM along ``loss`` does not break."""
+    kept = [index[:0]]
+    for part in torch.split(index, subject.counts.batch_size) if len(index) else ():
         images, labels = subject.images[part], subject.labels[part]
         found = ifgsm(
-            model,
-            images,
-            labels,
-            eps=subject.eps,
-            alpha=subject.eps / 4,
-            steps=subject.steps,
-            loss=loss,
-        )
-        with torch.no_grad():
-            kept.append(part[subject.model(found).argmax(dim=1) == labels])
+            model, images, labels, eps=subject.eps, alpha=subject.eps / 4, steps=subject.counts.steps, loss=loss,
+            norm=subject.norm,
+        )  # fmt: skip
+        kept.append(part[subject.logits(found).argmax(dim=1) == labels])
     return torch.cat(kept)
 
 
+def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: PerExampleLoss) -> tuple[Tensor, Tensor]:
+    """Return the losses (n,) and the gradient of their sum, which is zero if the logits ignore the images."""
+    leaf = images.detach().requires_grad_()
+    losses = loss(model(leaf), labels)
+    if not losses.requires_grad:
+        return losses.detach(), torch.zeros_like(images)
+    found = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
+    return losses.detach(), torch.zeros_like(images) if found is None else found
+
+
+def _median_ratio(
+    model: nn.Module, moved: Tensor, labels: Tensor, losses: Tensor, expected: Tensor, kept: Tensor
+) -> float:
+    """Return the median over ``kept`` of the margin's change divided by ``expected``; NaN if none is kept."""
+    with torch.no_grad():
+        gained = margin(model(moved), labels) - losses
+    return float((gained[kept] / expected[kept]).median()) if kept.any() else float("nan")
+
+
 def _double(subject: Subject) -> tuple[nn.Module, torch.dtype]:
-    """A copy of the model in float64; or, if it cannot be copied, the model itself."""
+    """Return a float64 copy of the model and its dtype; or the model itself, if it cannot be copied."""
     try:
         return copy.deepcopy(subject.model).double(), torch.float64
     except Exception:  # a user's module may refuse in any way
         return subject.model, subject.images.dtype
-
-
-def _linearity(subject: Subject, name: str) -> Check:
-    part = subject.batches()[0]
-    model, dtype = _double(subject)
-    images, labels = subject.images[part].to(dtype), subject.labels[part]
-    if subject.random:
-        return not_applicable(name, "the model is random, so the loss has no fixed surface", _MEANING[name])
-    losses, found = gradient(model, images, labels, margin)
-    slope = found.flatten(1).abs().sum(dim=1)  # of the loss along the signs of the gradient
-    ratios = {}
-    for share in (0.01, 1.0):
-        radius = share * subject.eps
-        with torch.no_grad():
-            gained = margin(model(images + radius * found.sign()), labels) - losses
-        kept = slope > 0
-        ratios[share] = float((gained[kept] / (radius * slope[kept])).median()) if kept.any() else float("nan")
-    usable = float((slope > 0).float().mean())
-    good = usable > 0.5 and abs(ratios[0.01] - 1) <= 0.25
-    figures = {"ratio_at_eps_over_100": ratios[0.01], "ratio_at_eps": ratios[1.0], "fraction_with_slope": usable}
-    text = (
-        f"a step of eps/100 along the gradient's signs changes the margin by {ratios[0.01]:.2f} times what the "
-        f"gradient says, a step of eps by {ratios[1.0]:.2f} times (medians)"
-    )
-    return Check(name, verdict(good), figures, text, _MEANING[name])
-
-
-def _precision(subject: Subject, name: str) -> Check:
-    if subject.images.dtype == torch.float64:
-        return not_applicable(name, "the model is in float64 already", _MEANING[name])
-    if subject.random:
-        return not_applicable(name, "the model is random, so outcomes differ anyway", _MEANING[name])
-    model, dtype = _double(subject)
-    if dtype != torch.float64:
-        return not_applicable(name, "the model cannot be copied to float64", _MEANING[name])
-    protocol = Protocol("audit", (AttackSpec("ifgsm", subject.eps, subject.eps / 4, subject.steps),))
-    pair = []
-    for network, images in ((subject.model, subject.images), (model, subject.images.double())):
-        pair.append(evaluate(network, (images, subject.labels), protocol, batch_size=subject.batch_size).attacks[0])
-    single, double = (resisted(attack) for attack in pair)
-    differ, only_double = int((single != double).sum()), int((single & ~double).sum())
-    loose = max(1, 5 * subject.allowed)
-    figures = {"outcomes_that_differ": differ, "broken_in_float64_only": only_double, "allowed": loose}
-    text = f"{differ} of {subject.n} worst-so-far outcomes differ between {subject.images.dtype} and float64"
-    return Check(name, verdict(differ <= loose), figures, text.replace("torch.", ""), _MEANING[name])

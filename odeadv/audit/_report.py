@@ -1,17 +1,20 @@
-"""What an audit found, and how it is written down."""
+"""The result of an audit, and its forms: a checklist, JSON and a page."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from odeadv.support.files import replacing, write_json, write_text
+from odeadv.support.files import write_json, write_text
+from odeadv.support.pages import finite, markdown_table, new_figure, save_figure
+from odeadv.support.statistics import wilson_interval
 
 SCHEMA = "odeadv.audit/1"
 Status = Literal["pass", "fail", "not applicable"]
+
+_MARKS: dict[Status, str] = {"pass": "pass", "fail": "**fail**", "not applicable": "not applicable"}
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Check:
     """One line of the checklist.
 
     Attributes:
-        name: what is checked.
+        name: of the check.
         status: the verdict.
-        figures: what it rests on, JSON-ready.
+        figures: the figures that the verdict rests on, JSON-ready.
         found: one sentence with the figures.
         meaning: one sentence on what failure means.
     """
@@ -40,10 +43,14 @@ class Audit:
     Attributes:
         checks: the lines, in order.
         n: number of examples.
-        eps: radius of the L-infinity ball, in pixel units of [0, 1].
+        eps: radius of the ball, in pixel units of [0, 1].
         against_eps: (eps, accuracy) pairs: worst-so-far accuracy under IFGSM.
         against_steps: (steps, accuracy) pairs at ``eps``: the same.
-        settings: what else was set.
+        settings: the other settings.
+        norm: of the ball.
+        clean_correct: number of examples that are right without an attack; None if that is unknown.
+        robust_correct: number of examples that are right under everything that was tried within ``eps``; None if the
+            model is random or cannot be attacked.
     """
 
     checks: tuple[Check, ...]
@@ -52,10 +59,13 @@ class Audit:
     against_eps: tuple[tuple[float, float], ...] = ()
     against_steps: tuple[tuple[int, float], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    norm: str = "linf"
+    clean_correct: int | None = None
+    robust_correct: int | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether no line failed."""
+        """True if no line failed."""
         return not self.failures
 
     @property
@@ -63,27 +73,41 @@ class Audit:
         """The lines that failed."""
         return tuple(check for check in self.checks if check.status == "fail")
 
+    @property
+    def clean_accuracy(self) -> float | None:
+        """``clean_correct`` as a fraction."""
+        return None if self.clean_correct is None else self.clean_correct / self.n
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        """``robust_correct`` as a fraction: the figure to quote, an upper bound of the robust accuracy."""
+        return None if self.robust_correct is None else self.robust_correct / self.n
+
     def __getitem__(self, name: str) -> Check:
-        """The line called ``name``; KeyError if there is none."""
+        """Return the line called ``name``; raise KeyError if there is none."""
         for check in self.checks:
             if check.name == name:
                 return check
         raise KeyError(f"{name!r}: expected one of {', '.join(check.name for check in self.checks)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready data (figures that are not finite as None)."""
+        """Return everything as JSON-ready data (figures that are not finite as None)."""
         return {
             "schema": SCHEMA,
             "passed": self.passed,
             "n": self.n,
+            "norm": self.norm,
             "eps": self.eps,
-            "eps_255": round(255 * self.eps, 9),
+            "eps_255": round(255 * self.eps, 9) if self.norm == "linf" else None,
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "robust_accuracy_interval": self._interval(),
             "settings": dict(self.settings),
             "checks": [
                 {
                     "name": check.name,
                     "status": check.status,
-                    "figures": _finite(check.figures),
+                    "figures": finite(check.figures),
                     "found": check.found,
                     "meaning": check.meaning,
                 }
@@ -94,19 +118,22 @@ class Audit:
         }
 
     def to_markdown(self, about: str = "") -> str:
-        """A page: verdict, table, and what failed; ``about`` says what was audited."""
+        """Return a page: verdict, headline, table and failures; ``about`` says which model was audited."""
         counts = {status: sum(check.status == status for check in self.checks) for status in _MARKS}
         lines = [
             "# Audit of a robustness evaluation",
             "",
             *([about, ""] if about else []),
             f"{counts['pass']} checks passed, {counts['fail']} failed, {counts['not applicable']} not applicable; "
-            f"{self.n} examples, eps = {255 * self.eps:g}/255.",
+            f"{self.n} examples, eps = {self._radius(self.eps)}.",
             "",
-            "| check | verdict | found |",
-            "| --- | --- | --- |",
+            f"{self._headline()}.",
+            "",
+            *markdown_table(
+                ("check", "verdict", "found"),
+                [(check.name, _MARKS[check.status], check.found) for check in self.checks],
+            ),
         ]
-        lines += [f"| {check.name} | {_MARKS[check.status]} | {_cell(check.found)} |" for check in self.checks]
         if self.failures:
             lines += ["", "## What the failures mean", ""]
             lines += [f"- **{check.name}**: {check.meaning}" for check in self.failures]
@@ -114,10 +141,8 @@ class Audit:
             lines += ["", "## Accuracy against eps and against steps", ""]
             lines += ["![accuracy against eps](accuracy_against_eps.png)", ""]
             lines += ["![accuracy against steps](accuracy_against_steps.png)", ""]
-            lines += ["| eps (1/255) | accuracy, % |", "| --- | --- |"]
-            lines += [f"| {255 * eps:g} | {100 * accuracy:.1f} |" for eps, accuracy in self.against_eps]
-            lines += ["", "| steps | accuracy, % |", "| --- | --- |"]
-            lines += [f"| {steps} | {100 * accuracy:.1f} |" for steps, accuracy in self.against_steps]
+            lines += _curve(self._axis, [(self._scale * eps, accuracy) for eps, accuracy in self.against_eps])
+            lines += ["", *_curve("steps", self.against_steps)]
         lines += ["", "## What every check is for", ""]
         lines += [f"- **{check.name}**: {check.meaning}" for check in self.checks]
         return "\n".join(lines) + "\n"
@@ -126,21 +151,22 @@ class Audit:
         """Write ``audit.json``, ``audit.md`` and, if there are curves, two plots into ``folder``, each atomically.
 
         Args:
-            folder: made if it is not there.
-            about: a sentence on what was audited.
+            folder: created if it does not exist.
+            about: a sentence that says which model was audited.
         """
         folder = Path(folder)
         write_json(folder / "audit.json", self.to_dict() | {"about": about})
         if self.against_eps:
-            points = [(255 * eps, accuracy) for eps, accuracy in self.against_eps]
-            _plot(folder / "accuracy_against_eps.png", points, "eps (1/255)", mark=255 * self.eps)
+            points = [(self._scale * eps, accuracy) for eps, accuracy in self.against_eps]
+            _plot(folder / "accuracy_against_eps.png", points, self._axis, mark=self._scale * self.eps)
             _plot(folder / "accuracy_against_steps.png", self.against_steps, "steps of IFGSM")
         write_text(folder / "audit.md", self.to_markdown(about))
 
     def __repr__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [
-            f"audit: n = {self.n}, eps = {255 * self.eps:g}/255, {len(self.failures)} of {len(self.checks)} failed"
+            f"audit: n = {self.n}, eps = {self._radius(self.eps)}, {len(self.failures)} of {len(self.checks)} failed",
+            self._headline(),
         ]
         for check in self.checks:
             lines.append(f"{check.status:<15}{check.name:<{width}}  {check.found}")
@@ -148,33 +174,44 @@ class Audit:
                 lines.append(f"{'':15}{'':{width}}  {check.meaning}")
         return "\n".join(lines)
 
+    def _headline(self) -> str:
+        interval = self._interval()
+        if self.robust_accuracy is None or self.clean_accuracy is None or interval is None:
+            return "accuracy under everything tried: unknown (the model is random or cannot be attacked)"
+        low, high = interval
+        return (
+            f"accuracy under everything tried: {100 * self.robust_accuracy:.1f} % "
+            f"(95 % interval {100 * low:.1f} to {100 * high:.1f}); clean {100 * self.clean_accuracy:.1f} %"
+        )
 
-_MARKS: dict[Status, str] = {"pass": "pass", "fail": "**fail**", "not applicable": "not applicable"}
+    def _interval(self) -> tuple[float, float] | None:
+        return None if self.robust_correct is None else wilson_interval(self.robust_correct, self.n)
+
+    @property
+    def _scale(self) -> float:
+        """Grey levels per unit for L-infinity radii; L2 radii have their own unit."""
+        return 255 if self.norm == "linf" else 1
+
+    @property
+    def _axis(self) -> str:
+        return "eps (1/255)" if self.norm == "linf" else "eps in L2"
+
+    def _radius(self, eps: float) -> str:
+        return f"{255 * eps:g}/255" if self.norm == "linf" else f"{eps:g} in L2"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _curve(label: str, points: Sequence[tuple[float, float]]) -> list[str]:
+    return markdown_table((label, "accuracy, %"), [(f"{x:g}", f"{100 * accuracy:.1f}") for x, accuracy in points])
 
 
 def _plot(path: Path, points: Sequence[tuple[float, float]], label: str, mark: float | None = None) -> None:
-    from matplotlib.figure import Figure  # no pyplot: it keeps global state
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = new_figure(5, 3.2)
     axes = figure.add_subplot()
     x, y = zip(*points, strict=True)
     axes.plot(x, [100 * value for value in y], marker="o")
-    axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xscale("symlog", linthresh=1.0)  # linear below 1, so that eps = 0 has a place
     axes.set_xticks(x, [f"{value:g}" for value in x])
     if mark is not None:
         axes.axvline(mark, color="0.7", linestyle="--", zorder=0)
     axes.set(xlabel=label, ylabel="accuracy, worst so far (%)", ylim=(-3, 103))
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120)
+    save_figure(path, figure)

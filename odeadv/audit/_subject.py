@@ -1,51 +1,86 @@
-"""What is audited, and the ways of looking at it that the checks share."""
+"""The model that is audited, what was asked of the audit, and what its checks have found so far."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from odeadv.audit._report import Check, Status
+from odeadv.attacks.balls import Norm
 from odeadv.evaluation import AttackResult, AttackSpec, Evaluation, Protocol, evaluate
+from odeadv.evaluation.trust import Behaviour
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers that `audit` was given.
+
+    Attributes:
+        steps: of IFGSM and PGD, with alpha = eps / 4.
+        more_steps: the largest number of steps.
+        restarts: random starts of PGD.
+        queries: of the gradient-free attack.
+        batch_size: images in one forward pass.
+    """
+
+    steps: int
+    more_steps: int
+    restarts: int
+    queries: int
+    batch_size: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Subject:
-    """A model, in eval mode and protected, with examples and what was asked of the audit.
+    """A model, in eval mode and protected, with examples, the audit's settings and its findings.
 
     Attributes:
         model: images to logits.
         images: (n, ...), on the model's device.
         labels: (n,), there too.
-        eps: radius of the L-infinity ball.
-        tolerance: fraction of examples that is no difference.
-        generator: of everything random.
-        surrogate: of the transfer attack.
-        num_classes: how many logits there must be, if known.
-        steps, more_steps, restarts, queries, batch_size: as `audit` was given them.
-        random: whether two forward passes differ; found by the first checks.
+        eps: radius of the ball, in pixel units of [0, 1].
+        norm: of the ball.
+        tolerance: fraction of examples that counts as no difference.
+        generator: the source of all randomness.
+        surrogate: the model of the transfer attack, if there is one.
+        num_classes: the number of logits that there must be, if it is known.
+        counts: the numbers of steps, restarts, queries and images per pass.
+        unusable: the reason why the model's logits cannot be used; empty if they can. Found by the first check.
+        behaviours: one per batch, found by the first check.
+        outputs: (n, classes), the logits of the clean images, found by the first check.
+        attackable: True if attacks on the model make sense, found by the first checks.
+        resistant: (n,) bool, the examples that no attack along the cross-entropy gradient has broken so far.
+        unbroken: (n,) bool, the examples that are right without an attack and under every attack so far.
+        against_eps: (eps, accuracy) pairs, found by a check.
+        against_steps: (steps, accuracy) pairs, found by a check.
     """
 
     model: nn.Module
     images: Tensor
     labels: Tensor
     eps: float
+    norm: Norm
     tolerance: float
     generator: torch.Generator
     surrogate: nn.Module | None
     num_classes: int | None
-    steps: int
-    more_steps: int
-    restarts: int
-    queries: int
-    batch_size: int
-    random: bool = field(default=False)
+    counts: Counts
+    unusable: str = ""
+    behaviours: list[Behaviour] = field(default_factory=list)
+    outputs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    attackable: bool = False
+    resistant: Tensor = field(init=False)
+    unbroken: Tensor = field(init=False)
+    against_eps: tuple[tuple[float, float], ...] = ()
+    against_steps: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.resistant = torch.ones_like(self.labels, dtype=torch.bool)
+        self.unbroken = torch.ones_like(self.labels, dtype=torch.bool)
 
     @property
     def n(self) -> int:
@@ -54,63 +89,71 @@ class Subject:
 
     @property
     def allowed(self) -> int:
-        """How many examples may differ without a failure."""
+        """Number of examples that may differ without a failure."""
         return max(1, int(self.tolerance * self.n))
 
+    @property
+    def random(self) -> bool:
+        """True if two forward passes differ."""
+        return any(found.random for found in self.behaviours)
+
+    @property
+    def largest_eps(self) -> float:
+        """The radius of the ball that holds every image in [0, 1]."""
+        return 1.0 if self.norm == "linf" else math.sqrt(self.images[0].numel())
+
+    @property
+    def norm_option(self) -> dict[str, Any]:
+        """The attack argument ``norm``, left out for L-infinity, whose plain attacks share their work."""
+        return {} if self.norm == "linf" else {"norm": self.norm}
+
+    def spec(self, steps: int, *, eps: float | None = None, name: str = "ifgsm", worst: bool = True) -> AttackSpec:
+        """Return an attack with alpha = eps / 4; ``worst`` scores everything that it tries, not the last iterate.
+
+        On a random model the last iterate is scored: among many draws noise alone finds a wrong answer.
+        """
+        eps = self.eps if eps is None else eps
+        score = "worst" if worst and not self.random else "last"
+        return AttackSpec(name, eps, eps / 4, steps, score, self.norm_option)  # type: ignore[arg-type]
+
     def batches(self) -> Sequence[slice]:
-        """All examples, batch by batch."""
-        return [slice(first, first + self.batch_size) for first in range(0, self.n, self.batch_size)]
+        """Return all examples, batch by batch."""
+        return [slice(first, first + self.counts.batch_size) for first in range(0, self.n, self.counts.batch_size)]
 
     def logits(self, images: Tensor) -> Tensor:
-        """(k, classes), without a graph."""
+        """Return (k, classes), without a graph."""
         with torch.no_grad():
-            return torch.cat([self.model(part) for part in torch.split(images, self.batch_size)])
+            return torch.cat([self.model(part) for part in torch.split(images, self.counts.batch_size)])
 
     def correct(self, images: Tensor) -> Tensor:
-        """(n,) bool: which of ``images``, one for each example, are classified correctly."""
+        """Return (n,) bool: True for each of ``images``, one per example, that is classified correctly."""
         return self.logits(images).argmax(dim=1) == self.labels
 
     def evaluated(self, *attacks: AttackSpec) -> Evaluation:
-        """The attacks on all examples; a random model by single draws."""
+        """Run the attacks on all examples; a random model by single draws."""
         data = (self.images, self.labels)
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
-        return evaluate(
-            self.model, data, Protocol("audit", attacks), batch_size=self.batch_size, stochastic=self.random, seed=seed
+        result = evaluate(
+            self.model,
+            data,
+            Protocol("audit", attacks),
+            batch_size=self.counts.batch_size,
+            stochastic=self.random,
+            seed=seed,
         )
+        for attack in result.attacks:
+            if attack.eps <= self.eps:
+                self.unbroken &= self.resisted(attack)
+        return result
 
+    def resisted(self, attack: AttackResult) -> Tensor:
+        """Return (n,) bool: True for the examples that are right at the end of the attack, and on its way if scored."""
+        found = attack.worst_so_far_outcomes
+        if found is None or self.random:
+            found = attack.outcomes if attack.outcomes is not None else found
+        assert found is not None
+        return found.to(self.labels.device)
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy (n,)."""
-    return functional.cross_entropy(logits, labels, reduction="none")
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The best other logit less that of the label (n,): positive where the image is misclassified."""
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    return logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1) - own
-
-
-def gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-    """The losses (n,) and the gradient of their sum, zero where the logits do not depend on the images."""
-    leaf = images.detach().requires_grad_()
-    losses = loss(model(leaf), labels)
-    if not losses.requires_grad:
-        return losses.detach(), torch.zeros_like(images)
-    found = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
-    return losses.detach(), torch.zeros_like(images) if found is None else found
-
-
-def resisted(attack: AttackResult) -> Tensor:
-    """(n,) bool on the CPU: which examples nothing on the way of the attack broke; it was scored so."""
-    assert attack.worst_so_far_outcomes is not None
-    return attack.worst_so_far_outcomes
-
-
-def verdict(good: bool) -> Status:
-    """Pass or fail."""
-    return "pass" if good else "fail"
-
-
-def not_applicable(name: str, why: str, meaning: str) -> Check:
-    """A line that cannot be judged here."""
-    return Check(name, "not applicable", {}, why, meaning)
+    def accuracy(self, attack: AttackResult) -> float:
+        """Return the fraction of examples that `resisted` the attack."""
+        return int(self.resisted(attack).sum()) / self.n

@@ -1,0 +1,65 @@
+"""The form of a check: a function with a name and a sentence on what its failure means."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from odeadv.audit._report import Check
+from odeadv.audit._subject import Subject
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        passed: True or False; None if the check does not apply.
+        found: one sentence with the figures, or the reason why the check does not apply.
+        figures: the figures that the verdict rests on, JSON-ready.
+    """
+
+    passed: bool | None
+    found: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def not_applicable(why: str) -> Finding:
+    """Return the finding of a check that does not apply."""
+    return Finding(None, why)
+
+
+def check(
+    name: str, meaning: str, *, attacks: bool = True
+) -> Callable[[Callable[[Subject], Finding]], Callable[[Subject], Check]]:
+    """Make a function from a subject to its finding into a check, which never raises.
+
+    Args:
+        name: of the line.
+        meaning: one sentence on what failure means.
+        attacks: True if the check attacks the model. It then does not apply if the model cannot be attacked.
+    """
+
+    def decorate(function: Callable[[Subject], Finding]) -> Callable[[Subject], Check]:
+        @functools.wraps(function)
+        def run(subject: Subject) -> Check:
+            finding = _found(function, subject, attacks)
+            status = "not applicable" if finding.passed is None else "pass" if finding.passed else "fail"
+            return Check(name, status, finding.figures, finding.found, meaning)  # type: ignore[arg-type]
+
+        return run
+
+    return decorate
+
+
+def _found(function: Callable[[Subject], Finding], subject: Subject, attacks: bool) -> Finding:
+    if attacks and not subject.attackable:
+        return not_applicable("the model cannot be attacked")
+    if not attacks and subject.unusable:
+        return not_applicable(subject.unusable)
+    try:
+        return function(subject)
+    except Exception as error:  # a user's model may raise anything
+        return Finding(False, f"could not be checked: {type(error).__name__}: {error}")
