@@ -518,11 +518,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "model: returned logits that are not finite",
     ),
-    ({"model": constant_logits(torch.zeros(2, 5))}, ValueError, r"model: .* no gradient .* images \(detached\?\)"),
+    ({"model": constant_logits(torch.zeros(2, 5))}, ValueError, r"model: its loss does not depend on the images \(det"),
     (
         {"model": constant_logits(torch.zeros(2, 5, requires_grad=True))},
         ValueError,
-        r"model: .* no gradient .* images \(detached\?\)",
+        r"model: its loss does not depend on the images \(det",
     ),
     ({"model": Root(), "images": torch.zeros(2, 3, 8, 8)}, ValueError, "model: the gradient .* contains NaN"),
     ({"loss": lambda z, y: 1.0}, TypeError, r"loss: returned float, expected a tensor of shape \(2,\)"),

@@ -116,8 +116,9 @@ def apgd_t(
 
     The target of run k is the class with the (k + 1)-th largest logit of the clean image, k = 1, ..., ``targets``.
     Any wrong class counts as fooled, and fooled examples take no part in later runs. Images that the model gets wrong
-    without an attack are returned as they are. With the defaults this is APGD-T of AutoAttack. Source: Croce and Hein
-    2020, Section 4; the authors' code, https://github.com/fra31/auto-attack.
+    without an attack are returned as they are. With the defaults and the same starts, the outcomes are those of
+    AutoAttack's APGD-T. (AutoAttack draws its starts in another way.) Source: Croce and Hein 2020, Section 4; the
+    authors' code, https://github.com/fra31/auto-attack.
 
     Args:
         model: as for `fgsm`.
@@ -147,7 +148,7 @@ def apgd_t(
     schedule = _schedule(steps, rho, variant)
     targets = integer("targets", targets)
     if loss == "kl":
-        raise ValueError("loss: got 'kl', expected 'dlr', 'ce', 'margin' or a function: it has no targeted form")
+        raise ValueError("loss: got 'kl', expected 'dlr', 'ce', 'margin' or a function: it is not defined for targets")
     with setting(
         "apgd_t", model, images, labels, eps=eps, norm=norm, loss=loss, target=None, start=start, restarts=restarts,
         eot=eot, generator=generator, mode=mode, tally=tally,
@@ -156,7 +157,7 @@ def apgd_t(
         attack.reseed()
         scores = attack.loss.evaluate(attack.images)
         wrong = attack.loss.fooled(scores)
-        # The clean image is returned only if it is wrong: its loss has no target, so it cannot be compared.
+        # The clean image is returned only if it is wrong: its loss is without a target and cannot be compared.
         best.offer(attack.images, torch.full_like(scores.losses, -torch.inf), wrong)
         ranked = scores.logits.argsort(dim=1, descending=True)
         for rank in range(1, min(targets, ranked.shape[1] - 1) + 1):

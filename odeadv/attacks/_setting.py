@@ -98,8 +98,8 @@ class Setting:
     def runs(self, count: int, best: Best, *, begun: bool = False) -> Iterator[tuple[Tensor, Ball, Tensor | None]]:
         """Yield start, ball and example numbers (None: all) of up to ``count`` runs.
 
-        A run has only the examples that are not fooled yet, if examples are independent. There is no further run once
-        all are fooled.
+        A run has only the examples that are not fooled yet, if examples are independent. The runs end
+        once all are fooled.
 
         Args:
             count: the largest number of runs.

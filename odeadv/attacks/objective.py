@@ -175,8 +175,8 @@ class AttackLoss:
 
         Raises:
             TypeError: if the model or the loss does not return a tensor.
-            ValueError: if a result has the wrong shape, logits or gradient are not finite, a label has no logit, or
-                the loss does not depend on the images.
+            ValueError: if a result has the wrong shape, logits or gradient are not finite, a label is too large, or the
+                loss does not depend on the images.
         """
         scores = self.differentiate(images)
         assert scores.gradient is not None
@@ -212,7 +212,9 @@ class AttackLoss:
         gradient = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0] if losses.requires_grad else None
         if gradient is None:
             self.raise_if_not_finite()
-            raise ValueError("model: the loss of its logits has no gradient with respect to the images (detached?)")
+            raise ValueError(
+                "model: its loss does not depend on the images (detached logits?), so attacks cannot follow a gradient"
+            )
         self._check(_finite_rows(gradient), _GRADIENTS, index)
         self.gradient_evaluations += len(images)
         if self._tally is not None:

@@ -28,7 +28,7 @@ from odeadv.data import as_model_input
 from odeadv.evaluation.trust import PROBES
 from odeadv.support.checks import choice, integer, number
 
-# With a larger L-infinity radius every image could become a grey one: there is no robust accuracy to audit.
+# Within a larger L-infinity radius every image could become grey, so robustness would mean nothing.
 _LARGEST_LINF = 0.5
 
 
@@ -134,7 +134,7 @@ def audit(
 def _headline(subject: Subject) -> tuple[int | None, int | None]:
     """Return the number of examples that are right, and right under everything tried; None if unknown.
 
-    A random model has no such figures: among many draws noise alone finds a wrong answer.
+    For a random model they are unknown: among many draws noise alone finds a wrong answer.
     """
     if subject.unusable or subject.random:
         return None, None

@@ -75,7 +75,7 @@ def another_loss(subject: Subject) -> Finding:
 def local_linearity(subject: Subject) -> Finding:
     """Compare the change of the margin over small and large steps with the gradient."""
     if subject.random:
-        return not_applicable("the model is random, so the loss has no fixed surface")
+        return not_applicable("the model is random, so the surface of the loss is not fixed")
     part = subject.batches()[0]
     model, dtype = _double(subject)
     images, labels = subject.images[part].to(dtype), subject.labels[part]

@@ -44,7 +44,7 @@ class Subject:
         labels: (n,), there too.
         eps: radius of the ball, in pixel units of [0, 1].
         norm: of the ball.
-        tolerance: fraction of examples that counts as no difference.
+        tolerance: fraction of examples by which attacks may differ.
         generator: the source of all randomness.
         surrogate: the model of the transfer attack, if there is one.
         num_classes: the number of logits that there must be, if it is known.
