@@ -60,7 +60,7 @@ class Contraction(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "eta I": self.factor,
             "with its sign": self.eigenvalue,
@@ -105,18 +105,14 @@ def contraction(
 
     Args:
         field: an `AdversarialField`; with eta = 0 the factor is 0 and ``reach`` that of the unperturbed trajectory.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how each operator is advanced; a network's ``solve_options`` has it.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         scheme: of the sweeps' trajectories.
         rtol: stop when an eigenvalue is known to be as close as this, relatively.
         most: iterations at the most.
         generator: of the starting direction; one of seed 0 if not given.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a recording is not finite.
     """
     adversarial = needs_loss("contraction", field)

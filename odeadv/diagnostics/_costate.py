@@ -54,7 +54,7 @@ class CostateResidual(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "median residual of Eq. 9": median(self.residual),
             "median error, arithmetic": median(self.arithmetic),
@@ -85,14 +85,10 @@ def costate_residual(
 
     Args:
         field: an `AdversarialField`; its eta has no effect.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how f is advanced; a network's ``solve_options`` has it.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if the recording fails.
     """
     path = walk(needs_loss("costate_residual", field), x0, t_span, dt=dt, steps=steps, substep=substep)

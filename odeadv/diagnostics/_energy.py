@@ -56,7 +56,7 @@ class Hamiltonian(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "relative drift": self.relative_drift,
             "drift": self.drift,
@@ -89,17 +89,13 @@ def hamiltonian(
 
     Args:
         field: an `AdversarialField`.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         solution: a solution of ``field`` with ``save_at="steps"``, instead of a solve here.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how each operator is advanced; a network's ``solve_options`` has it.
         scheme: of the perturbed trajectory.
         sweeps: recordings, as in `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if the solve fails.
     """
     adversarial = needs_loss("hamiltonian", field)
@@ -182,7 +178,7 @@ class Energy(Result):
     reading: ClassVar[str] = "How much the loss rises for each unit that the perturbation spends; 2 for a weak one."
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "plain loss": self.plain_loss,
             "energy": self.energy,
@@ -213,16 +209,12 @@ def energy(
 
     Args:
         field: an `AdversarialField` with eta not 0.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         schemes: the schemes to compare.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how each operator is advanced; a network's ``solve_options`` has it.
         sweeps: recordings, as in `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a solve fails.
     """
     adversarial = needs_loss("energy", field)

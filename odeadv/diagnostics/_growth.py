@@ -48,7 +48,7 @@ class Lipschitz(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "median of a layer": median(self.layer),
             "largest": max(self.layer),
@@ -79,17 +79,13 @@ def lipschitz(
 
     Args:
         field: any field; of an `AdversarialField` the unperturbed part.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how f is advanced; a network's ``solve_options`` has it.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         rtol: stop when an eigenvalue of J^T J is known to be as close as this, relatively.
         most: iterations a layer at the most.
         generator: of the starting directions; one of seed 0 if not given.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if the solve fails.
     """
     check_iteration(rtol, most)
@@ -151,7 +147,7 @@ class Growth(Result):
     reading: ClassVar[str] = "What a difference in the initial state has become by the layer, beside the bound above."
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "growth to the end": self.ratios[-1],
             "largest": max(self.ratios),
@@ -182,19 +178,15 @@ def growth(
 
     Args:
         field: any field; of an `AdversarialField` the unperturbed part.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         direction: dx_0 of an infinitesimal difference, propagated by a Jacobian-vector product through the solve;
             if neither it nor ``start`` is given, a random one.
         start: another initial state instead, solved from as well, such as ``net.stem(attacked_images)``.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how f is advanced; a network's ``solve_options`` has it.
         scheme: for a field of several operators.
         generator: of the random direction; one of seed 0 if not given.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name.
+        TypeError, ValueError: naming the argument that does not fit.
         SolveError: if a solve fails.
     """
     if direction is not None and start is not None:

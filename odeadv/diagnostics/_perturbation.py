@@ -47,7 +47,7 @@ class Perturbation(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "Eq. 16 at t = 0": self.ratio,
             "Eq. 16, lowest of the layers": min(self.ratios),
@@ -76,14 +76,10 @@ def perturbation(
 
     Args:
         field: an `AdversarialField`; its eta may be 0.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how f is advanced; a network's ``solve_options`` has it.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a state, costate or the loss is not finite.
     """
     path = walk(needs_loss("perturbation", field), x0, t_span, dt=dt, steps=steps, substep=substep)

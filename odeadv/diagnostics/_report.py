@@ -73,11 +73,7 @@ def diagnose(
         field: a field, ``net.field(images, labels, eta)`` for a network; or several by name, to be drawn side by side,
             such as one network trained with and one without the defence, on the same images.
         folder: where to write; made if it is not there.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how each operator is advanced; a network's ``solve_options`` has it.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         start: another initial state, whose difference is followed in place of a random direction, such as
             ``net.stem(attacked_images)``; one for all fields, or by name.
         most: iterations of each power method at the most; what has not converged by then says so.
@@ -88,7 +84,7 @@ def diagnose(
         The results.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is written.
+        TypeError, ValueError: naming the argument that does not fit, before anything is written.
         SolveError: if a field cannot even be solved without its perturbation.
     """
     fields: dict[str, AnyField] = dict(field) if isinstance(field, Mapping) else {"": field}

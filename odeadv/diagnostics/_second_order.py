@@ -82,7 +82,7 @@ class SecondOrder(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """The few numbers that tell most."""
+        """Return the few numbers that tell most."""
         return {
             "median share of eta (J - J^T) a": median(self.antisymmetric_share),
             "largest": max(self.antisymmetric_share, default=float("nan")),
@@ -115,16 +115,12 @@ def second_order(
 
     Args:
         field: an `AdversarialField`.
-        x0: initial state, as in `odeadv.solve`; the field's own if not given.
-        t_span: start and end time, likewise.
-        dt: step size, likewise; or give ``steps``.
-        steps: number of steps.
-        substep: how f is advanced; a network's ``solve_options`` has it.
+        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
         scheme: follow the trajectory perturbed by this scheme; the unperturbed one if not given.
         sweeps: recordings of the perturbed trajectory, as in `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a solve fails.
     """
     path = walk(
