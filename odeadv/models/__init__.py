@@ -14,6 +14,7 @@ from odeadv.models._ode import ConvField, OdeNet, ode_net
 from odeadv.models._refine import Refined, refine
 from odeadv.models._registry import build, names
 from odeadv.models._resnet import PreActBlock, PreActResNet, preact_resnet, resnet20, resnet56
+from odeadv.models._split import from_module
 
 __all__ = [
     "Averaged",
@@ -37,6 +38,7 @@ __all__ = [
     "bind",
     "build",
     "from_blocks",
+    "from_module",
     "names",
     "ode_net",
     "preact_resnet",

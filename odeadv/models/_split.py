@@ -1,0 +1,223 @@
+"""An existing network as stem, blocks and head, by the names of its layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from odeadv.models._blocks import BlockNetwork, TargetLoss
+from odeadv.support.checks import did_you_mean
+
+
+def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | None = None) -> BlockNetwork:
+    """Return ``net`` as a field whose blocks are the layers of these names; see `from_blocks`.
+
+    Everything before the first layer is the stem and everything after the last one is the head. Anything between two
+    layers is a block too. The forward passes of the modules around the layers are traced by `torch.fx`; the layers
+    and all other modules are called as they are. Modules are shared with ``net``, so training one trains the other,
+    and ``net.state_dict()`` keeps its names.
+
+    Args:
+        net: the network. Its first argument is the input; others keep their defaults.
+        layers: names as in ``net.named_modules()``, such as ``"layer1.0"``. Between two layers a single tensor, the
+            state, may be passed on. Their order does not matter.
+        loss: ``loss(output, targets)``, as in `from_blocks`.
+
+    Raises:
+        TypeError, ValueError: naming ``net`` or ``layers``, with the layer at fault.
+
+    Example:
+        >>> net = torchvision.models.vit_b_16()
+        >>> wrapped = from_module(net, [f"encoder.layers.encoder_layer_{n}" for n in range(12)])
+    """
+    names = _read_names(net, layers)
+    modes = {part: part.training for part in net.modules()}
+    versions = []
+    try:
+        # Code such as F.dropout(x, training=self.training) keeps the mode in which it is traced.
+        for training in (True, False):
+            for part in modes:
+                part.training = training
+            versions.append(_cut(net, _trace(net, names), names))
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    trained, evaluated = versions
+    if len(trained) != len(evaluated):
+        raise ValueError("net: got a forward pass with other blocks in training mode, expected the same in both modes")
+    parts = [_joined(net, a, b) for a, b in zip(trained, evaluated, strict=True)]
+    (_, stem), *blocks, (_, head) = parts
+    made = BlockNetwork(stem, [part for _, part in blocks], head, loss=loss, names=[title for title, _ in blocks])
+    made.training = net.training
+    return made
+
+
+def _read_names(net: nn.Module, layers: Any) -> list[str]:
+    """Return the names, checked to be those of layers of ``net`` of which none lies within another."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: got {type(net).__name__}, expected a torch.nn.Module")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers: got {type(layers).__name__}, expected a sequence of names such as ['layer1.0']")
+    names = list(layers)
+    known = [name for name, _ in net.named_modules() if name]
+    if not names:
+        raise ValueError("layers: got none, expected at least one name of net.named_modules()")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"layers: got {name!r}, expected names of net.named_modules(){did_you_mean(name, known)}")
+        if names.count(name) > 1:
+            raise ValueError(f"layers: got {name!r} twice, expected each name once")
+        for outer in names:
+            if name.startswith(f"{outer}."):
+                raise ValueError(f"layers: got {name!r}, which lies in {outer!r}, expected one of the two")
+    return names
+
+
+class _Tracer(fx.Tracer):
+    """Traces into the modules that contain a layer, and calls every other module as a whole."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.inside: list[tuple[str, nn.Module]] = []  # the modules whose forward passes are being traced
+        self._layers = layers
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether ``m`` contains no layer."""
+        return not any(layer.startswith(f"{module_qualified_name}.") for layer in self._layers)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Record the call, and remember where it was if it fails."""
+        self.inside.append((self.path_of_module(m), m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()
+        return result
+
+
+def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
+    tracer = _Tracer(layers)
+    arguments = list(inspect.signature(net.forward).parameters.values())
+    fixed = {p.name: p.default for p in arguments[1:] if p.default is not p.empty}
+    needed = [p.name for p in arguments if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1:
+        raise ValueError(
+            f"net: got a network that needs {' and '.join(map(repr, needed))}, expected one that needs a single input; "
+            "wrap it in a module that fixes the others, or use odeadv.models.from_blocks"
+        )
+    try:
+        return tracer.trace(net, concrete_args=fixed or None)
+    except Exception as error:
+        name, module = tracer.inside[-1] if tracer.inside else ("", net)
+        where = f"{name!r} ({type(module).__name__})" if name else type(net).__name__
+        raise ValueError(
+            f"net: the forward pass of {where} cannot be traced ({error}); name {repr(name) if name else 'a module'} "
+            "itself as a layer, or split the network by hand with odeadv.models.from_blocks(stem, blocks, head)"
+        ) from error
+
+
+Part = tuple[str, list[fx.Node], fx.Node, fx.Node]  # title, nodes, the value that comes in, the value that goes out
+
+
+def _cut(net: nn.Module, graph: fx.Graph, layers: Sequence[str]) -> list[Part]:
+    """Return the nodes of stem, blocks and head, in this order."""
+    nodes = [node for node in graph.nodes if node.op not in ("output", "get_attr")]
+    (result,) = (node for node in graph.nodes if node.op == "output")
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    calls = {
+        layer: [n for n, node in enumerate(nodes) if node.op == "call_module" and node.target == layer]
+        for layer in layers
+    }
+    for layer, found in calls.items():
+        if len(found) != 1:
+            raise ValueError(f"layers: {layer!r} is called {len(found)} times, expected once per forward pass")
+    ordered = sorted(layers, key=lambda layer: calls[layer][0])
+    parts: list[Part] = []
+    begin, state, title = 0, inputs[0], "stem"
+    for number, layer in enumerate(ordered):
+        at = calls[layer][0]
+        before = nodes[begin:at]
+        state_before = state
+        if number == 0 or before:
+            source = _only(nodes, result, at, f"before {layer!r}")
+            parts.append((title, before, state_before, source))
+            state_before = source
+        state = _only(nodes, result, at + 1, f"after {layer!r}")
+        parts.append((layer, nodes[at : at + 1], state_before, state))
+        begin = at + 1
+        title = f"between {layer!r} and {ordered[number + 1]!r}" if number + 1 < len(ordered) else "head"
+    value = result.args[0]
+    if not isinstance(value, fx.Node):
+        raise ValueError(f"net: returns {type(value).__name__}, expected a tensor")
+    parts.append(("head", nodes[begin:], state, value))
+    return parts
+
+
+def _only(nodes: list[fx.Node], result: fx.Node, at: int, where: str) -> fx.Node:
+    """Return the one value that passes from the nodes before ``at`` to the others.
+
+    Raises:
+        ValueError: if there are several, naming them.
+    """
+    before = nodes[:at]
+    after = {*nodes[at:], result}
+    crossing = [node for node in before if any(user in after for user in node.users)]
+    if len(crossing) == 1:
+        return crossing[0]
+    shown = " and ".join(repr(_title(node)) for node in reversed(crossing)) or "none"
+    layer = where.split("'")[1]
+    owner = layer.rpartition(".")[0]
+    advice = f"such as {owner!r}" if owner else "or split the network with odeadv.models.from_blocks"
+    raise ValueError(
+        f"layers: {len(crossing)} tensors cross the cut {where} ({shown}), expected one, the state; name a layer that "
+        f"contains the skip, {advice}. An argument that all layers share, such as a mask, can be fixed with "
+        "odeadv.models.bind and from_blocks"
+    )
+
+
+def _title(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _joined(net: nn.Module, trained: Part, evaluated: Part) -> tuple[str, nn.Module]:
+    """Return title and module of a part, which chooses by its mode if the two graphs differ."""
+    title, *_ = trained
+    first, second = _module(net, trained), _module(net, evaluated)
+    same = not isinstance(first, fx.GraphModule) or first.code == second.code
+    return title, first if same else _ByMode(first, second)
+
+
+def _module(net: nn.Module, part: Part) -> nn.Module:
+    """Return the part as a module: the layer itself if that is all it is."""
+    _, nodes, source, result = part
+    if len(nodes) == 1 and nodes[0].op == "call_module" and nodes[0].args == (source,) and not nodes[0].kwargs:
+        return net.get_submodule(str(nodes[0].target))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {source: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # weights that the forward pass reads by itself belong to the part that uses them
+            assert node.op == "get_attr", node
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in nodes:
+        unused = node.op == "placeholder" and not node.users  # an argument such as **kwargs
+        if node not in copies and not unused:
+            copies[node] = graph.node_copy(node, copied)
+    graph.output(copied(result))
+    graph.lint()
+    return fx.GraphModule(net, graph)
+
+
+class _ByMode(nn.Module):
+    """Code that was traced in both modes: runs the version of its own mode."""
+
+    def __init__(self, trained: nn.Module, evaluated: nn.Module) -> None:
+        super().__init__()
+        self.trained, self.evaluated = trained, evaluated
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the value of ``x`` in the present mode."""
+        return (self.trained if self.training else self.evaluated)(x)
