@@ -105,7 +105,11 @@ def contraction(
 
     Args:
         field: an `AdversarialField`; with eta = 0 the factor is 0 and ``reach`` that of the unperturbed trajectory.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         scheme: of the sweeps' trajectories.
         rtol: stop when an eigenvalue is known to be as close as this, relatively.
         most: iterations at the most.

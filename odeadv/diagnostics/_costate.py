@@ -85,7 +85,11 @@ def costate_residual(
 
     Args:
         field: an `AdversarialField`; its eta has no effect.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.

@@ -89,7 +89,11 @@ def hamiltonian(
 
     Args:
         field: an `AdversarialField`.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         solution: a solution of ``field`` with ``save_at="steps"``, instead of a solve here.
         scheme: of the perturbed trajectory.
         sweeps: recordings, as in `odeadv.solve`.
@@ -209,7 +213,11 @@ def energy(
 
     Args:
         field: an `AdversarialField` with eta not 0.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         schemes: the schemes to compare.
         sweeps: recordings, as in `odeadv.solve`.
 

@@ -79,7 +79,11 @@ def lipschitz(
 
     Args:
         field: any field; of an `AdversarialField` the unperturbed part.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         rtol: stop when an eigenvalue of J^T J is known to be as close as this, relatively.
         most: iterations a layer at the most.
         generator: of the starting directions; one of seed 0 if not given.
@@ -178,7 +182,11 @@ def growth(
 
     Args:
         field: any field; of an `AdversarialField` the unperturbed part.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         direction: dx_0 of an infinitesimal difference, propagated by a Jacobian-vector product through the solve;
             if neither it nor ``start`` is given, a random one.
         start: another initial state instead, solved from as well, such as ``net.stem(attacked_images)``.

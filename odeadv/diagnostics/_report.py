@@ -73,7 +73,11 @@ def diagnose(
         field: a field, ``net.field(images, labels, eta)`` for a network; or several by name, to be drawn side by side,
             such as one network trained with and one without the defence, on the same images.
         folder: where to write; made if it is not there.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         start: another initial state, whose difference is followed in place of a random direction, such as
             ``net.stem(attacked_images)``; one for all fields, or by name.
         most: iterations of each power method at the most; what has not converged by then says so.

@@ -115,7 +115,11 @@ def second_order(
 
     Args:
         field: an `AdversarialField`.
-        x0, t_span, dt, steps, substep: as in `odeadv.solve`; ``**net.solve_options`` gives the sub-step of a network.
+        x0: see `odeadv.solve`.
+        t_span: see `odeadv.solve`.
+        dt: see `odeadv.solve`.
+        steps: see `odeadv.solve`.
+        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         scheme: follow the trajectory perturbed by this scheme; the unperturbed one if not given.
         sweeps: recordings of the perturbed trajectory, as in `odeadv.solve`.
 
