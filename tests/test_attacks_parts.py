@@ -440,7 +440,7 @@ class TestRestarts:
         done = torch.zeros(24, dtype=torch.bool)
         rounds = []
         for start in starts:
-            last = ifgsm(model, images, labels, start=images + start, **shared)
+            last = ifgsm(model, images, labels, start=lambda x, _, moved=start: x + moved, **shared)
             logits = model(last).detach()
             loss, fooled = functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) != labels
             better = ~done & (fooled | (loss > chosen_loss))

@@ -12,7 +12,7 @@ from torch import Tensor
 from odeadv import attacks
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.models import ode_net, preact_resnet
-from odeadv.support.plain import key
+from odeadv.support.plain import from_dict, key, to_dict
 from odeadv.training import (
     CheckpointWarning,
     Draws,
@@ -127,11 +127,15 @@ class TestLosses:
         found = loss_of(Pgd(steps=3), LAD if defended else Undefended(), tiny_net().train(), images, labels, seed=5)
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
+    @pytest.mark.parametrize("start", ["free", "clamped"])
     @pytest.mark.parametrize("defended", [False, True])
-    def test_trades_is_the_loss_of_spec_section_4(self, defended):
+    def test_trades_is_the_loss_of_spec_section_4(self, defended, start):
         images, labels = batch()
         eps, alpha, lam, gamma = 8 / 255, 2 / 255, 1 / 6, 0.3
-        x = (images + 0.001 * Draws(5, 0, slice(0, 6), 6).normal(images)).clamp(0, 1)
+        images = (images * 1.2 - 0.1).clamp(0, 1)  # so that many pixels start outside [0, 1]
+        x = images + 0.001 * Draws(5, 0, slice(0, 6), 6).normal(images)
+        if start == "clamped":
+            x = x.clamp(0, 1)
         twin = tiny_net().eval()
         with torch.no_grad():
             target = twin(images).softmax(1)
@@ -149,9 +153,25 @@ class TestLosses:
         if defended:
             lad = lad_by_hand(tiny_net().train(), x, labels, 2.0)
             expected = gamma * ce + (1 - gamma) * lad + kl / lam
-        objective = Trades(steps=3, lam=lam, gamma=gamma)
+        objective = Trades(steps=3, lam=lam, gamma=gamma, start=start)
         found = loss_of(objective, LAD if defended else Undefended(), tiny_net().train(), images, labels, seed=5)
         assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_a_record_from_before_the_start_of_trades_was_a_choice_keeps_its_meaning_and_key(self):
+        old = {
+            "name": "trades",
+            "eps": 8 / 255,
+            "alpha": 2 / 255,
+            "steps": 10,
+            "mode": "eval",
+            "lam": 1 / 6,
+            "gamma": 0.5,
+        }
+        assert from_dict(Objective, old) == Trades(start="clamped")
+        assert key(TrainConfig(objective=Trades(start="clamped"))) == "3ec4e797a8c814fe"
+        assert key(TrainConfig(objective=Trades())) != "3ec4e797a8c814fe"
+        assert from_dict(Objective, {"name": "trades", "steps": 10}) == from_dict(Objective, "trades") == Trades()
+        assert from_dict(Objective, to_dict(Trades())) == Trades()
 
     def test_gradients_of_trades_reach_both_sides_of_the_divergence(self):
         images, labels = batch()

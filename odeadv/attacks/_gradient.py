@@ -115,7 +115,8 @@ def ifgsm(
         momentum: the decay mu of g_{k+1} = mu g_k + gradient / ||gradient||_1, along which steps are taken; 0 for none.
         start: ``"clean"``; ``"uniform"``, in the ball; ``"gaussian"``, 0.001 times standard normal noise (see
             `Gaussian`); a tensor like ``images``; or a function (images, generator) -> images. Every start is
-            projected to the ball and to [0, 1].
+            projected to the ball and to [0, 1], with one exception: if ``keep="last"``, the first gradient is taken
+            at a tensor as it is, as TRADES does; all iterates are projected.
         keep: ``"last"`` returns the last iterate. ``"worst"`` returns, per example, the first iterate that fools the
             model, or, if there is none, the iterate of highest loss, including the start; the run ends when all
             examples are fooled. It costs one more forward pass.
@@ -218,7 +219,8 @@ def _attack(
     with setting(name, model, images, labels, restarts=restarts, **shared) as attack:
         run = _Run(attack, attack.eps / 4 if alpha is None else lengths("alpha", alpha, images), steps, momentum)
         if restarts == 1 and keep == "last":
-            return run(attack.begin(), attack.ball)
+            x0, given = attack.begin(), shared["start"]
+            return run(torch.empty_like(x0).copy_(given.detach()) if isinstance(given, Tensor) else x0, attack.ball)
         best = Best(attack.images)
         for x0, ball, index in attack.runs(restarts, best):
             if keep == "last":

@@ -132,7 +132,9 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 def key(config: Any) -> str:
     """A name for ``config``: 16 hexadecimal digits of the SHA-256 of its fields that differ from their defaults.
 
-    Fields that are added later with a default that means "as before" leave it as it is.
+    Fields that are added later with a default that means "as before" leave it as it is. A new field whose default
+    changes the behaviour has ``metadata={"before": value}``. That value, which means "as before", then leaves the
+    name as it is, and the new default does not.
     """
     text = json.dumps(_essential(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -144,7 +146,7 @@ def _essential(config: Any) -> Any:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if value != default:
+            if value != field.metadata.get("before", default):
                 result[field.name] = _essential(value)
         return result
     return to_dict(config)
@@ -264,6 +266,10 @@ def _read_fields(kind: Any, data: Any, path: str) -> Any:
                 f"{dot}{name}: is not a key of {kind.__name__}{_near(str(name), names)}; keys are {', '.join(names)}"
             )
     values = {name: _read(hints[name], value, f"{dot}{name}") for name, value in data.items()}
+    added = {field.name: field.metadata["before"] for field in dataclasses.fields(kind) if "before" in field.metadata}
+    if set(names) - set(data) <= added.keys():
+        # Records state every field. If only newer ones are missing, the record is older than they are.
+        values = added | values
     missing = [
         field.name
         for field in dataclasses.fields(kind)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from odeadv import attacks
+from odeadv.attacks.balls import linf_bounds
 from odeadv.attacks.checks import radius
-from odeadv.support.checks import number
+from odeadv.support.checks import choice, number
 from odeadv.support.isolation import Mode
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Objective, Passed, Step
@@ -25,9 +27,12 @@ class Trades(Objective, name="trades"):
     averaged over the batch; gradients go through both of its sides. Training accuracy is that of f(x).
 
     Attributes:
-        eps, alpha, steps, mode: of the attack, which starts from x + 0.001 times standard normal noise; as for `Pgd`.
+        eps, alpha, steps, mode: of the attack, as for `Pgd`.
         lam: the paper's lambda.
-        gamma: share of the clean loss where there is a defence.
+        gamma: share of the clean loss if there is a defence.
+        start: the attack starts from x + 0.001 times standard normal noise. ``"free"`` takes the first gradient there,
+            as the reference code does. ``"clamped"`` projects the start to [0, 1] first, as odeadv did before this
+            field existed: a pixel of 0 or 1 then starts in place if its noise points outward.
     """
 
     adversarial = True
@@ -38,6 +43,7 @@ class Trades(Objective, name="trades"):
     mode: Mode = "eval"
     lam: float = 1 / 6
     gamma: float = 0.5
+    start: Literal["free", "clamped"] = field(default="free", metadata={"before": "clamped"})
 
     def __post_init__(self) -> None:
         with_floats(self)
@@ -46,9 +52,13 @@ class Trades(Objective, name="trades"):
             raise ValueError(f"lam: got {self.lam}, expected a finite number above 0")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma: got {self.gamma}, expected a number in [0, 1]")
+        choice("start", self.start, ("free", "clamped"))
 
     def __call__(self, step: Step) -> Passed:
         """Attack the divergence, then the passes of the clean and of the attacked images."""
+        start = step.images + 0.001 * step.draws.normal(step.images)
+        if self.start == "clamped":
+            start = linf_bounds(step.images, self.eps).project(start)
         attacked = attacks.ifgsm(
             step.target,
             step.images,
@@ -57,7 +67,7 @@ class Trades(Objective, name="trades"):
             alpha=self.alpha,
             steps=self.steps,
             loss="kl",
-            start=step.images + 0.001 * step.draws.normal(step.images),
+            start=start,
             mode=self.mode,
         )
         step.seen = attacked
@@ -123,7 +133,7 @@ class Pgd(Objective, name="pgd"):
             eps=self.eps,
             alpha=self.alpha,
             steps=self.steps,
-            start=start,
+            start=linf_bounds(step.images, self.eps).project(start),
             mode=self.mode,
         )
         return step.defended(attacked)
