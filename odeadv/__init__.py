@@ -2,8 +2,12 @@
 
 ``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and adversarial fields;
 ``odeadv.models`` has residual networks that are such fields; ``odeadv.attacks`` and ``odeadv.evaluate`` measure
-robust accuracy. Training, data and plotting are imported only when used.
+robust accuracy. ``odeadv.data``, ``odeadv.training``, ``odeadv.audit`` and ``odeadv.experiments`` are imported when
+they are first used, and so are the packages that plots and training need.
 """
+
+import importlib
+from typing import TYPE_CHECKING
 
 from odeadv import attacks, diagnostics, models
 from odeadv._version import __version__
@@ -42,3 +46,24 @@ __all__ = [
     "solve",
     "substep_names",
 ]
+
+if TYPE_CHECKING:
+    from odeadv import audit as audit
+    from odeadv import data as data
+    from odeadv import experiments as experiments
+    from odeadv import training as training
+
+# They are not in __all__, because `from odeadv import *` would import them.
+_ON_DEMAND = ("audit", "data", "experiments", "training")
+
+
+def __getattr__(name: str) -> object:
+    """Import a folder that costs time when it is first used."""
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"odeadv.{name}")
+    raise AttributeError(f"module 'odeadv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names that tab completion offers."""
+    return sorted({*__all__, *_ON_DEMAND})

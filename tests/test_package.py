@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import odeadv
 
 ROOT = Path(odeadv.__file__).parent
@@ -33,6 +35,51 @@ def test_import_is_light():
         "set(sys.modules); sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+OPTIONAL = "filelock jaxtyping lightning_fabric matplotlib numpy safetensors scipy torchdiffeq torchvision tqdm yaml"
+WITH_TORCH_ALONE = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL.split()}))  # None: as if it were not installed
+import torch, odeadv
+
+field = odeadv.AdversarialField(lambda t, x: -x, lambda x: (x**2).sum(), eta=0.1)
+sol = odeadv.solve(field, torch.ones(2), (0.0, 1.0), scheme="strang", dt=0.1)
+net, images, labels = odeadv.models.resnet20(), torch.rand(2, 3, 8, 8), torch.tensor([1, 2])
+odeadv.solve(net.field(images, labels, eta=1.0), scheme="lie").loss.backward()
+odeadv.attacks.fgsm(net, images, labels, eps=0.1)
+for name, use in (
+    ("plot", sol.plot),
+    ("torchdiffeq", lambda: odeadv.TorchDiffEq("dopri5")),
+    ("evaluate", lambda: odeadv.evaluate(net, (images, labels), protocol="table1")),
+    ("train", odeadv.training.make_fabric),
+):
+    try:
+        use()
+    except ModuleNotFoundError as error:
+        assert f"pip install 'odeadv[{{name}}]'" in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_solving_networks_and_attacks_need_torch_alone_and_errors_name_the_extra():
+    code = [sys.executable, "-W", "ignore", "-c", WITH_TORCH_ALONE]
+    done = subprocess.run(code, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_folders_are_imported_when_they_are_used():
+    code = (
+        "import sys, odeadv; names = {'audit', 'experiments', 'training'}; "
+        "assert names | {'data'} <= set(dir(odeadv)); "
+        "assert not {f'odeadv.{name}' for name in names} & set(sys.modules); "
+        "assert odeadv.training.train and odeadv.experiments.run and odeadv.audit.audit and odeadv.data.load"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'trainnig'"):
+        _ = odeadv.trainnig
 
 
 def test_imports_go_one_way():

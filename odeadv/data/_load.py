@@ -17,6 +17,7 @@ from odeadv.data._readers import (
     read_npz,
     read_torchvision,
 )
+from odeadv.data.checks import require
 
 _NAMES = ("cifar10", "cifar100", "digits", "folder")
 _CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -61,6 +62,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(_NAMES)}{hint}")
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root: got {type(root).__name__}, expected a path or None")
+    require("numpy", "numpy", "loading images")
 
     if name == "digits":
         return ImageDataset(name, "scikit-learn digits", *read_digits(), flip=False)

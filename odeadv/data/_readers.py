@@ -10,16 +10,19 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from odeadv.data._dataset import Splits
 from odeadv.data.checks import check_labels, check_range, require
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+with contextlib.suppress(ModuleNotFoundError):  # `import odeadv` needs torch only; `load` says what is missing
+    import numpy as np
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -7,6 +7,8 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from odeadv.support.extras import extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -73,7 +75,8 @@ def median(values: list[float]) -> float:
 
 def new_axes() -> Axes:
     """Axes of a figure of their own."""
-    from matplotlib.figure import Figure
+    with extra("plot"):
+        from matplotlib.figure import Figure
 
     axes: Axes = Figure(figsize=(6.0, 3.6), layout="constrained").subplots()
     return axes

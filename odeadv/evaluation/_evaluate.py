@@ -34,6 +34,7 @@ from odeadv.evaluation.trust import (
 )
 from odeadv.support.checks import integer
 from odeadv.support.digests import data_digest, model_digest
+from odeadv.support.extras import extra
 from odeadv.support.precision import warn_of_imitated_bf16
 
 
@@ -105,6 +106,8 @@ def evaluate(
     Warns:
         RuntimeWarning: if the model could not be folded or compiled, or bf16 is only imitated on this CPU.
     """
+    with extra("evaluate"):
+        import numpy  # noqa: F401  # said before any work, not when outcomes are packed
     began = time.perf_counter()
     protocol = resolve_protocol(protocol)
     batch_size = integer("batch_size", batch_size)

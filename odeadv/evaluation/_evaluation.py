@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from odeadv.evaluation.protocols import AttackSpec, radius_text
+from odeadv.support.extras import extra
 
 SCHEMA = "odeadv.evaluation/2"
 _NORMAL_QUANTILE = 1.959963984540054  # of 0.975
@@ -303,12 +303,18 @@ def _in_255(value: float | None) -> float | None:
 
 def pack(outcomes: Tensor) -> str:
     """Base64 of ``outcomes``, bool of any shape in row-major order: eight to a byte, the first in the highest bit."""
+    with extra("evaluate"):
+        import numpy
+
     bits = numpy.packbits(outcomes.detach().cpu().reshape(-1).numpy())
     return base64.b64encode(bits.tobytes()).decode("ascii")
 
 
 def unpack(text: object, *shape: int) -> Tensor:
     """The bool tensor of ``shape`` that `pack` made ``text`` from; ValueError if it is not one of that size."""
+    with extra("evaluate"):
+        import numpy
+
     count = 1
     for size in shape:
         count *= size

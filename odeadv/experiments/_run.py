@@ -12,10 +12,10 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy
 import torch
 from torch import nn
 
@@ -407,7 +407,7 @@ def versions() -> dict[str, str]:
         "odeadv": odeadv.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "numpy": numpy.__version__,
+        "numpy": version("numpy"),
     }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Means and standard deviations of the pixels of CIFAR-10's training set, per channel, in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)

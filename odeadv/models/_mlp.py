@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from odeadv.fields import Operator, Piecewise
@@ -17,6 +16,9 @@ from odeadv.support.checks import integer
 
 from ._layers import CIFAR10_MEAN, CIFAR10_STD, initialise
 from ._network import FieldNetwork
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class FlatStem(nn.Module):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from odeadv.fields import AdversarialField, Operator, Problem, VectorField
 from odeadv.models._layers import Stem
 from odeadv.solver import solve
 from odeadv.splitting import Exact, TorchDiffEq, get_substep
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Loss = Callable[[Tensor], Tensor]
 

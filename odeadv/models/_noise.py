@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import untouched
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 NoiseKind = Literal["absolute", "relative"]
 DEFAULT_STD = 0.1

@@ -11,11 +11,10 @@ import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from odeadv.fields import Jump, Operator, Piecewise
@@ -23,6 +22,9 @@ from odeadv.models._layers import CIFAR10_MEAN, CIFAR10_STD, Stem, conv, initial
 from odeadv.models._network import ImageNetwork, final_state, plain_substep, read_substep
 from odeadv.splitting import TorchDiffEq
 from odeadv.support.checks import integer, number
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class ConvField(nn.Module):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
 from torch import Tensor
 
 from odeadv.fields import AdversarialField, Operator
 from odeadv.models._network import FieldNetwork, Loss, adversarial_field, final_state, plain_substep, read_substep
 from odeadv.splitting import TorchDiffEq
 from odeadv.support.checks import integer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def refine(net: FieldNetwork, k: int, *, substep: str | TorchDiffEq | Mapping[str, Any] | None = None) -> Refined:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from odeadv.fields import Jump, Operator, Piecewise
@@ -18,6 +17,9 @@ from odeadv.models._layers import CIFAR10_MEAN, CIFAR10_STD, Stem, conv, initial
 from odeadv.models._network import ImageNetwork
 from odeadv.models._noise import NoiseKind, make_noise, noises_of, read_noise
 from odeadv.support.checks import integer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class PreActBlock(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odeadv.costate import Costate
 from odeadv.splitting.status import Status
+from odeadv.support.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,7 +163,8 @@ class Solution:
         Raises:
             ValueError: if the state changes its shape, as a network's does.
         """
-        from matplotlib.figure import Figure
+        with extra("plot"):
+            from matplotlib.figure import Figure
 
         if not isinstance(self.xs, Tensor):
             raise ValueError("plot: the state changes its shape, so its components cannot be followed")

@@ -12,6 +12,7 @@ from torch import Tensor
 from odeadv.fields.operator import Cost, Operator, VectorFunction, as_time, returned, same_shape
 from odeadv.fields.terms import Forcing
 from odeadv.support.checks import did_you_mean
+from odeadv.support.extras import extra
 from odeadv.support.isolation import check_unmodified, version
 
 Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
@@ -180,7 +181,8 @@ class TorchDiffEq:
     order: float = float("inf")
 
     def __post_init__(self) -> None:
-        from torchdiffeq._impl.odeint import SOLVERS
+        with extra("torchdiffeq"):
+            from torchdiffeq._impl.odeint import SOLVERS
 
         if self.method not in SOLVERS:
             raise ValueError(f"substep: torchdiffeq has no method {self.method!r}; it has {', '.join(SOLVERS)}")
@@ -196,7 +198,8 @@ class TorchDiffEq:
         Raises:
             ValueError: if it needs more steps than ``options["max_num_steps"]``.
         """
-        from torchdiffeq import odeint
+        with extra("torchdiffeq"):
+            from torchdiffeq import odeint
 
         def scaled(s: Tensor, y: Tensor) -> Tensor:
             return h * operator.velocity(clock.at(float(s.detach())), y, cost)
@@ -220,8 +223,9 @@ class TorchDiffEq:
 
 def _is_adaptive(method: str) -> bool:
     """Whether torchdiffeq chooses the steps of ``method`` itself and can be told where one has to end."""
-    from torchdiffeq._impl.odeint import SOLVERS
-    from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+    with extra("torchdiffeq"):
+        from torchdiffeq._impl.odeint import SOLVERS
+        from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 
     return issubclass(SOLVERS[method], RKAdaptiveStepsizeODESolver)
 

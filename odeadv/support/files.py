@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odeadv.support.extras import extra
+
 _INFO = "odeadv"
 
 
@@ -77,7 +79,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
         tensors: by name.
         info: plain data; kept as JSON in the file's header.
     """
-    from safetensors.torch import save_file
+    with extra("train"):
+        from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(info, sort_keys=True)
@@ -92,7 +95,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         DamagedFileError: if the file is not whole or has been altered.
         FileNotFoundError: if it is not there.
     """
-    from safetensors import SafetensorError, safe_open
+    with extra("train"):
+        from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from odeadv.support.extras import extra
 from odeadv.support.files import replacing
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def new_figure(width: float, height: float) -> Figure:
 
     It is made without pyplot, which would keep every figure alive and may open windows.
     """
-    from matplotlib.figure import Figure
+    with extra("plot"):
+        from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -51,7 +53,8 @@ def save_figure(path: Path, figure: Figure, *, dpi: int = 120) -> None:
 
     The file names neither a date nor a version of matplotlib, so that equal data give an equal file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    with extra("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     with replacing(path) as partial:

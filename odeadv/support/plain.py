@@ -15,6 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from odeadv.support.extras import extra
+
 T = TypeVar("T")
 
 
@@ -88,7 +90,8 @@ def load(kind: type[T], file: Path) -> T:
         except ValueError as error:
             raise ValueError(f"{file}: is not JSON: {error}") from None
     else:
-        import yaml
+        with extra("train"):
+            import yaml
 
         try:
             data = yaml.safe_load(text)
@@ -107,7 +110,8 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     Raises:
         ValueError: for an assignment without "=", or below something that is not a mapping.
     """
-    import yaml
+    with extra("train"):
+        import yaml
 
     result: dict[str, Any] = json.loads(json.dumps(data))
     for assignment in assignments:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from odeadv.support.extras import extra
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
@@ -28,7 +30,8 @@ def make_fabric(
         devices: processes on this machine.
         nodes: machines.
     """
-    from lightning_fabric import Fabric
+    with extra("train"):
+        from lightning_fabric import Fabric
 
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started us and knows better
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
