@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from odeadv.support.extras import extra
+
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of an accuracy of ``correct`` out of ``n`` >= 1 (Wilson 1927)."""
-    from scipy.stats import binomtest
+    with extra("evaluate"):
+        from scipy.stats import binomtest
 
     low, high = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
     return float(low), float(high)
