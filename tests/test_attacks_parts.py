@@ -409,7 +409,7 @@ class TestStarts:
             ({"momentum": -1}, ValueError, "momentum: got -1, expected a finite number, at least 0"),
             ({"target": torch.zeros(6)}, TypeError, "target: got dtype torch.float32, expected torch.int64"),
             ({"target": torch.arange(6) % 5}, ValueError, "target: got the label itself for 6 of 6 images"),
-            ({"target": torch.full((6,), 7)}, ValueError, "labels: got 7, expected class indices < 5"),
+            ({"target": torch.full((6,), 7)}, ValueError, "target: got 7, expected class indices < 5"),
             ({"target": (torch.arange(6) + 1) % 5, "loss": "kl"}, ValueError, "loss: got 'kl' with a target"),
             ({"tally": 1}, TypeError, r"tally: got 1, expected an odeadv\.attacks\.Tally"),
             ({"generator": torch.default_generator}, ValueError, "generator: got torch's global one"),

@@ -424,7 +424,8 @@ def test_write_of_an_unusable_model(tmp_path: Path) -> None:
         ({"norm": "l1"}, ValueError, "norm: got 'l1', expected one of 'linf', 'l2'"),
         ({"eps": 0.6}, ValueError, "eps: got 0.6, expected a finite number, above 0, at most 0.5"),
         ({"num_classes": 2.0}, TypeError, "num_classes: got 2.0, expected an integer, at least 1"),
-        ({"surrogate": len}, TypeError, "model: got builtin_function_or_method"),
+        ({"surrogate": len}, TypeError, "surrogate: got builtin_function_or_method"),
+        ({"progress": 3}, TypeError, "progress: got 3, expected a function of one string"),
     ],
 )
 def test_refusals(change: dict[str, object], error: type[Exception], message: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from odeadv.support.checks import shown
+from odeadv.support.checks import did_you_mean, shown
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["ce", "margin", "dlr", "kl"]
@@ -125,7 +125,7 @@ def resolve_loss(loss: object) -> LossRule:
     expected = "'ce', 'margin', 'dlr', 'kl' or a function (logits, labels) -> losses of shape (n,)"
     if isinstance(loss, str):
         if loss not in LOSS_RULES:
-            raise ValueError(f"loss: got {loss!r}, expected {expected}")
+            raise ValueError(f"loss: got {shown(loss)}, expected {expected}{did_you_mean(loss, LOSS_RULES)}")
         return LOSS_RULES[loss]
     if not callable(loss):
         raise TypeError(f"loss: got {shown(loss)}, expected {expected}")

@@ -157,7 +157,7 @@ def setting(
     eot = integer("eot", eot)
     target = check_target(target, labels)
     if target is not None and not rule.targeted:
-        raise ValueError(f"loss: got {loss!r} with a target, expected 'ce', 'margin', 'dlr' or a function")
+        raise ValueError(f"loss: got {shown(loss)} with a target, expected 'ce', 'margin', 'dlr' or a function")
     random = is_random(start)
     if generator is None and (random or eot > 1):
         generator = torch.Generator().manual_seed(0)

@@ -105,7 +105,7 @@ def resolve_start(
     if isinstance(start, str) and start == "clean":
         return clean_start
     if isinstance(start, str) and start not in _NAMES:
-        raise ValueError(f"start: got {start!r}, expected {expected}{did_you_mean(start, _NAMES)}")
+        raise ValueError(f"start: got {shown(start)}, expected {expected}{did_you_mean(start, _NAMES)}")
     if not isinstance(start, str) and not callable(start):
         raise TypeError(f"start: got {shown(start)}, expected {expected}")
     assert generator is not None

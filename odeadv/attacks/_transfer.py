@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from odeadv.attacks._setting import Best
 from odeadv.attacks.checks import check_images, check_labels, check_model, check_target
 from odeadv.attacks.objective import AttackLoss, Loss, attacking, constant, resolve_loss
+from odeadv.support.checks import shown
 from odeadv.support.isolation import Mode
 
 
@@ -52,7 +53,7 @@ def worst_of(
             )
     rule = resolve_loss(loss)
     if rule.needs_clean:
-        raise ValueError(f"loss: got {loss!r}, expected 'ce', 'margin', 'dlr' or a function")
+        raise ValueError(f"loss: got {shown(loss)}, expected 'ce', 'margin', 'dlr' or a function")
     check_model(model)
     check_labels(labels, len(candidates[0]), candidates[0].device)
     target = check_target(target, labels)

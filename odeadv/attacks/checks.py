@@ -59,10 +59,10 @@ def lengths(name: str, value: object, images: Tensor, *, most: float | None = No
     return value.detach().to(images.device, torch.float64).view(-1, *[1] * (images.ndim - 1))
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, *, name: str = "model") -> None:
     """Raise TypeError unless ``model`` is a module: only the modes and buffers of modules can be restored."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"{name}: got {type(model).__name__}, expected a torch.nn.Module")
 
 
 def check_images(images: object) -> None:
@@ -123,8 +123,14 @@ def answered(model: nn.Module, images: Tensor) -> object:
     return answer
 
 
-def check_classes(logits: object, n: int, highest_label: int) -> Tensor:
+def check_classes(logits: object, n: int, highest_label: int, *, name: str = "labels") -> Tensor:
     """Return ``logits`` if they are (n, classes), with at least two classes and one for every label.
+
+    Args:
+        logits: what the model returned.
+        n: the number of images.
+        highest_label: the largest label.
+        name: the argument that has the largest label, for the message.
 
     Raises:
         TypeError: if they are not a floating tensor.
@@ -145,7 +151,7 @@ def check_classes(logits: object, n: int, highest_label: int) -> Tensor:
             "is the logit of class 1, return torch.cat([-z, z], 1)"
         )
     if highest_label >= classes:
-        raise ValueError(f"labels: got {highest_label}, expected class indices < {classes} (the logits per image)")
+        raise ValueError(f"{name}: got {highest_label}, expected class indices < {classes} (the logits per image)")
     return logits
 
 

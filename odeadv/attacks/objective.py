@@ -142,7 +142,8 @@ class AttackLoss:
         self.gradient_evaluations = 0
         self.truth = Truth(labels, target)
         self._model = model
-        self._highest_label = int(labels.max()) if target is None else max(int(labels.max()), int(target.max()))
+        highest = {"labels": int(labels.max())} | ({} if target is None else {"target": int(target.max())})
+        self._highest_in, self._highest_label = max(highest.items(), key=lambda item: item[1])
         self._rule = loss if isinstance(loss, LossRule) else of_labels(loss)
         self._eot = eot
         self._deferred = deferred
@@ -233,7 +234,7 @@ class AttackLoss:
         return logits, losses
 
     def _forward(self, images: Tensor, index: Tensor | None) -> Tensor:
-        logits = check_classes(self._answer(images), len(images), self._highest_label)
+        logits = check_classes(self._answer(images), len(images), self._highest_label, name=self._highest_in)
         self._check(_finite_rows(logits), _LOGITS, index)
         self.forward_passes += len(images)
         if self._tally is not None:

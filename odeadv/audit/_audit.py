@@ -26,7 +26,7 @@ from odeadv.audit._report import Audit, Check
 from odeadv.audit._subject import Counts, Subject
 from odeadv.data import as_model_input
 from odeadv.evaluation.trust import PROBES
-from odeadv.support.checks import choice, integer, number
+from odeadv.support.checks import choice, integer, number, shown
 
 # Within a larger L-infinity radius every image could become grey, so robustness would mean nothing.
 _LARGEST_LINF = 0.5
@@ -82,7 +82,7 @@ def audit(
     """
     check_model(model)
     if surrogate is not None:
-        check_model(surrogate)
+        check_model(surrogate, name="surrogate")
     generator = check_generator(torch.Generator().manual_seed(0) if generator is None else generator)
     images, labels = _inputs(model, data)
     choice("norm", norm, BALLS)
@@ -92,6 +92,9 @@ def audit(
     tolerance = number("tolerance", tolerance, least=0)
     if num_classes is not None:
         num_classes = integer("num_classes", num_classes)
+
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: got {shown(progress)}, expected a function of one string")
 
     checks: list[Check] = []
     with attacking(model, "eval"):

@@ -95,7 +95,7 @@ def choice(name: str, value: Any, known: Iterable[str]) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {shown(value)}, {expected}")
     if value not in known:
-        raise ValueError(f"{name}: got {value!r}, {expected}{did_you_mean(value, known)}")
+        raise ValueError(f"{name}: got {shown(value)}, {expected}{did_you_mean(value, known)}")
     return value
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from odeadv.support.checks import choice
+
 Mode = Literal["eval", "train", "unchanged"]
 
 
@@ -24,8 +26,7 @@ def untouched(*modules: nn.Module, mode: Mode = "unchanged") -> Iterator[None]:
         modules: the modules to protect; one given twice (or inside another) is protected once.
         mode: ``"eval"`` or ``"train"`` sets every submodule's mode inside the body; ``"unchanged"`` sets none.
     """
-    if mode not in ("eval", "train", "unchanged"):
-        raise ValueError(f"mode: got {mode!r}, expected 'eval', 'train' or 'unchanged'")
+    choice("mode", mode, ("eval", "train", "unchanged"))
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     saved = [(part, part.training, dict(part._buffers)) for part in parts]
     try:
