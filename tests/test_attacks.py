@@ -39,7 +39,7 @@ every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.k
 
 
 def textbook(net: nn.Module, images: Tensor, labels: Tensor, start: Tensor, eps: float, alpha: float, m: int) -> Tensor:
-    """The attack as the papers print it: mean cross-entropy, `backward`, clip after every step."""
+    """Return the attack as the papers print it: mean cross-entropy, `backward`, clip after every step."""
     net = copy.deepcopy(net).eval()
     adversarial = start.clone()
     for _ in range(m):
@@ -83,7 +83,7 @@ class TestAgainstTheTextbook:
         linear = nn.Linear(4, 2).double()
         linear.weight.data = torch.tensor([[1.0, -2.0, 0.0, 3.0], [0.5, 1.0, 0.0, 3.5]], dtype=torch.float64)
         images = torch.full((2, 4), 0.5, dtype=torch.float64)
-        away = torch.tensor([-1.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # sign(w_1 - w_0); 0 where the weights agree
+        away = torch.tensor([-1.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # sign(w_1 - w_0), 0 if the weights agree
         expected = images + 0.1 * torch.stack([away, -away])
         actual = fgsm(linear, images, torch.tensor([0, 1]), eps=0.1)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
@@ -138,7 +138,7 @@ class TestBallAndBox:
         images = torch.tensor([data.draw(st.lists(number, min_size=1, max_size=8))], dtype=dtype)
         eps = data.draw(st.one_of(st.floats(0, 1e308), st.floats(0, 0.1), st.integers(0, 32).map(lambda k: k / 255)))
         lower, upper = linf_bounds(images, eps)
-        radius = torch.tensor(min(eps, 1.0), dtype=dtype)  # the largest one <= eps that the dtype has
+        radius = torch.tensor(min(eps, 1.0), dtype=dtype)  # the largest number <= eps in this dtype
         radius = radius if radius.item() <= eps else torch.nextafter(radius, torch.zeros((), dtype=dtype))
         assert lower.dtype == upper.dtype == dtype
         below, above = (torch.nextafter(b, torch.full_like(b, i)) for b, i in ((lower, -math.inf), (upper, math.inf)))
@@ -290,7 +290,7 @@ class TestDefaults:
 
 
 class TestRadiusPerExample:
-    """A tensor of radii does what one call per image would do."""
+    """A tensor of radii gives the result of one call per image."""
 
     RADII = torch.tensor([0.0, 1 / 255, 8 / 255, 0.1, 0.5, 1.0])
     ATTACKS: ClassVar[dict[str, Callable[..., Tensor]]] = {
@@ -339,7 +339,7 @@ class Fails(nn.Module):
 
 
 class Traced(TorchDispatchMode):
-    """Notes which of the gradients (input, weight, bias) every convolution's backward pass computes."""
+    """Record the gradients (input, weight, bias) that the backward pass of each convolution computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,7 +396,7 @@ class TestModelIsLeftAlone:
     @every_attack
     def test_other_modes(self, attack: Callable[..., Tensor]) -> None:
         net, (images, labels) = small_net(), batch()
-        net[3].p = 0.0  # batch norm is left to tell the modes apart
+        net[3].p = 0.0  # only batch norm still distinguishes the modes
         evaluated = attack(net.eval(), images, labels)
         assert torch.equal(attack(net, images, labels, mode="unchanged"), evaluated)
         trained = attack(net, images, labels, mode="train")
@@ -601,7 +601,7 @@ def test_refusals_come_before_any_work(attack: Callable[..., Tensor]) -> None:
 
 
 class InPlace(nn.Module):
-    """Normalises its images where they are, as published code does."""
+    """Normalise the images in place, as published code does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Example by example with torchattacks and foolbox, on a small convolutional net trained on handwritten digits."""
+"""Comparison with torchattacks, foolbox and AutoAttack, example by example, on a network of handwritten digits."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from odeadv import models
 from odeadv.attacks import apgd, apgd_t, fgsm, ifgsm, pgd, square
 
 EPS, ALPHA, STEPS = 0.1, 0.02, 20
-TIES = 2e-3  # a share of the examples: a gradient that rounding makes 0 for one library and not for the other
+TIES = 2e-3  # a share of the examples: rounding makes a gradient 0 in one library only
 
 
 class Normalised(nn.Module):
-    """Normalisation inside the model, as all attacks here expect it."""
+    """A model that normalises inside, as all attacks here expect."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Normalised(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[nn.Module, Tensor, Tensor]:
-    """A net, and 400 images in [0, 1] that it was not trained on."""
+    """Return a network, and 400 images in [0, 1] with labels that it was not trained on."""
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
@@ -66,7 +66,7 @@ def trained() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def torchattack(name: str, model: nn.Module, **given: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """One of their attacks with its own normalisation off: it only has one if it is told to."""
+    """Return one of their attacks, with their own normalisation off, which is the default."""
     attack = getattr(pytest.importorskip("torchattacks"), name)(model, **given)
     assert attack.normalization_used is None
     return attack
@@ -80,26 +80,26 @@ def foolbox_attack(name: str, model: nn.Module, **given: Any) -> Callable[[Tenso
 
 
 def disagreeing(model: nn.Module, ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """The share of examples with another outcome, and the share with a pixel that differs by more than rounding."""
+    """Return the shares of examples with another outcome, and with a pixel that differs by more than rounding."""
     with torch.no_grad():
         outcomes = model(ours).argmax(1) != model(theirs).argmax(1)
     return outcomes.float().mean().item(), differing(ours, theirs).float().mean().item()
 
 
 def differing(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Which examples have a pixel that differs by more than rounding."""
+    """Return (n,) bool: True for examples with a pixel that differs by more than rounding."""
     return (ours - theirs).flatten(1).abs().amax(1) > 1e-5
 
 
 def gradient_lengths(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The L2 norm of the gradient of each example's loss."""
+    """Return the L2 norm of the gradient of each example's loss."""
     x = images.clone().requires_grad_()
     loss = functional.cross_entropy(model(x), labels, reduction="sum")
     return torch.autograd.grad(loss, x)[0].flatten(1).norm(dim=1)
 
 
 def in_double(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
-    """For L2 steps: rounding in float32 is enough to part two runs at the kinks of the net within 20 steps."""
+    """Return all in float64, for L2 steps: within 20 steps float32 rounding parts two runs at the kinks of the net."""
     return copy.deepcopy(model).double(), images.double(), labels
 
 
@@ -123,7 +123,7 @@ class TestTorchattacks:
         some_survive(model, ours, labels)
         outcomes, pixels = disagreeing(model, ours, theirs)
         assert outcomes <= TIES
-        assert pixels <= 0.05  # a tie early on may change the path, hardly ever where it leads
+        assert pixels <= 0.05  # an early tie may change the path, but hardly ever the outcome
 
     def test_pgd_from_the_same_start(self, trained: tuple[nn.Module, Tensor, Tensor]) -> None:
         model, images, labels = trained
@@ -152,7 +152,7 @@ class TestTorchattacks:
     def test_apgd_agrees_in_robust_accuracy(
         self, trained: tuple[nn.Module, Tensor, Tensor], norm: str, eps: float, loss: str
     ) -> None:
-        """Random starts and small differences in bookkeeping: few examples may end otherwise, on neither side more."""
+        """Random starts and reviews differ: few outcomes may differ, and on either side alike."""
         model, images, labels = trained
         name = {"linf": "Linf", "l2": "L2"}[norm]
         theirs = torchattack("APGD", model, norm=name, eps=eps, steps=25, loss=loss, seed=0)(images, labels)
@@ -161,7 +161,7 @@ class TestTorchattacks:
         with torch.no_grad():
             held = [(model(x).argmax(1) == labels) & (model(images).argmax(1) == labels) for x in (ours, theirs)]
         only_ours, only_theirs = (held[0] & ~held[1]).sum().item(), (held[1] & ~held[0]).sum().item()
-        # Of 400. With two seeds of one and the same library up to 4 differ in L-infinity, and up to 33 in L2.
+        # Of 400. Between two seeds of one library up to 4 differ in L-infinity, and up to 33 in L2.
         assert only_ours + only_theirs <= (8 if norm == "linf" else 36)
         assert abs(only_ours - only_theirs) <= (4 if norm == "linf" else 14)
 
@@ -295,7 +295,7 @@ class TestFoolbox:
         if norm == "linf":
             start = start.clamp(images - eps, images + eps)
         else:
-            assert (start - images).flatten(1).norm(dim=1).max() < eps  # ours would be projected at once, theirs not
+            assert (start - images).flatten(1).norm(dim=1).max() < eps  # only ours would be projected at once
         attack = getattr(foolbox.attacks, name)(abs_stepsize=eps / 5, steps=STEPS)
         attack.get_random_start = lambda x0, epsilon: eagerpy.astensor(start)
         theirs = attack(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), images, labels, epsilons=eps)[0]
@@ -316,7 +316,7 @@ class TestFoolbox:
 
 
 class TestModelsFromElsewhere:
-    """What RobustBench's ``load_model`` returns: a module from images in [0, 1] to logits, normalising inside."""
+    """Models as RobustBench's ``load_model`` returns them: images in [0, 1] to logits, normalised inside."""
 
     class RobustBenchStyle(nn.Module):
         def __init__(self) -> None:
@@ -352,7 +352,7 @@ class TestModelsFromElsewhere:
         assert attack(net, images, labels).shape == images.shape
 
     def test_robustbench_takes_our_models(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its `benchmark` itself, on images of ours. What it calls autoattack is on PyPI as pyautoattack only."""
+        """Run its `benchmark` on our images. Its package autoattack is on PyPI only as pyautoattack."""
         autoattack = pytest.importorskip("pyautoattack")
 
         class AutoAttack(autoattack.AutoAttack):
@@ -369,7 +369,7 @@ class TestModelsFromElsewhere:
         try:
             import robustbench
             from robustbench import data
-        except ImportError as error:  # also where what it needs is not there
+        except ImportError as error:  # also if one of its dependencies is missing
             pytest.skip(f"could not import robustbench: {error}")
 
         net = models.preact_resnet(depth=8, width=4, generator=seeded()).eval()

@@ -150,7 +150,7 @@ class TestLosses:
 class TestLinearModels:
     """On a linear model of two classes the gradient is a multiple of the difference of the rows."""
 
-    MODEL = linear([1.0, -2.0, 0.0, 2.0], [2.0, 0.0, 0.0, 4.0])  # differences 1, 2, 0, 2: of norm 3
+    MODEL = linear([1.0, -2.0, 0.0, 2.0], [2.0, 0.0, 0.0, 4.0])  # the differences 1, 2, 0, 2 have norm 3
 
     @pytest.mark.parametrize("loss", ["ce", "margin"])
     def test_l2_step(self, loss: str) -> None:
@@ -171,7 +171,7 @@ class TestLinearModels:
         given = {"eps": 0.2, "norm": norm, "loss": loss}
         untargeted = fgsm(self.MODEL, images, labels, **given)
         targeted = fgsm(self.MODEL, images, labels, target=1 - labels, **given)
-        torch.testing.assert_close(targeted, untargeted)  # with two classes, away from one is towards the other
+        torch.testing.assert_close(targeted, untargeted)  # with two classes, leaving one is reaching the other
 
     def test_targeted_reaches_the_target_and_not_the_nearest_class(self) -> None:
         model = linear([1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0])
@@ -193,7 +193,7 @@ class TestLinearModels:
             pgd(self.MODEL, images, labels, alpha=0.05, steps=60, restarts=2, generator=seeded(), **shared),
             apgd(self.MODEL, images, labels, steps=60, generator=seeded(), **shared),
         ):
-            moved = torch.tensor([True, True, norm == "l2", True])  # nothing pulls at the third pixel
+            moved = torch.tensor([True, True, norm == "l2", True])  # the third pixel has no weight
             torch.testing.assert_close(attacked[:, moved], expected[:, moved], rtol=0, atol=2e-3)
 
     def test_l2_without_a_gradient_stays(self) -> None:
@@ -263,7 +263,7 @@ class TestL2Ball:
             generator=seeded(),
         )  # fmt: skip
         offset = (start - images) / 0.4
-        share = offset.square().sum(1)  # of the ball's volume, in two dimensions: uniform on [0, 1]
+        share = offset.square().sum(1)  # the share of the disc's area, which is uniform on [0, 1]
         assert share.max() <= 1
         assert share.mean() == pytest.approx(0.5, abs=0.015)  # three standard errors
         assert share.var() == pytest.approx(1 / 12, rel=0.1)
@@ -427,7 +427,7 @@ class TestStarts:
 
 
 class TestRestarts:
-    """The choice among the last iterates of several runs, spelt out one run at a time."""
+    """The choice among the last iterates of several runs, written out one run at a time."""
 
     @pytest.mark.parametrize("eps", [0.02, 0.06])
     def test_first_fooled_or_else_highest_loss(self, eps: float) -> None:
@@ -488,13 +488,13 @@ class TestRestarts:
         torch.testing.assert_close(actual, expected)
         one = ifgsm(model, images[:1], labels[:1], eps=0.3, alpha=0.1, steps=9, keep="worst", tally=tally)
         torch.testing.assert_close(one, expected[:1])
-        assert tally.queries.item() == 3  # the images, 0.5, 0.4: then it ends
+        assert tally.queries.item() == 3  # the images, then 0.5, then 0.4, where the run ends
         misclassified = ifgsm(model, images[:1] - 0.4, labels[:1], eps=0.3, alpha=0.1, steps=2, keep="worst")
         assert torch.equal(misclassified, images[:1] - 0.4)
 
 
 class Noisy(nn.Module):
-    """Adds the global generator's noise to the images, and notes what it was given and what it drew."""
+    """Add noise of the global generator to the images, and record the images and the noise."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -567,12 +567,12 @@ class TestPrecision:
         assert set(seen) == {torch.float32}
         assert attacked.dtype == gradient.dtype == torch.float32
         assert (attacked - images).abs().max() <= EPS
-        if loss != "kl":  # most pixels go where they go in float32
+        if loss != "kl":  # most pixels move as in float32
             full = pgd(model, images, labels, loss=loss, **shared | {"generator": seeded()})
             assert (attacked == full).float().mean() > 0.8
 
     def test_weights_still_have_gradients_after_an_attack_within_one_autocast(self) -> None:
-        """Autocast keeps the weights it has cast: those of the attack's passes must not be used for training."""
+        """Autocast caches cast weights. Training must not use those that the attack's passes cached."""
         model, (images, labels) = net(torch.float32), batch(torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             attacked = pgd(model, images, labels, eps=EPS, alpha=ALPHA, steps=2, loss="kl", generator=seeded())

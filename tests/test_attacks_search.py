@@ -1,4 +1,4 @@
-"""Auto-PGD against a loop over single examples written from the paper, and the Square attack by its own rules."""
+"""Auto-PGD compared with a loop over single examples from the paper, and the rules of the Square attack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from odeadv.attacks.balls import L2Ball
 
 
 def wavy(scale: float = 3.0) -> nn.Sequential:
-    """Few pixels, many bends: the step size has to fall before the loss settles."""
+    """Return a network with few pixels and many bends: the loss settles only after the step size falls."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 4)).double()
@@ -35,7 +35,7 @@ def batch(net: nn.Module, n: int = 10) -> tuple[Tensor, Tensor]:
 def apgd_of_one(
     net: nn.Module, clean: Tensor, label: Tensor, x0: Tensor, *, eps: float, steps: int, norm: str, rho: float = 0.75
 ) -> tuple[Tensor, list[float]]:
-    """Algorithm 1 of Croce and Hein 2020 on one image: what is returned, and the step sizes it had."""
+    """Algorithm 1 of Croce and Hein 2020 on one image. Return the image and its step sizes."""
 
     def f(x: Tensor) -> tuple[float, Tensor, bool]:
         x = x.clone().requires_grad_()
@@ -109,7 +109,7 @@ class TestAutoPGD:
         torch.testing.assert_close(actual, torch.stack([x for x, _ in expected]), rtol=0, atol=1e-7)
         if steps == 40 and eps == 0.02:
             last = [etas[-1] for _, etas in expected if etas]
-            assert min(last) < 2 * eps / 8  # the step sizes did fall, and not all alike
+            assert min(last) < 2 * eps / 8  # the step sizes did fall, and not all of them alike
             assert norm == "linf" or len(set(last)) > 1
 
     def test_returns_the_worst_it_has_seen(self) -> None:
@@ -190,7 +190,7 @@ class TestTargetedAutoPGD:
         fooled = net(attacked).argmax(1) != labels
         assert fooled[0]
         assert fooled.sum() > 5
-        assert tally.queries.max() <= 1 + 3 * 21  # four classes have three targets, though nine were asked for
+        assert tally.queries.max() <= 1 + 3 * 21  # four classes have three targets, although the default is nine
 
     def test_is_at_least_as_strong_as_each_target_alone(self) -> None:
         net = wavy()
@@ -232,7 +232,7 @@ class TestTargetedAutoPGD:
 
 
 class Spy(nn.Module):
-    """Notes the images it is given; its logits come from NumPy, so there is nothing to differentiate."""
+    """Record the images. The logits come from NumPy, so they cannot be differentiated."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -376,7 +376,7 @@ class TestSquareInL2:
         for size in range(1, 12):
             assert pattern(size).norm() == pytest.approx(1.0)
             pattern(size).zero_()
-            assert pattern(size).any()  # no tensor is kept, of the mode and device that it was made in
+            assert pattern(size).any()  # each call returns a new tensor: a cached one would keep its mode and device
 
     def test_first_query_has_bumps_in_tiles(self) -> None:
         images = self.images()
@@ -406,7 +406,7 @@ class TestSquareInL2:
         torch.testing.assert_close(offset, torch.full_like(offset, self.EPS))
         moved = bumps.proposed(best[index], share_of_pixels, index)
         for before, after, clean in zip(best[index], moved, images[index], strict=True):
-            gone = (after == clean).all(dim=0)  # the second window, less the first
+            gone = (after == clean).all(dim=0)  # the second window without the first
             same = (after == before).all(dim=0)
             window = ~gone & ~same
             rows, columns = window.any(dim=1).nonzero().flatten(), window.any(dim=0).nonzero().flatten()

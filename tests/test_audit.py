@@ -24,7 +24,7 @@ N = 80
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = copy.deepcopy(trained())  # the tests share that one
+        self.net = copy.deepcopy(trained())  # a copy, because tests share the network
 
 
 class Rounded(Wrapped):
@@ -53,7 +53,7 @@ class NotANumber(Wrapped):
 
 
 class DropoutOn(Wrapped):
-    """Its forward puts the dropout back into training mode."""
+    """The forward pass puts the dropout back into training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Learning(Wrapped):
 
 
 class Late(Wrapped):
-    """Answers differently from the twelfth call on."""
+    """A model whose answer changes at the twelfth call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class ByBatchSize(Wrapped):
 
 
 class WhenDifferentiated(Wrapped):
-    """A buffer moves only where gradients are on."""
+    """A buffer moves only if gradients are on."""
 
     moved: Tensor
 
@@ -135,21 +135,21 @@ class WhenDifferentiated(Wrapped):
 
 
 class NoisyGradients(Wrapped):
-    """Noise only where a gradient is asked for."""
+    """Noise only if the images require a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x + 0.05 * torch.randn_like(x)) if x.requires_grad else self.net(x)
 
 
 class OtherGradients(Wrapped):
-    """Another function, always the same, where a gradient is asked for."""
+    """Another function, always the same, if the images require a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.flip(3)) if x.requires_grad else self.net(x)
 
 
 class Private(Wrapped):
-    """Keeps what it has seen in a private list."""
+    """Batch sizes are kept in a private list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_the_headline_is_the_accuracy_under_everything_tried(honest: Audit) -> N
 
 
 def test_the_headline_counts_what_only_a_weak_attack_breaks() -> None:
-    """Square breaks a masked network where gradients stand still."""
+    """Square and transfer break a masked network whose gradients are zero."""
     found = run(Rounded(), surrogate=trained())
     assert found.robust_accuracy is not None
     assert found.robust_accuracy < dict(found.against_steps)[40]
@@ -254,7 +254,7 @@ class TestL2:
 
 
 class StraightThrough(Wrapped):
-    """Rounds its inputs, with the gradient of the identity."""
+    """Inputs are rounded, with the gradient of the identity."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x + ((8 * x).round() / 8 - x).detach())
@@ -284,7 +284,7 @@ def test_one_logit_is_named() -> None:
 
 
 class InPlace(Wrapped):
-    """Normalises its images where they are."""
+    """Images are normalised in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.mul_(1.5))
