@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +322,13 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"^block 0 \(Sequential\): modifies the state in place"):
         written.field(centred, labels)
     assert torch.equal(centred, inputs - 0.5)
+
+
+def test_the_example_trains_a_transformer_on_its_residual_stream(capsys):
+    """A few steps of the example, which prints one row per way of training."""
+    path = Path(__file__).parents[1] / "examples" / "transformer.py"
+    program = path.read_text(encoding="utf-8").replace("STEPS, BATCH, EPS, ETA = 250", "STEPS, BATCH, EPS, ETA = 3")
+    exec(compile(program, path, "exec"), {"__name__": "__main__"})
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["training", "natural", "LAD"]
+    assert rows[1].split()[1:] != rows[2].split()[1:]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from odeadv.fields import AdversarialField
 from odeadv.models import Network
 from odeadv.solver import solve
 from odeadv.splitting import schemes
@@ -17,6 +18,7 @@ from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
 from odeadv.training._strength import Strength, first_order, watch_loss
 
+TargetLoss = Callable[[Tensor, Tensor], Tensor]
 Perturbation = Literal["costate", "random", "shuffled", "input"]
 
 
@@ -80,12 +82,29 @@ class Layerwise(Defence, name="layerwise"):
             )
 
     def __call__(
-        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+        self,
+        net: Network,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: TargetLoss | None = None,
+        share: float = 1.0,
+        draws: Draws | None = None,
     ) -> Passed:
         """Return loss, logits and strength of the perturbed pass.
 
         ``passed = Layerwise("strang", eta=50.0)(net, images, labels); passed.loss.backward()`` is a step of a loop of
-        your own. Without ``draws``, random perturbations come from torch's global random state.
+        your own. The batch-norm statistics of ``net`` move once, as in a plain pass; its mode is used as it is.
+
+        Args:
+            net: any network with `field`: one of `odeadv.models`, or another network by `odeadv.models.from_blocks`
+                or `odeadv.models.from_module`.
+            images: the inputs, a batch.
+            labels: class numbers, probabilities, or the targets of ``loss``.
+            loss: ``loss(output, labels)``, a scalar tensor, averaged over the batch; the network's own (by default
+                the mean cross-entropy) if not given.
+            share: size of this batch divided by the size of the global batch, to whose mean eta belongs.
+            draws: random numbers of the step; if not given, they come from torch's global random state.
 
         Raises:
             ValueError: if ``strength`` is set; `train` chooses eta from it, and so does `with_eta`.
@@ -96,7 +115,7 @@ class Layerwise(Defence, name="layerwise"):
         if self.perturbation == "input":
             scheme = scheme.adjoint()
         eta = self.eta * share
-        field = net.field(images, labels, eta)
+        field = _field(net, images, labels, eta, loss)
         losses = watch_loss(field)
         if self.perturbation != "costate":
             field = field.transformed(lambda nodes: _instead(self.perturbation, nodes, drawn))
@@ -109,6 +128,15 @@ class Layerwise(Defence, name="layerwise"):
         costate = solution.costate
         nodes = first_order(costate.nodes, costate.grid, scheme, eta, self.ascent or 1)
         return Passed(solution.loss, solution.output, Strength(losses[0], solution.loss.detach(), nodes))
+
+
+def _field(net: Network, images: Tensor, labels: Tensor, eta: float, loss: TargetLoss | None) -> AdversarialField:
+    """Return the field of ``net``; with ``loss`` instead of the network's own if it is given."""
+    if loss is None:
+        return net.field(images, labels, eta)
+    if not callable(loss):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(output, labels)")
+    return net.field(images, labels, eta, loss=lambda output: loss(output, labels))
 
 
 def _check_strength(defence: Layerwise | Penalty) -> None:
@@ -158,10 +186,17 @@ class Undefended(Defence, name="none"):
     active = False
 
     def __call__(
-        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+        self,
+        net: Network,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: TargetLoss | None = None,
+        share: float = 1.0,
+        draws: Draws | None = None,
     ) -> Passed:
         """Return loss and logits of the plain pass."""
-        solution = solve(net.field(images, labels), **net.solve_options)
+        solution = solve(_field(net, images, labels, 0.0, loss), **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None
         return Passed(solution.loss, solution.output, Strength.none(solution.loss))
@@ -190,7 +225,14 @@ class Penalty(Defence, name="penalty"):
         _check_strength(self)
 
     def __call__(
-        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+        self,
+        net: Network,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        loss: TargetLoss | None = None,
+        share: float = 1.0,
+        draws: Draws | None = None,
     ) -> Passed:
         """Return the penalised loss, the logits of the plain pass and the strength.
 
@@ -199,7 +241,7 @@ class Penalty(Defence, name="penalty"):
         """
         _check_chosen(self)
         # The plain pass updates statistics; the recording, made when it is asked for, keeps its graph and does not.
-        solution = solve(net.field(images, labels), differentiate_costate=True, **net.solve_options)
+        solution = solve(_field(net, images, labels, 0.0, loss), differentiate_costate=True, **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None
         eta = self.eta * share

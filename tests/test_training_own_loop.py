@@ -1,0 +1,125 @@
+"""A defence in a loop of your own: three lines, any targets, any loss; statistics move once."""
+
+import copy
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import odeadv
+from odeadv import models
+from odeadv.training import Layerwise, Penalty, Undefended
+
+ETA = 5.0
+
+
+def resnet() -> models.PreActResNet:
+    return models.preact_resnet(8, 4, 10, generator=torch.Generator().manual_seed(0)).double()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.rand(8, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+
+
+def test_three_lines():
+    net, (images, labels) = resnet(), batch()
+    passed = Layerwise("strang", eta=ETA)(net, images, labels)
+    passed.loss.backward()
+    assert passed.logits.shape == (8, 10)
+    assert all(p.grad is not None for p in net.parameters())
+    twin = resnet()
+    expected = odeadv.solve(twin.field(images, labels, eta=ETA), scheme="strang")
+    assert torch.equal(passed.loss, expected.loss)
+
+
+def by_hand(net: models.PreActResNet, images: Tensor, loss: object) -> Tensor:
+    """Eq. 5 with any loss of the logits, in evaluation mode."""
+    states = [net.stem(images)]
+    for block in net.blocks:
+        states.append(block(states[-1]))
+    a = torch.autograd.grad(loss(net.head(states[-1])), states)
+    x = net.stem(images)
+    for n, block in enumerate(net.blocks):
+        x = block(x) + ETA * a[n + 1]
+    return loss(net.head(x))
+
+
+@pytest.mark.parametrize("kind", ["soft", "mixup", "regression", "smoothing"])
+def test_targets_that_are_not_class_numbers(kind):
+    net, (images, labels) = resnet().eval(), batch()
+    noise = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    one_hot = F.one_hot(labels, 10).double()
+    targets, loss = {
+        "soft": (noise.softmax(1), None),
+        "mixup": (0.6 * one_hot + 0.4 * one_hot.flip(0), None),
+        "regression": (noise, F.mse_loss),
+        "smoothing": (labels, nn.CrossEntropyLoss(label_smoothing=0.1)),
+    }[kind]
+    value = loss or F.cross_entropy
+    passed = Layerwise("lie", eta=ETA)(net, images, targets, loss=loss)
+    assert torch.allclose(passed.loss, by_hand(net, images, lambda logits: value(logits, targets)), rtol=1e-10)
+    assert torch.allclose(passed.loss, value(passed.logits, targets), rtol=1e-12)
+    plain = Undefended()(net, images, targets, loss=loss)
+    assert torch.allclose(plain.loss, value(net(images), targets), rtol=1e-12)
+    assert Penalty(eta=1e-3)(net, images, targets, loss=loss).loss > plain.loss
+    with pytest.raises(TypeError, match=r"^loss: got str, expected a callable loss\(output, labels\)"):
+        Layerwise("lie", eta=ETA)(net, images, targets, loss="mse")
+
+
+def test_statistics_move_once_and_the_mode_is_kept():
+    net, (images, labels) = resnet(), batch()
+    net.blocks[0].eval()  # frozen by its user
+    before = copy.deepcopy(net.state_dict())
+    modes = [module.training for module in net.modules()]
+    Layerwise("strang", eta=0.0)(net, images, labels)
+    twin = resnet()
+    twin.blocks[0].eval()
+    twin(images)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in net.state_dict().items())
+    net.load_state_dict(before)
+    Layerwise("strang", eta=ETA)(net, images, labels)
+    assert [module.training for module in net.modules()] == modes
+    counts = {int(b) for name, b in net.named_buffers() if "num_batches" in name and not name.startswith("blocks.0.")}
+    assert counts == {1}
+
+
+def test_parts_of_a_batch_add_up_with_their_share():
+    net, (images, labels) = resnet().eval(), batch()
+    lad = Layerwise("strang", eta=ETA)
+    whole = lad(net, images, labels)
+    parts = [lad(net, images[k : k + 4], labels[k : k + 4], share=0.5) for k in (0, 4)]
+    assert torch.allclose(torch.cat([part.logits for part in parts]), whole.logits, rtol=1e-10)
+
+
+def test_a_foreign_network_learns_in_a_plain_loop():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(2, 16), nn.Sequential(nn.Tanh(), nn.Linear(16, 16)), nn.Linear(16, 1))
+    net = models.from_module(plain, layers=["1"], loss=F.mse_loss)
+    lad, optimizer = Layerwise("lie", eta=0.1), torch.optim.AdamW(net.parameters(), lr=1e-2)
+    x = torch.rand(64, 2)
+    y = (x[:, :1] * x[:, 1:]).detach()
+    first = F.mse_loss(plain(x), y).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        lad(net, x, y).loss.backward()
+        optimizer.step()
+    assert F.mse_loss(plain(x), y).item() < 0.2 * first
+
+
+def test_the_lightning_module_of_the_page_returns_the_loss(monkeypatch):
+    """Lightning is no dependency: its base class is stood in for by a module."""
+    monkeypatch.setitem(sys.modules, "lightning", types.SimpleNamespace(LightningModule=nn.Module))
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```py\n(.*?)```", page, re.S)
+    scope: dict[str, object] = {}
+    exec(program, scope)
+    net, (images, labels) = resnet(), batch()
+    module = scope["Defended"](net)
+    module.training_step((images, labels), 0).backward()
+    module.configure_optimizers().step()
+    assert all(p.grad is not None for p in net.parameters())
