@@ -4,8 +4,8 @@
 
 The task: does the first token of a sequence occur again? The network is an embedding, two encoder layers and a readout
 of the first position, all from torch.nn. The printed robust accuracy is that of embeddings moved by one signed step of
-the loss's gradient: tokens have no pixels, so the attack acts on the first state. The numbers are those of one seed: they
-show how it is done, not that it helps.
+the loss's gradient: tokens have no pixels, so the attack acts on the first state. The numbers are those of one seed:
+they show how it is done, not that it helps.
 """
 
 import torch
