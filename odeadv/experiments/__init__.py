@@ -4,6 +4,7 @@ The top of the package; imports everything below it.
 """
 
 from odeadv.experiments._budget import Budget, budget, write_budget
+from odeadv.experiments._campaign import STAGES, Stage, run_stage
 from odeadv.experiments._command import add_table_arguments, main, make_table
 from odeadv.experiments._config import DataConfig, Method, ModelConfig, RunConfig, load_config, method_of, parse_method
 from odeadv.experiments._figure2 import write_figure2
@@ -28,6 +29,7 @@ from odeadv.experiments._tune import tune
 
 __all__ = [
     "PRESETS",
+    "STAGES",
     "TABLES",
     "Agreement",
     "Budget",
@@ -44,6 +46,7 @@ __all__ = [
     "RunConfig",
     "RunLockedError",
     "Size",
+    "Stage",
     "Table",
     "add_table_arguments",
     "agreement",
@@ -64,6 +67,7 @@ __all__ = [
     "render",
     "rerun",
     "run",
+    "run_stage",
     "tune",
     "with_eta",
     "write_budget",

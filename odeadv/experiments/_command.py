@@ -42,6 +42,9 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
         "--autoattack", type=int, metavar="N",
         help="AutoAttack too, on the first N test images (of the last weights; needs the package pyautoattack)",
     )  # fmt: skip
+    parser.add_argument(
+        "--last", action="store_true", help="evaluate the last weights only, not those of the best epoch"
+    )
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="one run after the other, or Ray")
     parser.add_argument("--cpus", type=int, default=1, help="that Ray reserves for a run")
     parser.add_argument("--gpus", type=float, default=0.0, help="that Ray reserves for a run")
@@ -93,7 +96,7 @@ def _list(pairs: Sequence[tuple[Row, RunConfig]]) -> int:
 def _run(table: Table, configs: Sequence[RunConfig], args: argparse.Namespace, out: Path) -> int:
     """Run what is missing of ``configs`` and copy the records to ``out``; how many have failed."""
     check_folder("runs", args.runs)
-    protocols: tuple[str | Measurement, ...] = (table.protocol,)
+    protocols: tuple[str | Measurement, ...] = (Measurement(table.protocol, best=not args.last),)
     if args.autoattack is not None:
         protocols = (*protocols, Measurement(table.autoattack, args.autoattack, best=False))
         require_packages(table.autoattack)

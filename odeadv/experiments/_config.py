@@ -16,7 +16,19 @@ from odeadv.data import ImageDataset
 from odeadv.models import FieldNetwork
 from odeadv.splitting import schemes
 from odeadv.support import plain as configuration
-from odeadv.training import Defence, Layerwise, Natural, Objective, Perturbation, Pgd, Trades, TrainConfig, Undefended
+from odeadv.support.checks import integer
+from odeadv.training import (
+    Defence,
+    Layerwise,
+    Natural,
+    Objective,
+    Penalty,
+    Perturbation,
+    Pgd,
+    Trades,
+    TrainConfig,
+    Undefended,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class DataConfig:
         folds: for cross-validation, into how many parts the training images are divided (0: they are not); the test
             images are then part ``fold`` of them, and those of the data set are not used.
         fold: which part.
+        image_size: height and width that all images are averaged down to; None keeps them as they are.
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -42,12 +55,15 @@ class DataConfig:
     validation_images: int = 0
     folds: int = 0
     fold: int = 0
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("train_images", "test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1, or null for all")
+        if self.image_size is not None:
+            integer("image_size", self.image_size, least=1)
         if self.validation_images < 0:
             raise ValueError(f"validation_images: got {self.validation_images}, expected at least 0")
         if self.folds < 0 or self.folds == 1 or not 0 <= self.fold <= max(0, self.folds - 1):
@@ -60,6 +76,8 @@ class DataConfig:
             ValueError: if there are too few images.
         """
         aside = None
+        if self.image_size is not None:
+            data = data.resized(self.image_size)
         if self.folds:
             data = data.fold(self.fold, self.folds)
         if self.validation_images:
@@ -179,6 +197,7 @@ class Method:
         zero: eta = 0.
         sweeps: recordings.
         matched: without a defence, trained for as many passes as with LAD.
+        penalty: the explicit gradient penalty takes the place of a defence by a scheme.
     """
 
     objective: str
@@ -189,9 +208,17 @@ class Method:
     zero: bool = False
     sweeps: int = 1
     matched: bool = False
+    penalty: bool = False
+
+    @property
+    def defended(self) -> bool:
+        """Whether eta matters: there is a scheme or the explicit penalty."""
+        return self.scheme is not None or self.penalty
 
     def defence(self, eta: float) -> Defence:
-        """Its defence with strength ``eta``."""
+        """Return the defence with strength ``eta``."""
+        if self.penalty:
+            return Penalty(eta)
         if self.scheme is None:
             return Undefended()
         return Layerwise(self.scheme, 0.0 if self.zero else eta, self.sweeps, None, self.perturbation)
@@ -209,7 +236,8 @@ def parse_method(name: str) -> Method:
     Parts: ``damp``, ``lambda-damp``; ``lad``, ``lad-sm``, ``lad-midpoint``, ``lad-symmetric`` (schemes ``"lie"``,
     ``"strang"``, ``"strang-midpoint"``, ``"strang-symmetric"``), with ``sweeps2`` and the like; for ablations
     ``random``, ``shuffled``, ``input`` (what drives the state) and ``eta0`` (eta = 0; for TRADES the mix of losses is
-    what is left); ``noise``; and ``matched``, without a defence, for more epochs: as many passes as with LAD.
+    what is left); ``penalty``, the explicit gradient penalty in place of LAD; ``noise``; and ``matched``, without a
+    defence, for more epochs: as many passes as with LAD.
 
     Raises:
         ValueError: for a part that is none of these, or two of a kind.
@@ -225,7 +253,9 @@ def parse_method(name: str) -> Method:
         found[kind] = value
     if "scheme" not in found and found.keys() & {"perturbation", "zero", "sweeps"}:
         raise ValueError(f"method: {name!r} changes a defence it does not have; add +lad or +lad-sm")
-    if "scheme" in found and "matched" in found:
+    if "scheme" in found and "penalty" in found:
+        raise ValueError(f"method: {name!r} has LAD and its explicit penalty; give one of them")
+    if found.keys() & {"scheme", "penalty"} and "matched" in found:
         raise ValueError(f"method: {name!r} has a defence, whose passes it cannot be matched to")
     return Method(objective, **found)  # type: ignore[arg-type]
 
@@ -237,15 +267,15 @@ def _part(name: str, part: str) -> tuple[str, object]:
         return "scheme", DEFENCES[part]
     if part in PERTURBATIONS:
         return "perturbation", part
-    if part == "matched":
-        return "matched", True
+    if part in ("matched", "penalty"):
+        return part, True
     if part == "noise":
         return "noise", True
     if part == "eta0":
         return "zero", True
     if part.startswith("sweeps") and part[6:].isdigit() and int(part[6:]) >= 1:
         return "sweeps", int(part[6:])
-    known = [*DAMPINGS, *DEFENCES, *PERTURBATIONS, "noise", "eta0", "sweeps2", "matched"]
+    known = [*DAMPINGS, *DEFENCES, *PERTURBATIONS, "noise", "eta0", "sweeps2", "penalty", "matched"]
     near = "".join(f"; did you mean {match!r}?" for match in difflib.get_close_matches(part, known, n=1))
     raise ValueError(f"method: {part!r} in {name!r} is not known{near}; parts are {', '.join(known)}")
 
@@ -279,7 +309,8 @@ def method_of(config: RunConfig) -> str:
 def passes(config: RunConfig) -> int:
     """Passes through the network that a training step makes: forward, to activations and weight gradients count 1 each.
 
-    A pass that is trained on counts 3, an attack step or a recording 2; the exact midpoint 2 more.
+    A pass that is trained on counts 3, an attack step or a recording 2; the exact midpoint 2 more. Differentiating a
+    recording, as the explicit penalty does, counts twice what the recording does.
     """
     training = config.training
     objective = training.objective
@@ -291,6 +322,8 @@ def passes(config: RunConfig) -> int:
     if isinstance(defence, Layerwise) and defence.eta:
         recordings = defence.ascent or (defence.sweeps if isinstance(defence.sweeps, int) else 1)
         trained += 2 * recordings + (2 if schemes.get(defence.scheme).name == "strang-midpoint" else 0)
+    if isinstance(defence, Penalty) and defence.eta:
+        trained += 2 + 4
     return trained
 
 

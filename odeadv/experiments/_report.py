@@ -292,7 +292,7 @@ def differences(results: Results) -> str:
                 if row.label not in names:
                     names.append(row.label)
     labels = [row.label for row in results.rows]
-    defended = [row.label for row in results.rows if parse_method(row.method).scheme]
+    defended = [row.label for row in results.rows if parse_method(row.method).defended]
     for text, names in said.items():
         who = "all with LAD" if names == defended and len(names) > 3 else ", ".join(names)
         parts.append(text if names == labels else f"{text} ({who})")
@@ -325,7 +325,9 @@ def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> lis
 
 def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
     parts = []
-    if (here.model.depth, here.model.width) != (paper.model.depth, paper.model.width):
+    if here.model.name != paper.model.name:
+        parts.append(f"a {here.model.name} of width {here.model.width} instead of ResNet-{paper.model.depth}")
+    elif (here.model.depth, here.model.width) != (paper.model.depth, paper.model.width):
         parts.append(f"ResNet-{here.model.depth} of width {here.model.width} instead of ResNet-{paper.model.depth}")
     mine, theirs = plain.to_dict(here.training), plain.to_dict(paper.training)
     for name, label in (("epochs", "epochs"), ("batch_size", "images a batch"), ("precision", "training")):
@@ -337,8 +339,15 @@ def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
     if [m / mine["epochs"] for m in mine["milestones"]] != [m / theirs["epochs"] for m in theirs["milestones"]]:
         parts.append(f"learning rate drops after {', '.join(map(str, mine['milestones']))} epochs")
     if mine["objective"] != theirs["objective"]:
-        steps = mine["objective"].get("steps"), theirs["objective"].get("steps")
-        parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
+        steps, radii = ([o["objective"].get(key) for o in (mine, theirs)] for key in ("steps", "eps"))
+        if steps[0] != steps[1]:
+            parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
+        if radii[0] != radii[1]:
+            parts.append(f"eps {255 * radii[0]:g}/255 instead of {255 * radii[1]:g}/255 in training")
+    if mine["augment"] != theirs["augment"]:
+        parts.append("no augmentation" if mine["augment"] == "none" else f"augmentation by {mine['augment']}")
+    if here.data.image_size:
+        parts.append(f"images of {here.data.image_size} x {here.data.image_size} pixels")
     if here.model.passes != paper.model.passes:
         parts.append(f"{here.model.passes} instead of {paper.model.passes} noisy passes averaged")
     if here.data.train_images or here.data.validation_images:

@@ -94,7 +94,7 @@ class Results:
 
     def etas(self, row: Row) -> tuple[str, str]:
         """The paper's eta and the one here, as the page says them; empty where they are the same in all rows."""
-        if not self.sweeps_eta or parse_method(row.method).scheme is None:
+        if not self.sweeps_eta or not parse_method(row.method).defended:
             return "", ""
         there, here = (f", eta {preset.eta(row, self.dataset):g}" for preset in (PRESETS["paper"], self.preset))
         return there, here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -47,16 +47,19 @@ class Row:
         method: see `odeadv.experiments.parse_method`.
         factor: eta as a multiple of the preset's.
         paper_key: its name in ``paper_tables.json``; the method if not given.
+        weight_decay: in place of the preset's; None for the preset's.
     """
 
     method: str
     factor: float = 1.0
     paper_key: str = ""
+    weight_decay: float | None = None
 
     @property
     def name(self) -> str:
-        """Its name on the command line: the method, with the factor where there is one."""
-        return self.method if self.factor == 1.0 else f"{self.method}@{self.factor:g}"
+        """The row's name on the command line: its method, then the factor and the weight decay if there are any."""
+        factor = "" if self.factor == 1.0 else f"@{self.factor:g}"
+        return f"{self.method}{factor}{'' if self.weight_decay is None else f':wd{self.weight_decay:g}'}"
 
     @property
     def label(self) -> str:
@@ -70,9 +73,10 @@ class Row:
             "lad-midpoint": "LAD exact midpoint",
         }
         words |= {"lad-symmetric": "LAD symmetric", "damp": "In-ResNet", "lambda-damp": "lambda-In-ResNet"}
-        words |= {"matched": "as many passes as LAD"}
+        words |= {"matched": "as many passes as LAD", "penalty": "explicit penalty"}
         text = " + ".join(words.get(part, part) for part in (objective, *parts))
-        return text if self.factor == 1.0 else f"{text}, eta x {self.factor:g}"
+        text += "" if self.factor == 1.0 else f", eta x {self.factor:g}"
+        return text if self.weight_decay is None else f"{text}, weight decay {self.weight_decay:g}"
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,9 @@ class Table:
         return tuple(row.name for row in self.rows)
 
     def baseline(self, row: Row) -> Row | None:
-        """What ``row`` is compared with: the undefended row of its objective."""
-        objective = row.method.split("+")[0]
-        return None if row.method == objective else self.row(objective) if objective in self.methods else None
+        """Return what ``row`` is compared with: the undefended row of its objective and weight decay."""
+        plain = Row(row.method.split("+")[0], weight_decay=row.weight_decay).name
+        return None if row.name == plain else self.row(plain) if plain in self.methods else None
 
     def compared(self, row: Row) -> list[Row]:
         """What the claims compare ``row`` with: its `baseline`, and the rows that differ from it in one part.
@@ -136,7 +140,8 @@ class Table:
         plain = "+".join("lad" if part.startswith("lad-") else part for part in parts)
         matched = [f"{parts[0]}+matched"] if len(parts) == 2 and parse_method(row.method).scheme is not None else []
         methods = (*less, plain, *matched)
-        others = [r for method in methods for r in self.rows if (r.method, r.factor) == (method, row.factor)]
+        like = (row.factor, row.weight_decay)
+        others = [r for method in methods for r in self.rows if (r.method, r.factor, r.weight_decay) == (method, *like)]
         return [r for r in dict.fromkeys([base, *others]) if r is not None and r != row]
 
     def paper(self, dataset: str) -> Mapping[str, Mapping[str, float]]:
@@ -187,8 +192,15 @@ _LARGE = (
     Column("ifgsm_8", "ifgsm", 8, 20),
     Column("ifgsm_12", "ifgsm", 12, 20),
 )
+_HALF = (
+    Column("fgsm_4", "fgsm", 4, 1),
+    Column("fgsm_6", "fgsm", 6, 1),
+    Column("ifgsm_4", "ifgsm", 4, 20),
+    Column("ifgsm_6", "ifgsm", 6, 20),
+)
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
+_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # beside the preset's and the pilot's best, 2e-2
 
 TABLES = {
     table.name: table
@@ -247,6 +259,38 @@ TABLES = {
             "ablations-trades", "Ablations of TRADES: the mix of losses alone", "table2", _LARGE,
             _rows("trades", "trades+matched", "trades+lad", "trades+lad+eta0"),
         ),
+        Table(
+            "mechanism", "What LAD does to PGD training, and what else does it", "eps4", _HALF,
+            (
+                *_rows(
+                    "pgd", "pgd+matched", "pgd+lad", "pgd+lad-sm", "pgd+lad-symmetric", "pgd+lad-sm+random",
+                    "pgd+lad+input", "pgd+lad+eta0", "pgd+penalty",
+                ),
+                *(Row(method, 0.4) for method in ("pgd+lad", "pgd+lad-sm", "pgd+penalty")),
+                *(
+                    Row(method, weight_decay=2e-2)
+                    for method in (
+                        "pgd", "pgd+lad", "pgd+lad-sm", "pgd+lad-sm+random", "pgd+lad+input", "pgd+penalty",
+                    )
+                ),
+                *(Row(method, 0.4, weight_decay=2e-2) for method in ("pgd+lad", "pgd+lad-sm")),
+                *(Row(method, weight_decay=decay) for decay in _DECAYS for method in ("pgd", "pgd+lad-sm")),
+            ),
+            datasets=("cifar10",), autoattack_255=4.0,
+        ),
+        Table(
+            "mechanism-eta", "What the strength of LAD does to PGD training", "eps4", _HALF,
+            (
+                Row("pgd"),
+                *(Row(f"pgd+{m}", factor) for m in ("lad", "lad-sm") for factor in (0.001, 0.01, 0.1, 1.0, 10.0)),
+            ),
+            datasets=("cifar10",), autoattack_255=4.0,
+        ),
+        Table(
+            "mechanism-trades", "What LAD does to TRADES beyond the mix of losses", "eps4", _HALF,
+            _rows("trades", "trades+lad+eta0", "trades+lad", "trades+lad-sm"),
+            datasets=("cifar10",), autoattack_255=4.0,
+        ),
     )
 }  # fmt: skip
 
@@ -265,6 +309,11 @@ class Size:
         attack_steps: of the attack trained on.
         passes: noisy passes averaged at inference.
         batch_size: images a step; eta / batch_size is what is invariant.
+        model: name of the network; ``depth`` is that of a ``"preact_resnet"``.
+        options: further arguments of that network.
+        image_size: see `DataConfig`.
+        augment, lr, weight_decay: see `odeadv.training.TrainConfig`.
+        eps_255: radius of the attack trained on, in 1/255; its steps are a quarter of it.
     """
 
     depth: int
@@ -278,10 +327,20 @@ class Size:
     attack_steps: int = 10
     passes: int = 100
     batch_size: int = 128
+    model: str = "preact_resnet"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    augment: Literal["crop-flip", "crop", "flip", "none"] = "crop-flip"
+    lr: float = 0.1
+    weight_decay: float = 1e-4
+    eps_255: float = 8.0
 
     def can_run(self, row: Row) -> bool:
-        """Whether ``row`` is another method than without its damping: a ResNet-8 has no block to damp."""
-        return parse_method(row.method).damping is None or self.depth >= 14
+        """Return whether the network has what ``row`` changes: a ResNet-8 has no block to damp, an MLP no noise."""
+        method = parse_method(row.method)
+        if self.model != "preact_resnet":
+            return method.damping is None and not method.noise
+        return method.damping is None or self.depth >= 14
 
     def epochs_on(self, dataset: str) -> int:
         """Epochs for a data set."""
@@ -337,6 +396,15 @@ _CPU_ADVERSARIAL = replace(
     # CIFAR-100 has ten times the classes: twice the images, at about the same price.
     epochs={**dict.fromkeys(ETA, 45), "cifar100": 30}, train_images={**dict.fromkeys(ETA, 1000), "cifar100": 2000},
 )  # fmt: skip
+# Regimes in which plain PGD over-fits, so that a defence has something to mend: few small images, no augmentation, a
+# radius of 4/255. Eta is that of the pilots (docs/results/rules.md); the seeds of the pilots are not used again.
+_MLP = Size(
+    ModelConfig.depth, 128, 60, "fp32", dict.fromkeys(ETA, 25.0),
+    train_images=1000, test_images=4000, validation_images=2000, attack_steps=5, batch_size=64,
+    model="residual_mlp", options={"blocks": 6, "image_size": 8}, image_size=8,
+    augment="none", lr=0.05, weight_decay=5e-4, eps_255=4.0,
+)  # fmt: skip
+_OVERFIT = replace(_MLP, depth=8, width=16, model="preact_resnet", options={}, image_size=16, lr=0.1)
 
 PRESETS = {
     preset.name: preset
@@ -353,6 +421,15 @@ PRESETS = {
             "bf16", "cifar10", {"natural": _BF16, "pgd": _BF16_ADVERSARIAL, "trades": _BF16_ADVERSARIAL}, (0, 1, 2),
             "real CIFAR on two cores that compute in bfloat16: ResNet-8 of width 16, three seeds; natural training on "
             "all images, adversarial on some",
+        ),
+        Preset(
+            "mlp", "cifar10", {"natural": _MLP, "pgd": _MLP, "trades": _MLP}, tuple(range(10, 20)),
+            "real CIFAR at 8 x 8 pixels, a residual MLP that over-fits 1000 images, ten seeds; less than a minute per "
+            "run on one core",
+        ),
+        Preset(
+            "overfit", "cifar10", {"natural": _OVERFIT, "pgd": _OVERFIT, "trades": _OVERFIT}, tuple(range(10, 18)),
+            "real CIFAR at 16 x 16 pixels, a ResNet-8 that over-fits 1000 images, eight seeds; minutes a run",
         ),
         Preset(
             "paper", "cifar10", {"natural": _PAPER, "pgd": _PAPER, "trades": _PAPER}, (0, 1, 2),
@@ -379,20 +456,27 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
             / _passes(Row(method.objective), size, dataset)
         )
     return RunConfig(
-        data=DataConfig(dataset, size.train_images_on(dataset), size.test_images, size.validation_images),
+        data=DataConfig(
+            dataset, size.train_images_on(dataset), size.test_images, size.validation_images, image_size=size.image_size
+        ),
         model=ModelConfig(
+            name=size.model,
             depth=size.depth,
             width=size.width,
             damping=method.damping,
             noise=NOISE_STD if method.noise else 0.0,
             passes=size.passes if method.noise else ModelConfig.passes,
+            options=size.options,
         ),
         training=TrainConfig(
-            objective=method.attack(size.attack_steps, 8 / 255, 2 / 255),
+            objective=method.attack(size.attack_steps, size.eps_255 / 255, size.eps_255 / 4 / 255),
             defence=method.defence(row.factor * size.eta[dataset]),
             epochs=epochs,
             batch_size=size.batch_size,
+            lr=size.lr,
             milestones=(epochs // 2, epochs * 3 // 4),
+            weight_decay=size.weight_decay if row.weight_decay is None else row.weight_decay,
+            augment=size.augment,
             precision=size.precision,
             seed=seed,
         ),

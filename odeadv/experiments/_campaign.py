@@ -1,0 +1,112 @@
+"""The campaign that tests the paper's claims: its stages as data, in the order in which they are run.
+
+docs/results/rules.md states the decision rules; it is older than the runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from odeadv.support.files import write_json
+
+from ._launch import Failure, Job, launch
+from ._run import Measurement
+from ._tables import PRESETS, TABLES, configurations
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the campaign.
+
+    Attributes:
+        name: as in docs/results/rules.md.
+        table, preset: names of the table and the preset; the data set is CIFAR-10.
+        seeds: seeds that no earlier result has used, except for ``rows`` that continue a committed table.
+        rows: some rows of the table, by name; empty for all.
+        best: whether the weights of the best epoch are evaluated as well as the last ones.
+        says: what the stage decides.
+    """
+
+    name: str
+    table: str
+    preset: str
+    seeds: tuple[int, ...]
+    rows: tuple[str, ...] = ()
+    best: bool = True
+    says: str = ""
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The runs of the stage: all rows of the first seed, then of the next."""
+        table = TABLES[self.table]
+        pairs = configurations(
+            table, PRESETS[self.preset], dataset="cifar10", methods=self.rows or None, seeds=self.seeds
+        )
+        return [Job(config, (Measurement(table.protocol, best=self.best),)) for _, config in pairs]
+
+
+_NEW_ROWS = ("natural+lad+input", "natural+lad-symmetric")
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("2a", "mechanism", "mlp", tuple(range(10, 20)), says="the mechanism: is LAD a gradient penalty?"),
+        Stage("4", "mechanism-eta", "mlp", tuple(range(10, 15)), says="the shape of Table 5"),
+        Stage(
+            "1", "ablations", "cpu", tuple(range(3, 10)),
+            (
+                "natural", "natural+lad", "natural+lad-sm", "natural+lad-sm+random", "natural+matched", *_NEW_ROWS,
+            ),
+            best=False, says="Table 1: LAD, LAD-SM, their order, direction, layers, equal compute",
+        ),
+        Stage("1-new", "ablations", "cpu", (0, 1, 2), _NEW_ROWS, best=False, says="the new rows on the first seeds"),
+        Stage("2b", "mechanism", "overfit", (90,), ("pgd",), says="whether the ConvNet over-fits, a pilot"),
+        Stage(
+            "2d", "mechanism", "overfit", tuple(range(10, 18)),
+            tuple(f"pgd{part}:wd0.02" for part in ("", "+lad", "+lad-sm", "+lad-sm+random", "+lad+input")),
+            says="Table 2 on a ConvNet; eta and weight decay as stage 2c chooses them on validation images",
+        ),
+        Stage(
+            "3", "mechanism-trades", "overfit", tuple(range(10, 18)),
+            says="Table 3: LAD minus the mix of losses alone",
+        ),
+    )
+}  # fmt: skip
+
+
+def run_stage(
+    stage: Stage, runs: Path, folder: Path, records: Path, seeds: Sequence[int] | None = None
+) -> list[Failure]:
+    """Run what is missing of ``stage``, seed by seed, and copy the records of each seed when it is finished.
+
+    A stage that was stopped is resumed: finished runs are not run again, and a run goes on from its checkpoint.
+
+    Args:
+        stage: one of `STAGES`.
+        runs: folder of all runs, with weights and checkpoints.
+        folder: folder with the data sets.
+        records: folder that gets one JSON file per run.
+        seeds: some of the stage's seeds.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        ValueError: for a seed that the stage does not have.
+    """
+    chosen = stage.seeds if seeds is None else tuple(seeds)
+    if unknown := [seed for seed in chosen if seed not in stage.seeds]:
+        raise ValueError(f"seeds: got {unknown}, expected some of {list(stage.seeds)}")
+    failed: list[Failure] = []
+    for seed in chosen:
+        jobs = [job for job in stage.jobs if job.config.training.seed == seed]
+        print(f"stage {stage.name}, seed {seed}: {len(jobs)} runs", file=sys.stderr, flush=True)
+        found, failures = launch(jobs, runs, folder)
+        failed += failures
+        ended = [job for job in jobs if job not in [failure.job for failure in failures]]
+        for record, job in zip(found, ended, strict=True):
+            write_json(records / f"{job.config.name}.json", record)
+    return failed
