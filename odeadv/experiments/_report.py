@@ -263,7 +263,8 @@ def _runs(results: Results) -> list[str]:
     lines += ["", f"Data: {'; '.join(data)}. Versions: {'; '.join(versions)}."]
     without = [row.label for row in results.table.rows if not _size(results, row).can_run(row)]
     if without:
-        lines += ["", f"Not at this size, where the network has no block to damp: {', '.join(without)}."]
+        what = "block to damp" if results.preset.sizes["pgd"].model == "preact_resnet" else "noise and no block to damp"
+        lines += ["", f"Not at this size, where the network has no {what}: {', '.join(without)}."]
     if results.missing:
         lines += ["", f"Not run: {', '.join(results.missing)}."]
     return lines
