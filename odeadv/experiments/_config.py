@@ -223,11 +223,15 @@ class Method:
             return Undefended()
         return Layerwise(self.scheme, 0.0 if self.zero else eta, self.sweeps, None, self.perturbation)
 
-    def attack(self, steps: int, eps: float, alpha: float) -> Objective:
-        """Its objective, with the attack trained on."""
+    def attack(
+        self, steps: int, eps: float, alpha: float, trades_start: Literal["free", "clamped"] = "free"
+    ) -> Objective:
+        """Return the objective, with the attack that is trained on; for ``trades_start`` see `Trades`."""
         if self.objective == "natural":
             return Natural()
-        return (Pgd if self.objective == "pgd" else Trades)(eps=eps, alpha=alpha, steps=steps)
+        if self.objective == "pgd":
+            return Pgd(eps=eps, alpha=alpha, steps=steps)
+        return Trades(eps=eps, alpha=alpha, steps=steps, start=trades_start)
 
 
 def parse_method(name: str) -> Method:

@@ -314,6 +314,7 @@ class Size:
         image_size: see `DataConfig`.
         augment, lr, weight_decay: see `odeadv.training.TrainConfig`.
         eps_255: radius of the attack trained on, in 1/255; its steps are a quarter of it.
+        trades_start: see `odeadv.training.Trades`.
     """
 
     depth: int
@@ -334,6 +335,7 @@ class Size:
     lr: float = 0.1
     weight_decay: float = 1e-4
     eps_255: float = 8.0
+    trades_start: Literal["free", "clamped"] = "free"
 
     def can_run(self, row: Row) -> bool:
         """Return whether the network has what ``row`` changes: a ResNet-8 has no block to damp, an MLP no noise."""
@@ -393,6 +395,7 @@ _CPU = Size(
 # 1000 times the Eq. 16 ratio that plain PGD settles at here, 7e5, over the least of the paper, 1e5.
 _CPU_ADVERSARIAL = replace(
     _CPU, eta={**_CPU.eta, "cifar10": 50.0, "cifar100": 7000.0}, attack_steps=7,
+    trades_start="clamped",  # as the committed runs have it
     # CIFAR-100 has ten times the classes: twice the images, at about the same price.
     epochs={**dict.fromkeys(ETA, 45), "cifar100": 30}, train_images={**dict.fromkeys(ETA, 1000), "cifar100": 2000},
 )  # fmt: skip
@@ -469,7 +472,7 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
             options=size.options,
         ),
         training=TrainConfig(
-            objective=method.attack(size.attack_steps, size.eps_255 / 255, size.eps_255 / 4 / 255),
+            objective=method.attack(size.attack_steps, size.eps_255 / 255, size.eps_255 / 4 / 255, size.trades_start),
             defence=method.defence(row.factor * size.eta[dataset]),
             epochs=epochs,
             batch_size=size.batch_size,
