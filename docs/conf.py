@@ -1,4 +1,4 @@
-"""Of the documentation: `sphinx-build -W docs OUT` makes the pages and the reference of all public names."""
+"""Settings of Sphinx: `sphinx-build -W docs OUT` makes the pages and the reference of all public names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ author = "The odeadv contributors"
 copyright = author
 release = version = odeadv.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"odeadv {release}"
 
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links such as page.md#heading
 suppress_warnings = ["myst.header"]  # pages of results begin with a level that suits the table
 
@@ -36,10 +37,10 @@ napoleon_use_ivar = True  # attributes of dataclasses are described once
 
 
 class Schemes(Directive):
-    """A table of all schemes, from the schemes themselves."""
+    """Show a table of all schemes, made from the schemes themselves."""
 
     def run(self) -> list[nodes.Node]:
-        """The table."""
+        """Return the table."""
         any_number = odeadv.schemes.names(operators=3)
         lines = [
             "| name | order | operators | compositions | stages | source |",
@@ -57,12 +58,12 @@ class Schemes(Directive):
 
 
 class Help(Directive):
-    """What ``odeadv COMMAND --help`` prints."""
+    """Show what ``odeadv COMMAND --help`` prints."""
 
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """The text, as it stands."""
+        """Return the text as it is printed."""
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             main([*self.arguments, "--help"])
@@ -70,7 +71,7 @@ class Help(Directive):
 
 
 def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Norms in docstrings, |x|, are no substitutions."""
+    """Escape norms in docstrings, |x|, which Sphinx would read as substitutions."""
     for i, line in enumerate(lines):
         parts = line.split("``")  # every other one is code
         parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
@@ -78,7 +79,7 @@ def plain(app: object, what: str, name: str, obj: object, options: object, lines
 
 
 def elsewhere(app: Any, env: Any, reference: Any, content: nodes.Element) -> nodes.Element | None:
-    """A name that ``odeadv`` itself exports needs no prefix in the docstrings of its parts."""
+    """Resolve names that ``odeadv`` exports, which docstrings write without a prefix."""
     if reference.get("refdomain") != "py":
         return None
     target = f"odeadv.{reference['reftarget']}"
@@ -89,7 +90,7 @@ def elsewhere(app: Any, env: Any, reference: Any, content: nodes.Element) -> nod
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Connect the functions above; Sphinx calls this."""
     app.add_directive("odeadv-schemes", Schemes)
     app.add_directive("odeadv-help", Help)
     app.connect("missing-reference", elsewhere)

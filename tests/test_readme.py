@@ -34,7 +34,7 @@ def test_the_programs_of_the_tutorial_print_what_is_shown():
     assert "".join(printed) == shown
 
 
-@pytest.mark.parametrize("page", ["training.md"])
+@pytest.mark.parametrize("page", ["index.md", "theory.md", "training.md"])
 def test_the_programs_of_other_pages_run(page):
     names: dict[str, object] = {}
     for program in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S):
