@@ -233,6 +233,19 @@ def test_no_headline_without_a_figure_that_can_be_believed(make: Callable[[], nn
     assert "accuracy under everything tried: unknown" in repr(found)
 
 
+def test_noise_is_not_counted_as_an_attack() -> None:
+    """At a radius of 1e-6 a noisy network has the accuracy that it has without an attack."""
+    found = run(Noisy(), eps=1e-6, steps=20)
+    images, labels = held_out(N)
+    with torch.no_grad():
+        clean = torch.stack([(Noisy()(images).argmax(1) == labels).float().mean() for _ in range(10)]).mean().item()
+    accuracies = [accuracy for _, accuracy in found.against_steps]
+    assert max(abs(accuracy - clean) for accuracy in accuracies) < 0.12  # 2.5 standard errors
+    for name in ("another loss", "restarts", "gradient-free does not beat gradients", "planted examples are found"):
+        assert found[name].status == "not applicable"
+        assert "random" in found[name].found
+
+
 class TestL2:
     EPS = 0.3
 

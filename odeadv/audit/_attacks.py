@@ -92,6 +92,7 @@ def more_steps_converge(subject: Subject) -> Finding:
     "restarts",
     "Random starts break images that the first start does not: the loss has many local maxima, so report the worst of "
     "several restarts.",
+    repeatable=True,
 )
 def restarts(subject: Subject) -> Finding:
     """Attack from several random starts and count the examples that only later starts break."""
@@ -112,6 +113,7 @@ def restarts(subject: Subject) -> Finding:
 @check(
     "gradient-free does not beat gradients",
     "A gradient-free attack breaks examples that gradients do not: the gradients are masked.",
+    repeatable=True,
 )
 def gradient_free_does_not_beat_gradients(subject: Subject) -> Finding:
     """Run the Square attack on the examples that resist gradients."""
@@ -130,6 +132,7 @@ def gradient_free_does_not_beat_gradients(subject: Subject) -> Finding:
 @check(
     "transfer does not beat gradients",
     "Images made on another model break examples that the model's own gradients do not: the gradients are masked.",
+    repeatable=True,
 )
 def transfer_does_not_beat_gradients(subject: Subject) -> Finding:
     """Attack a surrogate and try its images on the examples that resist gradients."""
@@ -167,11 +170,10 @@ def _broken(subject: Subject, attack: Callable[[Tensor, Tensor], Tensor]) -> int
 @check(
     "planted examples are found",
     "Adversarial examples that are known to lie within the ball are not found, so the attack misses others too.",
+    repeatable=True,
 )
 def planted_examples_are_found(subject: Subject) -> Finding:
     """Attack from points just before the boundary between two images of different classes."""
-    if subject.random:
-        return not_applicable("the model is random, so no example is adversarial for certain")
     right = subject.correct(subject.images)
     index = right.nonzero().squeeze(1)[: subject.counts.batch_size]
     labels = subject.labels[index]

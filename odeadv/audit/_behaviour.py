@@ -89,11 +89,10 @@ def same_answer_twice(subject: Subject) -> Finding:
     "The logits of an image depend on the other images, its place or the size of its batch. Neither the accuracy nor "
     "an attack is then about single images: use running statistics, not those of the batch.",
     attacks=False,
+    repeatable=True,
 )
 def same_answer_in_any_batch(subject: Subject) -> Finding:
     """Compare the logits with those of images alone, in reversed order and in a larger batch."""
-    if subject.random:
-        return not_applicable("the model is random, so its answers differ anyway")
     differences: list[float] = []
     for part, found in zip(subject.batches(), subject.behaviours, strict=True):
         difference = batch_dependence(subject.model, subject.images[part], found.logits)

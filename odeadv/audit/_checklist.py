@@ -32,7 +32,7 @@ def not_applicable(why: str) -> Finding:
 
 
 def check(
-    name: str, meaning: str, *, attacks: bool = True
+    name: str, meaning: str, *, attacks: bool = True, repeatable: bool = False
 ) -> Callable[[Callable[[Subject], Finding]], Callable[[Subject], Check]]:
     """Make a function from a subject to its finding into a check, which never raises.
 
@@ -40,12 +40,14 @@ def check(
         name: of the line.
         meaning: one sentence on what failure means.
         attacks: True if the check attacks the model. It then does not apply if the model cannot be attacked.
+        repeatable: True if the check compares outcomes of single examples. It then does not apply to a random model,
+            because noise alone changes such outcomes.
     """
 
     def decorate(function: Callable[[Subject], Finding]) -> Callable[[Subject], Check]:
         @functools.wraps(function)
         def run(subject: Subject) -> Check:
-            finding = _found(function, subject, attacks)
+            finding = _found(function, subject, attacks, repeatable)
             status = "not applicable" if finding.passed is None else "pass" if finding.passed else "fail"
             return Check(name, status, finding.figures, finding.found, meaning)  # type: ignore[arg-type]
 
@@ -54,11 +56,13 @@ def check(
     return decorate
 
 
-def _found(function: Callable[[Subject], Finding], subject: Subject, attacks: bool) -> Finding:
+def _found(function: Callable[[Subject], Finding], subject: Subject, attacks: bool, repeatable: bool) -> Finding:
     if attacks and not subject.attackable:
         return not_applicable("the model cannot be attacked")
     if not attacks and subject.unusable:
         return not_applicable(subject.unusable)
+    if repeatable and subject.random:
+        return not_applicable("the model is random, so noise alone changes outcomes; audit an average of its passes")
     try:
         return function(subject)
     except Exception as error:  # a user's model may raise anything

@@ -42,6 +42,7 @@ def gradients_not_zero(subject: Subject) -> Finding:
     "another loss",
     "The margin of the logits, or rescaled logits, break images that cross-entropy does not: cross-entropy saturates "
     "on this model, so its robust accuracy is too high.",
+    repeatable=True,
 )
 def another_loss(subject: Subject) -> Finding:
     """Attack the survivors of cross-entropy along other losses."""
@@ -71,11 +72,10 @@ def another_loss(subject: Subject) -> Finding:
     "inputs, quantised activations) or be shattered; or the gradient is that of another function, which is what a "
     "straight-through estimator does on purpose. Attacks along such a gradient may still work: compare with the "
     "gradient-free attack.",
+    repeatable=True,
 )
 def local_linearity(subject: Subject) -> Finding:
     """Compare the change of the margin over small and large steps with the gradient."""
-    if subject.random:
-        return not_applicable("the model is random, so the surface of the loss is not fixed")
     part = subject.batches()[0]
     model, dtype = _double(subject)
     images, labels = subject.images[part].to(dtype), subject.labels[part]
@@ -114,13 +114,12 @@ def local_linearity(subject: Subject) -> Finding:
     "float precision",
     "The outcomes change if the same attack is computed in float64: the gradients are lost in rounding, so attack in "
     "float64 or on rescaled logits.",
+    repeatable=True,
 )
 def float_precision(subject: Subject) -> Finding:
     """Compare the outcomes of one attack on the model and on its float64 copy."""
     if subject.images.dtype == torch.float64:
         return not_applicable("the model is in float64 already")
-    if subject.random:
-        return not_applicable("the model is random, so outcomes differ anyway")
     model, dtype = _double(subject)
     if dtype != torch.float64:
         return not_applicable("the model cannot be copied to float64")
