@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -328,7 +329,9 @@ CAUGHT: list[tuple[Callable[[], nn.Module], list[str]]] = [
 
 @pytest.mark.parametrize(("make", "lines"), CAUGHT, ids=lambda value: getattr(value, "__name__", None))
 def test_models_that_break_attacks_are_caught(make: Callable[[], nn.Module], lines: list[str]) -> None:
-    found = run(make(), num_classes=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the lines say it
+        found = run(make(), num_classes=10)
     failed = {check.name for check in found.failures}
     assert set(lines) <= failed
     assert not found.passed

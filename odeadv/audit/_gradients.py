@@ -11,7 +11,6 @@ from odeadv.attacks import ifgsm
 from odeadv.attacks.objective import PerExampleLoss, cross_entropy, margin
 from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
-from odeadv.evaluation import Protocol, evaluate
 
 # Attacks of about equal strength differ on more examples than repetitions of one attack do.
 _EQUAL_STRENGTH = 5
@@ -123,11 +122,8 @@ def float_precision(subject: Subject) -> Finding:
     model, dtype = _double(subject)
     if dtype != torch.float64:
         return not_applicable("the model cannot be copied to float64")
-    protocol = Protocol("audit", (subject.spec(subject.counts.steps),))
     single, double = (
-        subject.resisted(
-            evaluate(network, (images, subject.labels), protocol, batch_size=subject.counts.batch_size).attacks[0]
-        )
+        subject.resisted(subject.evaluated_as(network, images, subject.spec(subject.counts.steps)).attacks[0])
         for network, images in ((subject.model, subject.images), (model, subject.images.double()))
     )
     differ, only_double = int((single != double).sum()), int((single & ~double).sum())

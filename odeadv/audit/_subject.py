@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,20 +132,23 @@ class Subject:
 
     def evaluated(self, *attacks: AttackSpec) -> Evaluation:
         """Run the attacks on all examples; a random model by single draws."""
-        data = (self.images, self.labels)
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
-        result = evaluate(
-            self.model,
-            data,
-            Protocol("audit", attacks),
-            batch_size=self.counts.batch_size,
-            stochastic=self.random,
-            seed=seed,
-        )
+        result = self.evaluated_as(self.model, self.images, *attacks, stochastic=self.random, seed=seed)
         for attack in result.attacks:
             if attack.eps <= self.eps:
                 self.unbroken &= self.resisted(attack)
         return result
+
+    def evaluated_as(self, model: nn.Module, images: Tensor, *attacks: AttackSpec, **options: Any) -> Evaluation:
+        """Run the attacks on another form of the model and the images, without the warnings of `evaluate`.
+
+        The lines of the audit say what those warnings say.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return evaluate(
+                model, (images, self.labels), Protocol("audit", attacks), batch_size=self.counts.batch_size, **options
+            )
 
     def resisted(self, attack: AttackResult) -> Tensor:
         """Return (n,) bool: True for the examples that are right at the end of the attack, and on its way if scored."""
