@@ -1,4 +1,4 @@
-"""How fast sweeps over the costate contract: eta * I, by power iteration on the linearised sweep."""
+"""The contraction of sweeps over the costate: eta * I, by power iteration on the linearised sweep."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from odeadv.costate import record
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
-from odeadv.diagnostics._path import AnyField, needs_loss, norm, quotient, with_strength
+from odeadv.diagnostics._path import AnyField, needs_loss, norm, posed, quotient, with_strength
 from odeadv.diagnostics._result import Result, style
+from odeadv.fields import AdversarialField
 from odeadv.solver import Solution, SolveError, Stats
 from odeadv.solver.request import read_initial_state, read_times
 from odeadv.splitting import Scheme
@@ -26,21 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contraction(Result):
-    """By what factor a sweep changes errors of the costate that drives it.
+    """The factor by which a sweep changes errors of the costate that drives it.
 
     Attributes:
-        factor: |eta| times ``reach``: below 1 plain sweeps converge at that rate, above they diverge.
-        eigenvalue: the same with a sign: negative where the loss is concave in that direction (sweeps then alternate).
+        factor: |eta| times ``reach``. Below 1 plain sweeps converge at that rate; above 1 they diverge.
+        eigenvalue: ``factor`` with its sign. It is negative if the loss is concave in that direction; sweeps alternate.
         reach: I, the factor per unit of eta: the largest curvature of the loss as a function of the forcing.
-        change: ||Phi(u) - u|| / ||Phi(u)||, Phi one sweep and u the recording that drives the two-stage method: what a
-            second sweep would change.
-        measured: ||Phi(Phi(u)) - Phi(u)|| / ||Phi(u) - u||, what the sweep after that changes beside it. About
-            ``factor`` or less where f is smooth. A ReLU's derivative jumps, which the Hessian behind ``factor`` does
-            not see: there this says how sweeps contract, and that they may not.
+        change: ||Phi(u) - u|| / ||Phi(u)||, where Phi is one sweep and u the recording that drives the two-stage
+            method. A second sweep would make this relative change.
+        measured: ||Phi(Phi(u)) - Phi(u)|| / ||Phi(u) - u||, the change by the third sweep relative to the second. For
+            a smooth f it is about ``factor`` or less. The derivative of a ReLU jumps, and the Hessian behind ``factor``
+            does not see this: for such an f trust this number.
         eta: strength of the field.
-        iterations: of the power method.
-        converged: whether they ended with an eigenvalue within the tolerance.
-        estimates: the estimates of ``factor`` from iteration to iteration, in turn.
+        iterations: number of iterations of the power method.
+        converged: whether the last eigenvalue is within the tolerance.
+        estimates: the estimates of ``factor``, one per iteration.
     """
 
     factor: float
@@ -55,8 +56,8 @@ class Contraction(Result):
 
     heading: ClassVar[str] = "Contraction of the sweeps"
     reading: ClassVar[str] = (
-        "Far below 1, two stages are close to the true equation; above 1, plain sweeps diverge. eta I goes by the "
-        "loss's Hessian, which does not see the kinks of a ReLU: where the measured contraction is larger, go by that."
+        "Far below 1, two stages are close to the true equation; above 1, plain sweeps diverge. eta I comes from the "
+        "Hessian of the loss, which does not see the kinks of a ReLU. If the measured contraction is larger, trust it."
     )
 
     def summary(self) -> dict[str, float]:
@@ -66,7 +67,7 @@ class Contraction(Result):
             "with its sign": self.eigenvalue,
             "I": self.reach,
             "a second sweep changes the costate by": self.change,
-            "measured: change by the next sweep / by that one": self.measured,
+            "measured: change by the third sweep / by the second": self.measured,
             "iterations": float(self.iterations),
             "converged (1) or not (0)": float(self.converged),
         }
@@ -91,43 +92,59 @@ def contraction(
     most: int = 100,
     generator: torch.Generator | None = None,
 ) -> Contraction:
-    """Estimate eta * I: the spectral radius of a sweep's derivative, at the recording that drives two stages.
+    """Estimate eta * I, the spectral radius of a sweep's derivative at the recording that drives the two-stage method.
 
-    A sweep Phi takes a costate u to the one recorded on the trajectory driven by eta u. Its derivative is eta times
-    the Hessian of the loss with respect to the forcing, so a vector-Jacobian product through the recording, one
-    backward pass, is an iteration of the power method. The costate between nodes is linear. For f = lambda x and
-    L = x(T)^2 / 2, I = (exp(2 lambda T) - 1) / (2 lambda).
+    A sweep Phi maps a costate u to the costate recorded on the trajectory driven by eta u. The derivative of Phi is
+    eta times the Hessian of the loss with respect to the forcing. It is symmetric, so each iteration of the power
+    method is one vector-Jacobian product, a backward pass through the recording. The costate is linear between nodes.
+    For f = lambda x and L = x(T)^2 / 2, I = (exp(2 lambda T) - 1) / (2 lambda).
 
-    That is the derivative where there is one. Kinks, as of a ReLU, are no part of it; `Contraction.measured` has them.
-
-    The graph of a recording and of its derivative is held: several times the memory of a training step.
-    Transforms of the costate do not act.
+    The derivative does not see kinks such as those of a ReLU; `Contraction.measured` does. The graph of a recording
+    and of its derivative is held, which takes several times the memory of a training step. Transforms of the costate
+    do not act.
 
     Args:
-        field: an `AdversarialField`; with eta = 0 the factor is 0 and ``reach`` that of the unperturbed trajectory.
+        field: an `AdversarialField`. With eta = 0 the factor is 0, and ``reach`` belongs to the unperturbed trajectory.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        scheme: of the sweeps' trajectories.
-        rtol: stop when an eigenvalue is known to be as close as this, relatively.
-        most: iterations at the most.
-        generator: of the starting direction; one of seed 0 if not given.
+        scheme: scheme of the sweeps' trajectories.
+        rtol: stop if an eigenvalue is known to this relative accuracy.
+        most: largest number of iterations.
+        generator: source of the starting direction; seed 0 if not given.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a recording is not finite.
     """
-    adversarial = needs_loss("contraction", field)
+    needs_loss("contraction", field)
     check_iteration(rtol, most)
-    eta, unit = adversarial.eta, with_strength(adversarial, 1.0)
+    whole = posed(field, x0, t_span, dt, steps)
+    assert isinstance(whole, AdversarialField)
+    return contraction_of(whole, substep, scheme=scheme, rtol=rtol, most=most, generator=generator)
+
+
+def contraction_of(
+    field: AdversarialField,
+    substep: Any,
+    *,
+    scheme: str | Scheme = "strang",
+    rtol: float = 1e-2,
+    most: int = 100,
+    generator: torch.Generator | None = None,
+) -> Contraction:
+    """Return the contraction of ``field``, which carries its problem; see `contraction`."""
+    eta, unit = field.eta, with_strength(field, 1.0)
     method = read_discretisation(unit, scheme, substep, "linear")
-    grid = read_times(unit, t_span, dt, steps, None, None).grid
+    grid = read_times(unit, None, None, None, None, None).grid
     if grid is None:
-        raise ValueError(f"dt: got {dt!r}, expected a step size: sweeps that adapt their steps are not differentiable")
+        raise ValueError(
+            f"dt: got {unit.problem.dt!r}, expected a step size: sweeps that adapt their steps are not differentiable"
+        )
     with torch.inference_mode(False), torch.no_grad():
-        start = read_initial_state(unit, x0).detach().clone()
+        start = read_initial_state(unit, None).detach().clone()
     estimates: list[float] = []
     with differentiating(unit.modules, start.device):
         first = record(unit, start, grid, method.stepper(unit))
@@ -164,7 +181,7 @@ def contraction(
 
 
 def _joined(nodes: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """The nodes as one vector, and what takes such a vector apart again."""
+    """Return the nodes as one vector, and a function that splits such a vector into nodes."""
     shapes, counts = [node.shape for node in nodes], [node.numel() for node in nodes]
 
     def split(joined: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The Hamiltonian along a solution, the energy its perturbation spends, and what that buys."""
+"""The Hamiltonian along a solution, the energy of its perturbation, and the rise of the loss per energy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, quotient, walk
+from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, posed, quotient, walk
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import AdversarialField, Jump, Operator
 from odeadv.fields.operator import Cost
@@ -34,8 +34,8 @@ class Hamiltonian(Result):
         values: H at the beginning of each layer, with the f of that layer.
         ends: H at its end, with the same f.
         layer_drift: ``ends`` - ``values``.
-        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|; with pieces, between which H changes as f
-            does, the largest |``layer_drift``|.
+        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|; with pieces the largest |``layer_drift``|,
+            because H changes with f between two pieces.
         relative_drift: ``drift`` over the largest |H|.
         eta: strength of the field.
     """
@@ -81,11 +81,11 @@ def hamiltonian(
     scheme: str | Scheme = "strang",
     sweeps: Any = None,
 ) -> Hamiltonian:
-    """The Hamiltonian of Pontryagin's principle along a solution, and its drift: an accuracy check for free.
+    """Measure the Hamiltonian of Pontryagin's principle along a solution, and its drift: a free accuracy check.
 
-    H is constant along the exact solution of Eq. 7 and 9 where f does not depend on time, so with
-    ``sweeps="converge"`` its drift is the error of the scheme. With one recording a is not the costate of the
-    trajectory that it drives, so a part of the drift stays however fine the steps are.
+    If f does not depend on time, H is constant along the exact solution of Eq. 7 and 9. With ``sweeps="converge"`` its
+    drift is therefore the error of the scheme. With one recording, a is not the costate of the trajectory that it
+    drives, so a part of the drift stays for any step size.
 
     Args:
         field: an `AdversarialField`.
@@ -95,8 +95,8 @@ def hamiltonian(
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         solution: a solution of ``field`` with ``save_at="steps"``, instead of a solve here.
-        scheme: of the perturbed trajectory.
-        sweeps: recordings, as in `odeadv.solve`.
+        scheme: scheme of the perturbed trajectory.
+        sweeps: see `odeadv.solve`.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.
@@ -105,20 +105,18 @@ def hamiltonian(
     adversarial = needs_loss("hamiltonian", field)
     if solution is not None:
         if any(value is not None for value in (x0, t_span, dt, steps, substep, sweeps)):
-            raise ValueError("solution: given beside x0, t_span, dt, steps, substep or sweeps, expected it alone")
+            raise ValueError("solution: got one with x0, t_span, dt, steps, substep or sweeps, expected it alone")
         if len(solution.ts) != solution.stats.steps + 1:
             raise ValueError(
-                f"solution: has {len(solution.ts)} states of {solution.stats.steps + 1}, expected one that was solved "
+                f"solution: got {len(solution.ts)} states of {solution.stats.steps + 1}, expected all of them; solve "
                 "with save_at='steps'"
             )
         return hamiltonian_of(path_of(solution, adversarial))
-    return hamiltonian_of(
-        walk(adversarial, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
-    )
+    return hamiltonian_of(walk(posed(field, x0, t_span, dt, steps), substep, scheme=scheme, sweeps=sweeps))
 
 
 def hamiltonian_of(path: Path) -> Hamiltonian:
-    """H along a path with costates."""
+    """Measure H along a path with costates."""
     layers, starts, stops, values, ends = [], [], [], [], []
     with path.quiet():
         for layer in path.layers():
@@ -154,18 +152,18 @@ def _level(path: Path, a: Tensor, f: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Energy(Result):
-    """What the perturbation spends, (1 / (2 eta)) * integral |eta a|^2 dt, and how far it raises the loss, by scheme.
+    """The energy of the perturbation, (1 / (2 eta)) * integral |eta a|^2 dt, and the rise of the loss, per scheme.
 
     Attributes:
         plain_loss: loss without the perturbation.
-        energy: (eta / 2) * integral |a|^2 dt of the recording by the trapezoidal rule on its nodes: the equation's own.
+        energy: (eta / 2) * integral |a|^2 dt of the recording, by the trapezoidal rule on its nodes.
         schemes: names of the schemes.
-        spent: the same as each scheme applies it: every stage that moves the state by d in a time h costs
+        spent: the energy that each scheme spends: a stage that moves the state by d in a time h costs
             |d|^2 / (2 eta h), times the factor of its table in a mixture.
         losses: loss after each scheme.
         loss_rise: ``losses`` - ``plain_loss``.
-        loss_per_energy: ``loss_rise`` / ``spent``; 2 for a small eta, since the loss rises by eta * integral |a|^2 dt
-            to first order, twice the energy.
+        loss_per_energy: ``loss_rise`` / ``spent``; 2 for a small eta, because the loss rises by
+            eta * integral |a|^2 dt to first order, twice the energy.
         eta: strength of the field.
     """
 
@@ -179,7 +177,7 @@ class Energy(Result):
     eta: float
 
     heading: ClassVar[str] = "Energy of the perturbation"
-    reading: ClassVar[str] = "How much the loss rises for each unit that the perturbation spends; 2 for a weak one."
+    reading: ClassVar[str] = "The rise of the loss per unit of energy of the perturbation; 2 for a weak perturbation."
 
     def summary(self) -> dict[str, float]:
         """Return the few numbers that tell most."""
@@ -195,7 +193,7 @@ class Energy(Result):
     def _draw(self, axes: Axes, label: str) -> None:
         axes.plot(self.schemes, self.loss_per_energy, marker="o", linestyle="", label=label)
         axes.tick_params(axis="x", rotation=20)
-        style(axes, x="", y="rise of the loss per energy", title="What a unit of energy buys")
+        style(axes, x="", y="rise of the loss per energy", title="Rise of the loss per unit of energy")
 
 
 def energy(
@@ -209,7 +207,7 @@ def energy(
     substep: Any = None,
     sweeps: Any = None,
 ) -> Energy:
-    """Energy spent and loss gained by each scheme, on the same problem and steps.
+    """Measure the energy that each scheme spends and the rise of the loss, on the same problem and steps.
 
     Args:
         field: an `AdversarialField` with eta not 0.
@@ -219,7 +217,7 @@ def energy(
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         schemes: the schemes to compare.
-        sweeps: recordings, as in `odeadv.solve`.
+        sweeps: see `odeadv.solve`.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.
@@ -227,38 +225,27 @@ def energy(
     """
     adversarial = needs_loss("energy", field)
     if adversarial.eta == 0.0:
-        raise ValueError(
-            "field: got one with eta = 0, whose perturbation spends nothing; expected eta different from 0"
-        )
+        raise ValueError("field: got eta = 0, expected another value: without a perturbation there is no energy")
     if isinstance(schemes, str | Scheme) or not schemes:
         raise ValueError(f"schemes: got {schemes!r}, expected a sequence of at least one")
-    plain = walk(adversarial, x0, t_span, dt=dt, steps=steps, substep=substep)
-    return energy_of(plain, adversarial, x0, t_span, schemes, dt, steps, substep, sweeps)
+    return energy_of(walk(posed(field, x0, t_span, dt, steps), substep), schemes, substep, sweeps)
 
 
-def energy_of(
-    plain: Path,
-    field: Any,
-    x0: Tensor | None,
-    t_span: tuple[float, float] | None,
-    names: Sequence[str | Scheme],
-    dt: float | None,
-    steps: int | None,
-    substep: Any,
-    sweeps: Any,
-) -> Energy:
-    """`energy`, with the unperturbed path known."""
-    eta, plain_loss = field.eta, plain.loss()
+def energy_of(plain: Path, names: Sequence[str | Scheme], substep: Any, sweeps: Any = None) -> Energy:
+    """Measure `energy`, given the unperturbed path of the field."""
+    field, plain_loss = plain.field, plain.loss()
+    assert isinstance(field, AdversarialField)
+    eta = field.eta
     given = substep if isinstance(substep, Mapping) else dict.fromkeys(("f", "costate"), substep or "euler")
     spent, losses = [], []
     for scheme in names:
         with torch.inference_mode(False), torch.no_grad(), without_effects(field.modules, plain.states[0].device):
-            along = driven(field, x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps)
-            with warnings.catch_warnings():  # `driven` has warned of a choice of sub-steps, if there was one
+            along = driven(field, substep=substep, scheme=scheme, sweeps=sweeps)
+            with warnings.catch_warnings():  # `driven` has already given the warning about sub-steps
                 warnings.simplefilter("ignore", AccuracyWarning)
                 meter = _Meter(get_substep(given.get("costate", "euler")), eta, _factors(field, scheme))
                 metered = {"f": given.get("f", "euler"), "costate": meter}
-                final = solve(along, x0, t_span, dt=dt, steps=steps, substep=metered, scheme=scheme).xs[-1]
+                final = solve(along, substep=metered, scheme=scheme).xs[-1]
             losses.append(float(field.evaluate(final)[1]))
         spent.append(meter.spent)
     rise = [loss - plain_loss for loss in losses]
@@ -275,12 +262,12 @@ def energy_of(
 
 
 class _Meter:
-    """A sub-step of the costate that adds up the energy of what it does.
+    """A sub-step of the costate that sums the energy of its moves.
 
     Args:
         method: the sub-step itself.
         eta: strength of the field.
-        factors: of the tables that its stages belong to, in the order in which a step comes to them.
+        factors: the factors of the tables to which its stages belong, in the order of the stages in a step.
     """
 
     def __init__(self, method: SubStep, eta: float, factors: Sequence[float]) -> None:
@@ -290,14 +277,14 @@ class _Meter:
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `odeadv.splitting.SubStep.advance`."""
-        # From 0, for the difference of the states would have lost digits.
+        # From 0, because the difference of two states would lose digits.
         moved = self.method.advance(operator, clock, h, torch.zeros_like(x), Cost())
         self.spent += next(self.factors) * norm(moved) ** 2 / (2.0 * self.eta * h)
         return self.method.advance(operator, clock, h, x, cost)
 
 
 def _factors(field: AdversarialField, scheme: str | Scheme) -> list[float]:
-    """For each stage of the costate in a step, the factor of its table; 1 where the field is not split."""
+    """Return the factor of its table for each stage of the costate in a step; 1 if the field is not split."""
     table = read_discretisation(field, scheme, None, None).scheme
     if table is None:
         return [1.0]

@@ -1,4 +1,4 @@
-"""What the layers do to a difference of states: bounds layer by layer, and the growth of one difference."""
+"""Differences of states: a bound on their growth in each layer, and the growth of one difference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
-from odeadv.diagnostics._path import AnyField, Path, norm, quotient, walk
+from odeadv.diagnostics._path import AnyField, Path, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
-from odeadv.fields import AdversarialField, Jump, VectorField, as_field
+from odeadv.fields import AdversarialField, Jump, VectorField
 from odeadv.solver import solve
 from odeadv.splitting import Scheme
 from odeadv.support.isolation import differentiating
@@ -30,10 +30,10 @@ class Lipschitz(Result):
 
     Attributes:
         ts: times of the layers' beginnings.
-        velocity: ||J||_2 of f, one a layer; NaN at a jump.
-        layer: ||I + h J||_2, of the layer as a step of Euler; of its map at a jump.
-        bound: product of ``layer``: but for errors of the estimates, no small difference grows by more in such steps.
-        converged: whether the iterations of a layer ended with a singular value within the tolerance.
+        velocity: ||J||_2 of f, one per layer; NaN at a jump.
+        layer: ||I + h J||_2 of the layer as a step of Euler, one per layer; at a jump, the norm of its map.
+        bound: product of ``layer``. Apart from errors of the estimates, no small difference grows by more.
+        converged: for each layer, whether the singular value is within the tolerance.
     """
 
     ts: list[float]
@@ -44,7 +44,7 @@ class Lipschitz(Result):
 
     heading: ClassVar[str] = "Lipschitz estimates"
     reading: ClassVar[str] = (
-        "By how much a layer can stretch a small difference; the product bounds what the whole network does."
+        "The largest factor by which a layer stretches a small difference; the product bounds the whole network."
     )
 
     def summary(self) -> dict[str, float]:
@@ -75,32 +75,32 @@ def lipschitz(
     most: int = 50,
     generator: torch.Generator | None = None,
 ) -> Lipschitz:
-    """Local Lipschitz constants of f and of each layer, by power iteration on J^T J from products with J.
+    """Estimate local Lipschitz constants of f and of each layer, by power iteration on J^T J from products with J.
 
     Args:
-        field: any field; of an `AdversarialField` the unperturbed part.
+        field: any field; an `AdversarialField` is taken without its perturbation.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        rtol: stop when an eigenvalue of J^T J is known to be as close as this, relatively.
-        most: iterations a layer at the most.
-        generator: of the starting directions; one of seed 0 if not given.
+        rtol: stop if an eigenvalue of J^T J is known to this relative accuracy.
+        most: largest number of iterations per layer.
+        generator: source of the starting directions; seed 0 if not given.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if the solve fails.
     """
     check_iteration(rtol, most)
-    path = walk(field, x0, t_span, dt=dt, steps=steps, substep=substep)
+    path = walk(posed(field, x0, t_span, dt, steps), substep)
     return lipschitz_of(path, rtol=rtol, most=most, generator=generator)
 
 
 def lipschitz_of(
     path: Path, *, rtol: float = 1e-2, most: int = 50, generator: torch.Generator | None = None
 ) -> Lipschitz:
-    """Spectral norms along an unperturbed path."""
+    """Estimate spectral norms along an unperturbed path."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     velocities, layers, converged = [], [], []
     for layer in path.layers():
@@ -117,7 +117,7 @@ def lipschitz_of(
 
 
 def _spectral(inner: Linearised, start: Tensor, h: float | None, rtol: float, most: int) -> tuple[float, bool]:
-    """||J||_2, or ||I + h J||_2 if ``h`` is given."""
+    """Return ||J||_2, or ||I + h J||_2 if ``h`` is given, and whether it has converged."""
 
     def squared(v: Tensor) -> Tensor:
         if h is None:
@@ -135,10 +135,10 @@ class Growth(Result):
 
     Attributes:
         ts: times of the N + 1 nodes.
-        ratios: ||dx_n|| / ||dx_0||, one a node; the first is 1.
-        relative: (||dx_n|| / ||x_n||) over the same at the beginning: free of changes of scale and of size.
+        ratios: ||dx_n|| / ||dx_0||, one per node; the first is 1.
+        relative: ||dx_n|| / ||x_n|| divided by its value at the beginning, which is free of changes of scale.
         size: ||dx_0||; 1 for an infinitesimal direction.
-        linear: whether dx is infinitesimal, a direction, or the difference to a given start.
+        linear: True if dx is an infinitesimal direction, False if it is the difference to a given start.
     """
 
     ts: list[float]
@@ -148,7 +148,9 @@ class Growth(Result):
     linear: bool
 
     heading: ClassVar[str] = "Growth of a difference in the input"
-    reading: ClassVar[str] = "What a difference in the initial state has become by the layer, beside the bound above."
+    reading: ClassVar[str] = (
+        "The size of a difference in the initial state after each layer; the product above bounds it."
+    )
 
     def summary(self) -> dict[str, float]:
         """Return the few numbers that tell most."""
@@ -178,20 +180,20 @@ def growth(
     scheme: str | Scheme = "strang",
     generator: torch.Generator | None = None,
 ) -> Growth:
-    """How a difference in the initial state grows through the layers of the unperturbed field.
+    """Follow the growth of a difference in the initial state through the layers of the unperturbed field.
 
     Args:
-        field: any field; of an `AdversarialField` the unperturbed part.
+        field: any field; an `AdversarialField` is taken without its perturbation.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        direction: dx_0 of an infinitesimal difference, propagated by a Jacobian-vector product through the solve;
-            if neither it nor ``start`` is given, a random one.
-        start: another initial state instead, solved from as well, such as ``net.stem(attacked_images)``.
-        scheme: for a field of several operators.
-        generator: of the random direction; one of seed 0 if not given.
+        direction: dx_0 of an infinitesimal difference, propagated by a Jacobian-vector product through the solve. If
+            neither ``direction`` nor ``start`` is given, a random one is drawn.
+        start: another initial state instead, such as ``net.stem(attacked_images)``; it is solved from as well.
+        scheme: scheme for a field of several operators.
+        generator: source of the random direction; seed 0 if not given.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -199,45 +201,33 @@ def growth(
     """
     if direction is not None and start is not None:
         raise ValueError("direction, start: got both, expected one of the two")
-    whole = _plain(as_field(field))
-    field_substep = substep.get("f", "euler") if isinstance(substep, Mapping) and len(whole.operators) == 1 else substep
-    reference = walk(whole, x0, t_span, dt=dt, steps=steps, substep=field_substep, scheme=scheme)
-    return growth_of(
-        reference,
-        t_span,
-        direction=direction,
-        start=start,
-        dt=dt,
-        steps=steps,
-        substep=field_substep,
-        scheme=scheme,
-        generator=generator,
-    )
+    whole = posed(field, x0, t_span, dt, steps)
+    return growth_of(whole, substep, direction=direction, start=start, scheme=scheme, generator=generator)
 
 
 def growth_of(
-    reference: Path,
-    t_span: tuple[float, float] | None,
-    *,
-    direction: Tensor | None,
-    start: Tensor | None,
-    dt: float | None,
-    steps: int | None,
+    field: VectorField,
     substep: Any,
-    scheme: str | Scheme,
-    generator: torch.Generator | None,
+    *,
+    direction: Tensor | None = None,
+    start: Tensor | None = None,
+    scheme: str | Scheme = "strang",
+    generator: torch.Generator | None = None,
 ) -> Growth:
-    """`growth` beside a path of a field without perturbation."""
-    x0, field = reference.states[0], reference.field
+    """Follow a difference in ``field``, which carries its problem; see `growth`."""
+    field = _plain(field)
+    if isinstance(substep, Mapping) and len(field.operators) == 1:
+        substep = substep.get("f", "euler")
+    reference = walk(field, substep, scheme=scheme)
+    x0 = reference.states[0]
     for name, value in (("direction", direction), ("start", start)):
         if value is not None and (value.shape != x0.shape or value.dtype != x0.dtype):
             raise ValueError(
                 f"{name}: got {value.dtype} of shape {tuple(value.shape)}, expected {x0.dtype} of shape "
                 f"{tuple(x0.shape)}, those of the initial state"
             )
-    options: dict[str, Any] = {"dt": dt, "steps": steps, "substep": substep, "scheme": scheme}
     if start is not None:
-        other = walk(field, start.detach(), t_span, **options).states
+        other = walk(posed(field, start.detach()), substep, scheme=scheme).states
         moved = [y - x for x, y in zip(reference.states, other, strict=True)]
     else:
         v = random_like(x0, generator) if direction is None else direction.detach()
@@ -245,7 +235,8 @@ def growth_of(
             raise ValueError("direction: got zeros, expected a direction")
 
         def nodes(x: Tensor) -> Tensor:
-            return torch.cat([y.reshape(-1) for y in solve(field, x, t_span, save_at="steps", **options).xs])
+            steps = solve(field, x, scheme=scheme, substep=substep, save_at="steps").xs
+            return torch.cat([y.reshape(-1) for y in steps])
 
         with differentiating(field.modules, x0.device):
             flat = Linearised(nodes, x0).jvp(v / norm(v))
@@ -265,5 +256,5 @@ def growth_of(
 
 
 def _plain(field: VectorField) -> VectorField:
-    """``field`` without its costate."""
+    """Return ``field`` without its costate."""
     return VectorField({"f": field.f}, field.problem) if isinstance(field, AdversarialField) else field

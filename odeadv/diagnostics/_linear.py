@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from odeadv.diagnostics._path import Layer, inner, norm
-from odeadv.support.checks import number
+from odeadv.support.checks import integer, number
 
 
 class Linearised:
-    """``g`` at ``x``: its value, and products with its Jacobian J, all from one evaluation.
+    """The map ``g`` at ``x``: its value, and products with its Jacobian J, all from one evaluation.
 
-    J v is the derivative of J^T w, which is linear in w, with respect to w: two backward passes, through whatever can
-    be differentiated twice, batch norm in training mode included (which forward-mode differentiation refuses).
-    For a complex state J^T is the adjoint of J in the real inner product.
+    J^T w is linear in w, so J v is its derivative with respect to w: two backward passes. They work for everything that
+    can be differentiated twice, including batch norm in training mode, which forward-mode differentiation refuses. For
+    a complex state J^T is the adjoint of J in the real inner product.
 
     Args:
-        g: the map, to be evaluated where autograd is on.
-        x: where.
+        g: the map. Make the object while autograd is on.
+        x: the point.
     """
 
     def __init__(self, g: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -33,17 +33,17 @@ class Linearised:
 
     @property
     def value(self) -> Tensor:
-        """g(x)."""
+        """The value g(x)."""
         return self._y.detach()
 
     def vjp(self, a: Tensor) -> Tensor:
-        """J^T a."""
+        """Return J^T a."""
         if not self._y.requires_grad:
             return torch.zeros_like(self._x, requires_grad=False)
         return _grad(self._y, self._x, a)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
+        """Return J v."""
         if not self._y.requires_grad:
             return torch.zeros_like(self.value)
         if self._pulled is None:
@@ -62,9 +62,9 @@ def _grad(y: Tensor, x: Tensor, weights: Tensor, *, keep: bool = False) -> Tenso
 
 
 def time_derivative(layer: Layer, x: Tensor) -> Tensor:
-    """f_t(t_n, x) of a layer that is an ODE step: by autograd, unless differences show that it misses a part.
+    """Return f_t(t_n, x) of a layer that is an ODE step: by autograd, unless differences show that a part is missing.
 
-    A field that reads its time as a Python number, there alone or beside the tensor, is not in the graph with it.
+    Autograd misses the dependence on time if the field reads its time as a Python number.
     """
     state = x.detach()
     start = torch.as_tensor(layer.step.t0, dtype=_clock(state), device=state.device)
@@ -82,7 +82,7 @@ def time_derivative(layer: Layer, x: Tensor) -> Tensor:
     here = y.detach()
     first, second = (layer.velocity(state, start + k * delta).detach() for k in (1, 2))
     rate: Tensor = (4.0 * first - 3.0 * here - second) / (2.0 * delta)
-    if torch.equal(first, here) and torch.equal(second, here):  # no part of it is seen by differences
+    if torch.equal(first, here) and torch.equal(second, here):  # the dependence is below the differences' resolution
         return exact
     noise = 20.0 * torch.finfo(here.dtype).eps * norm(here) / abs(delta)
     return exact if norm(rate - exact) <= 0.05 * norm(rate) + noise else rate
@@ -93,13 +93,13 @@ def _clock(x: Tensor) -> torch.dtype:
 
 
 class Eigenvalue(NamedTuple):
-    """What `largest` finds.
+    """The result of `largest`.
 
     Attributes:
-        modulus: its estimate, ||A v|| of the last unit vector v.
+        modulus: ||A v|| of the last unit vector v, the estimate of the eigenvalue's modulus.
         rayleigh: v . A v, which has the eigenvalue's sign.
-        iterations: products with A made.
-        converged: whether A v is ``rayleigh`` times v to the tolerance.
+        iterations: number of products with A.
+        converged: whether A v equals ``rayleigh`` times v to the tolerance.
     """
 
     modulus: float
@@ -109,12 +109,12 @@ class Eigenvalue(NamedTuple):
 
 
 def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, most: int) -> Eigenvalue:
-    """The largest eigenvalue in modulus of a linear map A that is (nearly) self-adjoint, by power iteration.
+    """Return the largest eigenvalue in modulus of a linear map A that is (nearly) self-adjoint, by power iteration.
 
-    ||A v|| is a lower bound of ||A||. That ||A v - (v . A v) v|| <= rtol ||A v|| ends the iteration: some eigenvalue is
-    then that close. That the estimate has stopped changing would not tell, for it does so at other eigenvectors too.
-    Nor does that residual while it grows: a vector among many equal eigenvalues has a small one at once, and what makes
-    it grow is the part of a larger eigenvalue. So it has to be small twice in turn, the second time no larger.
+    ||A v|| is a lower bound of ||A||. The iteration ends if ||A v - (v . A v) v|| <= rtol ||A v||, because some
+    eigenvalue is then that close. A constant estimate would be no criterion: it occurs at other eigenvectors too. A
+    single small residual is none either: a vector among many equal eigenvalues has one at once, which then grows with
+    the component of a larger eigenvalue. So the residual must be small twice, and not larger the second time.
     """
     rounding = 10.0 * torch.finfo(start.dtype).eps
     size = norm(start)
@@ -134,19 +134,18 @@ def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, mo
 
 
 def check_iteration(rtol: float, most: int) -> None:
-    """Refuse settings of a power iteration, by name.
+    """Reject settings of a power iteration.
 
     Raises:
-        ValueError: if ``rtol`` is not within (0, 1), or ``most`` no whole number of at least 1.
+        TypeError, ValueError: naming ``rtol``, which must lie within (0, 1), or ``most``.
     """
-    if not 0.0 < number("rtol", rtol) < 1.0:
-        raise ValueError(f"rtol: got {rtol!r}, expected a number between 0 and 1")
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise ValueError(f"most: got {most!r}, expected a whole number of iterations, at least 1")
+    if number("rtol", rtol, above=0.0) >= 1.0:
+        raise ValueError(f"rtol: got {rtol!r}, expected a number below 1")
+    integer("most", most)
 
 
 def random_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers shaped like ``x``, the same on every device; of seed 0 without a generator."""
+    """Return standard normal numbers shaped like ``x``, the same on every device; seed 0 without a generator."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     numbers: Tensor = torch.randn(x.shape, dtype=x.dtype, generator=generator, device=generator.device)
     return numbers.to(x.device)

@@ -1,8 +1,9 @@
-"""A trajectory layer by layer: the one way in which every diagnostic comes by states, costates and pieces of f."""
+"""A trajectory layer by layer: every diagnostic takes states, costates and the pieces of f from here."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from odeadv.costate import RecordedCostate
-from odeadv.fields import AdversarialField, Forcing, Jump, Operator, VectorField, as_field
+from odeadv.fields import AdversarialField, Forcing, Jump, Operator, Problem, VectorField, as_field
 from odeadv.fields.operator import Cost, VectorFunction, as_time
 from odeadv.fields.terms import Sum
 from odeadv.solver import Solution, driven, solve
@@ -32,7 +33,7 @@ class Layer:
         piece: f on that step, or the jump that takes its place.
         x, end: the states x_n and x_{n+1}.
         a, a_end: the costates a_n and a_{n+1}; None for a field without a loss.
-        replay: makes all evaluations of the piece draw the same noise, so that they are of one function.
+        replay: makes all evaluations of the piece draw the same noise, so that they belong to one function.
     """
 
     index: int
@@ -45,14 +46,14 @@ class Layer:
     replay: Replay
 
     def velocity(self, x: Tensor | None = None, t: float | Tensor | None = None) -> Tensor:
-        """Evaluate f at ``x`` and ``t``, the beginning of the step if not given; not defined on a jump."""
+        """Return f at ``x`` and ``t``, by default at the beginning of the step; a jump has no f."""
         assert isinstance(self.piece, Operator)
         state = self.x if x is None else x
         with self.replay():
             return self.piece(as_time(self.step.t0 if t is None else t, state), state)
 
     def map(self, x: Tensor) -> Tensor:
-        """Take ``x`` to x + h f(t_n, x), the layer as a residual network has it; the map of a jump."""
+        """Return x + h f(t_n, x), the layer of a residual network; for a jump, its map."""
         if isinstance(self.piece, Jump):
             with self.replay():
                 return self.piece.across(x, Cost())
@@ -64,7 +65,7 @@ class Path:
     """States, and costates if there is a loss, at the nodes of a solve.
 
     Attributes:
-        field: what was solved.
+        field: the field that was solved.
         grid: the nodes t_n.
         states: x_n, detached.
         costates: a_n, detached; empty for a field without a loss.
@@ -84,7 +85,7 @@ class Path:
 
     @property
     def operator(self) -> Operator:
-        """f: all operators but a costate."""
+        """The field f: all operators except a costate."""
         if isinstance(self.field, AdversarialField):
             return self.field.f
         terms = list(self.field.operators.values())
@@ -96,7 +97,7 @@ class Path:
         return self.field.eta if isinstance(self.field, AdversarialField) else 0.0
 
     def layers(self) -> Iterator[Layer]:
-        """The steps in turn."""
+        """Yield the steps in order."""
         costates: list[Any] = list(self.costates) or [None] * len(self.states)
         ends = zip(pairwise(self.states), pairwise(costates), strict=True)
         for n, (step, ((x, end), (a, a_end))) in enumerate(zip(self.grid, ends, strict=True)):
@@ -114,63 +115,65 @@ class Path:
             yield
 
     def loss(self, x: Tensor | None = None) -> float:
-        """The loss of the final state, or of ``x`` in its place."""
+        """Return the loss of the final state, or of ``x`` if it is given."""
         assert isinstance(self.field, AdversarialField)
         with self.quiet():
             return float(self.field.evaluate(self.states[-1] if x is None else x)[1])
 
 
-def walk(
+def posed(
     field: AnyField,
     x0: Tensor | None = None,
     t_span: tuple[float, float] | None = None,
-    *,
     dt: float | None = None,
     steps: int | None = None,
-    substep: Any = None,
-    scheme: str | Scheme | None = None,
-    sweeps: Any = None,
-) -> Path:
-    """Solve ``field`` and keep what is at the nodes, without effect on its modules.
-
-    An `AdversarialField` is followed without its perturbation, by one recording pass, unless a ``scheme`` is given:
-    then along the trajectory that its costate drives. Transforms of the costate do not act on a plain recording.
-
-    Args:
-        field: what to solve.
-        x0: as in `odeadv.solve`, like those below.
-        t_span: start and end time.
-        dt: step size.
-        steps: number of steps.
-        substep: how f is advanced.
-        scheme: of the perturbed trajectory.
-        sweeps: recordings of its costate.
+) -> VectorField:
+    """Return ``field`` with this problem, and with its own for whatever is None: one object for all that follows.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before anything is solved.
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    whole = copy.copy(as_field(field))
+    if dt is not None and steps is not None:
+        raise ValueError(f"dt, steps: got dt={dt!r} and steps={steps!r}, expected one of the two")
+    own = whole.problem
+    given = dt is not None or steps is not None
+    whole.problem = Problem(
+        own.x0 if x0 is None else x0,
+        own.t_span if t_span is None else t_span,
+        dt if given else own.dt,
+        steps if given else own.steps,
+    )
+    return whole
+
+
+def walk(field: VectorField, substep: Any = None, *, scheme: str | Scheme | None = None, sweeps: Any = None) -> Path:
+    """Solve ``field``, which carries its problem, and keep states and costates at the nodes.
+
+    Without ``scheme`` an `AdversarialField` is followed without its perturbation, by one recording pass; transforms of
+    the costate do not act on it. With ``scheme`` it is followed along the trajectory that its costate drives. Modules
+    and the random state are left as they are.
+
+    Args:
+        field: the field, see `posed`.
+        substep: see `odeadv.solve`.
+        scheme: scheme of the perturbed trajectory.
+        sweeps: recordings of its costate, see `odeadv.solve`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if the solve fails.
     """
-    whole = as_field(field)
-    with torch.inference_mode(False), torch.no_grad(), without_effects(whole.modules, _device(whole, x0)):
-        if isinstance(whole, AdversarialField) and scheme is None:
-            return _recorded(whole, x0, t_span, dt, steps, substep)
-        solution = solve(
-            whole,
-            x0,
-            t_span,
-            scheme="strang" if scheme is None else scheme,
-            dt=dt,
-            steps=steps,
-            substep=substep,
-            sweeps=sweeps,
-            save_at="steps",
-        )
-        return path_of(solution, whole)
+    with torch.inference_mode(False), torch.no_grad(), without_effects(field.modules, _device(field)):
+        if isinstance(field, AdversarialField) and scheme is None:
+            return _recorded(field, substep)
+        method = "strang" if scheme is None else scheme
+        return path_of(solve(field, scheme=method, substep=substep, sweeps=sweeps, save_at="steps"), field)
 
 
-def _device(field: VectorField, x0: Tensor | None) -> torch.device:
-    """Where the field will be evaluated, as far as can be told before its initial state is computed."""
-    given = field.problem.x0 if x0 is None else x0
+def _device(field: VectorField) -> torch.device:
+    """Return the device of the initial state, or of the weights if the state is not computed yet."""
+    given = field.problem.x0
     if isinstance(given, Tensor):
         return given.device
     weights = (weight for module in field.modules for weight in module.parameters())
@@ -179,7 +182,7 @@ def _device(field: VectorField, x0: Tensor | None) -> torch.device:
 
 
 def path_of(solution: Solution, field: VectorField) -> Path:
-    """The nodes of a solution that was saved with ``save_at="steps"``."""
+    """Return the nodes of a solution that was saved with ``save_at="steps"``."""
     times = tuple(solution.ts.double().tolist())
     states = [x.detach() for x in solution.xs]
     if not isinstance(field, AdversarialField):
@@ -187,39 +190,32 @@ def path_of(solution: Solution, field: VectorField) -> Path:
     costate: Any = solution.costate
     grid: Grid = getattr(costate, "parts", (costate,))[0].grid
     if len(grid.times) == len(times):
-        times = grid.times  # those saved went through a tensor of the clock's dtype
+        times = grid.times  # the saved times have the rounding of the clock's dtype, float32 for most states
     return Path(field, Grid(times, grid.h), states, [costate(t).detach() for t in times], perturbed=field.eta != 0.0)
 
 
-def _recorded(
-    field: AdversarialField,
-    x0: Tensor | None,
-    t_span: tuple[float, float] | None,
-    dt: float | None,
-    steps: int | None,
-    substep: Any,
-) -> Path:
-    """The one recording that a solve would make first; unlike that of a linear costate it keeps its states."""
-    bare = with_strength(field, 1.0)
-    whole = driven(bare, x0, t_span, scheme="lie", dt=dt, steps=steps, substep=substep, costate="hermite")
+def _recorded(field: AdversarialField, substep: Any) -> Path:
+    """Return the nodes of the first recording that a solve would make."""
+    # eta = 1, because a field with eta = 0 has no costate. Hermite, because a linear costate does not keep its states.
+    whole = driven(with_strength(field, 1.0), scheme="lie", substep=substep, costate="hermite")
     forcing = whole.operators["costate"]
     assert isinstance(forcing, Forcing)
-    costate: RecordedCostate = forcing.value.__self__  # type: ignore[attr-defined]  # `driven` gives it bound
-    return Path(field, costate.grid, costate.states, costate.nodes)
+    assert isinstance(forcing.source, RecordedCostate)
+    return Path(field, forcing.source.grid, forcing.source.states, forcing.source.nodes)
 
 
 def with_strength(field: AdversarialField, eta: float) -> AdversarialField:
-    """``field`` with another eta, and without transforms of its costate."""
+    """Return ``field`` with another eta, and without transforms of its costate."""
     other = AdversarialField(field.f, field.loss, eta, readout=field.readout, modules=field.modules)
     other.problem = field.problem
     return other
 
 
 def needs_loss(name: str, field: AnyField) -> AdversarialField:
-    """``field``, which must have a loss for the diagnostic ``name``.
+    """Return ``field`` if it has a loss, which the diagnostic ``name`` needs.
 
     Raises:
-        TypeError: if it is no `AdversarialField`.
+        TypeError: if it is not an `AdversarialField`.
     """
     if not isinstance(field, AdversarialField):
         raise TypeError(
@@ -230,20 +226,20 @@ def needs_loss(name: str, field: AnyField) -> AdversarialField:
 
 
 def norm(x: Tensor) -> float:
-    """The 2-norm of the whole tensor, added up in float64 where the device has it."""
+    """Return the 2-norm of the whole tensor, summed in float64 if the device has it."""
     wide = torch.complex128 if x.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(x.detach(), dtype=None if x.device.type == "mps" else wide))
 
 
 def quotient(top: float, bottom: float) -> float:
-    """Divide: infinite where only the latter is 0, and 0 where both are."""
+    """Return top / bottom: infinity if only ``bottom`` is 0, and 0 if both are."""
     if bottom == 0.0:
         return 0.0 if top == 0.0 else float("inf")
     return top / bottom
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """The real inner product of two tensors, added up as `norm` does."""
+    """Return the real inner product of two tensors, summed as in `norm`."""
     if a.is_complex():
         a, b = torch.view_as_real(a.detach()), torch.view_as_real(b.detach())
     wide = a.dtype if a.device.type == "mps" else torch.float64

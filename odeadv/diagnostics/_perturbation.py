@@ -1,4 +1,4 @@
-"""How strong the perturbation is beside the state: Eq. 16 and its like at every layer."""
+"""The strength of the perturbation relative to the state: Eq. 16, at every layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, quotient, walk
+from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import Jump
 from odeadv.splitting import get_substep
@@ -22,14 +22,14 @@ class Perturbation(Result):
     """The sizes of states and costates along the unperturbed trajectory, all 2-norms over the whole batch tensor.
 
     Attributes:
-        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||a(0)||; at a jump its map takes the place of x + f.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||a(0)||; at a jump, x + f is replaced by its map.
         ts: times of the N + 1 nodes.
-        state_norms: ||x_n||, one a node.
-        costate_norms: ||a_n||, one a node.
+        state_norms: ||x_n||, one per node.
+        costate_norms: ||a_n||, one per node.
         ratios: Eq. 16 at each of the N layers, ||x_n + f(x_n, t_n)|| / ||a_n||; the first is ``ratio``.
-        relative: |eta| ||a_n|| / ||x_n||, one a node: the size of the perturbation per unit of time.
+        relative: |eta| ||a_n|| / ||x_n||, one per node: the size of the perturbation per unit of time.
         eta: strength of the field.
-        loss: of the final state.
+        loss: loss of the final state.
     """
 
     ratio: float
@@ -43,7 +43,7 @@ class Perturbation(Result):
 
     heading: ClassVar[str] = "Strength of the perturbation (Eq. 16)"
     reading: ClassVar[str] = (
-        "How large the state is beside its costate: the higher, the weaker the perturbation of a given eta."
+        "The size of the state relative to its costate: the higher, the weaker the perturbation of a given eta."
     )
 
     def summary(self) -> dict[str, float]:
@@ -69,10 +69,10 @@ def perturbation(
     steps: int | None = None,
     substep: Any = None,
 ) -> Perturbation:
-    """Eq. 16 at t = 0 and at each layer, from one recording on the unperturbed trajectory.
+    """Measure Eq. 16 at t = 0 and at each layer, from one recording on the unperturbed trajectory.
 
     Modules, their modes, buffers and gradients, and the global random state are left as they are. The costate scales
-    with the loss: of a mean over a batch it is as many times smaller.
+    with the loss: the costate of a mean over n examples is n times smaller than that of their sum.
 
     Args:
         field: an `AdversarialField`; its eta may be 0.
@@ -86,12 +86,12 @@ def perturbation(
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a state, costate or the loss is not finite.
     """
-    path = walk(needs_loss("perturbation", field), x0, t_span, dt=dt, steps=steps, substep=substep)
-    return perturbation_of(path, substep)
+    needs_loss("perturbation", field)
+    return perturbation_of(walk(posed(field, x0, t_span, dt, steps), substep), substep)
 
 
 def perturbation_of(path: Path, substep: Any = None) -> Perturbation:
-    """Eq. 16 along an unperturbed path with costates, which was solved with ``substep``."""
+    """Measure Eq. 16 along an unperturbed path with costates, which was solved with ``substep``."""
     method = substep.get("f", "euler") if isinstance(substep, Mapping) else substep
     euler = method is None or get_substep(method).name == "euler"
     state_norms, costate_norms = [norm(x) for x in path.states], [norm(a) for a in path.costates]
@@ -111,7 +111,7 @@ def perturbation_of(path: Path, substep: Any = None) -> Perturbation:
 
 
 def _after_one(layer: Layer, euler: bool) -> Tensor:
-    """x_n + f(x_n, t_n): known already where a step of Euler is one unit of time, or where the state jumps."""
+    """Return x_n + f(x_n, t_n). An Euler step of one unit of time ends there, and a jump ends at its map."""
     if isinstance(layer.piece, Jump) or (euler and layer.step.h == 1.0):
         return layer.end
     return layer.x + layer.velocity()

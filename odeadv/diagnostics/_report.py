@@ -1,9 +1,9 @@
-"""All diagnostics of one field, or of several side by side, on one page."""
+"""All diagnostics of one or several fields, on one page."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from dataclasses import field as _field
 from pathlib import Path
@@ -12,30 +12,31 @@ from typing import Any
 from torch import Tensor
 
 from odeadv._version import __version__
-from odeadv.diagnostics._contraction import contraction
+from odeadv.diagnostics._contraction import contraction_of
 from odeadv.diagnostics._costate import costate_residual_of
-from odeadv.diagnostics._energy import energy_of, hamiltonian
-from odeadv.diagnostics._growth import growth, lipschitz_of
-from odeadv.diagnostics._linear import check_iteration
-from odeadv.diagnostics._path import AnyField, walk
+from odeadv.diagnostics._energy import energy_of, hamiltonian_of
+from odeadv.diagnostics._growth import growth_of, lipschitz_of
+from odeadv.diagnostics._path import AnyField, posed, walk
 from odeadv.diagnostics._perturbation import perturbation_of
-from odeadv.diagnostics._result import Result, new_axes, plain
+from odeadv.diagnostics._result import Result
 from odeadv.diagnostics._second_order import second_order_of
-from odeadv.fields import AdversarialField
+from odeadv.fields import AdversarialField, VectorField
 from odeadv.solver import SolveError
-from odeadv.support.files import replacing, write_json, write_text
+from odeadv.support.checks import integer
+from odeadv.support.files import write_json, write_text
+from odeadv.support.pages import finite, markdown_table, new_figure, save_figure
 
 SCHEMES = ("lie", "strang", "strang-midpoint", "strang-symmetric")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` measured.
+    """The results of `diagnose`.
 
     Attributes:
-        title: of the page.
+        title: title of the page.
         results: for each field by name, its results by the name of the diagnostic.
-        failures: for each field by name, why a diagnostic could not be measured, by the diagnostic's name.
+        failures: for each field by name, the reason why a diagnostic failed, by the name of the diagnostic.
         page: the Markdown file.
     """
 
@@ -45,8 +46,8 @@ class Diagnosis:
     page: Path = Path()
 
     def to_dict(self) -> dict[str, Any]:
-        """All results as plain data that JSON can hold."""
-        return {"title": self.title, "odeadv": __version__, "fields": plain(self.results), "failures": self.failures}
+        """Return all results as plain data that JSON can hold."""
+        return {"title": self.title, "odeadv": __version__, "fields": finite(self.results), "failures": self.failures}
 
 
 def diagnose(
@@ -65,24 +66,24 @@ def diagnose(
 ) -> Diagnosis:
     """Run every diagnostic that ``field`` allows, and write ``diagnostics.md``, ``diagnostics.json`` and pictures.
 
-    A field without a loss has Lipschitz estimates and growth only; without a perturbation (eta = 0) there is no
-    energy. A diagnostic whose solve fails is reported on the page as such, and the others are still made. Each file is
-    written atomically.
+    A field without a loss has only Lipschitz estimates and growth. A field with eta = 0 has no energy. If the solve of
+    a diagnostic fails, the page gives the reason, and the other diagnostics are still made. Each file is written
+    atomically.
 
     Args:
-        field: a field, ``net.field(images, labels, eta)`` for a network; or several by name, to be drawn side by side,
-            such as one network trained with and one without the defence, on the same images.
-        folder: where to write; made if it is not there.
+        field: a field, such as ``net.field(images, labels, eta)``; or several fields by name, to be drawn in the same
+            pictures, such as a network trained with the defence and one trained without, on the same images.
+        folder: folder of the files; it is made if it does not exist.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        start: another initial state, whose difference is followed in place of a random direction, such as
-            ``net.stem(attacked_images)``; one for all fields, or by name.
-        most: iterations of each power method at the most; what has not converged by then says so.
+        start: another initial state, such as ``net.stem(attacked_images)``, whose difference is followed instead of a
+            random direction; one for all fields, or by name.
+        most: largest number of iterations of each power method; the page says which have not converged.
         title: heading of the page.
-        about: a paragraph under it: what was measured, on which data.
+        about: a paragraph under the heading, such as the data and the network.
 
     Returns:
         The results.
@@ -96,15 +97,13 @@ def diagnose(
         raise ValueError(
             "field: got a mapping without entries, or with names that are not text; expected fields by name"
         )
-    check_iteration(0.5, most)
-    starts = start if isinstance(start, Mapping) else dict.fromkeys(fields, start)
-    unknown = [name for name in starts if name not in fields]
-    if unknown:
-        raise ValueError(f"start: got one for {unknown[0]!r}, expected names of the fields: {', '.join(fields)}")
+    integer("most", most)
+    starts = _read_starts(start, fields)
     results: dict[str, dict[str, Result]] = {}
     failures: dict[str, dict[str, str]] = {}
     for name, one in fields.items():
-        results[name], failures[name] = _measure(one, x0, t_span, dt, steps, substep, starts.get(name), most)
+        whole = posed(one, x0, t_span, dt, steps)
+        results[name], failures[name] = _measure(whole, substep, starts.get(name), most)
     out = Path(folder)
     diagnosis = Diagnosis(title, results, {name: why for name, why in failures.items() if why}, out / "diagnostics.md")
     pictures = _draw(results, out)
@@ -113,31 +112,38 @@ def diagnose(
     return diagnosis
 
 
+def _read_starts(start: Tensor | Mapping[str, Tensor] | None, fields: Collection[str]) -> Mapping[str, Tensor | None]:
+    """Return ``start`` by the name of the field.
+
+    Raises:
+        ValueError: if it names an unknown field.
+    """
+    if not isinstance(start, Mapping):
+        return dict.fromkeys(fields, start)
+    for name in start:
+        if name not in fields:
+            raise ValueError(f"start: got one for {name!r}, expected names of the fields: {', '.join(fields)}")
+    return start
+
+
 def _measure(
-    field: AnyField,
-    x0: Tensor | None,
-    t_span: tuple[float, float] | None,
-    dt: float | None,
-    steps: int | None,
-    substep: Any,
-    start: Tensor | None,
-    most: int,
+    field: VectorField, substep: Any, start: Tensor | None, most: int
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    path = walk(field, x0, t_span, dt=dt, steps=steps, substep=substep)
-    again: dict[str, Any] = {"x0": x0, "t_span": t_span, "dt": dt, "steps": steps, "substep": substep}
+    """Return the results of all diagnostics of ``field``, and the reasons of those that failed."""
+    path = walk(field, substep)
     measures: dict[str, Callable[[], Result]] = {}
     if isinstance(field, AdversarialField):
         measures["perturbation"] = lambda: perturbation_of(path, substep)
         measures["second_order"] = lambda: second_order_of(path)
         measures["costate_residual"] = lambda: costate_residual_of(path)
-        measures["contraction"] = lambda: contraction(field, most=most, **again)
-        measures["hamiltonian"] = lambda: hamiltonian(field, **again)
+        measures["contraction"] = lambda: contraction_of(field, substep, most=most)
+        measures["hamiltonian"] = lambda: hamiltonian_of(walk(field, substep, scheme="strang"))
         if field.eta:
-            # A transformed costate has no midpoint from Eq. 9.
+            # Eq. 9 does not hold for a transformed costate, so it has no exact midpoint.
             names = [scheme for scheme in SCHEMES if not (field.transforms and scheme == "strang-midpoint")]
-            measures["energy"] = lambda: energy_of(path, field, x0, t_span, names, dt, steps, substep, None)
+            measures["energy"] = lambda: energy_of(path, names, substep)
     measures["lipschitz"] = lambda: lipschitz_of(path, most=most)
-    measures["growth"] = lambda: growth(field, start=start, **again)
+    measures["growth"] = lambda: growth_of(field, substep, start=start)
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
     for name, measure in measures.items():
@@ -149,16 +155,16 @@ def _measure(
 
 
 def _draw(results: Mapping[str, Mapping[str, Result]], folder: Path) -> dict[str, str]:
-    """One picture a diagnostic, all fields in it; returns their file names."""
+    """Draw one picture per diagnostic, with all fields in it, and return the names of the files."""
     pictures = {}
     for name in dict.fromkeys(name for measured in results.values() for name in measured):
-        axes = new_axes()
+        figure = new_figure(6.0, 3.6)
+        axes = figure.subplots()
         for label, measured in results.items():
             if name in measured:
-                figure = measured[name].plot(axes, label=label)
+                measured[name].plot(axes, label=label)
         pictures[name] = f"{name}.png"
-        with replacing(folder / pictures[name]) as partial:
-            figure.savefig(partial, dpi=110)
+        save_figure(folder / pictures[name], figure, dpi=110)
     return pictures
 
 
@@ -174,9 +180,8 @@ def _page(diagnosis: Diagnosis, about: str, pictures: Mapping[str, str]) -> str:
         one = next(iter(measured.values()))
         rows = {label: result.summary() for label, result in measured.items()}
         lines += [f"## {one.heading}", "", one.reading, ""]
-        lines += ["| | " + " | ".join(label or "value" for label in rows) + " |", "| --- |" + " ---: |" * len(rows)]
-        for key in next(iter(rows.values())):
-            lines.append(f"| {_cell(key)} | " + " | ".join(_number(row.get(key)) for row in rows.values()) + " |")
+        cells = [[key, *(_number(row.get(key)) for row in rows.values())] for key in next(iter(rows.values()))]
+        lines += markdown_table(["quantity", *(label or "value" for label in rows)], cells, numbers=len(rows))
         lines += ["", f"![{one.heading}]({picture})", ""]
     failed = [
         f"- {label + ', ' if label else ''}{name}: {why}"
@@ -185,10 +190,6 @@ def _page(diagnosis: Diagnosis, about: str, pictures: Mapping[str, str]) -> str:
     ]
     lines += ["## Not measured", "", *failed, ""] if failed else []
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _number(value: float | None) -> str:

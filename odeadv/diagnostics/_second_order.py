@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from odeadv.diagnostics._linear import Linearised, time_derivative
-from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, quotient, walk
+from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import Jump
 from odeadv.splitting import Scheme
@@ -42,20 +42,20 @@ class Terms(NamedTuple):
 class SecondOrder(Result):
     """Sizes of the terms of Theorem 3.3, x'' = J f + f_t + eta (J - J^T) a, at each layer that is an ODE step.
 
-    2-norms over the whole batch tensor, at the beginning of the layer.
+    The sizes are 2-norms over the whole batch tensor, at the beginning of the layer.
 
     Attributes:
-        layers: numbers of those layers; jumps have no velocity and are left out.
-        ts: their times.
+        layers: numbers of the layers; jumps have no velocity and are left out.
+        ts: times of their beginnings.
         velocity: ||f||.
         drift: ||J f||.
         time: ||f_t||.
         antisymmetric: ||eta (J - J^T) a||.
         plain: ||J f + f_t||, x'' without the perturbation.
-        acceleration: ||x''||, all terms added up.
-        antisymmetric_share: ``antisymmetric`` / ``plain``: what the paper calls negligible.
+        acceleration: ||x''||, the sum of all terms.
+        antisymmetric_share: ``antisymmetric`` / ``plain``, which the paper calls negligible.
         perturbation_share: ||eta a|| / ||f||, the same for the first-order term.
-        initial_velocity: ||f(x0, 0)||, of the plain equation (Eq. 15); NaN where a jump comes first.
+        initial_velocity: ||f(x0, 0)||, of the plain equation (Eq. 15); NaN if the first layer is a jump.
         perturbed_initial_velocity: ||f(x0, 0) + eta a(0)|| (Eq. 11).
         initial_change: ||eta a(0)|| / ||f(x0, 0)||.
         eta: strength of the field.
@@ -78,7 +78,7 @@ class SecondOrder(Result):
 
     heading: ClassVar[str] = "Second-order dynamics (Theorem 3.3)"
     reading: ClassVar[str] = (
-        "The antisymmetric term beside J f + f_t: far below 1 where the paper is right to call it negligible."
+        "The antisymmetric term relative to J f + f_t. Far below 1, the paper is right to call it negligible."
     )
 
     def summary(self) -> dict[str, float]:
@@ -93,7 +93,7 @@ class SecondOrder(Result):
     def _draw(self, axes: Axes, label: str) -> None:
         axes.plot(self.ts, self.antisymmetric_share, marker=".", label=label or "second order: antisymmetric term")
         if not label:
-            axes.plot(self.ts, self.perturbation_share, marker=".", label="first order: $\\eta a$ beside $f$")
+            axes.plot(self.ts, self.perturbation_share, marker=".", label="first order: $\\eta a$ relative to $f$")
         style(axes, x="t (layer)", y="share", title="Terms of Theorem 3.3 relative to the rest", log=True)
 
 
@@ -108,10 +108,10 @@ def second_order(
     scheme: str | Scheme | None = None,
     sweeps: Any = None,
 ) -> SecondOrder:
-    """Theorem 3.3 at each layer, by products with the Jacobian J = df/dx, which is never formed.
+    """Measure Theorem 3.3 at each layer, by products with the Jacobian J = df/dx, which is never formed.
 
-    Eq. 9 turns eta a' into -eta J^T a, with J at the state on which a is recorded: where a is that of the unperturbed
-    trajectory, the terms are those of the theorem there; with ``sweeps="converge"`` they are x'' of the true solution.
+    Eq. 9 turns eta a' into -eta J^T a, with J at the state on which a is recorded. If a belongs to the unperturbed
+    trajectory, the terms are those of the theorem on it. With ``sweeps="converge"`` they are x'' of the true solution.
 
     Args:
         field: an `AdversarialField`.
@@ -121,20 +121,18 @@ def second_order(
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
         scheme: follow the trajectory perturbed by this scheme; the unperturbed one if not given.
-        sweeps: recordings of the perturbed trajectory, as in `odeadv.solve`.
+        sweeps: recordings of the perturbed trajectory, see `odeadv.solve`.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit, before anything is solved.
         SolveError: if a solve fails.
     """
-    path = walk(
-        needs_loss("second_order", field), x0, t_span, dt=dt, steps=steps, substep=substep, scheme=scheme, sweeps=sweeps
-    )
-    return second_order_of(path)
+    needs_loss("second_order", field)
+    return second_order_of(walk(posed(field, x0, t_span, dt, steps), substep, scheme=scheme, sweeps=sweeps))
 
 
 def second_order_of(path: Path) -> SecondOrder:
-    """Theorem 3.3 along a path with costates."""
+    """Measure Theorem 3.3 along a path with costates."""
     names = ("velocity", "drift", "time", "antisymmetric", "plain", "acceleration")
     columns: dict[str, list[float]] = {name: [] for name in names}
     layers, ts, pushes = [], [], []
@@ -166,7 +164,7 @@ def second_order_of(path: Path) -> SecondOrder:
 
 
 def terms_of(path: Path, layer: Layer) -> Terms:
-    """The terms at the beginning of a layer that is an ODE step."""
+    """Return the terms at the beginning of a layer that is an ODE step."""
     assert layer.a is not None
     with path.quiet(grad=True):
         f = Linearised(layer.velocity, layer.x)

@@ -1,4 +1,4 @@
-"""Eq. 16 in the course of training: what Figure 2 of the paper is drawn from."""
+"""Eq. 16 in the course of training, as in Figure 2 of the paper."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from odeadv.support.checks import number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAND = (1e5, 2e6)  # between which Figure 2 of the paper lies
+BAND = (1e5, 2e6)  # the range of the curve in Figure 2 of the paper
 
 
 @dataclass(frozen=True)
 class Trace(Result):
-    """The ratio of Eq. 16 against the epoch (or step), and what else of a `Perturbation` is to be followed.
+    """The ratio of Eq. 16 against the epoch (or step), with the losses and the ratios of all layers.
 
     ``trace.add(epoch, perturbation(net.field(images, labels, eta)))`` while training; `plot` draws Figure 2.
 
     Attributes:
         at: epochs or steps, increasing.
         ratios: Eq. 16 at t = 0 at each of them.
-        losses: the unperturbed loss, NaN where a bare ratio was given.
-        layers: Eq. 16 at each layer; an empty list where a bare ratio was given.
-        unit: what ``at`` counts, for the picture.
+        losses: the unperturbed loss; NaN if a bare ratio was given.
+        layers: Eq. 16 at each layer; an empty list if a bare ratio was given.
+        unit: the unit of ``at``, for the picture.
     """
 
     at: list[float] = _field(default_factory=list)
@@ -41,12 +41,12 @@ class Trace(Result):
         """Append one measurement.
 
         Args:
-            at: epoch or step; not before the last one.
+            at: epoch or step, not smaller than the last one.
             value: a `Perturbation`, or the ratio alone.
 
         Raises:
-            TypeError: if they are not numbers.
-            ValueError: if ``at`` goes back.
+            TypeError: if ``at`` or the ratio is not a number.
+            ValueError: if ``at`` is smaller than the last one.
         """
         at = number("at", at)
         if self.at and at < self.at[-1]:
@@ -62,15 +62,16 @@ class Trace(Result):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trace:
-        """The trace whose `to_dict` gave ``values``; what was not finite is a ratio of infinity or a loss of NaN.
+        """Return the trace whose `to_dict` gave ``values``. None becomes a ratio of infinity or a loss of NaN.
 
         Raises:
-            ValueError: naming what is missing or does not fit.
+            ValueError: if a list is missing or the lengths differ.
         """
         names = ("at", "ratios", "losses", "layers")
         missing = [name for name in names if not isinstance(values.get(name), list)]
         if missing or len({len(values[name]) for name in names}) != 1:
-            raise ValueError(f"values: expected lists of one length called {', '.join(names)}, as `to_dict` makes them")
+            got = {name: len(values[name]) for name in names if name not in missing}
+            raise ValueError(f"values: got lists of lengths {got}, expected {', '.join(names)} of one length")
         inf = float("inf")
         return cls(
             at=[float(value) for value in values["at"]],

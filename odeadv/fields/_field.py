@@ -233,7 +233,7 @@ class AdversarialField(VectorField):
                 little beyond its span, since adaptive solvers overshoot the end.
         """
         value = getattr(costate, "extrapolated", costate)
-        forcing = Forcing(value, scale=self.eta, on=getattr(costate, "on", None))
+        forcing = Forcing(value, scale=self.eta, on=getattr(costate, "on", None), source=costate)
         return VectorField({"f": self.f, "costate": forcing}, self.problem)
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:

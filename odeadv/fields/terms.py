@@ -20,6 +20,7 @@ class Forcing(Operator):
         value: ``value(t)`` with ``t`` a float, returning a tensor of the state's shape at that time.
         scale: a factor, kept apart so that it costs no pass over the tensor.
         on: gives ``value`` restricted to a step, ``on(t0, t1)``; ``value`` itself if not given.
+        source: the object that ``value`` evaluates, such as a recorded costate, for those who look at a driven field.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class Forcing(Operator):
         *,
         scale: float = 1.0,
         on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
+        source: object = None,
     ) -> None:
         super().__init__(self._at, modules=modules_of(value))
         self.value = value
         self.scale = scale
+        self.source = source
         self._on = on
 
     @property
