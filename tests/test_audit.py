@@ -297,6 +297,27 @@ def test_one_logit_is_named() -> None:
     assert found["restarts"].status == "not applicable"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda z: z[:, 0],
+            r"shape (2,), expected (2, classes); if they are the logits z of class 1, return torch.stack(",
+        ),
+        (lambda z: z[:, :, None, None], "shape (2, 10, 1, 1), expected (2, classes); a model with one answer per pos"),
+        (lambda z: (z, z), "TypeError: model: returned tuple, expected a tensor of logits"),
+    ],
+)
+def test_answers_of_another_shape_are_named(change: Callable[[Tensor], object], message: str) -> None:
+    class Other(Wrapped):
+        def forward(self, x: Tensor) -> object:
+            return change(self.net(x))
+
+    found = run(Other())
+    assert message in found["finite logits"].found
+    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 16
+
+
 class InPlace(Wrapped):
     """Images are normalised in place."""
 

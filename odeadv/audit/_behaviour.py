@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from odeadv.attacks.checks import answered, check_classes
 from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
-from odeadv.evaluation.trust import batch_dependence, behaviour
+from odeadv.evaluation.trust import PROBES, batch_dependence, behaviour
 
 # A float32 softmax over 1,000 classes sums to 1 within 1e-5; logits hardly ever do by accident.
 _SUM_TOLERANCE = 1e-4
@@ -22,17 +24,18 @@ _EXAMPLES_PER_CLASS = 10
 )
 def finite_logits(subject: Subject) -> Finding:
     """Run the model on all examples and check that its logits are finite, of shape (n, classes)."""
+    probe = subject.images[:PROBES].clone()
     try:
+        with torch.no_grad():
+            answer = answered(subject.model, probe)
+        if not isinstance(answer, Tensor) or answer.ndim != 2:
+            check_classes(answer, len(probe), 0)  # raises, with advice
         for part in subject.batches():
             subject.behaviours.append(behaviour(subject.model, subject.images[part]))
     except Exception as error:  # a user's model may raise anything
         subject.unusable = "the forward pass failed"
-        return Finding(False, f"the forward pass raised {type(error).__name__}: {error}")
+        return Finding(False, f"the forward pass failed with {type(error).__name__}: {error}")
     logits = torch.cat([found.logits for found in subject.behaviours])
-    if logits.ndim != 2:
-        subject.unusable = "logits are unusable"
-        found = f"the model returned shape {tuple(logits.shape)}, expected ({subject.n}, classes)"
-        return Finding(False, found, {"examples_not_finite": 0})
     bad = int((~logits.isfinite()).any(dim=1).sum())
     if bad:
         subject.unusable = "logits are unusable"
