@@ -332,3 +332,20 @@ def test_the_example_trains_a_transformer_on_its_residual_stream(capsys):
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == ["training", "natural", "LAD"]
     assert rows[1].split()[1:] != rows[2].split()[1:]
+
+
+def test_a_pass_costs_no_more_than_it_must():
+    """Each block runs once in a plain solve, and twice in LAD: in the recording and in the perturbed pass."""
+    net, stem, blocks, head = resnet18()
+    wrapped = models.from_blocks(stem, blocks, head)
+    images, labels = torch.rand(2, 3, 32, 32), torch.arange(2)
+    wrapped.field(images, labels)  # finds the jumps
+    calls = []
+    for block in blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    for eta, expected in ((0.0, 8), (1.0, 16)):
+        calls.clear()
+        sol = odeadv.solve(wrapped.field(images, labels, eta=eta), scheme="strang")
+        sol.loss.backward()
+        assert len(calls) == expected
+        assert sol.stats.evaluations["f"] == expected

@@ -1,6 +1,7 @@
 """Models by name and as plain values, what every network promises, and losses other than the cross-entropy."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,7 @@ def test_another_loss_drives_and_is_reported(make):
 def test_the_page_runs():
     page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
     scope: dict[str, object] = {}
-    exec(page.split("```python")[1].split("```")[0], scope)
+    for program in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(program, scope)
     assert scope["logits"].shape == scope["finer"].shape == (4, 10)
     assert scope["again"].config == scope["net"].config
