@@ -336,7 +336,7 @@ def test_the_example_trains_a_transformer_on_its_residual_stream(capsys):
 
 def test_a_pass_costs_no_more_than_it_must():
     """Each block runs once in a plain solve, and twice in LAD: in the recording and in the perturbed pass."""
-    net, stem, blocks, head = resnet18()
+    _, stem, blocks, head = resnet18()
     wrapped = models.from_blocks(stem, blocks, head)
     images, labels = torch.rand(2, 3, 32, 32), torch.arange(2)
     wrapped.field(images, labels)  # finds the jumps
