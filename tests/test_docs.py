@@ -1,4 +1,4 @@
-"""The reference has every public name once, and every page is reached. What Sphinx makes of it, CI sees."""
+"""The reference has every public name once, and every page is reached. CI builds the pages."""
 
 import importlib
 import pkgutil
@@ -19,9 +19,10 @@ PACKAGES = sorted({info.name for info in pkgutil.iter_modules(odeadv.__path__) i
 def test_a_package_leaves_out_what_is_described_elsewhere_only(package):
     page = (DOCS / "api" / f"{package}.md").read_text(encoding="utf-8")
     assert f"automodule:: odeadv.{package}" in page
-    names = set(importlib.import_module(f"odeadv.{package}").__all__)
+    module = importlib.import_module(f"odeadv.{package}")
+    shared = {name for name in module.__all__ if getattr(odeadv, name, None) is getattr(module, name)}
     left_out = {name for line in re.findall(r":exclude-members: (.*)", page) for name in line.split(", ")}
-    assert left_out == names & set(odeadv.__all__)
+    assert left_out == shared & set(odeadv.__all__)
     assert left_out == set(re.findall(r"`odeadv\.(\w+)`", page))
 
 
