@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import odeadv
 import odeadv.audit
 from odeadv import attacks, data, diagnostics, models
-from odeadv.evaluation import _journal
+from odeadv.support import digests
 from odeadv.training._defences import Layerwise, Undefended
 from odeadv.training._objectives import Natural, Pgd, Trades
 from odeadv.training._step import Draws, StepModule
@@ -61,7 +61,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda *a: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda *a: None)
-    monkeypatch.setattr(_journal, "add_tensor", lambda *a: None)  # digests read the values
+    monkeypatch.setattr(digests, "add_tensor", lambda *a: None)  # digests read the values
     for module in [module for name, module in sys.modules.items() if name.startswith("odeadv.")]:
         for check in ("check_images", "check_labels", "check_range"):  # and so do checks of a range
             if hasattr(module, check):
