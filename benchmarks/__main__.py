@@ -43,19 +43,19 @@ parser.add_argument("--render", action="store_true", help="run nothing; make pag
 
 
 def module(name: str) -> ModuleType | None:
-    """The benchmark called ``name``, if it is there."""
+    """Return the benchmark called ``name``."""
     path = f"{__package__}.{name}"
     return importlib.import_module(path) if importlib.util.find_spec(path) else None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The data of one run of a benchmark."""
+    """Read the data of one run of a benchmark."""
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return data
 
 
 def dump(data: Any, indent: str = "") -> str:
-    """JSON with whatever fits on a line of 110 characters on one."""
+    """Return JSON in which every value that fits into 110 characters is on one line."""
     short = json.dumps(data, allow_nan=False)
     if not isinstance(data, dict | list) or not data or len(indent) + len(short) <= 110:
         return short if indent else f"{short}\n"
@@ -70,20 +70,20 @@ def dump(data: Any, indent: str = "") -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write ``text`` as a whole or not at all."""
+    """Write ``text`` completely or not at all."""
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
-    """What has been run, from the JSON files in ``out``."""
+    """Read the results of all benchmarks that have a JSON file in ``out``."""
     return {name: read(out / f"{name}.json") for name in NAMES if (out / f"{name}.json").exists()}
 
 
 def page(out: Path) -> str:
-    """The page of all results in ``out``."""
-    parts = ["# Benchmarks", "", "Made by `python -m benchmarks` from the JSON files beside it."]
+    """Return the page of all results in ``out``."""
+    parts = ["# Benchmarks", "", "Made by `python -m benchmarks` from the JSON files in this folder."]
     parts += ["How close the figures are to their floors: [limits.md](limits.md)."]
     for name, data in results(out).items():
         benchmark = module(name)
@@ -101,7 +101,7 @@ def page(out: Path) -> str:
 
 
 def render(out: Path, names: list[str]) -> str:
-    """Make the pages in ``out`` from its JSON files, and the pictures of ``names``; returns the main page."""
+    """Make the pages in ``out`` from its JSON files, and the pictures of ``names``; return the main page."""
     found = results(out)
     for name in names:
         benchmark = module(name)
@@ -114,11 +114,11 @@ def render(out: Path, names: list[str]) -> str:
 
 
 def earlier(name: str, out: Path, given: Path | None) -> dict[str, Any] | None:
-    """The earlier run that benchmark ``name`` is to be compared with."""
+    """Return the earlier run with which benchmark ``name`` is compared."""
     path = out / f"{name}.json" if given is None else given / f"{name}.json" if given.is_dir() else given
     try:
         data = read(path) if path.exists() else None
-    except ValueError as error:  # what has just been measured is worth more
+    except ValueError as error:  # a file that cannot be read must not cost the new measurements
         print(f"{path}: not compared, for it is not JSON ({error})", file=sys.stderr)
         return None
     if data is not None and data.get("benchmark", path.stem) != name:
@@ -128,14 +128,14 @@ def earlier(name: str, out: Path, given: Path | None) -> dict[str, Any] | None:
 
 
 def run(name: str, benchmark: ModuleType, quick: bool) -> dict[str, Any]:
-    """One run of a benchmark, with how long it took."""
+    """Run a benchmark and return its data with the seconds it took."""
     began = time.perf_counter()
     data = benchmark.run(quick)
     return {"benchmark": name, **data, "took": time.perf_counter() - began, **({"quick": True} if quick else {})}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = parser.parse_args(arguments)
     for name in args.names:
         if name not in NAMES:
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name} ...", end=" ", flush=True)
         try:
             data = run(name, benchmark, args.quick)
-        except Exception:  # the others are still worth running
+        except Exception:  # one benchmark that fails must not stop the others
             failed.append(name)
             print("failed")
             traceback.print_exc()

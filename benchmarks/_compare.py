@@ -1,4 +1,4 @@
-"""Comparing two runs of a benchmark, figure by figure."""
+"""Compare two runs of a benchmark, figure by figure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ ROUNDING = 1e-6
 
 
 def figures(data: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
-    """Every number in ``data`` with its place; what describes the run left out."""
+    """Yield every number in ``data`` with its place, except those that describe the run itself."""
     if isinstance(data, Mapping) and set(data) == {"median", "low", "high"}:
         yield name, data
     elif isinstance(data, Mapping | list):
@@ -29,9 +29,9 @@ def _range(figure: Figure) -> tuple[float, float, float]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a figure that both runs have: ratio new to old, and whether it changed beyond the spread.
+    """Return one row per figure that both runs have: the ratio of new to old, and if it changed beyond the spread.
 
-    A measurement has changed if the ranges between its quartiles do not meet; another number if it differs by more
+    A measurement has changed if the ranges between its quartiles do not overlap; another number if it differs by more
     than rounding.
     """
     before = dict(figures(old))
@@ -45,7 +45,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def report(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Markdown: what differs between the two runs of benchmark ``name``."""
+    """Return the differences between two runs of benchmark ``name``, as Markdown."""
     rows = compare(old, new)
     changed = [row for row in rows if row["changed"]]
     gone = len(list(figures(old))) - len(rows)

@@ -1,4 +1,4 @@
-"""The convolutions of a network and nothing else: what no step or gradient of it goes below."""
+"""The convolutions of a network alone: the floor of its steps and gradients."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ KINDS = ("forward", "backward to activations", "weight gradients")
 
 
 def convolutions(net: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """All convolutions of ``net`` on ``images`` in ``dtype`` and channels_last, pass by pass, nothing else of it.
+    """Return functions that run all convolutions of ``net`` on ``images``, by kind of pass, in channels_last.
 
-    Those of one shape work on the same tensors, which are likelier to be in a cache than a network's.
+    Convolutions of one shape work on the same tensors, which are more likely to be in a cache than those of a network.
     """
     calls: list[tuple[nn.Conv2d, tuple[int, ...], tuple[int, ...]]] = []
     handles = [

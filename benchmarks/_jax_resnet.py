@@ -1,4 +1,4 @@
-"""A trained ResNet in evaluation mode written in jax, which diffrax needs its fields in."""
+"""A trained ResNet in evaluation mode, written in jax because diffrax needs its fields in jax."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Function = Callable[[Any], Any]
 
 
 def velocity(block: PreActBlock) -> Callable[[Any, Any], Any]:
-    """The f(t, x) of ``block``."""
+    """Return f(t, x) of ``block``."""
     f = _residual(block)
     return lambda t, x: f(x)
 
 
 def loss_gradient(net: PreActResNet, count: int, labels: Tensor) -> Function:
-    """Gradient of the mean cross-entropy by the state that ``count`` blocks have made."""
+    """Return the gradient of the mean cross-entropy with respect to the state after ``count`` blocks."""
     import jax
     import jax.numpy as jnp
 

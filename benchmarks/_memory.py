@@ -1,4 +1,4 @@
-"""Memory of what a function makes, counted in tensors: exact, and the same on every run."""
+"""The memory that a function takes, counted in tensors: exact, and the same in every run."""
 
 import weakref
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 class Ledger(TorchDispatchMode):
     """Bytes of the distinct storages that operations return and something still holds, and their peak.
 
-    Every operation passes here, those of a backward pass too; scratch space within one operation does not.
+    Every operation is seen, also in a backward pass. Scratch space within one operation is not.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Ledger(TorchDispatchMode):
 
 
 def peak_mebibytes(function: Callable[[], object]) -> float:
-    """Peak of the tensors alive in the second of two calls: by then an optimiser has its state."""
+    """Return the peak of the tensors alive in the second of two calls, when an optimiser has its state."""
     function()
     with Ledger() as ledger:
         function()

@@ -1,7 +1,7 @@
-"""The other solvers, each as a function that solves an initial value problem; who is not installed is left out.
+"""The other solvers, each as a function that solves an initial value problem. Solvers not installed are left out.
 
-What they are asked for beyond that is put together from it here: the costate of one recording, by solving forward,
-the adjoint equation backward, and everything forward together; and the converged costate by shooting.
+The costate of one recording is made from such functions: the state forward, the adjoint equation backward, everything
+forward together. The converged costate is made by shooting.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def torchode_ivp(method: str, tolerance: float) -> Ivp:
 
     def solve(f: Field, x0: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         shape = x0.shape
-        # The state as a batch of one; time runs forward as s from 0, for torchode's batches have times of their own.
+        # The state is a batch of one. Time runs forward as s from 0, because each sample of torchode has its own times.
         sign = 1.0 if t1 > t0 else -1.0
         field = Counted(lambda s, x: sign * f(t0 + sign * s[0], x.reshape(shape)).reshape(1, -1))
         term = torchode.ODETerm(field)
@@ -75,7 +75,7 @@ METHODS: tuple[tuple[str, Callable[[str, float], Ivp], str, Sequence[int]], ...]
 
 
 def torch_peers(solve: Callable[[Ivp], Answer], exponents: Sequence[int] | None = None) -> list[Candidate]:
-    """torchdiffeq and torchode at tolerances: ``solve`` says what with an `Ivp`."""
+    """Return torchdiffeq and torchode at several tolerances; ``solve`` gives the problem to an `Ivp`."""
     candidates = []
     for solver, make, method, own in METHODS:
         if importlib.util.find_spec(solver) is not None:
@@ -89,11 +89,11 @@ def torch_peers(solve: Callable[[Ivp], Answer], exponents: Sequence[int] | None 
 
 @dataclass(frozen=True)
 class Adversarial:
-    """Eq. 7 as the other solvers need it: f, the gradient of the loss of the final state, and the pieces of the span.
+    """Eq. 7 in the form that the other solvers need: f, the gradient of the final loss, and the pieces of the span.
 
     Attributes:
-        f: for the piece of the span number k, ``f(k)(t, x)``.
-        gradient: dL/dx of a final state.
+        f: ``f(k)(t, x)`` on piece k of the span.
+        gradient: dL/dx at a final state.
         edges: the times between which f is smooth.
     """
 
@@ -105,7 +105,7 @@ class Adversarial:
 
 
 def pulled(f: Field, t: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """f(t, x) and (df/dx)^T a."""
+    """Return f(t, x) and (df/dx)^T a."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = f(t, x)
@@ -113,7 +113,7 @@ def pulled(f: Field, t: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recorded(ivp: Ivp, problem: Adversarial) -> Answer:
-    """x(T) of Eq. 7 with a(t) of one recording; an evaluation of f and a product count one each."""
+    """Return x(T) of Eq. 7 with a(t) of one recording; an evaluation of f and a product count as one each."""
     work = 0
     states = [problem.x0]
     for k, (t0, t1) in enumerate(zip(problem.edges, problem.edges[1:], strict=False)):
@@ -147,7 +147,7 @@ def recorded(ivp: Ivp, problem: Adversarial) -> Answer:
 
 
 def shooting(ivp: Ivp, problem: Adversarial, tolerance: float) -> Answer:
-    """x(T) of Eq. 7 with its own costate: a(0) is looked for until a(T) is the gradient of the loss of x(T)."""
+    """Return x(T) of Eq. 7 with its own costate: find the a(0) for which a(T) is the gradient of the loss at x(T)."""
     import numpy
     from scipy.optimize import root
 
@@ -176,7 +176,7 @@ def shooting(ivp: Ivp, problem: Adversarial, tolerance: float) -> Answer:
 
 
 def shooting_peers(problem: Adversarial, exponents: Sequence[int] = range(3, 11)) -> list[Candidate]:
-    """Shooting with torchdiffeq."""
+    """Return candidates that shoot with torchdiffeq."""
 
     def solve(tolerance: float) -> Answer:
         return shooting(torchdiffeq_ivp("dopri5", tolerance), problem, tolerance)
@@ -193,7 +193,7 @@ def scipy_peers(
     eta: float,
     exponents: Sequence[int] = range(3, 11),
 ) -> list[Candidate]:
-    """The converged costate by SciPy, in numpy with the Jacobian by hand: shooting, and collocation (solve_bvp)."""
+    """Return the converged costate by SciPy: shooting and collocation (solve_bvp), with the Jacobian by hand."""
     import numpy
     from scipy.integrate import solve_bvp, solve_ivp
     from scipy.optimize import root
@@ -242,7 +242,7 @@ def scipy_peers(
     ]
 
 
-# ---- diffrax: compiled by jax, so the fields are written in it ----
+# ---- diffrax: compiled by jax, so its fields are written in jax ----
 
 
 def has_diffrax() -> bool:
@@ -250,7 +250,7 @@ def has_diffrax() -> bool:
 
 
 def float64(x: Tensor) -> Any:
-    """``x`` for jax, which has to be told that there are 64 bits."""
+    """Return ``x`` for jax, in 64 bits, which jax has to be told."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -258,7 +258,7 @@ def float64(x: Tensor) -> Any:
 
 
 def _diffrax_solve(solver: str) -> Callable[..., Any]:
-    """(terms, y0, t0, t1, tolerance) to the final state and the evaluations; to be called under jit, in float64."""
+    """Return a function of (terms, y0, t0, t1, tolerance) to the final state and evaluations, for jit in float64."""
     import diffrax
 
     method = getattr(diffrax, solver)()
@@ -273,11 +273,11 @@ def _diffrax_solve(solver: str) -> Callable[..., Any]:
     return solve
 
 
-STAGES = {"Tsit5": 6, "Dopri8": 13}  # new evaluations a step; KenCarp4's implicit ones are not counted
+STAGES = {"Tsit5": 6, "Dopri8": 13}  # new evaluations per step; the implicit ones of KenCarp4 are not counted
 
 
 def _diffrax(method: str, whole: Callable[[Any], tuple[Any, Any]], exponents: Sequence[int]) -> list[Candidate]:
-    """Candidates for ``whole(tolerance)``, jitted: the final state, and steps times the weight of each, summed."""
+    """Return candidates for ``whole(tolerance)``, jitted: the final state, and the weighted sum of steps."""
     import jax
     import numpy
 
@@ -295,14 +295,14 @@ def diffrax_split(
     explicit: Callable[..., Any], implicit: Callable[..., Any], x0: Tensor, span: tuple[float, float], operators: int,
     exponents: Sequence[int] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """A field in two parts, both explicit, or with the second implicit (KenCarp4)."""
+    """Return candidates for a field in two parts: both explicit, or the second implicit (KenCarp4)."""
     if not has_diffrax():
         return []
     import diffrax
 
     start = float64(x0)
     candidates = []
-    # KenCarp4 takes seconds below 1e-6, where it is no contender.
+    # KenCarp4 takes seconds below 1e-6, where it cannot compete.
     for method, own in (("Tsit5", TOLERANCES), ("Dopri8", TOLERANCES), ("KenCarp4", range(2, 7))):
         solve = _diffrax_solve(method)
         if method == "KenCarp4":
@@ -322,7 +322,7 @@ def diffrax_recorded(
     pieces: Sequence[Callable[[Any, Any], Any]], gradient: Callable[[Any], Any], x0: Tensor, edges: Sequence[float],
     eta: float, exponents: Sequence[int] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Eq. 7 with a(t) of one recording, as `recorded`, in one compiled function; f is smooth between ``edges``."""
+    """Return `recorded` (a(t) of one recording) compiled into one function; f is smooth between ``edges``."""
     if not has_diffrax():
         return []
     import diffrax

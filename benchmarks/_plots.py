@@ -1,4 +1,4 @@
-"""Pictures without pyplot, and without anything in the file that depends on when or with what it was written."""
+"""Pictures without pyplot. The files do not depend on the date or on the version of matplotlib."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def panels(rows: int, columns: int, width: float = 5.0, height: float = 3.6) -> tuple[Figure, Any]:
-    """A figure and its array of axes, ``(rows, columns)``."""
+    """Return a figure and its array of axes, ``(rows, columns)``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -18,7 +18,7 @@ def panels(rows: int, columns: int, width: float = 5.0, height: float = 3.6) -> 
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG by way of a file beside it."""
+    """Write the PNG atomically, through a temporary file in the same folder."""
     partial = path.with_suffix(".part")
     figure.savefig(partial, format="png", dpi=110, metadata={"Software": None})
     partial.replace(path)

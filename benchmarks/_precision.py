@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Points = Mapping[str, Mapping[str, Any]]
-Answer = tuple[Tensor, int | None]  # a final state, and the evaluations it took, None if they cannot be counted
-FLOOR = 1e-13  # errors below are rounding
-LEAST = 1e-11  # no finer steps of a method once it is below
-SETTLE = 0.005  # seconds
-PATIENCE = 2.0  # seconds
-NEAR = 2.0  # only candidates this near to the fastest at their accuracy are worth timing again
+Answer = tuple[Tensor, int | None]  # a final state and its evaluations; None if they cannot be counted
+FLOOR = 1e-13  # smaller errors are rounding
+LEAST = 1e-11  # a method with a smaller error is not refined further
+SETTLE = 0.005  # seconds; shorter functions run once before they are timed, to fill the caches
+PATIENCE = 2.0  # seconds per solve; a slower method is not refined further
+NEAR = 2.0  # candidates slower than this multiple of the fastest at their accuracy are not timed again
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Candidate:
     """A method at one setting.
 
     Attributes:
-        solver: who solves: "odeadv", "torchdiffeq", ...
-        method: which method of it; the settings of one method make one curve.
+        solver: "odeadv", "torchdiffeq", ...
+        method: a method of the solver; its settings make one curve.
         setting: steps or tolerance, for the table.
-        solve: what is timed.
-        cold: whether its first call is timed apart, because it compiles.
+        solve: the function that is timed.
+        cold: if the first call compiles and is timed separately.
     """
 
     solver: str
@@ -48,7 +48,7 @@ class Candidate:
 def adaptive(
     solver: str, method: str, solve: Callable[[float], Answer], exponents: Iterable[int], cold: bool = False
 ) -> list[Candidate]:
-    """A method at tolerances 1e-k; with ``cold``, the first of them compiles."""
+    """Return a method at tolerances 1e-k; with ``cold``, the first of them compiles."""
     return [
         Candidate(solver, method, f"tolerance 1e-{k}", lambda k=k: solve(10.0**-k), cold=cold and not i)
         for i, k in enumerate(exponents)
@@ -56,9 +56,9 @@ def adaptive(
 
 
 def stepped(method: str, solve: Callable[[int], odeadv.Solution], counts: Iterable[int]) -> list[Candidate]:
-    """A method of odeadv at numbers of steps; its work is the evaluations of the operators and the products.
+    """Return a method of odeadv at several numbers of steps; its work is evaluations of operators plus products.
 
-    Those of a costate are left out: it is looked up.
+    Evaluations of a costate are not counted, because it is looked up.
     """
 
     def run(steps: int) -> Answer:
@@ -77,12 +77,12 @@ def measure(
     longest: float,
     always: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Errors (maximum norm, relative), work and times of the candidates; what failed, and why.
+    """Measure errors (maximum norm, relative), work and times of the candidates; record failures with their reasons.
 
-    Every candidate is solved once (twice if the first call compiles) and timed; those near the fastest at their
-    accuracy are then timed again in interleaved rounds, and so are the methods in ``always``. Settings of a method come
+    Every candidate is solved once (twice if the first call compiles) and timed. Candidates near the fastest at their
+    accuracy, and the methods in ``always``, are then timed again in interleaved rounds. The settings of a method go
     from coarse to fine, and stop when a solve has taken ``longest`` seconds (`PATIENCE` for the others). The seconds
-    of every round are returned beside the results, for ratios.
+    of every round are returned too, for ratios.
     """
     points: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -95,7 +95,7 @@ def measure(
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # low sub-steps in high schemes are part of the comparison
+                warnings.simplefilter("ignore")  # sub-steps of low order are compared too
                 began = time.perf_counter()
                 state, work = candidate.solve()
                 first = time.perf_counter() - began
@@ -103,7 +103,7 @@ def measure(
                     began = time.perf_counter()
                     candidate.solve()
                 seconds = time.perf_counter() - began
-        except Exception as error:  # each peer has its own way to give up
+        except Exception as error:  # every solver raises its own exceptions
             failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
             continue
         error = float((state - reference).abs().max() / reference.abs().max())
@@ -131,7 +131,7 @@ def measure(
 
 
 def _near(points: Points) -> set[str]:
-    """Those that, in a first time, were near the fastest of their solver with no larger error, or are of least work."""
+    """Return candidates near the fastest of their solver with no larger error, and those of least work."""
     near = set()
     for name, point in points.items():
         rivals = [p for p in points.values() if p["solver"] == point["solver"] and p["error"] <= point["error"]]
@@ -144,7 +144,7 @@ def _near(points: Points) -> set[str]:
 
 
 def front(points: Points, solver: str, cost: Callable[[Mapping[str, Any]], float | None]) -> Any:
-    """The names of the points of ``solver`` that no cheaper one of it beats, from large errors to small."""
+    """Return the names of the points of ``solver`` that no cheaper point beats, from large errors to small."""
     own = {name: cost(point) for name, point in points.items() if point["solver"] == solver}
     priced = {name: value for name, value in own.items() if value is not None}
     best = []
@@ -155,7 +155,7 @@ def front(points: Points, solver: str, cost: Callable[[Mapping[str, Any]], float
 
 
 def fastest(points: Points, accuracies: Iterable[float]) -> dict[str, dict[str, str]]:
-    """For every accuracy, the name of each solver's fastest point that reaches it."""
+    """Return, for every accuracy, the name of each solver's fastest point that reaches it."""
     table: dict[str, dict[str, str]] = {}
     solvers = dict.fromkeys(point["solver"] for point in points.values())
     for accuracy in accuracies:
@@ -169,7 +169,7 @@ def fastest(points: Points, accuracies: Iterable[float]) -> dict[str, dict[str, 
 
 
 def table(points: Points, rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Markdown of `fastest`: method and setting, milliseconds (median), evaluations."""
+    """Return `fastest` as Markdown: method and setting, milliseconds (median), evaluations."""
     known = dict.fromkeys(point["solver"] for point in points.values())
     solvers = [solver for solver in known if any(solver in row for row in rows.values())]
     lines = [f"| error at most | {' | '.join(f'{solver} | ms | evaluations' for solver in solvers)} |"]
@@ -188,7 +188,7 @@ def table(points: Points, rows: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def cold_table(points: Points) -> list[str]:
-    """Lines of Markdown on what a first call costs where it compiles; none if nothing does."""
+    """Return lines of Markdown on the cost of first calls that compile; empty if no call does."""
     cold: dict[str, list[tuple[float, float]]] = {}
     for point in points.values():
         if "cold" in point and "seconds" in point:
@@ -207,9 +207,9 @@ COLOURS = {"odeadv": "C0", "torchdiffeq": "C1", "torchode": "C2", "diffrax": "C3
 
 
 def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str]) -> None:
-    """Two panels: error against seconds, and against evaluations.
+    """Draw two panels: error against seconds, and error against evaluations.
 
-    Bold: each solver's Pareto front. Thin: some ``methods`` of odeadv by themselves.
+    Bold lines are the Pareto fronts of the solvers; thin lines are single ``methods`` of odeadv.
     """
     left, right = axes
     costs = (
@@ -238,4 +238,4 @@ def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     if right.has_data():
-        right.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the curves, not on them
+        right.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # it must not cover curves

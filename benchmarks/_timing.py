@@ -1,4 +1,4 @@
-"""Timing things side by side, and saying what machine it was."""
+"""Times of functions in interleaved rounds, and a description of the machine."""
 
 import importlib.metadata
 import os
@@ -16,10 +16,10 @@ PEERS = ("torchdiffeq", "torchode", "diffrax", "jax", "numpy", "scipy")
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of every function in each round, the functions taken in turn within a round.
+    """Return the seconds of every function in each round; within a round, the functions run in turn.
 
-    One that has taken less than ``settle`` seconds runs once more just before it is timed, for what another function
-    left in the caches would be much of its time.
+    A function that has taken less than ``settle`` seconds runs once more just before it is timed. Otherwise its time
+    would depend on the caches that the function before it left.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -36,24 +36,24 @@ def interleaved(
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median and quartiles of repeated measurements."""
+    """Return median and quartiles of repeated measurements."""
     values = list(values)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
     return {"median": middle, "low": low, "high": high}
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """Median and quartiles of the round-by-round ratios of two functions."""
+    """Return median and quartiles of the round-by-round ratios of two functions."""
     return spread(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
 def middle(figure: float | Mapping[str, float]) -> float:
-    """The median of a measurement; a plain number as it is."""
+    """Return the median of a measurement, or a plain number as it is."""
     return figure["median"] if isinstance(figure, Mapping) else figure
 
 
 def shown(figure: float | Mapping[str, float], form: str = ".2f", scale: float = 1.0) -> str:
-    """A measurement as text, its quartiles in brackets; a plain number, or one measured once, without."""
+    """Return a measurement as text, with its quartiles in brackets if there is more than one value."""
     if not isinstance(figure, Mapping) or figure["low"] == figure["high"]:
         return f"{scale * middle(figure):{form}}"
     low, median, high = (f"{scale * figure[key]:{form}}" for key in ("low", "median", "high"))
@@ -61,7 +61,7 @@ def shown(figure: float | Mapping[str, float], form: str = ".2f", scale: float =
 
 
 def machine() -> dict[str, object]:
-    """What the times were taken on."""
+    """Describe the machine that the times are taken on."""
     versions = {}
     for name in PEERS:
         try:

@@ -1,9 +1,9 @@
-"""Whether the last iterates of IFGSM-20 and PGD-20 are torchattacks' and foolbox's, example by example.
+"""The last iterates of IFGSM-20 and PGD-20, compared example by example with torchattacks and foolbox.
 
-On test images of CIFAR-10, with the networks of the benchmark `evaluation` in NCHW: attacked at a radius that leaves
-some of them right, for where nothing survives everything agrees. PGD has the same start everywhere. Where an outcome
-differs, the margins of both attacked images are given (the label's logit over the largest other one): an example that
-rounding decided has different pixels, for a gradient that is 0 in one order of summation and 1e-9 in another.
+The images are test images of CIFAR-10; the networks are those of the benchmark `evaluation`, in NCHW. The radius leaves
+some images correctly classified: if no image survives, all attacks agree. PGD has the same start everywhere. If an
+outcome differs, the margins of both attacked images are given (the logit of the label minus the largest other one).
+Rounding decides some examples: a gradient that is 0 in one order of summation and 1e-9 in another moves a pixel.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from . import evaluation
 from ._timing import machine
 
 STEPS, BATCH = 20, 128
-# The network, eps and alpha, the attacks, and with whom.
+# The network, eps and alpha, the attacks, and the libraries to compare with.
 CASES = (
     ("ResNet-20, robust", 8 / 255, 2 / 255, ("IFGSM", "PGD"), ("torchattacks", "foolbox")),
     ("ResNet-20, natural", 1 / 255, 0.5 / 255, ("IFGSM", "PGD"), ("torchattacks", "foolbox")),
@@ -49,14 +49,14 @@ PEERS: dict[str, Iterates] = {"torchattacks": of_torchattacks, "foolbox": of_foo
 
 
 def starting_at(x: Tensor, eps: float) -> Tensor:
-    """The start that torchattacks draws."""
+    """Return the start that torchattacks draws."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
 
 
 def margins(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(n,): the label's logit over the largest other one."""
+    """Return the logit of the label minus the largest other one, shape (n,)."""
     with torch.no_grad():
         logits = net(x)
     own = logits.gather(1, y[:, None]).squeeze(1)
@@ -66,7 +66,7 @@ def margins(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def compared(
     net: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, kind: str, peers: list[str]
 ) -> dict[str, object]:
-    """Our iterates and those of ``peers``: outcomes and pixels that differ."""
+    """Count the outcomes and pixels that differ between our iterates and those of ``peers``."""
     right = 0
     found = {name: {"outcomes that differ": 0, "images with other pixels": 0, "examples": []} for name in peers}
     for first in range(0, len(x), BATCH):

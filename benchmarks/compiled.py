@@ -1,4 +1,4 @@
-"""A compiled step against an eager one: a field of twenty pointwise operations on 10,000 elements, midpoint rule.
+"""A compiled step compared with an eager one: a field of twenty pointwise operations on 10,000 elements, midpoint rule.
 
 The floor is a bare loop that calls the compiled arithmetic of one step.
 """

@@ -1,14 +1,14 @@
-"""Robust evaluation beside torchattacks, foolbox and ART on trained ResNets, in fp32.
+"""Robust evaluation compared with torchattacks, foolbox and ART on trained ResNets, in fp32.
 
 The protocol of Table 2: clean, FGSM and IFGSM-20 at 8/255 and 12/255, on the same images in batches of 128. The peers
-are given an eager NCHW model, as their users do; the ResNet-56 is run beside torchattacks only. Outcomes are compared
-example by example with those of plain `evaluate`. The time of bf16 gradients has the check against full ones in it;
-where the CPU only imitates bfloat16 they are left out. One gradient of a batch is timed by itself too: an evaluation of
-a compiled model has the seconds of compiling in it, which few images do not make up for; and the convolutions of a
-protocol's gradients alone, in the same precision, are what no evaluation goes below.
-IFGSM-1000, worst so far and by its last iterate, is compared with torchattacks, which runs every step on every image,
-on a naturally trained ResNet-20 and on one trained on one-step adversarial examples from random starts. Peers that are
-not installed are left out. Networks are trained once and kept in build/benchmarks/networks.
+are given an eager NCHW model, as their users do; the ResNet-56 is compared with torchattacks only. Outcomes are
+compared example by example with those of plain `evaluate`. The time of bf16 gradients has the check against full ones
+in it; where the CPU only imitates bfloat16 they are left out. One gradient of a batch is timed separately, because an
+evaluation of a compiled model includes the seconds of compiling, which only pay for themselves with many images. The
+floor of an evaluation is the time of the convolutions of its gradients alone, in the same precision. IFGSM-1000, worst
+so far and by its last iterate, is compared with torchattacks, which runs every step on every image, on a naturally
+trained ResNet-20 and on one trained on one-step adversarial examples from random starts. Peers that are not installed
+are left out. Networks are trained once and kept in build/benchmarks/networks.
 """
 
 import warnings
@@ -96,12 +96,12 @@ PEERS = {"torchattacks": torchattacks_attack, "foolbox": foolbox_attack, "ART": 
 
 @dataclass(frozen=True)
 class Network:
-    """A network to evaluate, and how it is trained.
+    """A network to evaluate, and its training.
 
     Attributes:
-        depth: of a ResNet of width 16.
-        images, epochs: it is trained on.
-        robust: on FGSM examples at 8/255 from random starts (alpha = 10/255).
+        depth: the depth of a ResNet of width 16.
+        images, epochs: the size of its training.
+        robust: if it is trained on FGSM examples at 8/255 from random starts (alpha = 10/255).
     """
 
     depth: int
@@ -110,7 +110,7 @@ class Network:
     robust: bool = False
 
     def trained(self, data: ImageDataset, folder: Path) -> nn.Module:
-        """In evaluation mode and NCHW, read from ``folder`` if it is there."""
+        """Return the network in evaluation mode and NCHW, read from ``folder`` if it is there."""
         net = odeadv.models.preact_resnet(
             self.depth, mean=data.mean, std=data.std, generator=torch.Generator().manual_seed(0)
         )
@@ -137,7 +137,7 @@ FOLDER = Path("build/benchmarks/networks")
 
 
 def dataset() -> ImageDataset:
-    """CIFAR-10 if it is found, else the digits."""
+    """Load CIFAR-10 if it is found, and the digits otherwise."""
     try:
         return load("cifar10", download=False)
     except DatasetNotFoundError:
@@ -145,7 +145,7 @@ def dataset() -> ImageDataset:
 
 
 def peer_outcomes(make: Callable[..., Attack], net: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """Clean, FGSM and IFGSM outcomes, (5, n) bool: what a user of the library would write."""
+    """Return clean, FGSM and IFGSM outcomes, bool (5, n), in the code that a user of the library would write."""
     rows = []
     for images, labels in zip(x.split(128), y.split(128), strict=True):
         attack = make(net, images, labels)
@@ -215,7 +215,7 @@ def table2(
 
 
 def one_gradient(net: nn.Module, x: Tensor, y: Tensor, rounds: int, quick: bool) -> dict[str, object]:
-    """Cross-entropy's gradient at the images, by the ways that `evaluate` has of computing it."""
+    """Time the gradient of the cross-entropy at the images, in each way that `evaluate` can compute it."""
     fast = x.contiguous(memory_format=torch.channels_last)
     functions: dict[str, Callable[[], object]] = {}
 
@@ -248,7 +248,7 @@ def one_gradient(net: nn.Module, x: Tensor, y: Tensor, rounds: int, quick: bool)
 
 
 def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> dict[str, object]:
-    """IFGSM at 8/255 of many steps, worst so far and by its last iterate; torchattacks has the latter only."""
+    """Time IFGSM at 8/255 with many steps, worst so far and last iterate; torchattacks has only the last iterate."""
     kinds = {"worst so far": "worst", "last iterate": "last"}
     protocols = {
         name: Protocol(name, (AttackSpec("ifgsm", EPS[0], ALPHA, steps, kind),)) for name, kind in kinds.items()
@@ -369,14 +369,14 @@ def render(data: dict) -> str:
 
 
 def _alone(data: dict, name: str, gradients: float, bf16: bool = False) -> float:
-    """Seconds of the convolutions of so many gradients of images."""
+    """Return the seconds that the convolutions of this many ``gradients`` of images take."""
     gradient = data["gradient"][name]
     one = middle(gradient["milliseconds"][f"{ALONE}, bf16" if bf16 else ALONE])
     return gradients * one / 1e3 / gradient["images"]
 
 
 def limits(data: dict) -> list[Limit]:
-    """Speed against the peers; the floor is the peer's time over that of the gradients' convolutions alone."""
+    """Return speeds relative to the peers; the floor is the peer's time over that of the convolutions alone."""
     found = []
     for name, part in data["table2"].items():
         peer = part["fastest peer"]

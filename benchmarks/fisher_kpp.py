@@ -1,8 +1,9 @@
 """Fisher-KPP, u_t = u_xx / 2 + u (1 - u) on a periodic line of 256 points, to T = 1: time to reach an accuracy.
 
-Splitting takes the exact flows of diffusion (FFT) and of the logistic equation, every scheme without negative steps and
-every sub-step for the reaction; the others solve the whole right-hand side, diffrax's KenCarp4 with diffusion implicit.
-Errors are maxima against torchdiffeq's dopri8 at tolerance 1e-13. The flows of each winner are timed by themselves too.
+Splitting uses the exact flows of diffusion (FFT) and of the logistic equation, with every scheme without negative steps
+and every sub-step for the reaction. The other solvers take the whole right-hand side; diffrax's KenCarp4 treats
+diffusion implicitly. Errors are maxima of the difference to torchdiffeq's dopri8 at tolerance 1e-13. The flows of each
+winner are also timed alone.
 """
 
 import math
@@ -49,13 +50,13 @@ def reaction_flow(t: Tensor, dt: Tensor, u: Tensor) -> Tensor:
 
 
 def start() -> Tensor:
-    """Smooth initial data in (0, 1)."""
+    """Return smooth initial data in (0, 1)."""
     place = LENGTH / POINTS * torch.arange(POINTS, dtype=torch.float64)
     return 0.1 + 0.8 * torch.exp(-((place - LENGTH / 2) ** 2) / 8)
 
 
 def split_field() -> odeadv.SplitField:
-    """Diffusion and reaction, each with its exact flow."""
+    """Return diffusion and reaction, each with its exact flow."""
     return odeadv.SplitField(
         reaction=odeadv.Operator(react, flow=reaction_flow),
         diffusion=odeadv.Operator(diffuse, flow=diffusion_flow, reversible=False),
@@ -63,7 +64,7 @@ def split_field() -> odeadv.SplitField:
 
 
 def splitting(u0: Tensor, quick: bool) -> list[Candidate]:
-    """Every scheme that runs diffusion forward only, with every sub-step for the reaction."""
+    """Return every scheme that runs diffusion forward only, with every sub-step for the reaction."""
     field = split_field()
     candidates = []
     for name in ("lie", "strang") if quick else odeadv.schemes.names():
@@ -84,7 +85,7 @@ def splitting(u0: Tensor, quick: bool) -> list[Candidate]:
 
 
 def flows_alone(points: Points, names: Iterable[str], u0: Tensor, quick: bool) -> dict[str, dict[str, float]]:
-    """Seconds of what the points called ``names`` evaluate, in a bare loop: no splitting goes below."""
+    """Return the seconds of the evaluations of the points ``names`` in a bare loop, the floor of any splitting."""
     t, functions = torch.tensor(0.0, dtype=u0.dtype), {}
     for name in sorted(names):
         point = points[name]
@@ -109,7 +110,7 @@ def flows_alone(points: Points, names: Iterable[str], u0: Tensor, quick: bool) -
 
 
 def peers(u0: Tensor, quick: bool) -> list[Candidate]:
-    """The other solvers."""
+    """Return the candidates of the other solvers."""
     exponents = (3,) if quick else None
 
     def whole(t: Tensor, u: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def run(quick: bool = False) -> dict[str, object]:
 
 
 def ratios(best: Mapping[str, Mapping[str, str]], rounds: Mapping[str, list[float]]) -> dict[str, dict[str, object]]:
-    """For every accuracy the fastest other solver, and how many times as long as ours it takes."""
+    """Return, for every accuracy, the fastest other solver and its time divided by ours."""
     found: dict[str, dict[str, object]] = {}
     for accuracy, row in best.items():
         others = {solver: name for solver, name in row.items() if solver != "odeadv"}

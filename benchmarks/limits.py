@@ -1,6 +1,6 @@
-"""How close the figures are to their floors: one table of what the benchmarks say of themselves.
+"""How close the figures are to their floors: one table for all benchmarks.
 
-Nothing is measured here. A benchmark with a function `limits(data) -> list[Limit]` has its rows in it.
+Nothing is measured here. A benchmark with a function `limits(data) -> list[Limit]` has rows in the table.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,12 @@ class Limit(NamedTuple):
     """One line of the page.
 
     Attributes:
-        figure: what is measured.
-        measured: it, with its spread if it has one.
-        floor: what the arithmetic alone comes to, if that is known, and implementations do not go below (or above,
-            where more is better) but for rounding and luck: a number, or the measurement of something that does
-            nothing else.
-        most, least: what is aimed at.
-        form: how numbers are written.
+        figure: the name of the measured quantity.
+        measured: its value, with the spread if there is one.
+        floor: the value of the arithmetic alone, if it is known. Except for rounding and luck, an implementation
+            cannot be lower (or higher, if more is better). A number, or the measurement of the arithmetic alone.
+        most, least: the target.
+        form: the format of the numbers.
     """
 
     figure: str
@@ -34,14 +33,14 @@ class Limit(NamedTuple):
 
     @property
     def met(self) -> bool | None:
-        """Whether the median is where it is to be; None if nothing is aimed at."""
+        """True if the median meets the target; None without a target."""
         if self.most is not None:
             return middle(self.measured) <= self.most
         return None if self.least is None else middle(self.measured) >= self.least
 
 
 def line(limit: Limit) -> str:
-    """One row of Markdown."""
+    """Return one row of Markdown."""
     aim = "" if limit.most is None else f"≤ {limit.most:g}"
     if limit.least is not None:
         aim = f"≥ {limit.least:g}"
@@ -51,11 +50,11 @@ def line(limit: Limit) -> str:
 
 
 def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], ModuleType | None]) -> str:
-    """The page, of the ``results`` by name; ``module`` gives a benchmark."""
+    """Return the page of the ``results`` by name; ``module`` returns the benchmark of a name."""
     parts = [
         "# How close to the limit",
         "",
-        "Made by `python -m benchmarks` from the JSON files beside it, nothing else.",
+        "Made by `python -m benchmarks` from the JSON files in this folder and nothing else.",
     ]
     parts += [
         "Medians with quartiles where a figure was measured more than once. The floor is what the arithmetic alone",

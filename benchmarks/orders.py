@@ -1,9 +1,9 @@
 """Orders of convergence, measured in float64 on linear problems with closed forms (matrix exponentials).
 
-First dx/dt = A x + eta a(t), L = x(T).Qx(T)/2, with a(t) of one recording, either known exactly or recorded by the
-solve itself: Strang-Marchuk with the paper's Euler sub-steps is of first order, whatever the value at the middle, for
-both halves of the costate then take the value at their beginning. Then every scheme, with exact flows, on two matrices
-that do not commute.
+The first problem is dx/dt = A x + eta a(t), L = x(T).Qx(T)/2, with a(t) of one recording, either known exactly or
+recorded by the solve itself. Strang-Marchuk with the paper's Euler sub-steps is of first order, whatever the value in
+the middle, because both halves of the costate then take the value at their beginning. The second problem takes every
+scheme, with exact flows, on two matrices that do not commute.
 """
 
 import math
@@ -30,7 +30,7 @@ STEPS = (8, 16, 32, 64, 128)
 
 
 class Row(NamedTuple):
-    """One line of the table: a method, and which values of a(t) it takes within a step."""
+    """One line of the table: a method, and the values of a(t) that it takes within a step."""
 
     scheme: str
     f: str
@@ -68,14 +68,14 @@ SHOWN = (
 
 
 def slope(steps: Sequence[int], errors: Sequence[float]) -> float:
-    """The order: slope of log(error) against log(1 / steps), by least squares."""
+    """Return the order: the slope of log(error) against log(1 / steps), by least squares."""
     logs = [(math.log(1.0 / n), math.log(error)) for n, error in zip(steps, errors, strict=True)]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
 def closed_form() -> tuple[Tensor, Callable[[float], Tensor]]:
-    """x(T) driven by the costate of the unperturbed trajectory, and that costate."""
+    """Return x(T) driven by the costate of the unperturbed trajectory, and the costate."""
     end = matrix_exp(END * A) @ X0
     grad = Q @ end
 
@@ -93,7 +93,7 @@ def _flow(matrix: Tensor) -> odeadv.Operator:
 
 def _errors(solve: Callable[[int], Tensor], exact: Tensor, steps: Sequence[int]) -> list[float]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", odeadv.AccuracyWarning)  # sub-steps of lower order are the point here
+        warnings.simplefilter("ignore", odeadv.AccuracyWarning)  # sub-steps of lower order are part of the table
         return [float((solve(n) - exact).norm()) for n in steps]
 
 
@@ -123,7 +123,7 @@ def run(quick: bool = False) -> dict[str, object]:
     schemes = {}
     for name in odeadv.schemes.names()[: 4 if quick else None]:
         scheme = odeadv.schemes.get(name)
-        # Far enough above rounding for the order.
+        # These errors are far enough above rounding to measure an order.
         counts = {6: (4, 6, 8), 8: (2, 3, 4)}.get(scheme.order, (8, 16, 32) if scheme.order > 3 else (8, 16, 32, 64))
         errors = _errors(
             lambda n, s=name: odeadv.solve(both, X0, (0.0, END), scheme=s, steps=n, substep="exact").xs[-1], end, counts

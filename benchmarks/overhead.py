@@ -1,4 +1,4 @@
-"""Cost of a step above the field's own, in eager mode."""
+"""The cost of a step above the cost of the field, in eager mode."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def field(t: Tensor, x: Tensor) -> Tensor:
 
 
 def additions(x0: Tensor, t: Tensor, steps: int, *weights: float) -> Callable[[], None]:
-    """The floor of methods with so many evaluations a step."""
+    """Return the floor of methods with this many evaluations per step."""
 
     def function() -> None:
         x = x0

@@ -1,4 +1,4 @@
-"""What a recording costs on the field of ResNet-56: evaluations and products, and the memory of its graph.
+"""The cost of a recording on the field of ResNet-56: evaluations, products, and the memory of its graph.
 
 The graph's memory is the peak of the bytes that autograd keeps for the backward pass, each storage counted once.
 """
@@ -15,7 +15,7 @@ ETA = 50.0
 
 
 class Ledger:
-    """Counts the bytes of distinct storages that saved tensors keep alive, and their peak."""
+    """Count the bytes of the distinct storages that saved tensors keep alive, and their peak."""
 
     def __init__(self) -> None:
         self.count: dict[int, int] = {}

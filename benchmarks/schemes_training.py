@@ -1,9 +1,9 @@
 """Schemes as training methods: ResNet-8 of width 8 on the digits at 16 by 16 pixels, the same seeds for all.
 
-Loss and accuracies are those of test images, IFGSM-20 the last iterate at eps = 8/255; medians over the seeds, with
-quartiles; eta is the paper's 50 for batches of 128, halved for 64. Cost of a step: its time beside that of natural
-training, and evaluations of f and vector-Jacobian products for the loss (its gradient by the weights comes on top, the
-same for all).
+Loss and accuracies are those of test images; IFGSM-20 is scored by its last iterate at eps = 8/255. The figures are
+medians over the seeds, with quartiles. eta is the paper's 50 for batches of 128, halved for 64. The cost of a step is
+its time divided by that of natural training, and the evaluations of f and vector-Jacobian products for the loss. The
+gradient with respect to the weights comes on top and costs the same for all.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def network(seed: int) -> odeadv.models.PreActResNet:
 
 
 def small(data: ImageDataset, quick: bool) -> ImageDataset:
-    """Every second pixel of the images."""
+    """Take every second pixel of the images."""
     count, tested = (BATCH, 20) if quick else (None, None)
     return dataclasses.replace(
         data,
@@ -50,12 +50,12 @@ def small(data: ImageDataset, quick: bool) -> ImageDataset:
 
 
 def trained(data: ImageDataset, defence: Defence, seed: int, epochs: int) -> dict[str, float]:
-    """Train once; loss and accuracies in percent on the test images."""
+    """Train once; return loss and accuracies in percent on the test images."""
     net = network(seed)
     milestones = (epochs // 2, 3 * epochs // 4)
     config = TrainConfig(Natural(), defence, epochs=epochs, batch_size=BATCH, milestones=milestones, seed=seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="eta")  # it is that of batches of 128, halved for 64
+        warnings.filterwarnings("ignore", message="eta")  # eta is already halved for batches of 64
         train(net, data, config)
     net.eval()
     images, labels = to_float(data.test_images), data.test_labels

@@ -1,10 +1,10 @@
-"""A training step of ResNet-56 with each objective and defence, beside the passes that it makes.
+"""A training step of ResNet-56 with each objective and defence, compared with the passes that it makes.
 
-The plain loops are what published code of this line runs: fp32, NCHW, the clean probabilities of TRADES computed again
-in every step of its attack. The floor of a ratio is what it would be if only convolutions took time in our steps: those
-of the network, in bf16 and channels_last and nothing else, on tensors made beforehand. Memory is the peak of all
-tensors alive in a step, the network's and the optimiser's included. Augmentation is what making an augmented batch
-costs, against a natural step of ResNet-20; its floor is a batch that is not augmented.
+The plain loops do what the published code does: fp32, NCHW, and the clean probabilities of TRADES computed again in
+every step of its attack. The floor of a ratio is its value if only convolutions took time in our steps: the
+convolutions of the network alone, in bf16 and channels_last, on tensors made beforehand. Memory is the peak of all
+tensors alive in a step, including those of the network and the optimiser. Augmentation is the cost of an augmented
+batch relative to a natural step of ResNet-20; its floor is a batch without augmentation.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -39,9 +39,9 @@ ATTACKED = {
     "TRADES": (Trades(), Undefended()),
     "TRADES + LAD": (Trades(), LAD),
 }
-# Passes of each kind. A recording, a midpoint and a step of an attack are one of the first two each (two layers of 27
-# have no middle); TRADES has one forward pass for the clean probabilities, and two passes of all three, with LAD a
-# third that records.
+# Passes of each kind. A recording, a midpoint and a step of an attack are one forward pass and one backward pass to the
+# activations (two of 27 layers are jumps, without a middle). TRADES has one forward pass for the clean probabilities
+# and two passes of all three kinds; with LAD, a third pass records.
 PASSES = {
     "natural": (1, 1, 1),
     "LAD": (2, 2, 1),
@@ -67,7 +67,7 @@ RATIOS = (
 def plain_losses(
     net: nn.Module, images: Tensor, labels: Tensor, steps: int, generator: torch.Generator
 ) -> dict[str, Callable[[], Tensor]]:
-    """The losses as a plain loop computes them."""
+    """Return the losses as a plain loop computes them."""
 
     def attacked(x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         net.eval()
@@ -98,7 +98,7 @@ def plain_losses(
 
 
 def stepping(net: nn.Module, loss: Callable[[], Tensor], bf16: bool) -> Callable[[], None]:
-    """One step of SGD."""
+    """Return a function that makes one step of SGD."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
@@ -139,7 +139,7 @@ def run(quick: bool = False) -> dict[str, object]:
     alone = convolutions(net, images, torch.bfloat16)
     seconds = interleaved(cheap | alone, rounds=2 if quick else 9)
     passes = {name: spread(seconds.pop(name)) for name in alone}
-    # Steps with an attack take seconds each: fewer rounds. The networks have been warmed up by now.
+    # A step with an attack takes seconds, so fewer rounds are affordable. The networks are warm by now.
     seconds |= interleaved(attacked | loops, rounds=2 if quick else 3, warmup=0)
 
     small = network(8 if quick else 20, torch.channels_last)
@@ -178,7 +178,7 @@ def run(quick: bool = False) -> dict[str, object]:
 
 
 def floor(ratio: str, data: Mapping[str, Any]) -> float:
-    """What a ratio of two steps would be if only convolutions took time in those of ours."""
+    """Return the ratio of two steps if only convolutions took time in ours."""
     name, _, to = ratio.partition(" / ")
     alone = [middle(data["seconds of the convolutions alone"][kind]) for kind in KINDS]
 
@@ -223,7 +223,7 @@ AIMS: dict[str, dict[str, float]] = {
 
 
 def limits(data: dict) -> list[Limit]:
-    """Ratios of times beside those of the convolutions alone; memory, beside that of the one pass trained on."""
+    """Return ratios of times with those of the convolutions alone, and memory with that of a single pass."""
     rows = [
         Limit(f"time, {name}", value, floor(name, data), **AIMS.get(name, {}), form=".3f")
         for name, value in data["ratios"].items()

@@ -1,13 +1,13 @@
-"""Work-precision diagrams: every scheme, sub-step and costate on five problems, beside the other solvers.
+"""Work-precision diagrams: every scheme, sub-step and costate on five problems, compared with the other solvers.
 
 `linear` and `oscillator` are Eq. 7 with a(t) of one recording: x' = A x, and a driven Duffing oscillator, each with a
-loss of the final state. The other solvers integrate the state forward, the adjoint equation back and all of it forward
-again. `linear converged` and `oscillator converged` are the same with the costate of the trajectory itself, against
-shooting and collocation. `three operators` is a non-linear, time-dependent sum of three that do not commute, with exact
-flows, on 100 states. `network` is the first stage of a ResNet-20 of width 8 trained for some seconds on digits, in
-evaluation mode and float64, refined in dt, the rest of the network being its read-out. Fisher-KPP has a section of its
-own. Errors are maxima of x(T), relative to its largest component, against closed forms for the linear problem, else
-against fine solutions. Evaluations are those of operators and vector-Jacobian products.
+loss of the final state. The other solvers integrate the state forward, the adjoint equation backward, and then
+everything forward again. `linear converged` and `oscillator converged` are the same with the costate of the trajectory
+itself, compared with shooting and collocation. `three operators` is a non-linear, time-dependent sum of three that do
+not commute, with exact flows, on 100 states. `network` is the first stage of a ResNet-20 of width 8 trained for some
+seconds on digits, in evaluation mode and float64, refined in dt; the rest of the network is its read-out. Fisher-KPP
+has its own section. Errors are maxima over x(T) relative to its largest component. The reference is a closed form for
+the linear problem and a fine solution for the others. Evaluations are those of operators and vector-Jacobian products.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -44,8 +44,8 @@ KINDS = ("linear", "hermite", "exact")
 
 
 class Problem(NamedTuple):
-    """Candidates, the solution they are measured against, and the methods that are drawn by themselves; seconds beyond
-    which a method is not refined any more; rounds of timing."""
+    """Candidates, the reference solution, the methods that are drawn separately, the seconds per solve beyond which a
+    method is not refined further, and the rounds of timing."""
 
     candidates: list[Candidate]
     reference: Tensor
@@ -63,7 +63,7 @@ def adversarial(
     steps: Sequence[int],
     **options: Any,
 ) -> list[Candidate]:
-    """Every scheme with every sub-step (an exact one is of f, with the costate by Simpson's rule) and costate."""
+    """Return every scheme with every sub-step and costate; with exact flows of f, the costate is by Simpson's rule."""
     candidates = []
     for scheme in schemes:
         for substep in substeps:
@@ -83,7 +83,7 @@ def adversarial(
 def _unsplit(
     field: odeadv.AdversarialField, x0: Tensor, span: tuple[float, float], steps: Sequence[int], **options: Any
 ) -> list[Candidate]:
-    """Runge-Kutta methods on the whole field."""
+    """Return Runge-Kutta methods on the whole field."""
     candidates = []
     for method in ("euler", "midpoint", "heun", "rk4"):
         for kind in KINDS:
@@ -96,7 +96,7 @@ def _unsplit(
 
 
 def _sizes(quick: bool) -> tuple[Iterable[str], Sequence[int], Sequence[int] | None]:
-    """Schemes, numbers of steps, and the exponents of the peers' tolerances."""
+    """Return schemes, numbers of steps, and the exponents of the peers' tolerances."""
     return (("lie", "strang"), (2, 4), (3,)) if quick else (odeadv.schemes.names(), STEPS, None)
 
 
@@ -141,7 +141,7 @@ def linear(quick: bool) -> Problem:
 
 
 def linear_converged_form() -> Tensor:
-    """x(T) with the costate of the trajectory itself: [x; a]' = [[A, eta], [0, -A^T]] [x; a], a(T) = Q x(T)."""
+    """Return x(T) with the costate of the trajectory itself: [x; a]' = [[A, eta], [0, -A^T]] [x; a], a(T) = Q x(T)."""
     a, q, eye = orders.A, orders.Q, torch.eye(3, dtype=orders.A.dtype)
     block = torch.cat([torch.cat([a, orders.ETA * eye], 1), torch.cat([0 * a, -a.T], 1)])
     m = matrix_exp(orders.END * block)
@@ -191,7 +191,7 @@ START = torch.tensor([0.6, -0.3], dtype=torch.float64)
 
 
 def duffing(t: Tensor, x: Tensor) -> Tensor:
-    """x'' = x - x^3 - damping x' + force cos(rate t), as a system."""
+    """Return x'' = x - x^3 - damping x' + force cos(rate t) as a system."""
     q, p = x
     return torch.stack([p, q - q**3 - DAMPING * p + FORCE * torch.cos(RATE * t)])
 
@@ -300,7 +300,7 @@ def three_operators(quick: bool) -> Problem:
 
 
 def trained(quick: bool) -> tuple[odeadv.models.PreActResNet, Tensor, Tensor]:
-    """A ResNet-20 of width 8 after some epochs on the digits, in float64, and a few images of 16 by 16 pixels."""
+    """Return a ResNet-20 of width 8 after some epochs on the digits, in float64, and a few 16x16 images."""
     from odeadv.data import load, to_float
 
     def small(images: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ def trained(quick: bool) -> tuple[odeadv.models.PreActResNet, Tensor, Tensor]:
 
 
 def first_stage(net: odeadv.models.PreActResNet, images: Tensor, labels: Tensor, eta: float) -> odeadv.AdversarialField:
-    """The blocks before the first jump as an ODE of their own; the rest of the network is its read-out."""
+    """Return the blocks before the first jump as an ODE whose read-out is the rest of the network."""
     whole = net.field(images, labels, eta)
     count = int(whole.f.jumps[0][0])
 
