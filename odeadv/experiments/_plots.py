@@ -1,4 +1,4 @@
-"""The figure of a table: bars of its rows, or curves over eta where the rows are values of it."""
+"""The figure of a table: its differences with intervals, or curves over eta if the rows are values of it."""
 
 from __future__ import annotations
 
@@ -25,33 +25,37 @@ def plot(results: Results, path: Path) -> None:
     labels = {"acc": "clean", **{column.key: column.label for column in results.table.columns}}
     if results.table.average:
         labels["avg"] = "average"
-    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    contrasts = len(results.findings())
+    figure = Figure(figsize=(9.0, 4.2 if results.sweeps_eta else 1.6 + 0.5 * contrasts), layout="constrained")
     FigureCanvasAgg(figure)
-    (_over_eta if results.sweeps_eta else _bars)(results, figure, labels)
+    if results.sweeps_eta:
+        _over_eta(results, figure, labels)
+    else:
+        _forest(results, figure)
     # No date in the file: equal records give an equal picture.
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _bars(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
-    """Bars of the measured accuracies with standard deviations, the paper's as open circles."""
-    paper = results.table.paper(results.dataset)
+def _forest(results: Results, figure: Figure) -> None:
+    """Draw the primary contrasts with their intervals; the paper's differences as ticks."""
     axes = figure.add_subplot()
-    width = 0.8 / len(results.rows)
-    for i, row in enumerate(results.rows):
-        values = [results.accuracies(run) for run in results.runs[row.name].values()]
-        at = [j + (i - (len(results.rows) - 1) / 2) * width for j in range(len(labels))]
-        means = [statistics.fmean(v[key] for v in values) for key in labels]
-        errors = [statistics.stdev([v[key] for v in values]) if len(values) > 1 else 0.0 for key in labels]
-        color = f"C{i % 10}"
-        axes.bar(at, means, width, yerr=errors, capsize=2, color=color, alpha=0.75, label=row.label)
-        figures = paper.get(row.name, {})
-        shown = [(x, figures[key]) for x, key in zip(at, labels, strict=True) if key in figures]
-        axes.plot([x for x, _ in shown], [y for _, y in shown], "o", mfc="none", mec=color, ms=4)
-    axes.set_xticks(range(len(labels)), list(labels.values()))
-    axes.set_ylabel("accuracy, %")
-    axes.set_ylim(0, 100)
-    axes.set_title(f"{results.table.title}, {results.dataset}, preset {results.preset.name} (circles: paper)")
-    axes.legend(ncols=3, fontsize="small")
+    found = results.findings()
+    for y, finding in enumerate(found):
+        contrast = finding.contrast
+        half = 0.0 if contrast.half is None else contrast.half
+        axes.errorbar(contrast.mean, y, xerr=half, fmt="o", color="C0", capsize=3, label="here" if not y else None)
+        if finding.paper is not None:
+            axes.plot(finding.paper, y, "|", color="C3", ms=16, mew=2, label="_paper" if y else "paper")
+    if not found:
+        axes.text(0.5, 0.5, "no two rows of a primary contrast have been run", ha="center", transform=axes.transAxes)
+        return
+    axes.axvline(0.0, color="0.6", lw=0.8)
+    names = [f"{finding.row.label}\nminus {finding.other.label}" for finding in found]
+    axes.set_yticks(range(len(found)), names, fontsize="small")
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("mean accuracy under the attacks, difference in points with 95 % interval")
+    axes.set_title(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
+    axes.legend(fontsize="small")
 
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
@@ -67,7 +71,7 @@ def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> No
         axes.set_xscale("log")
         axes.set_title(label, fontsize="medium")
         axes.set_xlabel("eta" if here == there else f"the paper's eta; here times {here / there:g}")
-    panels[0].set_ylabel("accuracy less that without a defence, points")
+    panels[0].set_ylabel("accuracy minus that without a defence, points")
     panels[-1].legend(fontsize="small")
     figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}")
 

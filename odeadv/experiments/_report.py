@@ -42,27 +42,45 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
 
 
 def render(results: Results) -> str:
-    """The page as Markdown: what differs from the paper first, then its figures, the measured ones and verdicts."""
+    """Return the page as Markdown: title, what differs from the paper, the figure, the table, then the details."""
     table = results.table
     keys = ["acc", *(column.key for column in table.columns), *(["avg"] if table.average else [])]
     labels = ["Acc", *(column.label for column in table.columns), *(["Avg"] if table.average else [])]
+    reason = _cannot_test(results)
     lines = [
-        f"**{differences(results)}**",
-        "",
         f"# {table.title}, {results.dataset}",
+        "",
+        *([f"**Not a test of the paper's claim: {reason}.**", ""] if reason else []),
+        f"**{differences(results)}** All runs share one training subset and one test subset.",
+        "",
+        f"![Differences of the rows with 95 % intervals, and the paper's]({table.name}.png)",
         "",
         "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255)"
         + ("; Avg is the mean of the robust accuracies" if table.average else "")
         + ". Measured: mean ± sample standard deviation over the seeds.",
         "",
         *_results(results, keys, labels),
-        *_claims(results, keys, labels),
-        *_stricter(results),
-        *_autoattack(results),
-        *_best(results, keys, labels),
-        *_runs(results),
+        *_claims(results),
+        *_folded("Every column", _columns(results, keys, labels)),
+        *_folded("Worst so far", _stricter(results)),
+        *_folded("AutoAttack", _autoattack(results)),
+        *_folded("Best epoch", _best(results, keys, labels)),
+        *_folded("Runs", _runs(results)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cannot_test(results: Results) -> str:
+    """Return why no row of these results can test the paper; empty if one can."""
+    reasons = [results.not_tested(row) for row in results.rows if parse_method(row.method).defended]
+    return reasons[0] if reasons and all(reasons) else ""
+
+
+def _folded(title: str, lines: Sequence[str]) -> list[str]:
+    """Return ``lines`` in a block that readers open by a click; nothing if there are none."""
+    if not lines:
+        return []
+    return ["", "<details>", f"<summary>{title}</summary>", *lines, "", "</details>"]
 
 
 def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
@@ -81,41 +99,60 @@ def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
     return lines
 
 
-def _claims(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """Differences between rows, seed by seed, beside the paper's, with a verdict each."""
+def _claims(results: Results) -> list[str]:
+    """Return the primary contrasts with the words of the rules."""
+    found = results.findings()
+    if not found:
+        return []
+    lines = []
+    for finding in found:
+        paper = "positive" if finding.paper is None else f"{finding.paper:+.2f}"
+        p = "" if finding.p is None else f"{finding.p:.2g}"
+        said = f"{finding.word} ({finding.why})" if finding.why else finding.word
+        label = f"{finding.row.label} minus {finding.other.label}"
+        lines.append(_line([label, paper, str(finding.contrast), p, str(len(finding.seeds)), said]))
+    return [
+        "",
+        "## Claims",
+        "",
+        "Differences of the mean accuracy under the attacks in percentage points, with 95 % intervals from one "
+        "residual that is pooled over all rows and seeds, never below the sampling error of the test images; p adjusted "
+        "by Holm. "
+        "[The rules](../rules.md) define the words.",
+        "",
+        *_header(["Difference", "paper", "here", "p", "seeds", "word"]),
+        *lines,
+    ]
+
+
+def _columns(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Return the differences between rows in every column, next to the paper's."""
     paper = results.table.paper(results.dataset)
     lines: list[str] = []
     pairs = [(row, other) for row in results.rows for other in results.table.compared(row)]
     for row, other in pairs:
         for key, label in zip(keys, labels, strict=True):
-            difference = results.difference(row, other, key)
-            if difference is None:
+            contrast = results.contrast(row, other, key)
+            if contrast is None:
                 continue
             there = paper.get(row.name, {}).get(key), paper.get(other.name, {}).get(key)
-            claimed = None if there[0] is None or there[1] is None else there[0] - there[1]
-            cells = [f"{row.label} less {other.label}", label, "" if claimed is None else f"{claimed:+.2f}"]
-            verdict = "" if claimed is None else difference.verdict(claimed)
-            lines.append(_line([*cells, str(difference), str(len(difference.values)), verdict]))
+            claimed = "" if there[0] is None or there[1] is None else f"{there[0] - there[1]:+.2f}"
+            seeds = results.runs[row.name].keys() & results.runs.get(other.name, {}).keys()
+            lines.append(_line([f"{row.label} minus {other.label}", label, claimed, str(contrast), str(len(seeds))]))
     if not lines:
         return []
     return [
         "",
-        "## Claims",
+        "Each row minus the undefended one, and minus the rows that differ from it in one part: percentage points with "
+        "95 % intervals as above, without an adjustment for looking at many of them.",
         "",
-        "Each row less the undefended one, and less those that differ from it in one part: differences in percentage "
-        "points, paired by seed (same initial weights, same batches), with the 95 % "
-        "confidence interval of their mean (Student's t). Reproduced: the interval lies on the paper's side of 0; "
-        "contradicted: on the other; not resolved: it contains 0. There is no correction for looking at many of them.",
-        "",
-        *_header(["Difference", "Column", "paper", "here", "seeds", "verdict"]),
+        *_header(["Difference", "Column", "paper", "here", "seeds"]),
         *lines,
     ]
 
 
 def _stricter(results: Results) -> list[str]:
     lines = [
-        "",
-        "## Worst so far",
         "",
         "A stricter count, not comparable with the one above: an example is lost as soon as the clean image or any "
         "iterate is misclassified. The paper does not give it.",
@@ -158,8 +195,6 @@ def _autoattack(results: Results) -> list[str]:
         cells += [_mean(v[k] for v in values) for k in values[0] if k != "images"]
         lines.append(_line([*cells, "" if difference is None else str(difference)]))
     return [
-        "",
-        "## AutoAttack",
         "",
         f"The strongest of four attacks, one of them without gradients (Croce and Hein 2020; version standard of "
         f"pyautoattack), at {table.autoattack_255:g}/255 on the first test images, with the other figures for the same "
@@ -210,8 +245,6 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
         return []
     return [
         "",
-        "## Best epoch",
-        "",
         "As the first table, for the weights of the epoch with the highest accuracy on validation images that are "
         "neither trained nor tested on (under IFGSM-10 at 8/255 for adversarial objectives).",
         "",
@@ -224,8 +257,6 @@ def _runs(results: Results) -> list[str]:
     """One line a run, and what they have in common."""
     head = ["Run", "eta", "training loss", "training accuracy", "Eq. 16 ratio, first and last epoch", "passes a step"]
     lines = [
-        "",
-        "## Runs",
         "",
         "Training figures of the last epoch are those of the passes trained on (attacked images, perturbed states). "
         "Passes a step: forward, backward to activations and weight gradients count 1 each. Wall times are as the runs "

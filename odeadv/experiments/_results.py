@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import parse_method
+from odeadv.experiments._statistics import Contrast, TwoWay, holm, image_error, t_quantile, word
 from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Table, configurations
 
 Record = Mapping[str, Any]
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+# Plain PGD over-fits by these rules of docs/results/rules.md: points between robust training and robust test accuracy,
+# and between the best epoch and the last one on validation images.
+GAP, DROP = 15.0, 2.0
+WEAKEST = 0.01  # the least strength s in the middle of the training that tests a defence
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row less another in one column, in percentage points, paired by seed.
+    """One row minus another in one column, in percentage points, paired by seed.
 
     Attributes:
-        values: one a seed.
+        values: one per seed.
     """
 
     values: tuple[float, ...]
@@ -38,22 +42,36 @@ class Difference:
         n = len(self.values)
         if n < 2:
             return None
-        half = _T95[min(n - 2, len(_T95) - 1)] * statistics.stdev(self.values) / math.sqrt(n)
+        half = t_quantile(n - 1) * statistics.stdev(self.values) / math.sqrt(n)
         return self.mean - half, self.mean + half
-
-    def verdict(self, paper: float) -> str:
-        """Whether the sign of the paper's difference is reproduced, contradicted or not resolved."""
-        interval = self.interval
-        if interval is None:
-            return "one seed: not resolved"
-        low, high = interval
-        if low <= 0 <= high or paper == 0:
-            return "not resolved"
-        return "reproduced" if (low > 0) == (paper > 0) else "contradicted"
 
     def __str__(self) -> str:
         interval = self.interval
         return f"{self.mean:+.2f}" if interval is None else f"{self.mean:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A primary contrast of a table, decided by docs/results/rules.md.
+
+    Attributes:
+        row, other: the difference is row minus other.
+        contrast: the difference here, in points.
+        paper: the paper's difference; None if it implies a positive one without a number.
+        p: adjusted by Holm over the primary contrasts of the table; None if there is no error.
+        seeds: the common seeds.
+        word: the word of the rules.
+        why: what makes it "not tested", or restricts the word.
+    """
+
+    row: Row
+    other: Row
+    contrast: Contrast
+    paper: float | None
+    p: float | None
+    seeds: tuple[int, ...]
+    word: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,8 @@ class Results:
     dataset: str
     runs: Mapping[str, Mapping[int, Record]]
     missing: tuple[str, ...]
+    _fits: dict[str | None, TwoWay] = field(default_factory=dict, compare=False, repr=False)
+    _images: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rows(self) -> list[Row]:
@@ -99,8 +119,129 @@ class Results:
         there, here = (f", eta {preset.eta(row, self.dataset):g}" for preset in (PRESETS["paper"], self.preset))
         return there, here
 
+    def primary(self, record: Record) -> float:
+        """Return the mean accuracy under the table's attacks, in %: last iterates, last weights."""
+        values = self.accuracies(record)
+        return statistics.fmean(values[column.key] for column in self.table.columns)
+
+    def contrast(self, row: Row, other: Row, key: str | None = None) -> Contrast | None:
+        """Return ``row`` minus ``other`` in a column, with the error of the pooled two-way fit.
+
+        Args:
+            row: the row.
+            other: the row that is subtracted.
+            key: of the column; None for the primary number.
+
+        Returns:
+            None if no chain of common seeds connects the two rows.
+        """
+        fit = self._fits.get(key)
+        if fit is None:
+            fit = self._fits[key] = TwoWay(
+                {
+                    name: {
+                        seed: self.primary(run) if key is None else self.accuracies(run)[key]
+                        for seed, run in by_seed.items()
+                    }
+                    for name, by_seed in self.runs.items()
+                }
+            )
+        return fit.contrast(row.name, other.name, self._floor(row, other, key))
+
+    def _floor(self, row: Row, other: Row, key: str | None) -> float:
+        """Return the standard error of ``row`` minus ``other`` that the choice of test images has."""
+        seeds = self.runs.get(row.name, {}).keys() & self.runs.get(other.name, {}).keys()
+        pairs = [[self._outcomes(r.name, seed, key) for r in (row, other)] for seed in sorted(seeds)]
+        if not pairs or any(found is None for pair in pairs for found in pair):
+            return 0.0
+        return image_error([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+    def _outcomes(self, name: str, seed: int, key: str | None) -> Any:
+        """Return the share of a column's attacks (or of all) that leave each image right; None if not recorded."""
+        if (name, seed) not in self._images:
+            evaluation = self.runs[name][seed]["evaluations"]["last"][self.table.protocol]
+            by_key: dict[str, Any] = {}
+            if evaluation.get("clean_outcomes") is not None:
+                read = Evaluation.from_dict(evaluation)
+                assert read.clean_outcomes is not None
+                by_key["acc"] = read.clean_outcomes.numpy().astype(float)
+                for column in self.table.columns:
+                    found = evaluation["attacks"].index(_attack(evaluation, column))
+                    outcomes = read.attacks[found].outcomes
+                    if outcomes is not None:
+                        by_key[column.key] = outcomes.numpy().astype(float)
+            self._images[name, seed] = by_key
+        by_key = self._images[name, seed]
+        keys = [column.key for column in self.table.columns] if key in (None, "avg") else [key]
+        return sum(by_key[k] for k in keys) / len(keys) if all(k in by_key for k in keys) else None
+
+    def findings(self) -> list[Finding]:
+        """Return the primary contrasts of the table whose rows have been run, each with its word."""
+        pairs = [(self.table.row(a), self.table.row(b)) for a, b in self.table.primary_pairs(self.dataset)]
+        found = [(row, other, contrast) for row, other in pairs if (contrast := self.contrast(row, other)) is not None]
+        adjusted = iter(holm([contrast.p for *_, contrast in found if contrast.p is not None]))
+        result = []
+        for row, other, contrast in found:
+            p = None if contrast.p is None else next(adjusted)
+            paper = self.table.paper_difference(row, other, self.dataset)
+            base = self.table.baseline(row)
+            gain = None if base is None else self.contrast(row, base)
+            said = word(contrast, p, paper, gain=None if gain is None else gain.mean)
+            seeds = tuple(sorted(self.runs[row.name].keys() & self.runs[other.name].keys()))
+            why = self.not_tested(row)
+            if why:
+                said = "not tested"
+            elif said in ("confirmed", "sign only", "opposite") and not any(
+                seed >= self.preset.confirms_from for seed in seeds
+            ):
+                why = "on the seeds that made the hypothesis"
+            result.append(Finding(row, other, contrast, paper, p, seeds, said, why))
+        return result
+
+    def not_tested(self, row: Row) -> str:
+        """Return why these runs cannot test ``row``: a weak defence or no over-fitting; empty if they can."""
+        objective = row.method.split("+")[0]
+        why = self.over_fitting(objective)[1] if objective == "pgd" else ""
+        s = self.strength(row)
+        if not why and s is not None and s < WEAKEST:
+            why = f"s is {100 * s:.2g} % in the middle of the training, below {100 * WEAKEST:g} %"
+        return why
+
+    def strength(self, row: Row) -> float | None:
+        """Return s = eta sum |a_n|^2 / L in the middle of the training, averaged over the seeds; None if not known."""
+        if not parse_method(row.method).defended or parse_method(row.method).zero:
+            return None
+        found = [run["epochs"][(len(run["epochs"]) - 1) // 2] for run in self.runs.get(row.name, {}).values()]
+        values = [epoch.get("strength_first_order") for epoch in found]
+        return statistics.fmean(values) if values and all(value is not None for value in values) else None
+
+    def over_fitting(self, objective: str = "pgd") -> tuple[tuple[float, float | None] | None, str]:
+        """Return how far the undefended row over-fits, in points, and why that is too little to test a defence.
+
+        Returns:
+            Robust training minus robust test accuracy, and best minus last epoch on validation images (None without
+            any); None without runs. Then a reason, empty if the criterion is met.
+        """
+        runs = list(self.runs.get(objective, {}).values())
+        if not runs:
+            return None, ""
+        eps = 255 * runs[0]["config"]["training"]["objective"]["eps"]
+        columns = [column for column in self.table.columns if column.attack == "ifgsm"]
+        column = min(columns, key=lambda column: abs(column.eps_255 - eps))
+        gaps = [100 * run["epochs"][-1]["accuracy"] - self.accuracies(run)[column.key] for run in runs]
+        gap, drop = statistics.fmean(gaps), None
+        courses = [[(epoch.get("validation") or {}).get("robust") for epoch in run["epochs"]] for run in runs]
+        measured = [[value for value in course if value is not None] for course in courses]
+        if all(measured) and measured == courses:
+            drop = statistics.fmean(100 * (max(course) - course[-1]) for course in measured)
+        if gap < GAP:
+            return (gap, drop), f"plain PGD over-fits by {gap:.1f} points, fewer than {GAP:g}"
+        if drop is not None and drop < DROP:
+            return (gap, drop), f"plain PGD loses {drop:.1f} points after its best epoch, fewer than {DROP:g}"
+        return (gap, drop), ""
+
     def difference(self, row: Row, other: Row, key: str) -> Difference | None:
-        """``row`` less ``other`` in the column ``key``; None without common seeds."""
+        """Return ``row`` minus ``other`` in the column ``key``, seed by seed; None without common seeds."""
         here, there = self.runs[row.name], self.runs.get(other.name, {})
         seeds = sorted(here.keys() & there.keys())
         values = tuple(self.accuracies(here[s])[key] - self.accuracies(there[s])[key] for s in seeds)

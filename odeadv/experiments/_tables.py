@@ -92,6 +92,9 @@ class Table:
         datasets: those that the paper gives it for.
         average: whether the mean of the columns is one as well.
         autoattack_255: radius of AutoAttack in 1/255, where it is asked for; one of the columns'.
+        like: the paper's table whose differences this one tests; the table of the same name if not given.
+        primary: pairs of row names whose differences decide (docs/results/rules.md); if not given, those that the
+            paper prints.
     """
 
     name: str
@@ -102,6 +105,28 @@ class Table:
     datasets: tuple[str, ...] = ("cifar10", "cifar100")
     average: bool = True
     autoattack_255: float = 8.0
+    like: str = ""
+    primary: tuple[tuple[str, str], ...] = ()
+
+    def primary_pairs(self, dataset: str) -> list[tuple[str, str]]:
+        """Return the pairs of row names whose differences decide."""
+        if self.primary:
+            return list(self.primary)
+        pairs = [(row, other) for row in self.rows for other in self.compared(row)]
+        claimed = [(a, b) for a, b in pairs if self.paper_difference(a, b, dataset) is not None]
+        return [(row.name, other.name) for row, other in claimed]
+
+    def paper_difference(self, row: Row, other: Row, dataset: str) -> float | None:
+        """Return the paper's difference of the mean under the attacks, in points; None if it prints none."""
+        figures = paper_tables().get(self.like or self.name, {}).get(dataset, {})
+        found = [figures.get(r.method if self.like else r.paper_key or r.method) for r in (row, other)]
+        if None in found:
+            return None
+        means = []
+        for values in found:
+            robust = [value for key, value in values.items() if key not in ("acc", "avg")]
+            means.append(sum(robust) / len(robust))
+        return float(means[0] - means[1])
 
     @property
     def autoattack(self) -> Protocol:
@@ -249,7 +274,12 @@ TABLES = {
                 "natural+lad-sm", "natural+lad-sm+random", "natural+lad-sm+shuffled", "natural+lad-symmetric",
                 "natural+lad+sweeps2",
             ),
-            autoattack_255=1.0,
+            autoattack_255=1.0, like="table1",
+            primary=(
+                ("natural+lad", "natural"), ("natural+lad-sm", "natural"), ("natural+lad-sm", "natural+lad"),
+                ("natural+lad-sm", "natural+lad-sm+random"), ("natural+lad", "natural+lad+input"),
+                ("natural+lad", "natural+matched"),
+            ),
         ),
         Table(
             "ablations-pgd", "Ablations of PGD training", "table2", _LARGE,
@@ -276,7 +306,12 @@ TABLES = {
                 *(Row(method, 0.4, weight_decay=2e-2) for method in ("pgd+lad", "pgd+lad-sm")),
                 *(Row(method, weight_decay=decay) for decay in _DECAYS for method in ("pgd", "pgd+lad-sm")),
             ),
-            datasets=("cifar10",), autoattack_255=4.0,
+            datasets=("cifar10",), autoattack_255=4.0, like="table2",
+            primary=(
+                ("pgd+lad:wd0.02", "pgd:wd0.02"), ("pgd+lad-sm:wd0.02", "pgd:wd0.02"),
+                ("pgd+lad-sm:wd0.02", "pgd+lad:wd0.02"), ("pgd+lad-sm:wd0.02", "pgd+lad-sm+random:wd0.02"),
+                ("pgd+lad:wd0.02", "pgd+lad+input:wd0.02"),
+            ),
         ),
         Table(
             "mechanism-eta", "What the strength of LAD does to PGD training", "eps4", _HALF,
@@ -285,11 +320,16 @@ TABLES = {
                 *(Row(f"pgd+{m}", factor) for m in ("lad", "lad-sm") for factor in (0.001, 0.01, 0.1, 1.0, 10.0)),
             ),
             datasets=("cifar10",), autoattack_255=4.0,
+            primary=tuple(
+                (Row(f"pgd+{m}", factor).name, "pgd")
+                for m in ("lad", "lad-sm") for factor in (0.001, 0.01, 0.1, 1.0, 10.0)
+            ),
         ),
         Table(
             "mechanism-trades", "What LAD does to TRADES beyond the mix of losses", "eps4", _HALF,
             _rows("trades", "trades+lad+eta0", "trades+lad", "trades+lad-sm"),
             datasets=("cifar10",), autoattack_255=4.0,
+            primary=(("trades+lad", "trades+lad+eta0"), ("trades+lad-sm", "trades+lad+eta0")),
         ),
     )
 }  # fmt: skip
@@ -363,6 +403,7 @@ class Preset:
         sizes: by objective.
         seeds: unless others are asked for.
         says: what it is, in a line.
+        confirms_from: the first seed that no pilot has used: earlier ones made the hypotheses.
     """
 
     name: str
@@ -370,6 +411,7 @@ class Preset:
     sizes: Mapping[str, Size]
     seeds: tuple[int, ...]
     says: str
+    confirms_from: int = 0
 
     def eta(self, row: Row, dataset: str) -> float:
         """Eta of a defended ``row``, for batches of this preset's size."""
@@ -419,20 +461,24 @@ PRESETS = {
         Preset(
             "cpu", "cifar10", {"natural": _CPU, "pgd": _CPU_ADVERSARIAL, "trades": _CPU_ADVERSARIAL}, (0, 1, 2),
             "real CIFAR on any two cores: ResNet-14 of width 8 on few images, three seeds; minutes a run",
+            confirms_from=3,
         ),
         Preset(
             "bf16", "cifar10", {"natural": _BF16, "pgd": _BF16_ADVERSARIAL, "trades": _BF16_ADVERSARIAL}, (0, 1, 2),
             "real CIFAR on two cores that compute in bfloat16: ResNet-8 of width 16, three seeds; natural training on "
             "all images, adversarial on some",
+            confirms_from=3,
         ),
         Preset(
             "mlp", "cifar10", {"natural": _MLP, "pgd": _MLP, "trades": _MLP}, tuple(range(10, 20)),
             "real CIFAR at 8 x 8 pixels, a residual MLP that over-fits 1000 images, ten seeds; less than a minute per "
             "run on one core",
+            confirms_from=10,
         ),
         Preset(
             "overfit", "cifar10", {"natural": _OVERFIT, "pgd": _OVERFIT, "trades": _OVERFIT}, tuple(range(10, 18)),
             "real CIFAR at 16 x 16 pixels, a ResNet-8 that over-fits 1000 images, eight seeds; minutes a run",
+            confirms_from=10,
         ),
         Preset(
             "paper", "cifar10", {"natural": _PAPER, "pgd": _PAPER, "trades": _PAPER}, (0, 1, 2),

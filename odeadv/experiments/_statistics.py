@@ -1,0 +1,171 @@
+"""Comparisons of rows over seeds: one pooled residual, intervals, Holm's adjustment, and the words of the rules.
+
+docs/results/rules.md states the rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from odeadv.support.extras import extra
+
+#: The tail of a 95 % interval on either side.
+TAIL = 0.025
+
+
+def t_quantile(df: float) -> float:
+    """Return the two-sided 95 % quantile of Student's t with ``df`` degrees of freedom; ``inf`` is the normal's."""
+    with extra("evaluate"):
+        from scipy.special import ndtri, stdtrit
+
+    return float(-ndtri(TAIL) if math.isinf(df) else -stdtrit(df, TAIL))
+
+
+def two_sided_p(t: float, df: float) -> float:
+    """Return the two-sided p-value of a t statistic; ``df = inf`` is the normal's."""
+    with extra("evaluate"):
+        from scipy.special import ndtr, stdtr
+
+    return float(2 * (ndtr(-abs(t)) if math.isinf(df) else stdtr(df, -abs(t))))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One row minus another, with its error.
+
+    Attributes:
+        mean: the difference.
+        half: half the width of the 95 % interval; None if there are no degrees of freedom and no floor.
+        p: two-sided p-value that the difference is 0; None if ``half`` is.
+        df: degrees of freedom of the pooled residual.
+        by_images: whether the sampling error of the test images decided the interval, not the seeds.
+    """
+
+    mean: float
+    half: float | None
+    p: float | None
+    df: int
+    by_images: bool = False
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the difference."""
+        return None if self.half is None else (self.mean - self.half, self.mean + self.half)
+
+    def __str__(self) -> str:
+        interval = self.interval
+        return f"{self.mean:+.2f}" if interval is None else f"{self.mean:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+
+
+class TwoWay:
+    """The least-squares fit value = row + seed + residual, with one variance for all residuals.
+
+    With every row run on every seed, differences of rows are those of their means, and the residual has
+    (rows - 1)(seeds - 1) degrees of freedom. Runs may be missing.
+
+    Args:
+        values: by row, the values by seed.
+
+    Raises:
+        ValueError: if there is no value.
+    """
+
+    def __init__(self, values: Mapping[str, Mapping[int, float]]) -> None:
+        self.rows = [row for row, by_seed in values.items() if by_seed]
+        seeds = sorted({seed for by_seed in values.values() for seed in by_seed})
+        cells = [(row, seed, value) for row in self.rows for seed, value in values[row].items()]
+        if not cells:
+            raise ValueError("values: got none, expected at least one run")
+        # One column per row, and one per seed but the first, which would be their sum.
+        design = np.zeros((len(cells), len(self.rows) + len(seeds) - 1))
+        for n, (row, seed, _) in enumerate(cells):
+            design[n, self.rows.index(row)] = 1.0
+            if seed != seeds[0]:
+                design[n, len(self.rows) + seeds.index(seed) - 1] = 1.0
+        y = np.array([value for _, _, value in cells])
+        self._fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+        self._design = design
+        self._inverse = np.linalg.pinv(design.T @ design)
+        self.df = len(cells) - int(rank)
+        residual = y - design @ self._fit
+        self.variance = float(residual @ residual) / self.df if self.df else math.nan
+
+    def contrast(self, row: str, other: str, floor: float = 0.0) -> Contrast | None:
+        """Return a row minus another; None if the runs do not connect the two.
+
+        Args:
+            row: name of the row.
+            other: name of the row that is subtracted.
+            floor: standard error that the sampling of the test images alone has, see `image_error`.
+        """
+        if row not in self.rows or other not in self.rows:
+            return None
+        weights = np.zeros(self._design.shape[1])
+        weights[self.rows.index(row)] += 1.0
+        weights[self.rows.index(other)] -= 1.0
+        # Two rows without a chain of common seeds have no difference apart from that of their seeds.
+        if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
+            return None
+        mean = float(weights @ self._fit)
+        options = []
+        if self.df:
+            error = math.sqrt(self.variance * float(weights @ self._inverse @ weights))
+            options.append((t_quantile(self.df) * error, error, float(self.df)))
+        if floor > 0:  # known from thousands of images: the normal distribution
+            options.append((t_quantile(math.inf) * floor, floor, math.inf))
+        if not options:
+            return Contrast(mean, None, None, 0)
+        half, error, df = max(options)
+        if error == 0.0:
+            p = 1.0 if mean == 0.0 else 0.0
+        else:
+            p = max(two_sided_p(mean / error, df) for _, error, df in options if error)
+        return Contrast(mean, half, p, self.df, by_images=math.isinf(df))
+
+
+def image_error(outcomes: Sequence[Any], others: Sequence[Any]) -> float:
+    """Return the standard error of a difference of accuracies (in %) that comes from the choice of the test images.
+
+    Args:
+        outcomes: per common seed of the two rows, the share of attacks that leave each image right, (images,).
+        others: the same of the other row, on the same images.
+    """
+    difference = np.mean([a - b for a, b in zip(outcomes, others, strict=True)], axis=0)
+    return float(100 * difference.std(ddof=1) / math.sqrt(len(difference)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted by Holm's method (Holm 1979): those below 0.05 hold jointly at 5 %."""
+    order = sorted(range(len(ps)), key=lambda n: ps[n])
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, n in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[n]))
+        adjusted[n] = highest
+    return adjusted
+
+
+def word(contrast: Contrast, p: float | None, paper: float | None, *, gain: float | None = None) -> str:
+    """Return the word of the rules for a difference that the paper claims.
+
+    Args:
+        contrast: the difference here.
+        p: its p-value, adjusted over the primary contrasts.
+        paper: the paper's difference; None for a claim that it implies without a number: a positive difference.
+        gain: for an implied claim, the gain that "absent" is measured by.
+    """
+    if contrast.interval is None or p is None:
+        return "undecided"
+    low, high = contrast.interval
+    if p < 0.05:
+        if paper is None:
+            return "confirmed" if contrast.mean > 0 else "opposite"
+        if (contrast.mean > 0) != (paper > 0):
+            return "opposite"
+        return "confirmed" if low <= paper <= high else "sign only"
+    size = abs(paper if paper is not None else gain or 0.0) / 2
+    return "absent" if -size <= low and high <= size else "undecided"
