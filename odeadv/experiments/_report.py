@@ -116,8 +116,8 @@ def _claims(results: Results) -> list[str]:
         "## Claims",
         "",
         "Differences of the mean accuracy under the attacks in percentage points, with 95 % intervals from one "
-        "residual that is pooled over all rows and seeds, never below the sampling error of the test images; p adjusted "
-        "by Holm. "
+        "residual that is pooled over all rows and seeds, never below the sampling error of the test images; "
+        "p adjusted by Holm. "
         "[The rules](../rules.md) define the words.",
         "",
         *_header(["Difference", "paper", "here", "p", "seeds", "word"]),
