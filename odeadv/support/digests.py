@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def data_digest(images: Tensor, labels: Tensor) -> str:
-    """16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values."""
+    """Return 16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values."""
     digest = hashlib.sha256()
     add_tensor(digest, images)
     add_tensor(digest, labels)
@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def without_addresses(value: object) -> str:
-    """``repr`` of ``value`` without what changes from process to process."""
+    """Return ``repr`` of ``value`` without the addresses that change from process to process."""
     return _ADDRESS.sub("", repr(value))
 
 
@@ -103,7 +103,7 @@ def _content(value: object, within: tuple[object, ...]) -> str:
 
 
 def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
-    """16 hex digits of a SHA-256 over what makes the function.
+    """Return 16 hex digits of a SHA-256 over everything that determines the function of ``model``.
 
     Those are the class, ``extra_repr``, ``config`` and attributes of every part that are plain data, tensors or
     functions; the state dict and buffers outside it: names, dtypes, shapes and values.
@@ -146,18 +146,18 @@ _INTERNAL = frozenset(vars(nn.Module()))  # torch's own: hooks, parameters, trai
 
 
 def plain_attributes(part: nn.Module) -> dict[str, object]:
-    """Attributes of ``part`` that are plain values, without those that torch itself keeps in every module."""
+    """Return the attributes of ``part`` that are plain values, except those that torch keeps in every module."""
     return {name: value for name, value in vars(part).items() if _own(name) and _is_plain(value)}
 
 
 def held(part: nn.Module) -> dict[str, object]:
-    """Attributes of ``part`` that are tensors (no buffers) or functions, without those that torch itself keeps."""
+    """Return the attributes of ``part`` that are tensors (not buffers) or functions, except those of torch."""
     kinds = (Tensor, FunctionType, MethodType, BuiltinFunctionType, partial)
     return {name: value for name, value in vars(part).items() if _own(name) and isinstance(value, kinds)}
 
 
 def _own(name: str) -> bool:
-    """Whether an attribute is the module's own; torch.compile keeps addresses in what it wraps."""
+    """Return True for an attribute of the module itself; torch.compile adds some that hold addresses."""
     return name not in _INTERNAL and not name.startswith("_torchdynamo_")
 
 
@@ -174,5 +174,8 @@ def _is_plain(value: object) -> bool:
 
 
 def derived_seed(seed: int, place: str) -> int:
-    """A seed for what is done at ``place``, unrelated to those of other places; 32 bits, as every generator takes."""
+    """Return a seed for the work at ``place``, unrelated to the seeds of other places.
+
+    It has 32 bits, because every generator accepts these.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4], "big")

@@ -1,4 +1,4 @@
-"""Discovery: which modules a function runs."""
+"""Find the modules that a function runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 def modules_of(*functions: object) -> tuple[nn.Module, ...]:
-    """The modules that ``functions`` run, as far as can be seen.
+    """Return the modules that ``functions`` run, as far as can be seen.
 
-    Found are modules themselves, bound methods, partial functions, what a function closes over or names globally,
-    objects with a tuple ``modules`` (operators and fields), what lists, tuples, sets and dicts among these hold, and
-    the attributes of objects among them, but not those of such attributes.
+    The search looks at modules, bound methods, partial functions, the variables that a function closes over or names
+    globally, objects with a tuple ``modules`` (operators and fields), and the items of lists, tuples, sets and dicts.
+    It looks at the attributes of other objects, but not at the attributes of those attributes.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
-    waiting = [(function, True) for function in functions]  # and whether an object's attributes are looked at
+    waiting = [(function, True) for function in functions]  # True: look at the attributes of an object
     while waiting:
         item, inside = waiting.pop()
         if item is None or isinstance(item, _LEAVES) or id(item) in seen:
@@ -45,21 +45,21 @@ def modules_of(*functions: object) -> tuple[nn.Module, ...]:
     return tuple(found.values())
 
 
-#: Neither modules nor holders of any.
+#: Types that neither are modules nor hold modules.
 _LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, types.BuiltinFunctionType)
 
 
 def _modules_named(item: object) -> object:
-    """The attribute ``modules`` of an operator or field; None where there is none, or it cannot be read."""
-    with contextlib.suppress(Exception):  # a property of a stranger's may raise anything
+    """Return the attribute ``modules`` of an operator or field; None if it is missing or cannot be read."""
+    with contextlib.suppress(Exception):  # a property of an unknown class may raise anything
         return getattr(item, "modules", None)
     return None
 
 
 def _names_in(function: types.FunctionType) -> list[object]:
-    """What ``function`` closes over, and the globals it names."""
+    """Return the values that ``function`` closes over, and the globals it names."""
     values: list[object] = []
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell: defined later
+        with contextlib.suppress(ValueError):  # an empty cell: its variable is defined later
             values.append(cell.cell_contents)
     return values + [function.__globals__.get(name) for name in function.__code__.co_names]

@@ -1,4 +1,4 @@
-"""Files that are either the old ones or the new ones, never half of them."""
+"""Files that are written atomically: a reader sees the old file or the new file, never a part."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class DamagedFileError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which replaces ``path`` when the body ends without an exception."""
+    """Yield a path to write to, which replaces ``path`` when the body ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Where a file of another format ends up is told by its name, which savefig goes by: keep the suffix.
+    # The temporary file keeps the suffix, because matplotlib chooses the format by it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.stem}-", suffix=path.suffix)
     os.close(handle)
     partial = Path(name)
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_file(argument: str, path: Path | None) -> None:
-    """OSError, naming ``argument``, if a file could not be written to ``path``; nothing is made."""
+    """Raise OSError, naming ``argument``, if a file could not be written to ``path``; make nothing."""
     if path is None:
         return
     if path.is_dir():
@@ -50,7 +50,7 @@ def check_file(argument: str, path: Path | None) -> None:
 
 
 def check_folder(argument: str, path: Path | None) -> None:
-    """OSError, naming ``argument``, if files could not be written in the folder ``path``; nothing is made."""
+    """Raise OSError, naming ``argument``, if files could not be written in the folder ``path``; make nothing."""
     if path is None:
         return
     there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
@@ -75,9 +75,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     """Write tensors and plain data as one .safetensors file, atomically and with a checksum over both; no pickle.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        info: plain data; kept as JSON in the file's header.
+        path: the file.
+        tensors: tensors by name.
+        info: plain data, kept as JSON in the header of the file.
     """
     with extra("train"):
         from safetensors.torch import save_file
@@ -89,11 +89,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote.
+    """Read what `write_tensors` wrote.
 
     Raises:
         DamagedFileError: if the file is not whole or has been altered.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if the file does not exist.
     """
     with extra("train"):
         from safetensors import SafetensorError, safe_open
@@ -124,6 +124,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write ``path`` to the disk, so that a rename never comes before its content."""
+    """Flush ``path`` to the disk, so that the file is never renamed before its content is written."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -85,7 +85,7 @@ class RandomState:
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def put_back(self) -> None:
-        """Go on from it."""
+        """Restore the random state."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
@@ -107,7 +107,7 @@ class Replay:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """One call is made inside."""
+        """Run one call in the body."""
         if self._start is None:
             self._start = RandomState(self._device)
         else:
@@ -135,15 +135,15 @@ class Buffers:
 
 
 def inside_transform() -> bool:
-    """Whether the caller runs inside a torch.func transform (vmap, grad, jvp, ...), where leaves cannot be made."""
+    """Return True inside a torch.func transform (vmap, grad, jvp, ...), where leaves cannot be made."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def read_value(value: Tensor, argument: str) -> float:
-    """``value`` as a float that read_value how the solve goes on, as ``argument`` asks for.
+    """Return ``value`` as a float, for a decision that ``argument`` asks for.
 
     Raises:
-        ValueError: naming ``argument``, inside torch.func.vmap, which has no such values.
+        ValueError: naming ``argument``, inside torch.func.vmap, where values cannot be read.
     """
     try:
         return float(value)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Choice:
     """Base of things that a configuration names: a subclass ``class Pgd(Objective, name="pgd")`` registers itself.
 
-    In plain data a choice is a mapping with its name under ``"name"`` beside its fields. A name with a colon,
+    In plain data a choice is a mapping of its fields, with its name under ``"name"``. A name with a colon,
     ``"package.module:Class"``, is imported, so a choice need not live in this package.
     """
 
@@ -43,7 +43,7 @@ class Choice:
 
 
 def to_dict(config: Any) -> Any:
-    """``config`` as plain data: dicts, lists, numbers, strings, booleans, None."""
+    """Return ``config`` as plain data: dicts, lists, numbers, strings, booleans, None."""
     if isinstance(config, Choice) and not dataclasses.is_dataclass(config):
         _name(config)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -57,14 +57,14 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(kind: type[T], data: Any, path: str = "") -> T:
-    """An instance of the dataclass ``kind`` from plain data.
+    """Return an instance of the dataclass ``kind``, made from plain data.
 
-    Numbers may be written as fractions in strings (``"8/255"``). Fields that are left out have their defaults.
+    Numbers may be written as fractions in strings (``"8/255"``). Missing fields take their defaults.
 
     Args:
         kind: a dataclass, or a `Choice`.
         data: a mapping of its fields.
-        path: where ``data`` is, for messages.
+        path: the place of ``data``, for messages.
 
     Raises:
         ValueError: for an unknown key or name, with the near ones, or a value out of range.
@@ -75,7 +75,7 @@ def from_dict(kind: type[T], data: Any, path: str = "") -> T:
 
 
 def load(kind: type[T], file: Path) -> T:
-    """`from_dict` of a .json, .yaml or .yml file.
+    """Read a .json, .yaml or .yml file with `from_dict`.
 
     Raises:
         ValueError: if the file is not of one of these formats or does not fit, by key.
@@ -105,7 +105,7 @@ def load(kind: type[T], file: Path) -> T:
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """``data`` with ``"training.lr=0.05"`` and the like applied; values are read as YAML.
+    """Return ``data`` with assignments such as ``"training.lr=0.05"`` applied; values are read as YAML.
 
     Raises:
         ValueError: for an assignment without "=", or below something that is not a mapping.
@@ -134,7 +134,7 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
 
 def key(config: Any) -> str:
-    """A name for ``config``: 16 hexadecimal digits of the SHA-256 of its fields that differ from their defaults.
+    """Return a name for ``config``: 16 hex digits of the SHA-256 of its fields that differ from their defaults.
 
     Fields that are added later with a default that means "as before" leave it as it is. A new field whose default
     changes the behaviour has ``metadata={"before": value}``. That value, which means "as before", then leaves the
@@ -157,7 +157,7 @@ def _essential(config: Any) -> Any:
 
 
 def _name(choice: Choice) -> str:
-    """The name that finds the class of ``choice`` again: its own in this package, else where to import it from."""
+    """Return the name that finds the class of ``choice`` again: registered in this package, else ``module:Class``."""
     kind: Any = type(choice)
     if not hasattr(kind, "__dataclass_fields__"):
         raise TypeError(f"{kind.__name__}: is not a dataclass; decorate it with @dataclass(frozen=True)")
@@ -179,7 +179,7 @@ def with_floats(config: Any) -> None:
     """Make every field of the frozen dataclass ``config`` that is declared a float one, so that equal runs are equal.
 
     Raises:
-        TypeError: naming a field that is declared a number and is none.
+        TypeError: naming a field that is declared as a number and holds something else.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name, None)
@@ -190,7 +190,7 @@ def with_floats(config: Any) -> None:
 
 
 def identity(config: Any) -> Any:
-    """What `key` is a hash of: the fields that differ from their defaults, as plain data."""
+    """Return the fields that differ from their defaults, as plain data; `key` is a hash of them."""
     return _essential(config)
 
 

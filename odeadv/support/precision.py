@@ -1,4 +1,4 @@
-"""Whether a device computes in bfloat16, or only imitates it."""
+"""Find out if a device computes in bfloat16 or only imitates it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """False on a CPU without instructions for bfloat16, such as one with AVX2 alone.
+    """Return False for a CPU without instructions for bfloat16, such as one with AVX2 alone.
 
     Other devices, and versions of torch that cannot tell, count as native.
     """
@@ -19,12 +19,12 @@ def bf16_is_native(device: torch.device) -> bool:
 
 
 def warn_of_imitated_bf16(argument: str, device: torch.device, instead: str) -> None:
-    """Say so where torch imitates bfloat16, which is some ten times slower than float32 rather than faster.
+    """Warn if torch imitates bfloat16 on ``device``, where it is about ten times slower than float32, not faster.
 
     Args:
-        argument: that asked for it.
-        device: it runs on.
-        instead: what to take.
+        argument: the argument that asked for bfloat16.
+        device: the device of the computation.
+        instead: the value to choose instead.
     """
     if not bf16_is_native(device):
         warnings.warn(
