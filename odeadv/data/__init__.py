@@ -9,11 +9,13 @@ scikit-learn only when a dataset needs them), and only ``training`` and ``experi
 from odeadv.data._batches import Batches, as_model_input, random_crop_flip, to_float
 from odeadv.data._dataset import ImageDataset
 from odeadv.data._load import DatasetNotFoundError, load, names
+from odeadv.data.stream import Stream
 
 __all__ = [
     "Batches",
     "DatasetNotFoundError",
     "ImageDataset",
+    "Stream",
     "as_model_input",
     "load",
     "names",

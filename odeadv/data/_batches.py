@@ -54,8 +54,8 @@ def random_crop_flip(
     check_images("images", images)
     integer("pad", pad, least=0)
     source = _check_generator(generator, "random_crop_flip")
-    window = _Window(images.shape[1], images.shape[2], pad, flip)
-    moves = _moves(len(images), window, source)
+    window = Window(images.shape[1], images.shape[2], pad, flip)
+    moves = draw_moves(len(images), window, source)
     return _augmented(_padded(images, pad), torch.arange(len(images), device=images.device), window, moves)
 
 
@@ -110,7 +110,7 @@ class Batches:
             )
         if shuffle or augment:
             _check_generator(generator, f"shuffle={shuffle}, augment={augment}")
-        self._window = _Window(images.shape[1], images.shape[2], pad, flip) if augment else None
+        self._window = Window(images.shape[1], images.shape[2], pad, flip) if augment else None
         self._images = _padded(images.to(device), pad) if augment else images.to(device).contiguous()
         self._labels = labels.to(device)
         self._batch_size = batch_size
@@ -147,7 +147,7 @@ class Batches:
         for batch in range(len(self)):
             chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             if self._window is not None and self._generator is not None:
-                moves = _moves(len(chosen), self._window, self._generator)
+                moves = draw_moves(len(chosen), self._window, self._generator)
                 if batch < first:
                     continue
                 images = _augmented(self._images, chosen, self._window, moves)
@@ -158,7 +158,7 @@ class Batches:
             yield to_float(images), self._labels.index_select(0, chosen)
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """The size cut from a padded image, and how it may move."""
 
     height: int
@@ -181,7 +181,7 @@ def _padded(images: Tensor, pad: int) -> Tensor:
     return functional.pad(images, (0, 0, pad, pad, pad, pad)).contiguous()
 
 
-class _Moves(NamedTuple):
+class Moves(NamedTuple):
     """How each image is moved: first row and column of the cut, and whether it is mirrored; (n, 1) each."""
 
     top: Tensor
@@ -189,14 +189,14 @@ class _Moves(NamedTuple):
     mirrored: Tensor | None
 
 
-def _moves(n: int, window: _Window, generator: torch.Generator) -> _Moves:
+def draw_moves(n: int, window: Window, generator: torch.Generator) -> Moves:
     def drawn(high: int) -> Tensor:
         return torch.randint(high, (n, 1), generator=generator, device=generator.device)
 
-    return _Moves(drawn(2 * window.pad + 1), drawn(2 * window.pad + 1), drawn(2) == 1 if window.flip else None)
+    return Moves(drawn(2 * window.pad + 1), drawn(2 * window.pad + 1), drawn(2) == 1 if window.flip else None)
 
 
-def _augmented(padded: Tensor, chosen: Tensor, window: _Window, moves: _Moves) -> Tensor:
+def _augmented(padded: Tensor, chosen: Tensor, window: Window, moves: Moves) -> Tensor:
     """Cut and mirror the ``chosen`` images in one gather of pixels, (b, height, width, 3)."""
     height, width = window.height, window.width
     n, device = len(chosen), padded.device

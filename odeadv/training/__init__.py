@@ -9,18 +9,20 @@ from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
 from odeadv.training._defences import Layerwise, Penalty, Perturbation, Undefended
 from odeadv.training._distributed import make_fabric
-from odeadv.training._loop import EpochResult, TrainingDiverged, TrainResult
-from odeadv.training._objectives import Natural, Pgd, Trades
+from odeadv.training._loop import EpochResult, TrainingDiverged, TrainingStopped, TrainResult
+from odeadv.training._objectives import Awp, Mart, Natural, Pgd, Trades
 from odeadv.training._step import Defence, Draws, Objective, Passed, Step
 from odeadv.training._strength import Strength
-from odeadv.training._train import train
+from odeadv.training._train import load_weights, train
 
 __all__ = [
+    "Awp",
     "CheckpointWarning",
     "Defence",
     "Draws",
     "EpochResult",
     "Layerwise",
+    "Mart",
     "Natural",
     "Objective",
     "Passed",
@@ -33,7 +35,9 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingDiverged",
+    "TrainingStopped",
     "Undefended",
+    "load_weights",
     "make_fabric",
     "train",
 ]

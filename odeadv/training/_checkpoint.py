@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 
 SCHEMA = "odeadv-checkpoint/1"
+#: Fields of a configuration that a run may change when it goes on: more epochs extend it.
+EXTENDS = ("config.epochs", "run.training.epochs")
 
 
 class CheckpointWarning(UserWarning):
@@ -22,11 +24,13 @@ class CheckpointWarning(UserWarning):
 class Checkpoints:
     """The checkpoints of one run in a folder: ``step-00001234.safetensors``, the newest two.
 
-    A file holds tensors and, in its header, JSON; it is written beside and renamed, and carries a checksum.
+    A file holds tensors and, in its header, JSON. It is written under another name and renamed, and it carries a
+    checksum.
 
     Args:
         folder: made if it is not there.
-        identity: what the run is, as plain data; a checkpoint of another run is refused.
+        identity: what the run is, as plain data; a checkpoint of another run is refused. If only the number of epochs
+            differs, the run is extended.
         keep: how many to keep.
     """
 
@@ -52,18 +56,20 @@ class Checkpoints:
         return path
 
     def paths(self) -> list[Path]:
-        """The files, oldest first."""
+        """Return the files, oldest first."""
         return sorted(self.folder.glob("step-*.safetensors"))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that is whole; None if there is none.
+        """Return the newest checkpoint that is whole, or None. What killed writes have left behind is removed.
 
         Raises:
-            ValueError: if it belongs to another run.
+            ValueError: if it belongs to another run, or its parts are not those of this version.
 
         Warns:
             CheckpointWarning: naming each damaged file that was passed over.
         """
+        for partial in self.folder.glob(".tmp-step-*"):
+            partial.unlink(missing_ok=True)
         for path in reversed(self.paths()):
             try:
                 tensors, info = read_tensors(path)
@@ -73,17 +79,21 @@ class Checkpoints:
                 continue
             if info.get("schema") != SCHEMA:
                 raise ValueError(f"{path}: schema is {info.get('schema')!r}, expected {SCHEMA!r}")
-            if info["identity"] != self._identity:
-                parts = ", ".join(_differing(info["identity"], self._identity))
+            missing = [name for name in ("identity", "epochs", "best_epoch", "done", "seconds") if name not in info]
+            if missing:
+                raise ValueError(f"{path}: lacks {', '.join(missing)}; it was not written by a version of odeadv known")
+            parts = [part for part in _differing(info["identity"], self._identity) if part not in EXTENDS]
+            if parts:
                 raise ValueError(
-                    f"{path}: is the checkpoint of another run, which differs in {parts}; give another folder"
+                    f"{path}: is the checkpoint of another run, which differs in {', '.join(parts)}; "
+                    "give another folder"
                 )
             return tensors, info
         return None
 
 
 def _differing(a: Any, b: Any, name: str = "") -> list[str]:
-    """The dotted names of what two identities do not share."""
+    """Return the dotted names of what two identities do not share."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [name or "its identity"]
     keys = sorted(a.keys() | b.keys())
@@ -91,25 +101,25 @@ def _differing(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 def architecture(net: nn.Module) -> dict[str, Any]:
-    """What tells networks apart before they are trained: their ``config``, if they have one, and the shapes."""
+    """Return what tells networks apart before they are trained: their ``config``, if they have one, and the shapes."""
     config = json.dumps(getattr(net, "config", None), default=lambda value: type(value).__name__)
     shapes = {name: [str(value.dtype), *value.shape] for name, value in model_tensors(net).items()}
     return {"config": json.loads(config), "tensors": shapes}
 
 
 def model_tensors(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
+    """Return parameters and buffers by name."""
     return dict(net.state_dict())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter number and name, ``"0.momentum_buffer"``."""
+    """Return the optimiser's state by parameter number and name, ``"0.momentum_buffer"``; numbers as 0-d tensors."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{number}.{name}": value
+        f"{number}.{name}": torch.as_tensor(value)
         for number, values in state.items()
         for name, value in values.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor | int | float)
     }
 
 
@@ -119,15 +129,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for name, value in tensors.items():
         number, _, entry = name.partition(".")
         parameter = parameters[int(number)]
-        like = torch.empty_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value.clone()
-        optimizer.state[parameter][entry] = like.copy_(value)
+        if value.shape == parameter.shape and entry != "step":  # counts of steps stay on the CPU
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][entry] = value.clone()
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` with ``prefix.`` before their names."""
+    """Return ``tensors`` with ``prefix.`` before their names."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
 def without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``tensors`` that have ``prefix.`` before their names, without it."""
+    """Return those of ``tensors`` that have ``prefix.`` before their names, without it."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from odeadv.support.checks import choice
+from torch import nn
+from torch.optim import Optimizer
+
+from odeadv.support.checks import choice, integer, number, shown
 from odeadv.support.plain import with_floats
 from odeadv.training._defences import Undefended
 from odeadv.training._objectives import Natural
+from odeadv.training._recipe import OPTIMIZERS, learning_rates, make_optimizer, paper_rate, scaled_milestones
 from odeadv.training._step import Defence, Objective
+
+PAPER_MILESTONES = (80, 120)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; the defaults are the paper's for CIFAR-10 (Appendix B.1), natural and without a defence.
+    """One training run. The defaults are the paper's for CIFAR-10 (Appendix B.1), natural and without a defence.
 
     Attributes:
-        objective: what a step minimises: `Natural`, `Pgd`, `Trades`, or one's own.
-        defence: how the forward pass is solved: `Undefended`, `Layerwise`, or one's own.
+        objective: the loss of a step: `Natural`, `Pgd`, `Trades`, `Mart`, `Awp`, or a class of your own.
+        defence: solves the pass that is trained on: `Undefended`, `Layerwise`, `Penalty`, or a class of your own.
         epochs: passes over the training set.
-        batch_size: images a step, over all processes and micro-batches; the last, smaller batch of an epoch is left
-            out, for eta belongs to a batch size.
-        accumulate: micro-batches a step, one after the other: less memory, the same mean gradient. Batch statistics
+        batch_size: images per step, over all processes and micro-batches. The last, smaller batch of an epoch is left
+            out, because eta belongs to a batch size.
+        accumulate: micro-batches per step, one after the other: less memory, the same mean gradient. Batch statistics
             are those of a micro-batch; eta keeps its meaning (the mean over the whole batch).
-        lr: initial learning rate of SGD.
-        milestones: epochs after which the learning rate is divided by 10.
-        momentum: of SGD.
-        weight_decay: of SGD, on all parameters.
-        augment: how training images are varied: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror), ``"crop"``,
-            ``"flip"``, or ``"none"``. Images are only mirrored if the data set allows it.
+        lr: initial learning rate.
+        milestones: epochs after which the learning rate is divided by 10. If the default is beyond ``epochs``, it
+            becomes half and three quarters of them.
+        momentum: of SGD and RMSprop.
+        weight_decay: of the optimiser.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
-        channels_last: memory layout of images and weights; changes speed, and results by rounding only.
-        sync_batchnorm: with several processes, take batch statistics over all of them.
-        compile: compile the network that attacks run (``torch.compile``); changes results by rounding only.
+        channels_last: memory layout of images and weights. It changes speed, and results by rounding only.
+        sync_batchnorm: take batch statistics over all processes.
+        compile: compile the network that attacks run (``torch.compile``). It changes results by rounding only.
         stop_above: a loss above this counts as diverged.
-        seed: of the initial weights, of the order of the images, of their augmentation, and of attacks and noise.
+        seed: of the initial weights, the order of the images, their augmentation, attacks and noise.
+        augment: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror); ``"crop"``, ``"flip"``, or ``"none"``. Images
+            are only mirrored if the data set allows it.
+        optimizer: ``{"name": "adamw", "lr": 1e-3, ...}``: a class of torch.optim by its name in lower case, and its
+            arguments. ``lr``, ``momentum`` and ``weight_decay`` above are used unless they are given here. The default
+            is SGD.
+        schedule: ``{"name": "cosine", "warmup": 5, ...}`` instead of ``milestones``: ``"constant"``, ``"steps"``,
+            ``"step"``, ``"cosine"``, ``"cosine-restarts"``, ``"one-cycle"``, ``"linear"``, ``"exponential"``,
+            ``"polynomial"`` or ``"cyclic"``, with the arguments of the class in torch.optim.lr_scheduler, and
+            ``warmup`` epochs of a linear rise before it.
+        decay: ``"all"`` decays all parameters, ``"weights"`` leaves out biases and norms (fewer than two dimensions).
+        clip: largest norm of the gradient of a step; None for no limit.
+        label_smoothing: of the training loss, in [0, 1]. Attacks are made on the labels themselves.
+        ema: decay of an exponential moving average of the weights; 0 for none. The average is what is validated, and
+            what the network has after training.
+        patience: stop after so many epochs without a higher validation accuracy (robust, for adversarial objectives);
+            None trains all epochs.
 
     Raises:
-        ValueError: naming the first attribute that is out of range.
+        TypeError, ValueError: naming the first attribute that is out of range.
     """
 
     objective: Objective = field(default_factory=Natural)
@@ -48,7 +69,7 @@ class TrainConfig:
     batch_size: int = 128
     accumulate: int = 1
     lr: float = 0.1
-    milestones: tuple[int, ...] = (80, 120)
+    milestones: tuple[int, ...] = PAPER_MILESTONES
     momentum: float = 0.9
     weight_decay: float = 1e-4
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -58,12 +79,16 @@ class TrainConfig:
     stop_above: float = 1e3
     seed: int = 0
     augment: Literal["crop-flip", "crop", "flip", "none"] = "crop-flip"
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] | None = None
+    decay: Literal["all", "weights"] = "all"
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         with_floats(self)
-        if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
-            raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")
-        object.__setattr__(self, "milestones", tuple(self.milestones))
         for name in ("channels_last", "sync_batchnorm", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
@@ -71,31 +96,77 @@ class TrainConfig:
             if not isinstance(getattr(self, name), base):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected an instance of {base.__name__}")
         for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+            integer(name, getattr(self, name))
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size ({self.batch_size})")
         for name in ("lr", "momentum", "weight_decay"):
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number, at least 0")
-        if not self.stop_above > 0:
+            number(name, getattr(self, name), least=0)
+        if not self.stop_above > 0:  # infinity is allowed: never stop
             raise ValueError(f"stop_above: got {self.stop_above}, expected a number above 0")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
         choice("augment", self.augment, ("crop-flip", "crop", "flip", "none"))
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
-        if self.milestones and max(self.milestones) > self.epochs:
-            half, late = self.epochs // 2, self.epochs * 3 // 4
-            raise ValueError(
-                f"milestones: got {self.milestones} for {self.epochs} epochs, expected none beyond them; the paper's "
-                f"would be ({half}, {late})"
-            )
+        choice("precision", self.precision, ("fp32", "bf16"))
+        choice("decay", self.decay, ("all", "weights"))
+        number("label_smoothing", self.label_smoothing, least=0, most=1)
+        number("ema", self.ema, least=0, most=1)
+        if self.clip is not None:
+            object.__setattr__(self, "clip", number("clip", self.clip, above=0))
+        if self.patience is not None:
+            integer("patience", self.patience)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        for name in ("optimizer", "schedule"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, Mapping):
+                    raise TypeError(f"{name}: got {shown(value)}, expected a mapping with a name and its arguments")
+                object.__setattr__(self, name, dict(value))
+        if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
+            raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        # So that a wrong argument is known before anything is trained. On this device nothing is drawn at random.
+        self.make_optimizer(nn.Linear(2, 2, device="meta"))
+        if self.schedule is not None:
+            learning_rates(self.schedule, self.base_lr, self.epochs, 2)
+        elif self.milestones and max(self.milestones) > self.epochs:
+            scaled = scaled_milestones(self.epochs)
+            if self.milestones != PAPER_MILESTONES:
+                raise ValueError(
+                    f"milestones: got {self.milestones} for {self.epochs} epochs, expected none beyond them; the "
+                    f"paper's would be {scaled}"
+                )
+            object.__setattr__(self, "milestones", scaled)
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate that a schedule starts from."""
+        return number("optimizer: lr", self.optimizer.get("lr", self.lr), least=0)
+
+    def make_optimizer(self, net: nn.Module) -> Optimizer:
+        """Return the optimiser of the parameters of ``net``."""
+        name = choice("optimizer: name", self.optimizer.get("name", "sgd"), OPTIMIZERS)
+        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if name in ("sgd", "rmsprop"):
+            shared["momentum"] = self.momentum
+        if name == "rprop":
+            del shared["weight_decay"]
+        return make_optimizer(net.named_parameters(), {"name": name, **shared, **self.optimizer}, decay=self.decay)
 
     def learning_rate(self, epoch: int) -> float:
-        """The learning rate of epoch number ``epoch``, counted from 0."""
-        passed = sum(milestone <= epoch for milestone in self.milestones)
-        return float(self.lr * 0.1**passed)
+        """Return the learning rate of epoch number ``epoch``, counted from 0, by ``milestones``."""
+        return paper_rate(self.base_lr, self.milestones, epoch)
+
+    def learning_rates(self, steps: int) -> list[float]:
+        """Return the learning rate of every step of the run.
+
+        Args:
+            steps: number of steps per epoch.
+        """
+        if self.schedule is not None:
+            return learning_rates(self.schedule, self.base_lr, self.epochs, steps)
+        return [self.learning_rate(epoch) for epoch in range(self.epochs) for _ in range(steps)]
 
 
 def _is_epoch(value: object) -> bool:

@@ -1,10 +1,10 @@
-"""Layer-wise adversarial defence: LAD, LAD-SM and their relatives, and what they are compared with."""
+"""Layer-wise adversarial defence: LAD, LAD-SM and their relatives, and the controls that they are compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from odeadv.fields import AdversarialField
 from odeadv.models import Network
 from odeadv.solver import solve
 from odeadv.splitting import schemes
-from odeadv.support.checks import integer, number
+from odeadv.support.checks import choice, integer, number
 from odeadv.support.plain import with_floats
-from odeadv.training._step import Defence, Draws, Passed
+from odeadv.training._step import Defence, Draws, Passed, TargetLoss
 from odeadv.training._strength import Strength, first_order, watch_loss
 
-TargetLoss = Callable[[Tensor, Tensor], Tensor]
 Perturbation = Literal["costate", "random", "shuffled", "input"]
 
 
@@ -30,20 +29,21 @@ class Layerwise(Defence, name="layerwise"):
         scheme: ``"lie"`` is LAD (Eq. 5), ``"strang"`` LAD-SM (Eq. 8), ``"strang-midpoint"`` takes a(t + dt/2) from
             the costate equation.
         eta: strength, for a loss averaged over the *global* batch (all processes and micro-batches of a step);
-            eta / batch_size is what is invariant.
-        sweeps: recordings, each on the trajectory of the last (see `odeadv.solve`); or "converge".
-        ascent: recordings that are added up, Eq. 3, instead of ``sweeps``.
-        perturbation: what drives the state: the ``"costate"``; or, for ablations, ``"random"`` directions with the
-            costate's norm at every node and for every example (one direction for all nodes of a shape, as costates
-            of one segment are nearly parallel), costates ``"shuffled"`` across the micro-batch, or the
-            costate at the ``"input"`` alone: x_0 + eta a_0, then the plain network (by the adjoint of Lie, which
-            takes G first; LAD itself never perturbs x_0).
+            eta / batch_size is invariant.
+        sweeps: number of recordings, each on the trajectory that the last one drives (see `odeadv.solve`); or
+            "converge".
+        ascent: number of recordings that are added up, Eq. 3, instead of ``sweeps``.
+        perturbation: the drive of the state. ``"costate"`` is the method. The others are ablations. ``"random"`` has
+            directions with the costate's norm at every node and for every example; all nodes of one shape share a
+            direction, because the costates of a segment are nearly parallel. ``"shuffled"`` has the costates of other
+            examples of the micro-batch. ``"input"`` has the costate at x_0 alone: x_0 + eta a_0, then the plain
+            network (by the adjoint of Lie, which takes G first; LAD itself never perturbs x_0).
         strength: choose eta so that the first-order rise of the loss, eta sum |a_n|^2 / L, is this number on the
             first batches of a training. ``eta`` is then not used; the results of the epochs state the chosen one.
         warmup: epochs over which eta rises linearly, step by step, from 0 to its value.
 
     Raises:
-        ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: naming the attribute that is out of range.
     """
 
     scheme: str = "lie"
@@ -58,18 +58,13 @@ class Layerwise(Defence, name="layerwise"):
         with_floats(self)
         object.__setattr__(self, "scheme", schemes.get(self.scheme).name)  # an alias is the same run
         _check_strength(self)
-        if self.sweeps != "converge" and not _is_count(self.sweeps):
-            raise ValueError(f"sweeps: got {self.sweeps!r}, expected an integer of at least 1, or 'converge'")
-        if self.ascent is not None and (not _is_count(self.ascent) or self.sweeps != 1):
-            raise ValueError(
-                f"ascent: got {self.ascent!r} with sweeps={self.sweeps!r}, expected an integer of at least 1, without "
-                "sweeps"
-            )
-        if self.perturbation not in ("costate", "random", "shuffled", "input"):
-            raise ValueError(
-                f"perturbation: got {self.perturbation!r}, expected 'costate', 'random', 'shuffled' or 'input'"
-            )
-
+        if self.sweeps != "converge":
+            integer("sweeps", self.sweeps)
+        if self.ascent is not None:
+            integer("ascent", self.ascent)
+            if self.sweeps != 1:
+                raise ValueError(f"ascent: got {self.ascent} with sweeps={self.sweeps!r}, expected one of the two")
+        choice("perturbation", self.perturbation, get_args(Perturbation))
         if self.perturbation == "input" and self.scheme != "lie":
             raise ValueError(f"scheme: got {self.scheme!r} with perturbation='input', expected 'lie'")
         if self.perturbation != "costate" and self.scheme == "strang-midpoint":
@@ -124,10 +119,10 @@ class Layerwise(Defence, name="layerwise"):
         assert solution.loss is not None
         assert solution.output is not None
         if eta == 0.0:
-            return Passed(solution.loss, solution.output, Strength.none(solution.loss))
+            return Passed(solution.loss, solution.output, images, Strength.none(solution.loss))
         costate = solution.costate
         nodes = first_order(costate.nodes, costate.grid, scheme, eta, self.ascent or 1)
-        return Passed(solution.loss, solution.output, Strength(losses[0], solution.loss.detach(), nodes))
+        return Passed(solution.loss, solution.output, images, Strength(losses[0], solution.loss.detach(), nodes))
 
 
 def _field(net: Network, images: Tensor, labels: Tensor, eta: float, loss: TargetLoss | None) -> AdversarialField:
@@ -154,12 +149,8 @@ def _check_chosen(defence: Layerwise | Penalty) -> None:
         )
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _instead(perturbation: Perturbation, nodes: Sequence[Tensor], draws: Draws) -> list[Tensor]:
-    """What takes the place of the costates a_0, ..., a_N, each of the shape of its state."""
+    """Return the tensors that drive in place of the costates a_0, ..., a_N, each of the shape of its state."""
     if perturbation == "input":
         return [nodes[0], *(torch.zeros_like(node) for node in nodes[1:])]
     if perturbation == "shuffled":
@@ -199,7 +190,7 @@ class Undefended(Defence, name="none"):
         solution = solve(_field(net, images, labels, 0.0, loss), **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None
-        return Passed(solution.loss, solution.output, Strength.none(solution.loss))
+        return Passed(solution.loss, solution.output, images, Strength.none(solution.loss))
 
 
 @dataclass(frozen=True)
@@ -246,8 +237,8 @@ class Penalty(Defence, name="penalty"):
         assert solution.output is not None
         eta = self.eta * share
         if eta == 0.0:
-            return Passed(solution.loss, solution.output, Strength.none(solution.loss))
+            return Passed(solution.loss, solution.output, images, Strength.none(solution.loss))
         squares = torch.stack([node.square().sum() for node in solution.costate.nodes[1:]])
         plain, rises = solution.loss.detach(), eta * squares.detach()
         strength = Strength(plain, plain + rises.sum(), torch.cat([rises.new_zeros(1), rises]))
-        return Passed(solution.loss + 0.5 * eta * squares.sum(), solution.output, strength)
+        return Passed(solution.loss + 0.5 * eta * squares.sum(), solution.output, images, strength)

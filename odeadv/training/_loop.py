@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from odeadv import attacks
-from odeadv.data import Batches, ImageDataset, to_float
+from odeadv.data import to_float
 from odeadv.diagnostics import Perturbation, perturbation
 from odeadv.models import FieldNetwork
 from odeadv.solver import SolveError
-from odeadv.support.digests import data_digest
 from odeadv.support.isolation import untouched, without_effects
-from odeadv.support.plain import identity as essential
 from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import rows_of, synchronise_batch_norm
+from odeadv.training._recipe import Averaged
 from odeadv.training._step import Defence, Draws, StepModule
 from odeadv.training._strength import EpochStrength
 
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+#: Steps of the attack on validation images; the committed records have chosen their best epochs by ten.
 VALIDATION_STEPS = 10
+
+#: Steps between the moments at which several processes agree on a checkpoint: agreeing takes a message.
+AGREE_EVERY = 20
 
 #: Batches that eta is chosen on; their mean differs by a few percent from that of an epoch's.
 CALIBRATION_BATCHES = 8
@@ -39,13 +43,13 @@ CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch came to.
+    """The results of one epoch.
 
     Attributes:
         epoch: its number, counted from 1.
-        loss: mean training loss; L_LAD where there is a defence.
+        loss: mean training loss; L_LAD if there is a defence.
         accuracy: accuracy of the same forward passes, in [0, 1].
-        lr: learning rate.
+        lr: learning rate of the last step.
         seconds: wall time.
         ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch (of several parts, on the
             last one, scaled to the loss averaged over the batch); None if not finite.
@@ -75,13 +79,13 @@ class EpochResult:
 
 @dataclass
 class TrainResult:
-    """What a training came to.
+    """The results of a training.
 
     Attributes:
-        epochs: one result an epoch.
+        epochs: one result per epoch.
         best_epoch: the epoch with the highest validation accuracy (robust, for adversarial objectives), the first of
             equals; None without validation images.
-        best: parameters and buffers after that epoch.
+        best: parameters and buffers after that epoch; averaged ones, if the configuration averages them.
     """
 
     epochs: list[EpochResult] = field(default_factory=list)
@@ -93,53 +97,76 @@ class TrainingDiverged(RuntimeError):
     """The loss or a state became NaN, infinite or absurdly large."""
 
 
-class _Run:
-    """One call of `train`: the loop, and what is saved and restored of it."""
+class TrainingStopped(SystemExit):
+    """SIGTERM arrived: a checkpoint was saved, and the program ends with 143 unless this is caught."""
 
-    def __init__(
-        self,
-        net: FieldNetwork,
-        data: ImageDataset,
-        config: TrainConfig,
-        fabric: Fabric,
-        validation: tuple[Tensor, Tensor] | None,
-        checkpoints: Path | None,
-        every: float,
-        identity: Any,
-    ) -> None:
-        self.net, self.config, self.fabric, self.every = net, config, fabric, every
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.batches = Batches(
-            data.train_images,
-            data.train_labels,
-            batch_size=config.batch_size,
-            shuffle=True,
-            augment=config.augment != "none",
-            flip=data.flip and "flip" in config.augment,
-            pad=4 if "crop" in config.augment else 0,
-            drop_last=True,
-            generator=self.generator,
-            device=fabric.device,
-        )
-        self.validation = validation
+    def __init__(self, message: str) -> None:
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        """Return where the checkpoint is."""
+        return self.message
+
+
+class Source(Protocol):
+    """The training data of the loop: full batches, in an order that follows from a generator."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch."""
+        ...
+
+    def pass_over(self, batches: int) -> None:
+        """Let the next iteration begin after so many batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked arguments of one call of `train`.
+
+    Attributes:
+        net: the network.
+        batches: the training data.
+        generator: the one that ``batches`` draws its order from.
+        config: the configuration.
+        fabric: the engine.
+        validation: images and labels for the best epoch.
+        checkpoints: of the run, if it has any.
+        every: seconds between checkpoints within an epoch.
+    """
+
+    net: FieldNetwork
+    batches: Source
+    generator: torch.Generator
+    config: TrainConfig
+    fabric: Fabric
+    validation: tuple[Tensor, Tensor] | None
+    checkpoints: saved.Checkpoints | None
+    every: float
+
+
+class Run:
+    """One training: the loop, and what is saved and restored of it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.net, self.config, self.fabric = plan, plan.net, plan.config, plan.fabric
+        self.batches, self.generator, self.checkpoints = plan.batches, plan.generator, plan.checkpoints
+        config, fabric = self.config, self.fabric
         if fabric.world_size > 1 and config.sync_batchnorm:
-            synchronise_batch_norm(net)
+            synchronise_batch_norm(self.net)
         # Attacks take input gradients of the same weights; compiled, they run as one graph in evaluation mode.
-        attacked = torch.compile(net) if config.compile else None
+        attacked = torch.compile(self.net) if config.compile else None
         assert attacked is None or isinstance(attacked, nn.Module)
-        self.step_module = StepModule(net, config.objective, config.defence, attacked)
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        self.step_module = StepModule(self.net, config.objective, config.defence, attacked, config.label_smoothing)
+        self.optimizer = config.make_optimizer(self.net)
+        self.rates = config.learning_rates(len(self.batches))
         self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
-        self.checkpoints = None
-        if checkpoints is not None:
-            # As the run's name does, leave out what has its default: fields may be added later.
-            whole = {"config": essential(config), "run": identity, "data": data.fingerprint()}
-            whole["processes"] = fabric.world_size
-            whole["net"] = saved.architecture(net)
-            whole["validation"] = None if validation is None else data_digest(*validation)
-            self.checkpoints = saved.Checkpoints(checkpoints, whole)
+        self.averaged = Averaged(self.net, config.ema) if config.ema else None
         self.result = TrainResult()
         self.done = 0  # steps of the current epoch
         self.loss_sum = torch.zeros((), device=fabric.device)
@@ -148,11 +175,12 @@ class _Run:
         self.eta: float | None = None if config.defence.strength is not None else config.defence.eta
         self.seconds = 0.0  # of the current epoch, before it was interrupted
         self.order_state = self.generator.get_state()
+        self.stopped_by: int | None = None  # the signal that asked for a stop
 
     def go(
         self, on_step: Callable[[int, int, int], object] | None, on_epoch: Callable[[EpochResult], object] | None
     ) -> TrainResult:
-        """All epochs that are left."""
+        """Train all epochs that are left."""
         self._restore()
         first = self.fabric.is_global_zero
         if first and on_epoch is not None:
@@ -161,16 +189,61 @@ class _Run:
         self.net.train()
         if self.eta is None:
             self.eta = self._chosen_eta()
-        for epoch in range(len(self.result.epochs), self.config.epochs):
-            result = self._epoch(epoch, on_step if first else None)
-            if first and on_epoch is not None:
-                on_epoch(result)
+        with self._heeding_signals():
+            for epoch in range(len(self.result.epochs), self.config.epochs):
+                if self._has_lost_patience():
+                    break
+                result = self._epoch(epoch, on_step if first else None)
+                if first and on_epoch is not None:
+                    on_epoch(result)
+        if self.averaged is not None:
+            self.net.load_state_dict(self.averaged.tensors)
         return self.result
 
+    def _has_lost_patience(self) -> bool:
+        patience, best = self.config.patience, self.result.best_epoch
+        return patience is not None and best is not None and len(self.result.epochs) - best >= patience
+
+    @contextlib.contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """Ask for a checkpoint when SIGTERM or Ctrl-C comes; a second Ctrl-C stops at once.
+
+        Only the main thread may set handlers. Without checkpoints signals do what they always do.
+        """
+        if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def heed(number: int, frame: object) -> None:
+            if number == signal.SIGINT and self.stopped_by is not None:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+
+        before = {number: signal.signal(number, heed) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self, epoch: int) -> None:
+        """Save and stop after a signal; all processes come to the same answer."""
+        if self.checkpoints is None:
+            return
+        asked = self.stopped_by or 0
+        if self.fabric.world_size > 1:
+            if self.done % AGREE_EVERY and self.done < len(self.batches):
+                return
+            found: Any = self.fabric.all_reduce(torch.tensor(asked, device=self.fabric.device), reduce_op="max")
+            asked = int(found)
+        if not asked:
+            return
+        self._save()
+        saved_in = self.checkpoints.paths()[-1]
+        message = f"training: stopped in epoch {epoch + 1}, after step {self.done}; saved in {saved_in}"
+        raise KeyboardInterrupt(message) if asked == signal.SIGINT else TrainingStopped(message)
+
     def _epoch(self, epoch: int, on_step: Callable[[int, int, int], object] | None) -> EpochResult:
-        lr = self.config.learning_rate(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         began = time.perf_counter() - self.seconds
         last_saved = time.perf_counter()
         self.order_state = self.generator.get_state()
@@ -180,8 +253,10 @@ class _Run:
             self.done += 1
             if on_step is not None:
                 on_step(epoch + 1, self.done, len(self.batches))
+            self.seconds = time.perf_counter() - began
+            self._stop_if_asked(epoch)
             if self.done < len(self.batches) and self._due(last_saved):
-                self.seconds, last_saved = time.perf_counter() - began, time.perf_counter()
+                last_saved = time.perf_counter()
                 self._save()
         strength = EpochStrength.of(None if self.strength_sum is None else self._over_processes(self.strength_sum))
         loss, correct = self._over_processes(self.loss_sum), self._over_processes(self.correct)
@@ -191,7 +266,7 @@ class _Run:
             epoch=epoch + 1,
             loss=float(loss) / (len(self.batches) * self.fabric.world_size),
             accuracy=int(correct) / (len(self.batches) * self.config.batch_size),
-            lr=lr,
+            lr=self.rates[(epoch + 1) * len(self.batches) - 1],
             seconds=time.perf_counter() - began,
             # The costate of a part's own mean is larger than that of the batch's by the number of parts.
             ratio=_finite(measured.ratio * self.config.accumulate * self.fabric.world_size),
@@ -213,33 +288,42 @@ class _Run:
         return result
 
     def _due(self, last_saved: float) -> bool:
-        """Whether to write a checkpoint within the epoch; all processes come to the same answer."""
+        """Return True if a checkpoint is due within the epoch; all processes come to the same answer."""
         if self.checkpoints is None:
             return False
         if self.fabric.world_size == 1:
-            return time.perf_counter() - last_saved > self.every
-        if self.done % 20:
+            return time.perf_counter() - last_saved > self.plan.every
+        if self.done % AGREE_EVERY:
             return False
-        answer: bool = self.fabric.broadcast(time.perf_counter() - last_saved > self.every)
+        answer: bool = self.fabric.broadcast(time.perf_counter() - last_saved > self.plan.every)
         return answer
 
     def _step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
-        """Forward and backward passes of all micro-batches of this process, and one step of SGD."""
+        """Make forward and backward passes of all micro-batches of this process, and one step of the optimiser."""
         parts, world = self.config.accumulate, self.fabric.world_size
         self.engine_optimizer.zero_grad(set_to_none=True)
         number = epoch * len(self.batches) + self.done
         self.step_module.defence = self._defence(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[number]
         for part in range(parts):
             rows = rows_of(self.fabric.global_rank, world, part, parts, len(labels))
             draws = Draws(self.config.seed, number, rows, len(labels))
             waits = part < parts - 1
             with self.fabric.no_backward_sync(self.module, enabled=waits and world > 1):
-                loss, logits = self._forward(epoch, images[rows], labels[rows], draws)
-                self.fabric.backward(loss / parts)
+                try:
+                    loss, logits = self._forward(epoch, images[rows], labels[rows], draws)
+                    self.fabric.backward(loss / parts)
+                finally:
+                    self.step_module.undo()
             self.loss_sum += loss.detach() / parts
             self._add_strength()
             self.correct += (logits.argmax(1) == labels[rows]).sum()
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.engine_optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update(self.net, number)
 
     def _add_strength(self) -> None:
         strength = self.step_module.strength
@@ -310,7 +394,7 @@ class _Run:
             raise self._diverged(epoch, "logits or a weight are not finite", images, labels) from error
 
     def _is_finite(self, images: Tensor | None) -> bool:
-        """Whether the weights are, and the logits of ``images`` in evaluation mode."""
+        """Return True if the weights are finite, and the logits of ``images`` in evaluation mode."""
         values = list(self.net.parameters())
         if images is not None:
             with torch.no_grad(), untouched(self.net, mode="eval"):
@@ -330,14 +414,14 @@ class _Run:
                 worst = max(range(len(relative)), key=lambda n: (not math.isfinite(relative[n]), relative[n]))
                 text += f"the perturbation ||eta a_n|| / ||x_n||{when} is largest at layer {worst} "
                 text += f"({relative[worst]:.3g}); "
-        text += f"lower lr ({self.config.lr:g})"
+        text += f"lower lr ({self.config.base_lr:g})"
         text += f" or eta ({eta:g} at batch size {self.config.batch_size})" if eta else ""
         if self.checkpoints is not None and self.checkpoints.paths():
             text += f"; the last good checkpoint is {self.checkpoints.paths()[-1]}"
         return TrainingDiverged(text)
 
     def _perturbation_now(self, images: Tensor | None, labels: Tensor | None) -> list[float]:
-        """The perturbation of every layer on this batch; empty where it cannot be measured any more."""
+        """Return the perturbation of every layer on this batch; empty if it cannot be measured any more."""
         if images is None or labels is None or self.fabric.world_size > 1:  # statistics would wait for all processes
             return []
         try:
@@ -352,22 +436,25 @@ class _Run:
         return found
 
     def _measured(self) -> Perturbation:
-        """Eq. 16 and the size of the perturbation, on the last batch; without effect on the network."""
+        """Measure Eq. 16 and the size of the perturbation on the last batch, without effect on the network."""
         assert self.step_module.seen is not None
         return self._perturbation(*self.step_module.seen)
 
     def _validated(self) -> dict[str, float] | None:
-        if self.validation is None:
+        if self.plan.validation is None:
             return None
-        images, labels = self.validation
+        images, labels = self.plan.validation
         right = {"clean": 0, "robust": 0} if self.config.objective.adversarial else {"clean": 0}
         training = self.net.training
         eps = getattr(self.config.objective, "eps", 8 / 255)
         attack = {"eps": eps, "alpha": eps / 4, "steps": VALIDATION_STEPS}
+        weights = self._state()
+        if self.averaged is not None:
+            self.net.load_state_dict(self.averaged.tensors)
         self.net.eval()
         try:
             for first in range(0, len(images), 250):
-                x = to_float(images[first : first + 250]).to(self.fabric.device)
+                x = self._as_inputs(images[first : first + 250])
                 y = labels[first : first + 250].to(self.fabric.device)
                 with self.fabric.autocast():
                     seen = {"clean": x}
@@ -378,7 +465,19 @@ class _Run:
                             right[name] += int((self.net(batch).argmax(1) == y).sum())
         finally:
             self.net.train(training)
+            if self.averaged is not None:
+                self.net.load_state_dict(weights)
         return {name: count / len(images) for name, count in right.items()}
+
+    def _as_inputs(self, images: Tensor) -> Tensor:
+        """Return validation images on the device; pixels as floats."""
+        return (to_float(images) if images.dtype == torch.uint8 else images).to(self.fabric.device)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return a copy of the weights that the loop trains; nothing without an average, which replaces them."""
+        if self.averaged is None:
+            return {}
+        return {name: value.detach().clone() for name, value in self.net.state_dict().items()}
 
     def _keep_best(self, result: EpochResult) -> None:
         if result.validation is None:
@@ -391,7 +490,8 @@ class _Run:
             if result.validation[name] <= before[name]:
                 return
         self.result.best_epoch = result.epoch
-        self.result.best = {key: value.detach().clone() for key, value in self.net.state_dict().items()}
+        kept = self.net.state_dict() if self.averaged is None else self.averaged.tensors
+        self.result.best = {key: value.detach().clone() for key, value in kept.items()}
 
     def _over_processes(self, value: Tensor) -> Tensor:
         if self.fabric.world_size == 1:
@@ -423,6 +523,8 @@ class _Run:
             }
             for rank, state in enumerate(gathered):
                 tensors |= saved.prefixed(f"process{rank}", state)
+            if self.averaged is not None:
+                tensors |= saved.prefixed("averaged", self.averaged.tensors)
             if self.result.best is not None:
                 tensors |= saved.prefixed("best", self.result.best)
             info = {
@@ -457,6 +559,18 @@ class _Run:
         self.eta = info.get("eta", self.eta)
         self.generator.set_state(tensors["order"])
         epochs = [_epoch_result(e) for e in info["epochs"]]
+        if len(epochs) > self.config.epochs:
+            raise ValueError(
+                f"epochs: got {self.config.epochs}, but the checkpoint has {len(epochs)}; ask for at least as many"
+            )
+        steps = len(self.batches)
+        if any(result.lr != self.rates[result.epoch * steps - 1] for result in epochs):
+            raise ValueError(
+                f"epochs: got {self.config.epochs}, with which the learning rates of the {len(epochs)} epochs so far "
+                "would have been others; a schedule that ends with the run cannot be extended"
+            )
+        if self.averaged is not None:
+            self.averaged.load(saved.without("averaged", tensors))
         best = saved.without("best", tensors)
         self.result = TrainResult(epochs, info["best_epoch"], best or None)
         self.done, self.seconds = info["done"], info["seconds"]

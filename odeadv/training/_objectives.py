@@ -1,8 +1,7 @@
-"""TRADES (Zhang et al. 2019, arXiv:1901.08573)."""
+"""Training objectives: natural, PGD, TRADES, MART, and adversarial weight perturbation around any of them."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,18 +12,64 @@ from torch import Tensor
 from odeadv import attacks
 from odeadv.attacks.balls import linf_bounds
 from odeadv.attacks.checks import radius
-from odeadv.support.checks import choice, number
-from odeadv.support.isolation import Mode
+from odeadv.support.checks import choice, integer, number
+from odeadv.support.isolation import Mode, without_effects
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Objective, Passed, Step
 
 
 @dataclass(frozen=True)
+class Natural(Objective, name="natural"):
+    """L(f(x), y); with a defence L_LAD(f(x), y)."""
+
+    def loss(self, step: Step, attacked: Tensor) -> Passed:
+        """Return the defended pass of the clean images."""
+        return step.defended(attacked)
+
+
+@dataclass(frozen=True)
+class Pgd(Objective, name="pgd"):
+    """L(f(x'), y), x' by PGD on the undefended network; with a defence L_LAD(f(x'), y).
+
+    Source: Madry et al. 2018, arXiv:1706.06083.
+
+    Attributes:
+        eps: radius of the L-infinity ball, in pixel units of [0, 1].
+        alpha: step size, in the same units.
+        steps: number of steps, from a start drawn uniformly from the ball.
+        mode: mode of the network during the attack; its statistics do not change in either.
+
+    Raises:
+        TypeError, ValueError: naming the attribute that is out of range.
+    """
+
+    adversarial = True
+
+    eps: float = 8 / 255
+    alpha: float = 2 / 255
+    steps: int = 10
+    mode: Mode = "eval"
+
+    def __post_init__(self) -> None:
+        with_floats(self)
+        check_attack(self.eps, self.alpha, self.steps, self.mode)
+
+    def attack(self, step: Step) -> Tensor:
+        """Return the images after PGD on the cross-entropy."""
+        return uniform_pgd(self, step)
+
+    def loss(self, step: Step, attacked: Tensor) -> Passed:
+        """Return the defended pass of the attacked images."""
+        return step.defended(attacked)
+
+
+@dataclass(frozen=True)
 class Trades(Objective, name="trades"):
-    """L(f(x), y) + (1/lam) KL(f(x) || f(x')); x' maximises that divergence.
+    """L(f(x), y) + (1/lam) KL(f(x) || f(x')); x' maximises the divergence.
 
     With a defence gamma L(f(x), y) + (1 - gamma) L_LAD(f(x'), y) + (1/lam) KL(f(x) || f(x')). The divergence is
-    averaged over the batch; gradients go through both of its sides. Training accuracy is that of f(x).
+    averaged over the batch; gradients go through both of its sides. Training accuracy is counted on f(x).
+    Source: Zhang et al. 2019, arXiv:1901.08573.
 
     Attributes:
         eps, alpha, steps, mode: of the attack, as for `Pgd`.
@@ -33,6 +78,9 @@ class Trades(Objective, name="trades"):
         start: the attack starts from x + 0.001 times standard normal noise. ``"free"`` takes the first gradient there,
             as the reference code does. ``"clamped"`` projects the start to [0, 1] first, as odeadv did before this
             field existed: a pixel of 0 or 1 then starts in place if its noise points outward.
+
+    Raises:
+        TypeError, ValueError: naming the attribute that is out of range.
     """
 
     adversarial = True
@@ -48,18 +96,16 @@ class Trades(Objective, name="trades"):
     def __post_init__(self) -> None:
         with_floats(self)
         check_attack(self.eps, self.alpha, self.steps, self.mode)
-        if not (math.isfinite(self.lam) and self.lam > 0):
-            raise ValueError(f"lam: got {self.lam}, expected a finite number above 0")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma: got {self.gamma}, expected a number in [0, 1]")
+        number("lam", self.lam, above=0)
+        number("gamma", self.gamma, least=0, most=1)
         choice("start", self.start, ("free", "clamped"))
 
-    def __call__(self, step: Step) -> Passed:
-        """Attack the divergence, then the passes of the clean and of the attacked images."""
+    def attack(self, step: Step) -> Tensor:
+        """Return the images after sign steps up the divergence."""
         start = step.images + 0.001 * step.draws.normal(step.images)
         if self.start == "clamped":
             start = linf_bounds(step.images, self.eps).project(start)
-        attacked = attacks.ifgsm(
+        return attacks.ifgsm(
             step.target,
             step.images,
             step.labels,
@@ -70,46 +116,33 @@ class Trades(Objective, name="trades"):
             start=start,
             mode=self.mode,
         )
-        step.seen = attacked
+
+    def loss(self, step: Step, attacked: Tensor) -> Passed:
+        """Return the loss of the passes of the clean and of the attacked images."""
         logits = step.plain(step.images)
         clean = step.cross_entropy(logits)
         divergence = batch_kl(logits, step.plain(attacked)) / self.lam
         if not step.defence.active:
-            return Passed(clean + divergence, logits)
+            return Passed(clean + divergence, logits, attacked)
         defended = step.defended(attacked)
-        return Passed(self.gamma * clean + (1.0 - self.gamma) * defended.loss + divergence, logits)
-
-
-def batch_kl(clean: Tensor, attacked: Tensor) -> Tensor:
-    """KL(softmax(clean) || softmax(attacked)), averaged over the batch, in at least float32."""
-    dtype = torch.promote_types(clean.dtype, torch.float32)
-    return F.kl_div(
-        F.log_softmax(attacked.to(dtype), dim=1),
-        F.log_softmax(clean.to(dtype), dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
-
-
-def check_attack(eps: float, alpha: float, steps: int, mode: str) -> None:
-    """Raise ValueError, by name, for what no attack can be made with."""
-    radius(eps)
-    number("alpha", alpha, least=0)
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")
-    if mode not in ("eval", "train", "unchanged"):
-        raise ValueError(f"mode: got {mode!r}, expected 'eval', 'train' or 'unchanged'")
+        total = self.gamma * clean + (1.0 - self.gamma) * defended.loss + divergence
+        return Passed(total, logits, attacked, defended.strength)
 
 
 @dataclass(frozen=True)
-class Pgd(Objective, name="pgd"):
-    """L(f(x'), y), x' by PGD on the undefended network; with a defence L_LAD(f(x'), y).
+class Mart(Objective, name="mart"):
+    """BCE(f(x'), y) + lam mean_i KL(f(x_i) || f(x'_i)) (1 - p_y(x_i)), x' by PGD.
+
+    BCE is the boosted cross-entropy -log p_y(x') - log(1 - max_{k != y} p_k(x')). With a defence the pass of the BCE is
+    the perturbed one, and the divergence keeps the undefended pass. Training accuracy is counted on f(x').
+    Source: Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples".
 
     Attributes:
-        eps: radius of the L-infinity ball, in pixel units of [0, 1].
-        alpha: step size, in the same units.
-        steps: steps from a start drawn uniformly from the ball.
-        mode: mode of the network during the attack; its statistics are left alone in either.
+        eps, alpha, steps, mode: of the attack, as for `Pgd`.
+        lam: weight of the divergence; the paper's lambda.
+
+    Raises:
+        TypeError, ValueError: naming the attribute that is out of range.
     """
 
     adversarial = True
@@ -118,31 +151,144 @@ class Pgd(Objective, name="pgd"):
     alpha: float = 2 / 255
     steps: int = 10
     mode: Mode = "eval"
+    lam: float = 5.0
 
     def __post_init__(self) -> None:
         with_floats(self)
         check_attack(self.eps, self.alpha, self.steps, self.mode)
+        number("lam", self.lam, least=0)
 
-    def __call__(self, step: Step) -> Passed:
-        """Attack, then the defended pass of the attacked images."""
-        start = step.images + self.eps * (2.0 * step.draws.uniform(step.images) - 1.0)
-        attacked = attacks.ifgsm(
-            step.target,
-            step.images,
-            step.labels,
-            eps=self.eps,
-            alpha=self.alpha,
-            steps=self.steps,
-            start=linf_bounds(step.images, self.eps).project(start),
-            mode=self.mode,
-        )
-        return step.defended(attacked)
+    def attack(self, step: Step) -> Tensor:
+        """Return the images after PGD on the cross-entropy."""
+        return uniform_pgd(self, step)
+
+    def loss(self, step: Step, attacked: Tensor) -> Passed:
+        """Return the loss of the passes of the clean and of the attacked images."""
+
+        def boosted(logits: Tensor, labels: Tensor) -> Tensor:
+            return step.cross_entropy(logits) + _margin(logits, labels).mean()
+
+        clean = step.plain(step.images)
+        defended = step.defended(attacked, boosted)
+        logits = step.plain(attacked) if step.defence.active else defended.logits
+        right = _probabilities(clean).gather(1, step.labels[:, None])[:, 0]
+        divergence = (kl(clean, logits) * (1.0 - right)).mean()
+        return Passed(defended.loss + self.lam * divergence, defended.logits, attacked, defended.strength)
 
 
 @dataclass(frozen=True)
-class Natural(Objective, name="natural"):
-    """L(f(x), y); with a defence L_LAD(f(x), y)."""
+class Awp(Objective, name="awp"):
+    """Adversarial weight perturbation: the loss of ``base`` at w + v, with v a step up that loss in the weights.
 
-    def __call__(self, step: Step) -> Passed:
-        """The defended pass of the clean images."""
-        return step.defended(step.images)
+    v = gamma ||w_l|| g_l / ||g_l|| for every weight tensor w_l of two or more dimensions, g the gradient of the loss of
+    ``base`` on the attacked images. The attack is made at w. After the backward pass the weights are w again, and the
+    optimiser steps from there. The loss of ``base`` may be a defended one. Every process and micro-batch has its own v.
+    Source: Wu, Xia and Wang 2020, arXiv:2004.05884.
+
+    Attributes:
+        base: the objective.
+        gamma: size of the perturbation relative to the weights.
+
+    Raises:
+        TypeError, ValueError: naming the attribute that is out of range.
+    """
+
+    base: Objective = field(default_factory=Pgd)
+    gamma: float = 0.005
+
+    def __post_init__(self) -> None:
+        with_floats(self)
+        whole = isinstance(self.base, Objective) and type(self.base).loss is not Objective.loss
+        if not whole or isinstance(self.base, Awp):
+            raise TypeError(f"base: got {self.base!r}, expected an objective that has a method loss, such as Pgd()")
+        number("gamma", self.gamma, least=0)
+
+    @property
+    def adversarial(self) -> bool:  # type: ignore[override]  # follows the base
+        """True if ``base`` trains on attacked images."""
+        return self.base.adversarial
+
+    @property
+    def eps(self) -> float:
+        """Radius that ``base`` trains with; 0 if it has none."""
+        return float(getattr(self.base, "eps", 0.0))
+
+    @property
+    def steps(self) -> int:
+        """Attack steps of ``base``."""
+        return int(getattr(self.base, "steps", 0))
+
+    def attack(self, step: Step) -> Tensor:
+        """Return the images that ``base`` trains on."""
+        return self.base.attack(step)
+
+    def loss(self, step: Step, attacked: Tensor) -> Passed:
+        """Return the loss of ``base`` at the perturbed weights; `Step.undo` puts the weights back."""
+        weights = [w for w in step.net.parameters() if w.requires_grad and w.ndim > 1]
+        with torch.enable_grad(), without_effects(list(step.net.modules()), attacked.device):
+            up = torch.autograd.grad(self.base.loss(step, attacked).loss, weights, allow_unused=True)
+        kept = [weight.detach().clone() for weight in weights]
+
+        def put_back() -> None:
+            for weight, value in zip(weights, kept, strict=True):
+                weight.data.copy_(value)  # a copy, not a subtraction, so that no rounding is left behind
+
+        step.undo.append(put_back)
+        for weight, gradient in zip(weights, up, strict=True):
+            if gradient is not None:
+                length = torch.linalg.vector_norm(weight.detach()) / (torch.linalg.vector_norm(gradient) + 1e-12)
+                # Through .data: autograd may not see that weights change between its two passes.
+                weight.data.add_(gradient * (self.gamma * length))
+        return self.base.loss(step, attacked)
+
+
+def uniform_pgd(objective: Pgd | Mart, step: Step) -> Tensor:
+    """Return images after PGD on the cross-entropy, from a start drawn uniformly from the ball and projected."""
+    start = step.images + objective.eps * (2.0 * step.draws.uniform(step.images) - 1.0)
+    return attacks.ifgsm(
+        step.target,
+        step.images,
+        step.labels,
+        eps=objective.eps,
+        alpha=objective.alpha,
+        steps=objective.steps,
+        start=linf_bounds(step.images, objective.eps).project(start),
+        mode=objective.mode,
+    )
+
+
+def batch_kl(clean: Tensor, attacked: Tensor) -> Tensor:
+    """Return KL(softmax(clean) || softmax(attacked)), averaged over the batch, in at least float32."""
+    # Not the mean of `kl`: that sums in another order, and committed TRADES records are reproduced to the bit.
+    return F.kl_div(*_logs(clean, attacked), log_target=True, reduction="batchmean")
+
+
+def kl(clean: Tensor, attacked: Tensor) -> Tensor:
+    """Return KL(softmax(clean) || softmax(attacked)) of every example, (n,), in at least float32."""
+    return F.kl_div(*_logs(clean, attacked), log_target=True, reduction="none").sum(1)
+
+
+def _logs(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of the probabilities in the order of `torch.nn.functional.kl_div`."""
+    dtype = torch.promote_types(clean.dtype, torch.float32)
+    return F.log_softmax(attacked.to(dtype), dim=1), F.log_softmax(clean.to(dtype), dim=1)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return -log(1 - p_k) of the most likely wrong class k, (n,)."""
+    probabilities = _probabilities(logits)
+    wrong = probabilities.scatter(1, labels[:, None], -1.0).amax(1)
+    # The reference code's 1.0001 bounds the loss where a wrong class has probability 1.
+    return -(1.0001 - wrong).log()
+
+
+def check_attack(eps: float, alpha: float, steps: int, mode: str) -> None:
+    """Raise TypeError or ValueError, naming the argument, if no attack can be made with it."""
+    radius(eps)
+    number("alpha", alpha, least=0)
+    integer("steps", steps)
+    choice("mode", mode, ("eval", "train", "unchanged"))

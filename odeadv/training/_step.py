@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,33 +16,38 @@ from odeadv.models import FieldNetwork, Network
 from odeadv.support.plain import Choice
 from odeadv.training._strength import Strength
 
+#: ``loss(output, targets)``, a scalar tensor.
+TargetLoss = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Passed:
-    """What a pass through the network came to.
+    """The result of a pass through the network.
 
     Attributes:
         loss: scalar, averaged over the batch.
-        logits: (n, classes), of the pass that accuracy is counted on.
-        strength: of the defence in this pass, if the defence says it.
+        logits: (n, classes), of the pass on which accuracy is counted.
+        images: the images that the pass saw. Eq. 16 is measured on them at the end of an epoch.
+        strength: of the defence in this pass, if the defence measures it.
     """
 
     loss: Tensor
     logits: Tensor
+    images: Tensor | None = None
     strength: Strength | None = None
 
 
 class Draws:
-    """Random numbers of one step for some rows of the global batch, whatever process or micro-batch they are in.
+    """Random numbers of one step for some rows of the global batch.
 
-    Every draw is made for the whole batch and cut, so that the numbers of an example do not depend on how the batch
-    is spread; and they follow from (seed, step) alone, so that there is no state to save.
+    Every draw is made for the whole batch and then cut, so the numbers of an example do not depend on the process or
+    micro-batch that computes it. They follow from (seed, step) alone, so there is no state to save.
 
     Args:
         seed: of the run.
         step: number of the step in the run.
-        rows: which rows of the batch these are.
-        total: rows in the global batch.
+        rows: the rows of the batch to draw for.
+        total: number of rows in the global batch.
     """
 
     def __init__(self, seed: int, step: int, rows: slice, total: int) -> None:
@@ -55,27 +61,27 @@ class Draws:
         return cls(int(torch.randint(2**62, ())), 0, slice(0, total), total)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Uniform on [0, 1), of the shape, dtype and device of ``like``, whose first axis are the rows."""
+        """Return uniform numbers on [0, 1) like ``like``, whose first axis are the rows."""
         whole = torch.rand((self._total, *like.shape[1:]), generator=self._generator)
         return whole[self._rows].to(like)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Standard normal, otherwise as `uniform`."""
+        """Return standard normal numbers, shaped as `uniform` shapes them."""
         whole = torch.randn((self._total, *like.shape[1:]), generator=self._generator)
         return whole[self._rows].to(like)
 
     def permutation(self, n: int, device: torch.device) -> Tensor:
-        """A random order of ``n`` rows (of these rows, not of the global batch)."""
+        """Return a random order of ``n`` rows: of the rows drawn for, not of the global batch."""
         return torch.randperm(n, generator=self._generator).to(device)
 
 
 class Defence(Choice):
-    """How the forward pass that is trained on is solved. A subclass is a frozen dataclass that registers a name.
+    """Solves the forward pass that is trained on. A subclass is a frozen dataclass that registers a name.
 
     ``class Mine(Defence, name="mine")`` implements `__call__`; configurations then know ``{"name": "mine"}``.
     """
 
-    #: Whether the pass differs from the plain one; TRADES adds a term of its own only then.
+    #: True if the pass differs from the plain one; TRADES adds a term of its own only then.
     active: bool = True
     #: Strength of the perturbation; 0 for a defence that has none.
     eta: float = 0.0
@@ -90,53 +96,72 @@ class Defence(Choice):
         return changed  # type: ignore[no-any-return]
 
     def __call__(
-        self, net: Network, images: Tensor, labels: Tensor, *, share: float = 1.0, draws: Draws | None = None
+        self,
+        net: Network,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        share: float = 1.0,
+        draws: Draws | None = None,
+        loss: TargetLoss | None = None,
     ) -> Passed:
-        """Loss and logits of the defended pass.
+        """Return loss and logits of the defended pass.
 
         Args:
-            net: in the mode it is trained in; statistics are to be updated once.
-            images: (n, channels, height, width) in [0, 1].
-            labels: (n,), int64.
-            share: n / (size of the global batch). eta belongs to the mean over the global batch, and the gradient of
-                the mean over n images is 1 / share times as large: multiply eta by ``share``.
+            net: in the mode in which it is trained; its statistics are updated once.
+            images: the inputs of the network; (n, channels, height, width) in [0, 1] for images.
+            labels: (n,), int64; or whatever ``net.field`` takes as targets.
+            share: n / (size of the global batch). eta belongs to the mean over the global batch. The gradient of the
+                mean over n images is 1 / share times as large, so multiply eta by ``share``.
             draws: the step's random numbers.
+            loss: ``loss(output, labels)`` instead of the network's own, the mean cross-entropy. Training passes it
+                only if the objective or the configuration has another loss.
         """
         raise NotImplementedError
 
 
 class Objective(Choice):
-    """What a step minimises. A subclass is a frozen dataclass that registers a name; see CONTRIBUTING.md.
+    """The loss that a step minimises. A subclass is a frozen dataclass that registers a name; see CONTRIBUTING.md.
 
     ``class Mine(Objective, name="mine")`` implements `__call__`; configurations then know ``{"name": "mine"}``.
+    Alternatively it implements `attack` and `loss`, of which `__call__` is made; `Awp` can then wrap it.
     """
 
-    #: Whether it trains on attacked images: validation then goes by robust accuracy.
+    #: True if it trains on attacked images: the best epoch is then chosen by robust accuracy.
     adversarial: bool = False
 
+    def attack(self, step: Step) -> Tensor:
+        """Return the images to train on, (n, channels, height, width): the clean ones unless a subclass attacks."""
+        return step.images
+
+    def loss(self, step: Step, attacked: Tensor) -> Passed:
+        """Return the loss on images from `attack`, and the logits on which training accuracy is counted."""
+        raise NotImplementedError
+
     def __call__(self, step: Step) -> Passed:
-        """The loss to minimise, and the logits that training accuracy is counted on.
+        """Return the loss to minimise, and the logits on which training accuracy is counted.
 
         Args:
-            step: the images, the labels and the passes that can be made of them.
+            step: the images, the labels, and the passes that can be made with them.
         """
-        raise NotImplementedError
+        return self.loss(step, self.attack(step))
 
 
 @dataclass
 class Step:
-    """What an objective is given: a batch and the ways to send it through the network.
+    """The batch of an objective, and the ways to send it through the network.
 
     Attributes:
         net: the network, in training mode.
         images: (n, channels, height, width) in [0, 1].
         labels: (n,), int64.
-        defence: how `defended` passes are solved.
+        defence: solves `defended` passes.
         draws: the step's random numbers.
         share: see `Defence`.
-        seen: the images that diagnostics look at: of the last defended pass or attack; by default ``images``.
-        strength: of the last defended pass.
-        attacked_net: the network as attacks run it (compiled, if that was asked for).
+        label_smoothing: of `cross_entropy` and of `defended` passes.
+        attacked_net: the network in the form that attacks run (compiled, if the configuration says so).
+        last: the last defended pass.
+        undo: functions to call after the backward pass, last one first.
     """
 
     net: FieldNetwork
@@ -145,9 +170,10 @@ class Step:
     defence: Defence
     draws: Draws
     share: float = 1.0
-    seen: Tensor | None = None
-    strength: Strength | None = None
+    label_smoothing: float = 0.0
     attacked_net: nn.Module | None = None
+    last: Passed | None = None
+    undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
 
     @property
     def target(self) -> nn.Module:
@@ -155,20 +181,24 @@ class Step:
         return self.net if self.attacked_net is None else self.attacked_net
 
     def plain(self, images: Tensor) -> Tensor:
-        """Logits of the undefended network."""
+        """Return the logits of the undefended network, (n, classes)."""
         logits: Tensor = self.net(images)
         return logits
 
-    def defended(self, images: Tensor) -> Passed:
-        """Loss (mean cross-entropy with ``labels``) and logits of the defended pass."""
-        self.seen = images
-        passed = self.defence(self.net, images, self.labels, share=self.share, draws=self.draws)
-        self.strength = passed.strength
-        return passed
+    def defended(self, images: Tensor, loss: TargetLoss | None = None) -> Passed:
+        """Return loss and logits of the defended pass; the loss is the mean cross-entropy unless ``loss`` is given."""
+        if loss is None and self.label_smoothing:
+            loss = lambda logits, _: self.cross_entropy(logits)  # noqa: E731
+        # A defence that knows no loss of its own works as long as none is asked for.
+        other = {} if loss is None else {"loss": loss}
+        passed = self.defence(self.net, images, self.labels, share=self.share, draws=self.draws, **other)
+        self.last = dataclasses.replace(passed, images=images)
+        return self.last
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
-        """Mean cross-entropy of ``logits`` with the labels, in at least float32."""
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.labels)
+        """Return the mean cross-entropy of ``logits`` with the labels, in at least float32."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, self.labels, label_smoothing=self.label_smoothing)
 
 
 class StepModule(nn.Module):
@@ -176,24 +206,47 @@ class StepModule(nn.Module):
 
     Args:
         net: the network.
-        objective, defence: see there.
-        attacked: the network as attacks run it, if not ``net`` itself.
+        objective: the loss of a step.
+        defence: solves the pass that is trained on.
+        attacked: the network in the form that attacks run, if that is not ``net`` itself.
+        label_smoothing: see `Step`.
+
+    Attributes:
+        defence: the defence of the next step; the loop replaces it while eta rises.
+        seen: images and labels of the last pass that was trained on.
+        strength: of the last step.
     """
 
     def __init__(
-        self, net: FieldNetwork, objective: Objective, defence: Defence, attacked: nn.Module | None = None
+        self,
+        net: FieldNetwork,
+        objective: Objective,
+        defence: Defence,
+        attacked: nn.Module | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net
-        self._objective, self.defence = objective, defence
+        self._objective, self.defence, self._label_smoothing = objective, defence, label_smoothing
         self.__dict__["_attacked"] = attacked  # not a submodule: its parameters are those of net
+        self._undo: list[Callable[[], None]] = []
         self.seen: tuple[Tensor, Tensor] | None = None
         self.strength: Strength | None = None
 
     def forward(self, images: Tensor, labels: Tensor, draws: Draws, share: float) -> tuple[Tensor, Tensor]:
-        """Loss and detached logits of a step."""
-        step = Step(self.net, images, labels, self.defence, draws, share, attacked_net=self.__dict__["_attacked"])
+        """Return loss and detached logits of a step."""
+        step = Step(
+            self.net, images, labels, self.defence, draws, share, self._label_smoothing, self.__dict__["_attacked"],
+            undo=self._undo,
+        )  # fmt: skip
         passed = self._objective(step)
-        self.strength = step.strength if self.defence.active else Strength.none(passed.loss)
-        self.seen = (images if step.seen is None else step.seen).detach(), labels
+        # An objective may return a loss of its own without saying what it saw: its last defended pass is meant then.
+        said = passed if passed.images is not None or step.last is None else step.last
+        self.strength = said.strength if self.defence.active else Strength.none(passed.loss)
+        self.seen = (images if said.images is None else said.images).detach(), labels
         return passed.loss, passed.logits.detach()
+
+    def undo(self) -> None:
+        """Put back what the step changed for its forward and backward passes only, such as perturbed weights."""
+        while self._undo:
+            self._undo.pop()()

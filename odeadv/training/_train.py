@@ -1,4 +1,4 @@
-"""The training loop: the same for every objective, defence, network and number of processes."""
+"""`train`: check the arguments, prepare the data, the engine and the checkpoints, and run the loop."""
 
 from __future__ import annotations
 
@@ -6,86 +6,174 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from odeadv.data import ImageDataset
+from odeadv.data import Batches, ImageDataset, Stream
 from odeadv.data.checks import check_images, check_labels, check_range
+from odeadv.data.stream import as_inputs, count_samples, stacked
 from odeadv.models import FieldNetwork, Network
+from odeadv.support.digests import data_digest, model_digest
+from odeadv.support.files import read_tensors
+from odeadv.support.plain import identity as essential
 from odeadv.support.precision import warn_of_imitated_bf16
+from odeadv.training._checkpoint import SCHEMA as CHECKPOINT_SCHEMA
+from odeadv.training._checkpoint import Checkpoints, architecture, without
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import make_fabric
-from odeadv.training._loop import EpochResult, TrainResult, _Run
+from odeadv.training._loop import EpochResult, Plan, Run, Source, TrainResult
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+#: Training data: in memory, or read as it is needed.
+Data = ImageDataset | Dataset[Any] | DataLoader[Any]
+
 
 def train(
     net: Network,
-    data: ImageDataset,
+    data: Data,
     config: TrainConfig,
     *,
-    validation: tuple[Tensor, Tensor] | None = None,
+    validation: tuple[Tensor, Tensor] | Dataset[Any] | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 120.0,
     identity: Any = None,
+    init: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     fabric: Fabric | None = None,
     on_step: Callable[[int, int, int], object] | None = None,
     on_epoch: Callable[[EpochResult], object] | None = None,
 ) -> TrainResult:
-    """Train ``net`` in place on the training images of ``data``.
+    """Train ``net`` in place.
 
-    Images are padded by 4, cropped and (where the data set allows it) flipped. All randomness comes from
-    ``config.seed``, so that runs that differ in their objective or defence only see the same batches; torch's global
-    random state, which noise in a network draws from, is seeded inside and put back afterwards.
+    All randomness comes from ``config.seed``, so runs that differ only in objective or defence see the same batches.
+    Torch's global random state, which noise in a network draws from, is seeded inside and put back afterwards.
 
-    With ``checkpoints``, a run that was stopped at any moment goes on where its newest checkpoint was written, and
-    ends with bit for bit the weights of a run that was not stopped (on as many threads and processes).
+    With ``checkpoints``, a run that was stopped goes on from its newest checkpoint and ends with bit for bit the
+    weights of a run that was not stopped (on as many threads and processes). SIGTERM and Ctrl-C save a checkpoint
+    after the step that is running. A run with more ``epochs`` than its checkpoints goes on for the rest of them, if
+    its learning rates so far are the same.
 
     Args:
-        net: the network, left in training mode on the device of the engine.
-        data: its training split is used.
-        config: how.
-        validation: images ``uint8`` (n, height, width, 3) and labels, for the choice of the best epoch.
-        checkpoints: folder for them; none are written without.
+        net: the network; afterwards it is in training mode on the device of the engine.
+        data: an `ImageDataset`, of which the training split is used; or a `torch.utils.data.Dataset` or ``DataLoader``
+            of pairs (input, class number), from which samples are read when they are needed. With a loader, which
+            shuffles and transforms by itself, ``batch_size`` must be its own. Every process reads the whole batch.
+            Runs resume to the bit if randomness in the data comes from torch's global generator.
+        config: the configuration.
+        validation: images, uint8 (n, height, width, 3) or as ``net`` takes them, and labels (n,), int64; or a
+            `Dataset`, which is read once. The best epoch is chosen on them.
+        checkpoints: folder for checkpoints; none are written without.
         checkpoint_every: seconds between checkpoints within an epoch; one is written after every epoch.
-        identity: plain data that says what is trained, beside ``config``; a checkpoint of another is refused.
+        identity: plain data that says what is trained, in addition to ``config``; a checkpoint of another is refused.
+        init: weights to start from: a checkpoint, ``last.safetensors`` or ``best.safetensors`` of a run, or a mapping
+            of names to tensors. Only weights and buffers are taken.
         fabric: the engine (lightning-fabric), launched; one process on the best device, if not given.
-        on_step: called after every step with (epoch, step, steps in an epoch), counted from 1, in the first process.
-        on_epoch: called after every epoch, in the first process; also, when a run goes on, for the epochs before.
+        on_step: called after every step with (epoch, step, steps per epoch), counted from 1, in the first process.
+        on_epoch: called after every epoch, in the first process. When a run goes on, it is called for the epochs
+            before, too.
 
     Returns:
-        One result an epoch, and the best weights.
+        One result per epoch, and the best weights.
 
     Raises:
         TypeError: if an argument is of another type, or the network of another dtype than float32 or float64.
         ValueError: if the training set is smaller than a batch, the batch cannot be shared equally between the
-            processes, the network has nothing to train, the validation images or labels do not fit, or the checkpoints
-            are those of another run.
+            processes, the network has nothing to train, the validation images or labels do not fit, the weights of
+            ``init`` do not fit, or the checkpoints are those of another run.
         TrainingDiverged: if a loss or state is NaN or infinite or the loss above ``config.stop_above``, with the
             epoch, the step, the layer with the largest perturbation, and what to try.
+        TrainingStopped: after SIGTERM; it is a SystemExit with code 143.
+        KeyboardInterrupt: after Ctrl-C, with the name of the checkpoint.
         OSError: if a checkpoint cannot be written.
 
     Warns:
         RuntimeWarning: if bf16 is asked for on a CPU that only imitates it.
     """
     module = _module(net)
-    _check(data, config, fabric, validation)
-    checkpoints = None if checkpoints is None else Path(checkpoints)
+    if isinstance(validation, Dataset):
+        images, labels = stacked([validation[index] for index in range(count_samples(validation))])
+        validation = as_inputs(images), labels
+    _check(module, data, config, fabric, validation)
     if fabric is None:
         fabric = make_fabric(precision=config.precision)
     if config.precision == "bf16":
         warn_of_imitated_bf16("precision", fabric.device, "fp32")
+    if init is not None:
+        load_weights(module, init)
     if config.channels_last:
         module.to(memory_format=torch.channels_last)
+    kept = None
+    if checkpoints is not None:
+        # Leave out what has its default, as the run's name does: fields may be added later.
+        whole: dict[str, Any] = {"config": essential(config), "run": identity, "data": _fingerprint(data)}
+        whole["processes"] = fabric.world_size
+        whole["net"] = architecture(module)
+        whole["validation"] = None if validation is None else data_digest(*validation)
+        if init is not None:
+            whole["init"] = model_digest(module)
+        kept = Checkpoints(Path(checkpoints), whole)
+    generator = torch.Generator().manual_seed(config.seed)
     with _random_state(f"odeadv noise {config.seed} {fabric.global_rank}", fabric.device):
-        run = _Run(module, data, config, fabric, validation, checkpoints, checkpoint_every, identity)
-        return run.go(on_step, on_epoch)
+        batches = _batches(data, config, generator, fabric.device)
+        plan = Plan(module, batches, generator, config, fabric, validation, kept, checkpoint_every)
+        return Run(plan).go(on_step, on_epoch)
+
+
+def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+    """Load weights and buffers into ``net``: from a file of odeadv, a folder of a run, or a mapping of tensors.
+
+    Args:
+        net: the network.
+        source: ``last.safetensors``, ``best.safetensors``, a checkpoint of `train`, the folder of a run (then its last
+            weights), or a mapping such as a ``state_dict``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming ``init``, if the tensors do not fit the network.
+    """
+    if isinstance(source, Mapping):
+        tensors = dict(source)
+    else:
+        path = Path(source)
+        tensors, info = read_tensors(path / "last.safetensors" if path.is_dir() else path)
+        if info.get("schema") == CHECKPOINT_SCHEMA:
+            tensors = without("averaged", tensors) or without("model", tensors)
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"init: the weights do not fit the network: {error}") from None
+
+
+def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Source:
+    pad, flip = 4 if "crop" in config.augment else 0, "flip" in config.augment
+    if not isinstance(data, ImageDataset):
+        return Stream(data, batch_size=config.batch_size, pad=pad, flip=flip, generator=generator, device=device)
+    return Batches(
+        data.train_images,
+        data.train_labels,
+        batch_size=config.batch_size,
+        shuffle=True,
+        augment=config.augment != "none",
+        flip=data.flip and flip,
+        pad=pad,
+        drop_last=True,
+        generator=generator,
+        device=device,
+    )
+
+
+def _fingerprint(data: Data) -> str:
+    """Return what tells data sets apart; of those that are read as they are needed, type and length only."""
+    if isinstance(data, ImageDataset):
+        return data.fingerprint()
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    return f"{type(dataset).__module__}.{type(dataset).__qualname__} {count_samples(data)}"
 
 
 def _module(net: Network) -> FieldNetwork:
@@ -107,18 +195,29 @@ def _module(net: Network) -> FieldNetwork:
 
 
 def _check(
-    data: ImageDataset, config: TrainConfig, fabric: Fabric | None, validation: tuple[Tensor, Tensor] | None
+    net: FieldNetwork,
+    data: Data,
+    config: TrainConfig,
+    fabric: Fabric | None,
+    validation: tuple[Tensor, Tensor] | None,
 ) -> None:
-    for name, value, kind in (("data", data, ImageDataset), ("config", config, TrainConfig)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected an instance of {kind.__name__}")
+    if not isinstance(data, ImageDataset | Dataset | DataLoader):
+        raise TypeError(
+            f"data: got {type(data).__name__}, expected an instance of ImageDataset, torch.utils.data.Dataset or "
+            "DataLoader"
+        )
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected an instance of TrainConfig")
     if validation is not None:
         if not isinstance(validation, (tuple, list)) or len(validation) != 2:
             raise TypeError(f"validation: got {type(validation).__name__}, expected a pair (images, labels)")
-        check_images("validation images", validation[0])
+        if isinstance(data, ImageDataset):  # which may have validation images of its own form only
+            check_images("validation images", validation[0])
         check_labels("validation labels", validation[1], validation[0])
-        check_range("validation labels", validation[1], data.num_classes)
-    if len(data.train_images) < config.batch_size:
+        check_range("validation labels", validation[1], net.num_classes)
+    if config.patience is not None and validation is None:
+        raise ValueError(f"patience: got {config.patience} without validation, expected validation images to judge by")
+    if isinstance(data, ImageDataset) and len(data.train_images) < config.batch_size:
         raise ValueError(
             f"batch_size: got {config.batch_size} for {len(data.train_images)} training images, expected at most that"
         )
@@ -139,7 +238,7 @@ def _check(
 
 @contextlib.contextmanager
 def _random_state(seed: str, device: torch.device) -> Iterator[None]:
-    """Torch's global random state seeded inside from a text, and put back afterwards."""
+    """Seed torch's global random state from a text inside, and put it back afterwards."""
     cuda: Sequence[torch.device] = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
