@@ -253,7 +253,7 @@ class TestCostate:
         assert result.arithmetic == pytest.approx([math.cosh(half) - 1.0] * steps, rel=1e-3)
         assert result.arithmetic_length == pytest.approx([math.cosh(half)] * steps, rel=1e-6)
         assert result.residual == pytest.approx([abs(1.0 - math.tanh(half) / half)] * steps, rel=1e-3)
-        # a_{n+1} (1 + lambda h / 2 * (value of the costate at 3/4, by interpolation)) beside exp(lambda h / 2)
+        # a_{n+1} (1 + lambda h / 2 * (value of the costate at 3/4, by interpolation)) against exp(lambda h / 2)
         exact = 1.0 + half * (0.25 * math.exp(2.0 * half) + 0.75)
         assert result.exact == pytest.approx([abs(exact / math.exp(half) - 1.0)] * steps, rel=1e-3)
         assert result.undefined == [0.0] * steps
@@ -303,7 +303,7 @@ class TestCostate:
 
 class TestContraction:
     def reach(self, steps: int) -> float:
-        """I of Lie with Euler: h times the squares of what a unit of forcing comes to."""
+        """I of Lie with Euler: h times the squares of the responses to a unit of forcing."""
         h = T / steps
         return h * sum((1.0 + h * LAMBDA) ** (2 * (steps - n)) for n in range(1, steps + 1))
 
@@ -669,12 +669,12 @@ def test_the_programs_of_the_page_run():
     assert len(names["trace"]) == 3
     assert names["page"].page.exists()
     assert "energy" in names["page"].results["with the defence"]
-    exported = set(re.findall(r"`([a-z_]+|Trace)`", page.split("| read it as |")[1].split("\n\n")[0]))
+    exported = set(re.findall(r"`([a-z_]+|Trace)`", page.split("| reading |")[1].split("\n\n")[0]))
     functions = {name for name in diagnostics.__all__ if name.islower()} - {"diagnose"}
     assert exported == functions | {"Trace"}
 
 
-# ---- what a hostile reading found ----
+# ---- faults found by a hostile reader ----
 
 
 def test_contraction_of_a_field_with_kinks_is_measured_where_the_hessian_sees_nothing():

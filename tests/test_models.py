@@ -292,7 +292,7 @@ def test_autocast_to_bfloat16_runs_both_passes():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("channels", [2, 3, 8])
 def test_the_projection_is_a_strided_convolution(channels, layout):
-    """Without oneDNN's own, which wrote beyond its memory for fewer than 8 channels on a CPU with AVX2 alone."""
+    """The projection avoids oneDNN's kernel, which writes outside its memory for fewer than 8 channels on AVX2."""
     generator = torch.Generator().manual_seed(0)
     block = odeadv.models.preact_resnet(8, channels, generator=generator).blocks[1]
     ours = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1))
@@ -308,7 +308,9 @@ def test_the_projection_is_a_strided_convolution(channels, layout):
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
-    assert gradients[0][0].is_contiguous(memory_format=layout)  # or all before it would work on mixed layouts, slowly
+    assert gradients[0][0].is_contiguous(
+        memory_format=layout
+    )  # otherwise all earlier layers would mix layouts and be slow
 
 
 def test_soft_labels_are_class_probabilities():

@@ -37,7 +37,7 @@ def test_the_size_of_the_noise(kind, channels_in, stride):
         abs(float((noise * plain).mean())) < 4 * expected * float(plain.square().mean().sqrt()) / noise.numel() ** 0.5
     )
     if kind == "relative":
-        assert abs(expected - 0.1) > 0.01  # so the two are told apart
+        assert abs(expected - 0.1) > 0.01  # so the test can tell the two apart
 
 
 def test_relative_noise_scales_with_the_sum_and_its_scale_is_a_constant():
@@ -176,7 +176,7 @@ def test_averaged_by_a_seed_repeats_itself_and_by_a_generator_goes_on():
     assert torch.equal(seeded(images), seeded(images))
     drawing = averaged(net, 2, torch.Generator().manual_seed(4))
     calls = [drawing(images) for _ in range(2)]
-    assert not torch.equal(calls[0], seeded(images))  # noise for each image of its own
+    assert not torch.equal(calls[0], seeded(images))  # each image has its own noise
     assert not torch.equal(*calls)
     again = averaged(net, 2, torch.Generator().manual_seed(4))
     assert all(torch.equal(call, again(images)) for call in calls)
@@ -187,7 +187,7 @@ def test_averaged_by_a_seed_repeats_itself_and_by_a_generator_goes_on():
 
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
 def test_averaged_by_a_seed_is_a_function_of_the_image(kind):
-    """Alone, at another place and in a larger batch an image has the same logits; with a generator it has not."""
+    """Alone, at another place and in a larger batch an image has the same logits; with a generator it does not."""
     net, images, _ = make(noise_kind=kind)
     seeded = averaged(net, 2, 4)
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_averaged_can_be_attacked():
     assert torch.equal(*attack)
     assert not torch.equal(attack[0], images)
     assert all(p.grad is None for p in net.parameters())
-    odeadv.evaluate(averaged(net, 2), (images, labels), protocol="table1")  # which refuses what changes its answers
+    odeadv.evaluate(averaged(net, 2), (images, labels), protocol="table1")  # it refuses a model whose answers change
     assert net.training
 
 

@@ -60,7 +60,7 @@ def test_names_and_what_is_wrong_with_others():
 
 @pytest.mark.parametrize("name", MADE)
 def test_every_model_is_a_network(name):
-    """What `Network` promises: logits of the shape told, and the same from a solve with the options told."""
+    """A `Network` returns logits of its `num_classes`, and a solve with its `solve_options` returns the same logits."""
     net = MADE[name]()
     assert isinstance(net, Network)
     assert not isinstance(nn.Linear(2, 2), Network)
