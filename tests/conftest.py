@@ -1,4 +1,4 @@
-"""What pytest does around every test."""
+"""Settings of pytest for every test."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What several test modules build: seeded generators, small networks with a batch, and problems with a closed form."""
+"""Seeded generators, small networks with a batch, and problems with a closed form, for several test modules."""
 
 from __future__ import annotations
 

@@ -38,14 +38,14 @@ HERE = (
 
 @pytest.fixture(autouse=True)
 def _without_jax(monkeypatch):
-    """Compiling in jax takes longer than all the rest; what is compiled is tried apart."""
+    """Leave diffrax out: compiling in jax takes longer than everything else, and has a test of its own below."""
     for module in (_peers, fisher_kpp, work_precision):
         monkeypatch.setattr(module, "has_diffrax", lambda: False)
 
 
 @pytest.fixture(autouse=True)
 def _without_other_attacks(monkeypatch, tmp_path):
-    """On the digits, whose networks are trained here; the peers have tests of agreement of their own."""
+    """Take the digits, whose networks are trained in seconds; other tests compare with the other libraries."""
     monkeypatch.setenv("ODEADV_DATA", str(tmp_path))
     monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
     monkeypatch.setattr(evaluation, "PEERS", {})
@@ -53,7 +53,7 @@ def _without_other_attacks(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> Path:
-    """A folder with quick runs of all that is cheap enough; each checked by its own test."""
+    """Return a folder with quick runs of the cheap benchmarks; each has its own test."""
     return tmp_path_factory.mktemp("benchmarks")
 
 

@@ -29,7 +29,7 @@ GPU = torch.device("cuda", 0)
 
 
 class Readable(TorchDispatchMode):
-    """Values of fake tensors: 1 and true; all elements meet every condition."""
+    """Give fake tensors values: every number is 1, every condition is true."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:
@@ -55,7 +55,7 @@ def fake_grad(outputs, inputs, *args, **kwargs):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with a GPU, as far as devices go."""
+    """Imitate a machine with a GPU."""
     monkeypatch.setattr(torch.autograd, "grad", fake_grad)
     monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **k: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
@@ -91,7 +91,7 @@ def images_there(n=4):
 
 
 def test_a_tensor_that_is_left_behind_is_noticed(gpu):
-    """Otherwise the tests below could not fail."""
+    """Check that the tests below can fail."""
     behind = torch.ones(3)
     with pytest.raises(RuntimeError, match=r"(?i)device"):
         odeadv.solve(lambda t, x: behind * x, torch.zeros(3, device=GPU), (0.0, 1.0), dt=0.5)

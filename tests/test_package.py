@@ -1,6 +1,7 @@
 """The package as a whole: what importing it costs, and that its imports go one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,26 @@ def test_no_import_is_circular():
 
     for name in sorted(edges):
         visit(name)
+
+
+def test_every_extra_that_an_error_names_exists_and_is_explained():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    named = {
+        node.args[0].value
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "extra"
+    }
+    assert named
+    assert named <= set(extras)
+    page = (ROOT.parent / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    assert {extra for extra in extras if f"`{extra}`" not in page} == set()
+    packages = {re.split("[>=]", need)[0] for needs in extras.values() for need in needs if ">=" in need}
+    assert {package for package in packages if f"| {package} |" not in page} == set()
+
+
+def test_the_citation_has_the_version():
+    citation = (ROOT.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.M).group(1) == odeadv.__version__

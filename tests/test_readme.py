@@ -1,4 +1,4 @@
-"""The README does what it says: its programs run, their output is the one shown, its table is the report's."""
+"""The README is true: its programs run and print what it shows, and its table is the one of the report."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run_programs(text: str) -> tuple[list[str], str]:
-    """What each Python block of a page prints, run one after the other, and the output the page shows."""
+    """Run the Python blocks of a page in turn; return what each prints, and the output that the page shows."""
     (shown,) = re.findall(r"```text\n(.*?)```", text, re.S)
     names: dict[str, object] = {}
     printed = []
