@@ -182,6 +182,19 @@ class TestLinearModels:
         attacked = apgd(model, images, labels, eps=0.2, steps=5, target=target, generator=seeded())
         assert model(attacked).argmax(1) == target
 
+    @pytest.mark.parametrize("name", ["most-likely", "least-likely"])
+    @pytest.mark.parametrize("attack", ["fgsm", "ifgsm", "pgd", "apgd", "square"])
+    def test_named_targets_are_those_of_the_clean_logits(self, name: str, attack: str) -> None:
+        model, (images, labels) = net(), batch()
+        with torch.no_grad():
+            ranked = model(images).argsort(1, descending=name == "most-likely")
+        wanted = torch.where(ranked[:, 0] == labels, ranked[:, 1], ranked[:, 0])
+        tally, other = Tally(), Tally()
+        expected = ATTACKS[attack](model, images, labels, eps=EPS, target=wanted, tally=other)
+        actual = ATTACKS[attack](model, images, labels, eps=EPS, target=name, tally=tally)
+        assert torch.equal(actual, expected)
+        assert torch.equal(tally.queries, other.queries + 1)
+
     @pytest.mark.parametrize("norm", ["linf", "l2"])
     def test_the_optimum_is_found(self, norm: str) -> None:
         images, labels = middle(2, 4), torch.tensor([1, 1])  # never fooled within 0.1
@@ -409,6 +422,8 @@ class TestStarts:
             ({"momentum": -1}, ValueError, "momentum: got -1, expected a finite number, at least 0"),
             ({"target": torch.zeros(6)}, TypeError, "target: got dtype torch.float32, expected torch.int64"),
             ({"target": torch.arange(6) % 5}, ValueError, "target: got the label itself for 6 of 6 images"),
+            ({"target": "likely"}, ValueError, "target: got 'likely', expected one of 'most-likely', 'least-likely'"),
+            ({"target": "most-likely", "loss": "kl"}, ValueError, "loss: got 'kl' with a target"),
             ({"target": torch.full((6,), 7)}, ValueError, "target: got 7, expected class indices < 5"),
             ({"target": (torch.arange(6) + 1) % 5, "loss": "kl"}, ValueError, "loss: got 'kl' with a target"),
             ({"tally": 1}, TypeError, r"tally: got 1, expected an odeadv\.attacks\.Tally"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
-from odeadv.attacks.objective import Loss, Tally
+from odeadv.attacks.objective import Loss, Tally, Target
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
@@ -31,7 +31,7 @@ def apgd(
     steps: int = 100,
     norm: Norm = "linf",
     loss: Loss = "ce",
-    target: Tensor | None = None,
+    target: Target | None = None,
     start: GivenStart = "uniform",
     restarts: int = 1,
     rho: float = 0.75,

@@ -13,7 +13,7 @@ from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm, divided
 from odeadv.attacks.checks import lengths
-from odeadv.attacks.objective import Loss, Tally
+from odeadv.attacks.objective import Loss, Tally, Target
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
@@ -28,7 +28,7 @@ def fgsm(
     eps: float | Tensor,
     norm: Norm = "linf",
     loss: Loss = "ce",
-    target: Tensor | None = None,
+    target: Target | None = None,
     eot: int = 1,
     generator: torch.Generator | None = None,
     mode: Mode = "eval",
@@ -51,8 +51,9 @@ def fgsm(
             the difference of logits ratio (Croce and Hein 2020); ``"kl"``, KL(clean probabilities || attacked) (its
             gradient is 0 at the clean images: start elsewhere); or a function (logits, labels) -> losses (n,). It
             gets logits in at least float32.
-        target: (n,), int64 classes to be reached. The loss is then that of the target, and it is lowered (``"dlr"``
-            has a targeted form, ``"kl"`` has none).
+        target: (n,), int64 classes to be reached; or ``"most-likely"`` or ``"least-likely"``, the wrong class with the
+            largest or smallest logit of the clean image (one more forward pass). The loss is then that of the target,
+            and it is lowered (``"dlr"`` has a targeted form, ``"kl"`` has none).
         eot: number of forward passes over which the gradient is averaged, for models that draw random numbers
             ("expectation over transformation", Athalye et al. 2018).
         generator: the only source of the attack's randomness, on any device. If something is random and None is
@@ -86,7 +87,7 @@ def ifgsm(
     steps: int = 10,
     norm: Norm = "linf",
     loss: Loss = "ce",
-    target: Tensor | None = None,
+    target: Target | None = None,
     momentum: float = 0.0,
     start: GivenStart = "clean",
     keep: Keep = "last",
@@ -149,7 +150,7 @@ def pgd(
     generator: torch.Generator | None = None,
     norm: Norm = "linf",
     loss: Loss = "ce",
-    target: Tensor | None = None,
+    target: Target | None = None,
     momentum: float = 0.0,
     start: GivenStart = "uniform",
     restarts: int = 1,

@@ -16,6 +16,8 @@ from odeadv.support.checks import did_you_mean, shown
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["ce", "margin", "dlr", "kl"]
 Loss = LossName | PerExampleLoss
+TargetName = Literal["most-likely", "least-likely"]
+Target = TargetName | Tensor
 
 
 class Truth(NamedTuple):
@@ -118,6 +120,14 @@ LOSS_RULES: Mapping[str, LossRule] = MappingProxyType(
         "kl": LossRule(_kl, needs_clean=True, targeted=False),
     }
 )
+
+
+def likely_targets(name: TargetName, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (n,) int64: the most or the least likely class among those that are not the label."""
+    own = labels[:, None]
+    if name == "most-likely":
+        return logits.scatter(1, own, -torch.inf).argmax(dim=1)
+    return logits.scatter(1, own, torch.inf).argmin(dim=1)
 
 
 def resolve_loss(loss: object) -> LossRule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,17 @@ from odeadv.attacks.checks import (
     lengths,
     radius,
 )
-from odeadv.attacks.objective import AttackLoss, Loss, Tally, attacking, constant, reseed, resolve_loss
+from odeadv.attacks.objective import (
+    AttackLoss,
+    Loss,
+    Tally,
+    Target,
+    TargetName,
+    attacking,
+    constant,
+    reseed,
+    resolve_loss,
+)
 from odeadv.support.checks import choice, integer, shown
 from odeadv.support.isolation import Mode
 
@@ -71,6 +82,7 @@ class Setting:
         loss: the function that is raised.
         start: the start of a run.
         generator: the source of all randomness; None if there is none.
+        target: the name of the rule that chooses targets; None if there is none.
         independent: True if no part of the model is in training mode. The logits of an example then do not depend on
             the rest of the batch, as far as modes tell, so examples may be left out.
     """
@@ -81,6 +93,7 @@ class Setting:
     loss: AttackLoss
     start: Start
     generator: torch.Generator | None
+    target: TargetName | None
     independent: bool
 
     def begin(self) -> Tensor:
@@ -88,6 +101,8 @@ class Setting:
         x = self.start(self.images, self.ball)
         self.reseed()
         self.loss.compare_with(self.images)
+        if self.target is not None:
+            self.loss.choose_target(self.target, self.images)
         return x
 
     def reseed(self) -> None:
@@ -132,7 +147,7 @@ def setting(
     eps: float | Tensor,
     norm: Norm,
     loss: Loss,
-    target: Tensor | None,
+    target: Target | None,
     start: GivenStart,
     restarts: int,
     eot: int,
@@ -155,7 +170,11 @@ def setting(
     rule = resolve_loss(loss)
     restarts = integer("restarts", restarts)
     eot = integer("eot", eot)
-    target = check_target(target, labels)
+    named: TargetName | None = None
+    if isinstance(target, str):
+        choice("target", target, get_args(TargetName))
+        named = target
+    wanted = None if isinstance(target, str) else check_target(target, labels)
     if target is not None and not rule.targeted:
         raise ValueError(f"loss: got {shown(loss)} with a target, expected 'ce', 'margin', 'dlr' or a function")
     random = is_random(start)
@@ -174,12 +193,12 @@ def setting(
             model,
             constant(labels),
             rule,
-            target=None if target is None else constant(target),
+            target=None if wanted is None else constant(wanted),
             eot=eot,
             deferred=True,
             tally=tally,
             attack=attack,
         )
         independent = not any(part.training for part in model.modules())
-        yield Setting(images, eps, BALLS[norm](images, eps), attacked, starting, generator, independent)
+        yield Setting(images, eps, BALLS[norm](images, eps), attacked, starting, generator, named, independent)
         attacked.raise_if_not_finite()

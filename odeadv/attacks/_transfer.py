@@ -32,7 +32,7 @@ def worst_of(
         candidates: attacked images, each (n, ...), all of one shape, floating, values in [0, 1].
         labels: (n,), int64 class indices.
         loss: ranks images that do not fool the model; as for `fgsm`, without ``"kl"``.
-        target: as for `fgsm`.
+        target: (n,), int64 classes to be reached; None if any wrong class counts.
         mode: as for `fgsm`.
 
     Returns:

@@ -14,8 +14,11 @@ from odeadv.attacks._losses import (
     Loss,
     LossRule,
     PerExampleLoss,
+    Target,
+    TargetName,
     Truth,
     cross_entropy,
+    likely_targets,
     margin,
     of_labels,
     resolve_loss,
@@ -29,6 +32,8 @@ __all__ = [
     "PerExampleLoss",
     "Scores",
     "Tally",
+    "Target",
+    "TargetName",
     "attacking",
     "constant",
     "cross_entropy",
@@ -157,6 +162,10 @@ class AttackLoss:
         """Evaluate the logits of the clean images, once, if the loss needs them."""
         if self._rule.needs_clean:
             self.truth = self.truth._replace(clean=_wide(self.logits(clean)))
+
+    def choose_target(self, name: TargetName, clean: Tensor) -> None:
+        """Choose the target of each example by the logits of its clean image."""
+        self.truth = self.truth._replace(target=likely_targets(name, self.logits(clean), self.truth.labels))
 
     def aim(self, target: Tensor) -> None:
         """From now on lead to ``target``, (n,) int64; any wrong class still counts as fooled."""
