@@ -15,6 +15,7 @@ import torch
 from odeadv import data
 from odeadv.evaluation import AttackResult, Evaluation
 from odeadv.experiments import (
+    CLAIMS,
     PRESETS,
     TABLES,
     Row,
@@ -26,9 +27,11 @@ from odeadv.experiments import (
     main,
     rehearse,
     with_eta,
+    write_claims,
     write_figure2,
     write_report,
 )
+from odeadv.experiments._claims import decide
 from odeadv.experiments._config import passes
 from odeadv.experiments._report import render
 from odeadv.experiments._results import gather
@@ -541,3 +544,43 @@ class TestAutoAttack:
             main("table2", None, ["--autoattack", "5", "--runs", str(tmp_path)])
         assert "needs the package pyautoattack" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
+
+
+class TestClaims:
+    def test_every_claim_is_a_primary_contrast_of_its_table(self):
+        for claim in CLAIMS:
+            pairs = TABLES[claim.table].primary_pairs(claim.dataset)
+            assert (claim.row, claim.other) in pairs if claim.row else len(pairs) > 1
+
+    def test_the_committed_page_is_made_of_committed_records(self, tmp_path):
+        write_claims(RESULTS / "runs", tmp_path)
+        for name in ("claims.md", "claims.json"):
+            assert (tmp_path / name).read_bytes() == (RESULTS / name).read_bytes()
+
+    def test_claims_are_decided_on_new_seeds_once_there_are_two(self):
+        claim = next(claim for claim in CLAIMS if claim.row == "natural+lad" and claim.other == "natural")
+        table = TABLES["ablations"]
+        assert decide(claim, made_up(table, preset="cpu", seeds=(0, 1, 2, 3)))["seeds"] == [0, 1, 2, 3]
+        found = decide(claim, made_up(table, preset="cpu", seeds=(0, 1, 2, 3, 4, 5)))
+        assert found["seeds"] == [3, 4, 5]
+        assert found["why"] == ""
+        assert decide(claim, made_up(TABLES["table2"]))["word"] == "not tested"
+        assert decide(claim, made_up(table, preset="cpu", seeds=(0,)))["why"] == "one seed"
+
+    @pytest.mark.parametrize(("sign", "word"), [(1, "confirmed"), (-1, "undecided")])
+    def test_the_shape_over_eta(self, sign, word):
+        """Small eta help by their logarithm or harm; the largest always harms."""
+        claim = next(claim for claim in CLAIMS if not claim.row)
+        table, generator = TABLES["mechanism-eta"], torch.Generator().manual_seed(0)
+        records = []
+        for row, config in configurations(table, PRESETS["mlp"], seeds=(10, 11, 12)):
+            gain = (
+                0.0 if row.method == "pgd" else -0.1 if row.factor == 10 else sign * 0.02 * (4 + math.log10(row.factor))
+            )
+            noise = 0.002 * float(torch.randn((), generator=generator))
+            found = record(config, table.protocol, table.columns, lambda n, g=gain + noise: 0.5 - 0.05 * n + g)
+            found["epochs"][-1] |= {"accuracy": 0.95, "strength_first_order": 0.05}
+            records.append(found)
+        decided = decide(claim, records)
+        assert decided["word"] == word
+        assert decided["seeds"] == [10, 11, 12]

@@ -358,7 +358,7 @@ def _add_report(sub: argparse.ArgumentParser) -> None:
     from odeadv import data
     from odeadv.experiments import PRESETS, TABLES
 
-    sub.add_argument("table", choices=TABLES)
+    sub.add_argument("table", choices=[*TABLES, "claims"], help='a table, or "claims" for the page of all claims')
     sub.add_argument("records", type=Path, help="folder of records")
     sub.add_argument("--preset", choices=PRESETS, default="cpu")
     sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
@@ -367,9 +367,12 @@ def _add_report(sub: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from odeadv.experiments import PRESETS, TABLES, with_eta, write_report
+    from odeadv.experiments import PRESETS, TABLES, with_eta, write_claims, write_report
 
     check_folder("out", args.out)
+    if args.table == "claims":
+        print(write_claims(args.records, args.out))
+        return 0
     table, preset = TABLES[args.table], PRESETS[args.preset]
     if args.eta is not None:
         preset = with_eta(preset, table, args.dataset or preset.dataset, args.eta)

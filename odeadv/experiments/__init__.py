@@ -5,6 +5,7 @@ The top of the package; imports everything below it.
 
 from odeadv.experiments._budget import Budget, budget, write_budget
 from odeadv.experiments._campaign import STAGES, Stage, run_stage
+from odeadv.experiments._claims import CLAIMS, Claim, write_claims
 from odeadv.experiments._command import add_table_arguments, main, make_table
 from odeadv.experiments._config import DataConfig, Method, ModelConfig, RunConfig, load_config, method_of, parse_method
 from odeadv.experiments._figure2 import write_figure2
@@ -28,11 +29,13 @@ from odeadv.experiments._tables import (
 from odeadv.experiments._tune import tune
 
 __all__ = [
+    "CLAIMS",
     "PRESETS",
     "STAGES",
     "TABLES",
     "Agreement",
     "Budget",
+    "Claim",
     "Column",
     "DataConfig",
     "Failure",
@@ -71,6 +74,7 @@ __all__ = [
     "tune",
     "with_eta",
     "write_budget",
+    "write_claims",
     "write_figure2",
     "write_report",
 ]

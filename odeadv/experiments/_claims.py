@@ -1,0 +1,226 @@
+"""The page of claims: each claim of the paper, what the runs say about it, and the word of the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from odeadv.support.files import write_json, write_text
+from odeadv.support.pages import markdown_table
+
+from ._results import Finding, Results, gather
+from ._run import load_records
+from ._tables import PRESETS, TABLES
+
+SCHEMA = "odeadv.claims/1"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and the contrast that decides it.
+
+    Attributes:
+        text: the claim, in a sentence.
+        source: where the paper makes it; "implied" if it only follows from what the paper says.
+        table, preset: the runs that decide.
+        row, other: names of the rows; the difference is row minus other. Empty for the shape of a table over eta.
+        dataset: the data set.
+    """
+
+    text: str
+    source: str
+    table: str
+    preset: str
+    row: str = ""
+    other: str = ""
+    dataset: str = "cifar10"
+
+    @property
+    def page(self) -> str:
+        """Path of the table's page, from the folder of results."""
+        return f"{self.table}-{self.dataset}-{self.preset}/{self.table}.md"
+
+
+_DECAY = ":wd0.02"
+
+CLAIMS = (
+    Claim("LAD makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad", "natural"),
+    Claim("LAD-SM makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad-sm", "natural"),
+    Claim(
+        "LAD is better than LAD-SM for natural training", "Table 1", "ablations", "cpu", "natural+lad-sm",
+        "natural+lad",
+    ),
+    Claim("In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+damp", "natural"),
+    Claim(
+        "lambda-In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+lambda-damp",
+        "natural",
+    ),
+    Claim("LAD improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad{_DECAY}", f"pgd{_DECAY}"),
+    Claim("LAD-SM improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}", f"pgd{_DECAY}"),
+    Claim(
+        "LAD-SM is better than LAD for PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}",
+        f"pgd+lad{_DECAY}",
+    ),
+    Claim(
+        "LAD improves TRADES, beyond the mix of losses", "Table 3", "mechanism-trades", "overfit", "trades+lad",
+        "trades+lad+eta0",
+    ),
+    Claim(
+        "LAD-SM improves TRADES, beyond the mix of losses", "Table 3", "mechanism-trades", "overfit",
+        "trades+lad-sm", "trades+lad+eta0",
+    ),
+    Claim("LAD-SM adds to noise", "Tables 4 and 7", "table4", "cpu", "pgd+lad-sm+noise", "pgd+noise"),
+    Claim("A range of eta helps, and too large an eta harms", "Table 5", "mechanism-eta", "mlp"),
+    Claim("LAD keeps its gain under stronger attacks", "Table 6", "table6", "cpu", "trades+lad", "trades"),
+    Claim(
+        "The direction of the costate helps, not the size of the perturbation", "implied", "mechanism", "mlp",
+        f"pgd+lad-sm{_DECAY}", f"pgd+lad-sm+random{_DECAY}",
+    ),
+    Claim(
+        "Perturbing all layers is better than perturbing the input", "implied", "mechanism", "mlp",
+        f"pgd+lad{_DECAY}", f"pgd+lad+input{_DECAY}",
+    ),
+    Claim(
+        "The gain is not bought by more compute", "implied", "ablations", "cpu", "natural+lad", "natural+matched"
+    ),
+)  # fmt: skip
+
+
+def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the records say about ``claim``, as plain data.
+
+    Seeds that made the hypothesis are left out if there are at least two others.
+    """
+    nothing: dict[str, Any] = {
+        "word": "not tested",
+        "why": "these rows have not been run",
+        "seeds": [],
+        "difference": None,
+    }
+    table = TABLES[claim.table]
+    rows = f"{table.row(claim.row).label} minus {table.row(claim.other).label}" if claim.row else "best eta minus none"
+    result: dict[str, Any] = {"claim": claim.text, "source": claim.source, "rows": rows, "page": claim.page, **nothing}
+    results = _gathered(claim, records)
+    if results is None:
+        return {**result, "page": None}
+    if not claim.row:
+        return result | _shape(results)
+    for finding in results.findings():
+        if (finding.row.name, finding.other.name) == (claim.row, claim.other):
+            return result | _found(finding, results)
+    return result
+
+
+def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | None:
+    table, preset = TABLES[claim.table], PRESETS[claim.preset]
+    try:
+        results = gather(table, preset, claim.dataset, records)
+    except ValueError:  # none of the records belongs there
+        return None
+    names = [claim.row, claim.other] if claim.row else [row.name for row in results.rows]
+    common = set.intersection(*(set(results.runs.get(name, {})) for name in names))
+    new = {seed for seed in common if seed >= preset.confirms_from}
+    if len(new) < 2:
+        return results
+    runs = {
+        name: {seed: run for seed, run in by_seed.items() if seed >= preset.confirms_from}
+        for name, by_seed in results.runs.items()
+    }
+    return Results(table, preset, claim.dataset, {name: kept for name, kept in runs.items() if kept}, results.missing)
+
+
+def _found(finding: Finding, results: Results) -> dict[str, Any]:
+    interval, s = finding.contrast.interval, results.strength(finding.row)
+    said, why = finding.word, finding.why
+    if len(finding.seeds) < 2:
+        said, why = "not tested", "one seed"
+    return {
+        "paper": finding.paper,
+        "difference": finding.contrast.mean,
+        "interval": None if interval is None else list(interval),
+        "p": finding.p,
+        "strength": s,
+        "seeds": list(finding.seeds),
+        "word": said,
+        "why": why,
+    }
+
+
+def _shape(results: Results) -> dict[str, Any]:
+    """Decide the shape over eta by the rule of stage 4."""
+    found = results.findings()
+    seeds = sorted({seed for finding in found for seed in finding.seeds})
+    if not found or len(seeds) < 2:
+        return {"seeds": seeds, "why": "fewer than two seeds"}
+    why = results.over_fitting()[1]
+    best = max(found, key=lambda finding: finding.contrast.mean)
+    largest = max(finding.row.factor for finding in found)
+    harmed = all(f.contrast.mean < best.contrast.mean for f in found if f.row.factor == largest)
+    seen = [f for f in found if f.p is not None and f.p < 0.05 and f.contrast.mean > 0]
+    within = all(f.contrast.interval is not None and max(map(abs, f.contrast.interval)) <= 1.0 for f in found)
+    said = "confirmed" if seen and harmed else "absent" if not seen and within else "undecided"
+    interval = best.contrast.interval
+    return {
+        "difference": best.contrast.mean,
+        "interval": None if interval is None else list(interval),
+        "p": best.p,
+        "strength": results.strength(best.row),
+        "seeds": seeds,
+        "word": "not tested" if why else said,
+        "why": why or f"the best of {len(found)} is {best.row.label}",
+    }
+
+
+def write_claims(records: Path, out: Path) -> str:
+    """Make ``out/claims.json`` and ``out/claims.md`` from the records in a folder; return the Markdown.
+
+    Raises:
+        ValueError: for a JSON file that is not a record of a run.
+        NotADirectoryError: if there is no such folder.
+    """
+    loaded = load_records(records)
+    data = {"schema": SCHEMA, "claims": [decide(claim, loaded) for claim in CLAIMS]}
+    write_json(out / "claims.json", data)
+    text = render_claims(data)
+    write_text(out / "claims.md", text)
+    return text
+
+
+def render_claims(data: Mapping[str, Any]) -> str:
+    """Return the page of claims as Markdown, from the data that `write_claims` writes."""
+    rows = []
+    for claim in data["claims"]:
+        said = f"**{claim['word']}**" + (f" ({claim['why']})" if claim["why"] else "")
+        link = claim["claim"] if claim["page"] is None else f"[{claim['claim']}]({claim['page']})"
+        paper = claim.get("paper")
+        here = "" if claim["difference"] is None else f"{claim['difference']:+.2f}"
+        if claim.get("interval"):
+            here += f" [{claim['interval'][0]:+.2f}, {claim['interval'][1]:+.2f}]"
+        s = claim.get("strength")
+        shown = "" if paper is None else f"{paper:+.2f}"
+        strength = "" if s is None else f"{100 * s:.2g} %"
+        rows.append([link, claim["source"], claim["rows"], shown, here, strength, _ranges(claim["seeds"]), said])
+    head = ["Claim", "Source", "Difference", "paper", "here", "s", "seeds", "word"]
+    lines = [
+        "# The claims of the paper, one by one",
+        "",
+        "Differences of the mean accuracy under the attacks of the table (last iterates, last weights), in percentage "
+        "points with 95 % intervals. s is the strength of the defence, the relative rise of the loss that the "
+        "perturbation makes, in the middle of the training. Each claim links to its page, which has the runs. "
+        "[The rules](rules.md), older than the runs that confirm, define the words. All runs of a page share one "
+        "training subset and one test subset of CIFAR-10, and the networks are small.",
+        "",
+        *markdown_table(head, rows),
+        "",
+        "Made by `odeadv report claims docs/results/runs --out docs/results`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """Return seeds as text: ``"3 to 9"``, or a list if they are not consecutive."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
