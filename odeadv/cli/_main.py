@@ -220,9 +220,6 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--fold", action="store_true", help="fold batch norms, on a copy: faster, the same but for ties")
     sub.add_argument("--compile", action="store_true", help="torch.compile a copy: pays for long evaluations only")
     sub.add_argument(
-        "--gradients", choices=("full", "bf16"), default="full", help="precision of the attacks' gradients"
-    )
-    sub.add_argument(
         "--out", type=Path, metavar="FILE",
         help="JSON file (default: standard output); FILE.journal keeps what is done for the same command to go on",
     )  # fmt: skip
@@ -247,7 +244,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         resume=journal,
         fold=args.fold,
         compile=args.compile,
-        gradients=args.gradients,
     )
     if journal is None:
         print(json.dumps(result.to_dict(), indent=1))

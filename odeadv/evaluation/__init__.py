@@ -2,15 +2,17 @@
 
 Protocols are data (`PROTOCOLS` has the paper's); the attacks come from `odeadv.attacks`, and work that they share is
 done once. Every attack is scored under two names that are never mixed: on its last iterate (the paper's tables) and
-worst so far (stricter). Outcomes are kept for every example, so that `mcnemar` and `compare` can set two models
-side by side. Imports torch, numpy, `odeadv.support.isolation` and `odeadv.attacks`; pyautoattack when used.
+worst so far (stricter). `Evaluation.worst_case` counts an example only if every attack failed on it. Outcomes are kept
+for every example, so that `mcnemar` and `compare` can compare two models in pairs. This package imports torch, numpy,
+`odeadv.support`, `odeadv.attacks` and `odeadv.data`; SciPy, tqdm and pyautoattack when they are used.
 """
 
 from odeadv.evaluation._compare import McNemar, compare, mcnemar
+from odeadv.evaluation._data import saved_images
 from odeadv.evaluation._evaluate import evaluate
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
-from odeadv.evaluation._progress import ProgressLine
 from odeadv.evaluation.protocols import PROTOCOLS, AttackSpec, Protocol
+from odeadv.support.progress import ProgressLine
 
 __all__ = [
     "PROTOCOLS",
@@ -23,4 +25,5 @@ __all__ = [
     "compare",
     "evaluate",
     "mcnemar",
+    "saved_images",
 ]

@@ -1,32 +1,186 @@
-"""Attacks that share no work with others: those of `odeadv.attacks`, and AutoAttack through pyautoattack."""
+"""All attacks of a protocol on one batch: shared FGSM and IFGSM, other functions of `odeadv.attacks`, AutoAttack."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from odeadv.attacks.balls import L2Ball, linf_bounds
 from odeadv.attacks.checks import check_logits
-from odeadv.evaluation._ifgsm import Run, SharedRuns, _run
+from odeadv.evaluation._ifgsm import Run, SharedRuns, run_of
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, attack_function, pyautoattack, takes
+from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, pyautoattack, takes
 from odeadv.support.digests import derived_seed
 
 
+class Batch(NamedTuple):
+    """Images and labels on the model's device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of one evaluation that hold for every batch.
+
+    Attributes:
+        protocol: the attacks.
+        seed: of the attacks that draw random numbers.
+        random: True for a random model. Its images are scored by fresh forward passes, and worst-so-far outcomes, which
+            would count noise as an attack, are not kept.
+        passes: forward passes that score the images an attack ends with.
+        repeatable: True if equal images always have equal gradients.
+        highest_label: the largest label of all batches.
+        keep_images: True if the attacked images are wanted; then no work is shared.
+    """
+
+    protocol: Protocol
+    seed: int
+    random: bool
+    passes: int
+    repeatable: bool
+    highest_label: int
+    keep_images: bool = False
+
+
+@dataclass
+class BatchOutcomes:
+    """Outcomes of one batch, by the names of the attacks (`Protocol.names`).
+
+    Attributes:
+        clean: (passes, n) bool, True if the clean image is classified correctly.
+        last: (passes, n) bool of the images that each attack ended with.
+        worst: (n,) bool, True if the clean image and everything that was scored on the way are classified correctly.
+        signs: (n,) bool of each sign that an attack may have failed: ``"no gradient"`` (the gradient is exactly zero),
+            ``"saturated"`` (the cross-entropy is exactly zero), ``"probabilities"`` (outputs are not logits).
+        forward_passes: images sent through the model.
+        gradient_evaluations: images that were also differentiated.
+        notes: warnings of the attacks.
+        images: the attacked images, if they are wanted.
+    """
+
+    clean: Tensor
+    signs: dict[str, Tensor]
+    last: dict[str, Tensor] = field(default_factory=dict)
+    worst: dict[str, Tensor] = field(default_factory=dict)
+    forward_passes: int = 0
+    gradient_evaluations: int = 0
+    notes: list[str] = field(default_factory=list)
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+
+def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) -> BatchOutcomes:
+    """Run the attacks on one batch, without those that a queue runs (`_ifgsm.queues_of`).
+
+    Args:
+        prepared: the model.
+        batch: the clean images and labels.
+        rules: of the evaluation.
+        number: of the batch; attacks that draw random numbers are seeded by it.
+    """
+    images, labels = batch
+    specs = dict(zip(rules.protocol.names, rules.protocol.attacks, strict=True))
+    shared = {
+        name: spec for name, spec in specs.items() if spec.shared and spec.score == "last" and not rules.keep_images
+    }
+    scorer = prepared.scorer(labels)
+    gradient = None
+    if shared:
+        logits, gradient = scorer.logits_and_gradient(images)
+    else:
+        logits = scorer.logits(images)
+    clean = scorer.right(logits)
+    more = scorer.correct(images, rules.passes - 1) if rules.passes > 1 else clean[None][:0]
+    outcomes = BatchOutcomes(torch.cat([clean[None], more]), _signs(logits, labels, gradient))
+    if gradient is not None:
+        lengths: dict[Run, list[int]] = {}
+        for spec in shared.values():
+            lengths.setdefault(run_of(spec), []).append(spec.steps or 1)
+        runs = SharedRuns(
+            scorer, images, clean, gradient, lengths, repeatable=rules.repeatable, passes=rules.passes
+        ).outcomes()
+        for name, spec in shared.items():
+            outcomes.last[name], outcomes.worst[name] = runs[run_of(spec), spec.steps or 1]
+    counted = Counted(prepared.model, rules.highest_label)
+    written = [json.dumps(spec.to_dict(), sort_keys=True) for spec in specs.values()]
+    for place, (name, spec) in enumerate(specs.items()):
+        if name not in shared and (rules.keep_images or not (spec.shared and spec.score == "worst")):
+            # The seed depends on the attack and not on its place in the protocol. Equal attacks draw different numbers
+            # because the seed contains how many came before.
+            drawn_at = f"{number} {written[place]} {written[:place].count(written[place])}"
+            _separate(outcomes, name, spec, counted, batch, rules, drawn_at)
+    if rules.random:
+        outcomes.worst.clear()
+    outcomes.forward_passes = scorer.forward_passes + counted.forward_passes
+    outcomes.gradient_evaluations = scorer.gradient_evaluations + counted.gradient_evaluations
+    outcomes.notes = list(dict.fromkeys(outcomes.notes))
+    return outcomes
+
+
+def _signs(logits: Tensor, labels: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    none = torch.zeros_like(labels, dtype=torch.bool)
+    return {
+        "no gradient": none if gradient is None else (gradient == 0).flatten(1).all(dim=1),
+        "saturated": functional.cross_entropy(wide, labels, reduction="none") == 0,
+        # The sum of probabilities is exact to some units in the last place; 1e-3 allows for half precision.
+        "probabilities": ((wide >= 0) & (wide <= 1)).all(dim=1) & ((wide.sum(dim=1) - 1).abs() < 1e-3),
+    }
+
+
+def _separate(
+    outcomes: BatchOutcomes, name: str, spec: AttackSpec, model: Counted, batch: Batch, rules: Rules, drawn_at: str
+) -> None:
+    """Add the outcomes of an attack that shares no work.
+
+    If only its worst-so-far score is asked, it runs on the examples whose clean image is classified correctly.
+    """
+    clean = outcomes.clean[0]
+    only_worst = spec.score == "worst" and not rules.random
+    chosen = clean if only_worst else torch.ones_like(clean)
+    right = clean.new_zeros(rules.passes, len(clean))
+    ended = batch.images
+    if chosen.any():
+        images, labels = batch.images[chosen], batch.labels[chosen]
+        model.expect(images)
+        found, notes = attacked(spec, model, images, labels, seed=rules.seed, place=drawn_at)
+        outcomes.notes += notes
+        if model.no_gradient is not None:
+            outcomes.signs["no gradient"][chosen] |= model.no_gradient
+        with torch.no_grad():
+            right[:, chosen] = torch.stack([model(found).argmax(dim=1) == labels for _ in range(rules.passes)])
+        ended = batch.images.clone()
+        ended[chosen] = found
+    if not only_worst:
+        outcomes.last[name] = right
+    if spec.measures_worst:
+        outcomes.worst[name] = clean & right[0]
+    if rules.keep_images:
+        outcomes.images[name] = ended
+
+
 class Counted(nn.Module):
-    """A model that counts images sent through it, and those whose gradient comes back, and checks its logits.
+    """A model that checks its logits and counts images sent through it, and images whose gradient comes back.
 
     Args:
         model: images to logits.
         highest_label: the largest label there is.
+
+    Attributes:
+        forward_passes: images sent through the model so far.
+        gradient_evaluations: images that were also differentiated.
+        no_gradient: (n,) bool, True if the gradient of an expected image was exactly zero in all passes with all
+            expected images; None if there was no such pass.
     """
 
     def __init__(self, model: nn.Module, highest_label: int) -> None:
@@ -35,26 +189,38 @@ class Counted(nn.Module):
         self.training = model.training
         self.highest_label = highest_label
         self.forward_passes = self.gradient_evaluations = 0
+        self.no_gradient: Tensor | None = None
+        self._expected = 0
+
+    def expect(self, images: Tensor) -> None:
+        """Watch the gradients of these images from now on."""
+        self.no_gradient, self._expected = None, len(images)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of ``x``."""
+        """Return logits of ``x``."""
         logits = check_logits(self.model(x), len(x), self.highest_label)
         self.forward_passes += len(x)
         if logits.requires_grad:
             logits.register_hook(self._came_back)  # type: ignore[no-untyped-call]
+        if x.requires_grad and len(x) == self._expected:
+            x.register_hook(self._reached)  # type: ignore[no-untyped-call]
         return logits
 
     def _came_back(self, gradient: Tensor) -> None:
         self.gradient_evaluations += len(gradient)
 
+    def _reached(self, gradient: Tensor) -> None:
+        zero = (gradient == 0).flatten(1).all(dim=1)
+        self.no_gradient = zero if self.no_gradient is None else self.no_gradient & zero
+
 
 def attacked(
     spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, *, seed: int, place: str
 ) -> tuple[Tensor, list[str]]:
-    """The images that the attack ends with, and its warnings.
+    """Return the images that the attack ends with, and its warnings.
 
-    Random numbers come from a generator seeded by ``seed`` and ``place`` (of the batch and attack), so they do not
-    depend on what was run before; the global random state is left alone.
+    Random numbers come from a generator that is seeded by ``seed`` and ``place`` (of the batch and attack), so they do
+    not depend on earlier work. The global random state does not change.
     """
     own_seed = derived_seed(seed, place)
     if spec.name == AUTOATTACK:
@@ -71,7 +237,7 @@ def attacked(
 def _autoattack(
     spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """AutoAttack (Croce and Hein 2020) by pyautoattack, the authors' code as a package; projected to the exact ball."""
+    """Run AutoAttack (Croce and Hein 2020) by pyautoattack, the authors' code; project to the exact ball."""
     autoattack = pyautoattack()
     if images.dtype != torch.float32 or images.ndim != 4:
         raise ValueError(
@@ -81,7 +247,7 @@ def _autoattack(
     options: dict[str, Any] = {"norm": "Linf", "version": "standard", **spec.options}
     if "attacks" in options:
         options["attacks"] = list(options["attacks"])
-    plain = images.contiguous()  # its .view calls need it
+    plain = images.contiguous()  # pyautoattack calls .view
     cuda = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), _tracing_kept(), _logged("auto-attack") as warned:
         attack = autoattack(model, eps=spec.eps, seed=seed, device=images.device, **options)
@@ -91,7 +257,7 @@ def _autoattack(
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(part.n_target_classes, classes - 1)
         found, _ = attack.run_standard_evaluation(plain, labels, batch_size=len(plain))
-    # Its own balls are up to a rounding wider.
+    # The balls of pyautoattack are wider by up to a rounding.
     if options["norm"] == "Linf":
         found = linf_bounds(plain, spec.eps).project(found)
     elif options["norm"] == "L2":
@@ -100,7 +266,7 @@ def _autoattack(
 
 
 def _check_classes(names: Collection[str], classes: int) -> None:
-    """ValueError if a part's loss takes logits that there are not: DLR has the third largest."""
+    """Raise ValueError if a loss needs more logits than there are: DLR needs three, its targeted form four."""
     least = {"apgd-dlr": 3, "apgd-t": 4}
     for name in names:
         if classes < least.get(name, 2):
@@ -113,7 +279,7 @@ def _check_classes(names: Collection[str], classes: int) -> None:
 
 @contextmanager
 def _tracing_kept() -> Iterator[None]:
-    """Put back the trace function of a debugger or of coverage, which AutoAttack's checks take away."""
+    """Restore the trace function of a debugger or of coverage, which AutoAttack's checks remove."""
     trace = sys.gettrace()
     try:
         yield
@@ -123,7 +289,7 @@ def _tracing_kept() -> Iterator[None]:
 
 @contextmanager
 def _logged(name: str) -> Iterator[list[str]]:
-    """The warnings that a logger is given inside."""
+    """Collect the warnings that a logger receives inside."""
     messages: list[str] = []
 
     class Listener(logging.Handler):
@@ -139,103 +305,3 @@ def _logged(name: str) -> Iterator[list[str]]:
     finally:
         logger.removeHandler(listener)
         logger.propagate = propagate
-
-
-class Batch(NamedTuple):
-    """Images and labels on the model's device."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Found:
-    """Outcomes of one batch.
-
-    Attributes:
-        rows: (1 + 2 * attacks, n) bool: clean; then for each attack the images it ended with, and worst so far.
-        forward_passes: images sent through the model.
-        gradient_evaluations: how many of these were also differentiated.
-        notes: warnings of the attacks.
-    """
-
-    rows: Tensor
-    forward_passes: int
-    gradient_evaluations: int
-    notes: list[str]
-
-
-def batch_outcomes(
-    prepared: Prepared,
-    batch: Batch,
-    attacks: Sequence[AttackSpec],
-    *,
-    highest_label: int,
-    seed: int,
-    number: int,
-    repeatable: bool,
-    queued: bool = False,
-) -> Found:
-    """What the attacks do to one batch; rows of those that are queued (`worst_groups`) are left false.
-
-    Args:
-        prepared: the model.
-        batch: the clean images.
-        attacks: of the protocol.
-        highest_label: the largest label of all batches.
-        seed: of the attacks that draw.
-        number: of the batch.
-        repeatable: whether the same images always have the same gradients.
-        queued: run also what is otherwise queued, on the whole batch.
-    """
-    images, labels = batch
-    scorer = prepared.scorer(labels)
-    lengths: dict[Run, list[int]] = {}
-    for spec in attacks:
-        if spec.shared and (queued or spec.score == "last"):
-            lengths.setdefault(_run(spec), []).append(spec.steps or 1)
-    if lengths and prepared.approximate:
-        clean, clean_gradient = scorer.correct(images), scorer.gradient(images)
-    elif lengths:
-        clean, clean_gradient = scorer.correct_and_gradient(images)
-    else:
-        clean = scorer.correct(images)
-    scored: Mapping[tuple[Run, int], tuple[Tensor, Tensor]] = {}
-    if lengths:
-        shared = SharedRuns(scorer, images, clean, clean_gradient, lengths, repeatable=repeatable)
-        scored = shared.outcomes()
-    counted = Counted(prepared.exact, highest_label)
-    notes: list[str] = []
-    rows = [clean]
-    nothing = torch.zeros_like(clean)
-    specs = [json.dumps(spec.to_dict(), sort_keys=True) for spec in attacks]
-    for place, spec in enumerate(attacks):
-        if spec.shared:
-            rows += scored.get((_run(spec), spec.steps or 1), (nothing, nothing))
-        else:
-            # Not its place in the protocol: equal specs in a row are told apart by how many came before.
-            drawn_at = f"{number} {specs[place]} {specs[:place].count(specs[place])}"
-            last, warned = _separate(spec, counted, batch, clean, seed=seed, place=drawn_at)
-            rows += [last, clean & last]
-            notes += warned
-    return Found(
-        torch.stack(rows),
-        scorer.forward_passes + counted.forward_passes,
-        scorer.gradient_evaluations + counted.gradient_evaluations,
-        list(dict.fromkeys(notes)),
-    )
-
-
-def _separate(
-    spec: AttackSpec, model: Counted, batch: Batch, clean: Tensor, *, seed: int, place: str
-) -> tuple[Tensor, list[str]]:
-    """Outcomes of an attack that shares nothing; for its worst-so-far score, of the examples right before it."""
-    chosen = clean if spec.score == "worst" else torch.ones_like(clean)
-    outcomes = torch.zeros_like(clean)
-    if not chosen.any():
-        return outcomes, []
-    images, labels = batch.images[chosen], batch.labels[chosen]
-    found, notes = attacked(spec, model, images, labels, seed=seed, place=place)
-    with torch.no_grad():
-        outcomes[chosen] = model(found).argmax(dim=1) == labels
-    return outcomes, notes

@@ -1,4 +1,4 @@
-"""Two evaluations on the same examples, compared pairwise."""
+"""Compare two evaluations on the same examples in pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from odeadv.evaluation._evaluation import Evaluation
+from odeadv.evaluation._evaluation import AttackResult, Evaluation
+from odeadv.support.statistics import exact_p_value
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class McNemar:
         only_a: examples that only the first gets right: the count b.
         only_b: examples that only the second gets right: the count c.
         neither: examples that neither gets right.
-        p_value: two-sided: the chance of a split of b + c at least as uneven, were either model equally likely to
-            win each of these examples.
+        p_value: two-sided: the chance of a split of b + c that is at least as uneven, if each of these examples were
+            a toss of a fair coin.
     """
 
     n: int
@@ -35,53 +36,53 @@ class McNemar:
 
     @property
     def difference(self) -> float:
-        """Accuracy of the first less that of the second, in [-1, 1]."""
+        """Accuracy of the first model minus that of the second, in [-1, 1]."""
         return (self.only_a - self.only_b) / self.n
 
     def to_dict(self) -> dict[str, float]:
-        """Everything as JSON-ready data."""
+        """Return everything as JSON-ready data."""
         return {**asdict(self), "difference": self.difference}
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, McNemar]:
-    """`mcnemar` of everything that two evaluations by one protocol have in common.
+    """Test everything that two evaluations by one protocol have in common with `mcnemar`.
 
-    There is no correction for looking at many: of twenty tests of equal models one has p < 0.05.
+    The p-values are not corrected for the number of tests: of twenty tests of equal models one has p < 0.05.
 
     Args:
         a: the first model's evaluation.
         b: the second's, on the same examples, with the same attacks in the same order.
 
     Returns:
-        Tests by what they are of: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``; with
-        the place of the attack where a label occurs more than once, ``"pgd-20 at 8/255 (attack 3)"``.
+        Tests by name: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``, ``"worst case"``;
+        with the place of the attack if a label occurs more than once, ``"pgd-20 at 8/255 (attack 3)"``.
 
     Raises:
-        TypeError, ValueError: as `mcnemar`, or for other attacks.
+        TypeError, ValueError: as `mcnemar`, or if the attacks differ.
     """
     tests = {"clean": mcnemar(a, b, attack="clean")}
     if len(a.attacks) != len(b.attacks):
         raise ValueError(f"b: has {len(b.attacks)} attacks, expected the {len(a.attacks)} of a")
-    labels = [result.label for result in a.attacks]
-    for place, (one, other) in enumerate(zip(a.attacks, b.attacks, strict=True)):
-        # Options are not in a label: two attacks that differ in nothing else are told apart by their place.
-        name = one.label if labels.count(one.label) == 1 else f"{one.label} (attack {place})"
+    for place, (name, one, other) in enumerate(zip(a.names, a.attacks, b.attacks, strict=True)):
         if one.outcomes is not None and other.outcomes is not None:
             tests[name] = mcnemar(a, b, attack=place)
         if one.worst_so_far_outcomes is not None and other.worst_so_far_outcomes is not None:
             tests[f"{name}, worst so far"] = mcnemar(a, b, attack=place, score="worst")
+    if not (a.clean_pass_accuracies or b.clean_pass_accuracies):
+        tests["worst case"] = mcnemar(a, b, attack="worst case")
     return tests
 
 
 def mcnemar(
     a: Evaluation, b: Evaluation, *, attack: int | str = 0, score: Literal["last", "worst"] = "last"
 ) -> McNemar:
-    """Whether two models differ in accuracy under one attack, on the same examples (McNemar 1947, exact binomial).
+    """Test if two models differ in accuracy under one attack, on the same examples (McNemar 1947, exact binomial).
 
     Args:
         a: the first model's evaluation.
         b: the second's, on the same images and labels in the same order.
-        attack: which attack: its place in the protocol, its label (``"ifgsm-20 at 8/255"``), or ``"clean"``.
+        attack: its place in the protocol, its label (``"ifgsm-20 at 8/255"``), ``"clean"``, or ``"worst case"`` for
+            all attacks together.
         score: compare the images that the attack ended with, ``"last"``, or worst-so-far outcomes, ``"worst"``.
 
     Raises:
@@ -97,11 +98,11 @@ def mcnemar(
         raise ValueError(f"b: has {b.n} examples, expected the {a.n} of a")
     if a.data and b.data and a.data != b.data:
         raise ValueError(
-            f"b: is of other data ({b.data}), expected those of a ({a.data}): outcomes are compared in pairs"
+            f"b: has other data ({b.data}), expected those of a ({a.data}), because outcomes are compared in pairs"
         )
     if not (a.data and b.data):
         warnings.warn(
-            "mcnemar: an evaluation without a digest of its data; whether both are of the same images is not known",
+            "mcnemar: an evaluation has no digest of its data, so it is not known if both have the same images",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -114,32 +115,24 @@ def mcnemar(
     return McNemar(a.n, both, only_a, only_b, a.n - both - only_a - only_b, exact_p_value(only_a, only_b))
 
 
-def exact_p_value(b: int, c: int) -> float:
-    """Two-sided p-value of b against c under a fair coin: min(1, 2 P[Binomial(b + c, 1/2) <= min(b, c)])."""
-    trials = b + c
-    term = tail = 1  # binomial coefficients: integers until the division, so that nothing is lost
-    for k in range(min(b, c)):
-        term = term * (trials - k) // (k + 1)
-        tail += term
-    return min(1.0, 2 * tail / (1 << trials))
-
-
 def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple[Any, ...], Tensor]:
-    """What the attack is, and the outcomes."""
+    """Return what identifies the attack, and the outcomes."""
     if attack == "clean":
         return ("clean",), evaluation.clean_outcomes
+    if attack == "worst case":
+        return ("worst case", *(_identity(result) for result in evaluation.attacks)), evaluation.worst_case_outcomes
     labels = [result.label for result in evaluation.attacks]
+    expected = f"expected a place, 'clean', 'worst case', or one of {', '.join(labels)}"
     if isinstance(attack, str):
         if labels.count(attack) != 1:
-            raise ValueError(f"attack: got {attack!r}, expected a place, 'clean', or one of {', '.join(labels)}")
+            raise ValueError(f"attack: got {attack!r}, {expected}")
         attack = labels.index(attack)
     if isinstance(attack, bool) or not isinstance(attack, int):
-        raise TypeError(f"attack: got {attack!r}, expected a place, 'clean', or one of {', '.join(labels)}")
+        raise TypeError(f"attack: got {attack!r}, {expected}")
     if not 0 <= attack < len(labels):
         raise ValueError(f"attack: got {attack}, expected 0 to {len(labels) - 1}")
     result = evaluation.attacks[attack]
-    options = json.loads(json.dumps(dict(result.options)))  # as they come back from a file
-    what = (result.name, result.eps, result.alpha, result.steps, options)
+    what = _identity(result)
     if score == "worst":
         if result.worst_so_far_outcomes is None:
             raise ValueError(f"score: got 'worst', expected 'last': worst-so-far was not measured for {labels[attack]}")
@@ -147,3 +140,8 @@ def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple
     if result.outcomes is None:
         raise ValueError(f"score: got 'last', expected 'worst': {labels[attack]} was scored worst-so-far only")
     return what, result.outcomes
+
+
+def _identity(result: AttackResult) -> tuple[Any, ...]:
+    options = json.loads(json.dumps(dict(result.options)))  # as they come back from a file
+    return result.name, result.eps, result.alpha, result.steps, options

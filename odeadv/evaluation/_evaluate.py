@@ -1,26 +1,32 @@
-"""Running a protocol, sharing the work that its attacks have in common."""
+"""evaluate: run a protocol on a model."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odeadv._version import __version__
-from odeadv.attacks.checks import check_images, check_labels, check_logits, check_model
+from odeadv.attacks.checks import check_logits, check_model, own_dtype
 from odeadv.attacks.objective import attacking
+from odeadv.evaluation._attack import Rules
+from odeadv.evaluation._data import Examples, read_data
 from odeadv.evaluation._evaluation import Evaluation
+from odeadv.evaluation._ifgsm import SHORT
 from odeadv.evaluation._journal import Journal, probe_logits
-from odeadv.evaluation._prepare import Gradients, prepare
+from odeadv.evaluation._prepare import Output, Prepared, prepare
 from odeadv.evaluation._session import Session
-from odeadv.evaluation.protocols import Protocol, resolve_protocol
+from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, resolve_protocol
 from odeadv.evaluation.trust import (
+    ACCEPTABLE,
     GRADIENT_PROBES,
     PROBES,
     Behaviour,
@@ -28,221 +34,312 @@ from odeadv.evaluation.trust import (
     batch_forwards,
     behaviour,
     differs,
+    is_rounding,
+    noted,
     refuse,
     refuse_batches,
     whole_batch_dependence,
 )
-from odeadv.support.checks import integer
-from odeadv.support.digests import data_digest, model_digest
+from odeadv.support.checks import choice, integer, shown
+from odeadv.support.digests import data_digest, derived_seed, local_functions, model_digest
 from odeadv.support.extras import extra
-from odeadv.support.precision import warn_of_imitated_bf16
+from odeadv.support.files import check_folder
 
 
 def evaluate(
     model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    protocol: str | Protocol = "table2",
+    data: object,
+    protocol: str | Protocol | AttackSpec | Sequence[AttackSpec] = "table2",
     *,
     batch_size: int = 128,
     device: torch.device | str | None = None,
     channels_last: bool = True,
     progress: Callable[[int, int], object] | None = None,
     resume: str | os.PathLike[str] | None = None,
+    save: str | os.PathLike[str] | None = None,
     seed: int = 0,
     num_classes: int | None = None,
     stochastic: bool = False,
+    passes: int = 1,
+    output: str | int | Callable[[Any], Tensor] | None = None,
     fold: bool = False,
     compile: bool = False,
-    gradients: Gradients = "full",
+    accept: str | Sequence[str] = (),
 ) -> Evaluation:
-    """Clean and robust accuracy of ``model`` on ``data``; the model runs in eval mode and is restored afterwards.
+    """Measure clean and robust accuracy of ``model`` on ``data``. The model runs in eval mode and is restored.
 
-    The figures are those of the functions of `odeadv.attacks` called one by one, with less work: one clean forward
-    and backward pass gives the clean accuracy, FGSM at every radius and the first step of every IFGSM; attacks that
-    differ in their number of steps only come from one run; IFGSM at two radii is one run for as long as the iterates
-    are the same; the forward pass that scores an iterate is that of the next step's gradient. Where only the
-    worst-so-far score is asked for (`AttackSpec.score`), fooled examples leave and the batch is refilled. Examples
-    whose iterates come back, to the last bit, to where they were go round in a cycle and leave long runs: their later
-    outcomes are those of the cycle (where the same images have the same gradients, which is tried first). Weight
-    gradients are never computed. Arithmetic is in the dtype of the images, without any autocast of its own.
+    The figures are those of the functions of `odeadv.attacks` called one by one, with less work. One clean forward and
+    backward pass gives the clean accuracy, FGSM at every radius and the first step of every IFGSM. Attacks that differ
+    in their number of steps only come from one run. IFGSM at two radii is one run while the iterates are equal. The
+    forward pass that scores an iterate gives the next gradient too. If only the worst-so-far score is asked for
+    (`AttackSpec.score`), fooled examples leave and the batch is refilled. Examples whose iterates enter a cycle leave
+    long runs: their later outcomes are those of the cycle (if equal images have equal gradients, which is tried
+    first). Weight gradients are never computed. Arithmetic is in the dtype of the model, without autocast.
 
     Args:
-        model: images to logits (n, classes); its normalisation inside.
-        data: (images, labels) on any device. Images: floating, (n, channels, h, w) or (n, ...), in [0, 1]; or uint8,
-            (n, h, w, channels), converted batch by batch to the model's dtype / 255. Labels: (n,) int64.
-        protocol: one of `PROTOCOLS` (``"table1"``, ``"table2"``, ``"table6"``, ``"autoattack"``) or a `Protocol`.
+        model: images to logits (n, classes), including its normalisation.
+        data: (images, labels) as tensors or NumPy arrays on any device, memory-mapped ones too; a Dataset or
+            DataLoader of such pairs; or an `odeadv.data.ImageDataset`, of which the test images are taken. Images are
+            floating, (n, channels, h, w) or (n, ...), in [0, 1]; or uint8, (n, h, w, channels), converted batch by
+            batch to the model's dtype / 255. Labels are (n,) int64.
+        protocol: one of `PROTOCOLS` (``"table1"``, ``"table2"``, ``"table6"``, ``"autoattack"``), a `Protocol`, an
+            `AttackSpec` or a list of them.
         batch_size: images in one forward pass.
-        device: where to compute; None takes the model's. The model is not moved.
-        channels_last: lay 4-D images out channels-last in memory (same values; often faster convolutions),
-            unless the model takes contiguous ones only, which ``notes`` then say.
-        progress: called as ``progress(done, total)``, in batches, after each batch, and before the first where a
-            journal is resumed; `ProgressLine` prints the time left.
-        resume: path of a journal. Finished batches are written there, and if it exists already its batches are not
-            run again. A journal of another model, data set, protocol, batch size or setting is refused.
-        seed: of the attacks and models that draw random numbers; each batch starts from its own.
+        device: the device to compute on; None takes the model's. The model is not moved.
+        channels_last: lay 4-D images out channels-last in memory (same values, often faster convolutions). A model
+            that takes only contiguous images gets these, and ``notes`` say so.
+        progress: called as ``progress(done, total)``, in batches, after each batch, and once at the start if a journal
+            is resumed; `ProgressLine` prints the time left.
+        resume: path of a journal. Finished batches are written there; if the file exists, its batches are not run
+            again. A journal of another model, data set, protocol, batch size or setting is refused.
+        save: a folder for the attacked images, one .safetensors file per batch, read by `saved_images`. Every attack
+            then runs by itself, without sharing work.
+        seed: of attacks and models that draw random numbers; each batch has its own.
         num_classes: refuse a model with another number of logits; None does not check.
-        stochastic: accept a model whose answers differ between two passes on the same images; every outcome is then
-            one draw. Average over passes (EOT) where you can.
-        fold: fold batch norms, on a copy of the model; outcomes are the same but for ties decided by rounding.
-        compile: compile a copy of the model with ``torch.compile``, for full batches of FGSM and IFGSM; it takes
-            seconds to minutes. Where it fails a warning says so and the evaluation goes on without.
-        gradients: ``"bf16"`` differentiates a copy of the model under bfloat16 autocast, for FGSM and IFGSM; what an
-            option does not serve is in ``notes``. Images are scored in full
-            precision all the same, and ``checks`` of the result says how many outcomes of a subsample differ from
-            those by full gradients.
+        stochastic: accept a model whose answers differ between two passes on the same images. Attacks then follow
+            single draws unless they have ``eot``, and the images they end with are scored by fresh passes. There is no
+            worst-so-far score: the worst of many draws counts noise as an attack. `odeadv.models.averaged` makes a
+            function of the image of such a model.
+        passes: number of fresh forward passes of a ``stochastic`` model; accuracies are means over them, with their
+            standard errors.
+        output: the logits among the model's outputs: a key, an attribute, an index, or a function of the outputs.
+        fold: fold batch norms on a copy of the model. Outcomes are the same except for ties decided by rounding.
+        compile: compile a copy of the model with ``torch.compile``, for full batches of FGSM and IFGSM. It takes
+            seconds to minutes. If it fails, a warning says so and the evaluation continues without.
+        accept: ``"batch dependence"`` evaluates a model whose logits depend on the batch. The result records it.
 
     Returns:
-        Robust accuracies by last iterate, and apart from them worst-so-far accuracies, with outcomes and cost.
+        Robust accuracies by last iterate, separate worst-so-far accuracies, and the worst case over all attacks, with
+        outcomes and cost.
 
     Raises:
-        TypeError: if an argument is of the wrong type or dtype.
-        ValueError: if an argument is out of range or of the wrong shape, the protocol is unknown, logits or gradients
-            are not finite, the forward changes buffers or parameters, two forward passes differ (unless
-            ``stochastic``), a pass differs where a gradient could be asked for, the answer to an image depends on its
-            batch, the images' dtype is none that the model takes, or the first images have other logits at the end than
-            they had at the beginning.
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if an argument is out of range or has the wrong shape, or the protocol is unknown; if logits or
+            gradients are not finite; if a forward pass changes buffers or parameters; if two forward passes differ
+            (unless ``stochastic``), or passes with and without gradients do; if the answer to an image depends on its
+            batch by more than rounding; if the model does not take the images' dtype; or if the logits of the first
+            images are not the same at the end as at the beginning.
         ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
 
     Warns:
-        RuntimeWarning: if the model could not be folded or compiled, or bf16 is only imitated on this CPU.
+        RuntimeWarning: if the model could not be folded or compiled, or if the figures show that an attack failed.
     """
     with extra("evaluate"):
-        import numpy  # noqa: F401  # said before any work, not when outcomes are packed
+        import numpy  # noqa: F401  # a missing package is reported before any work, not when outcomes are packed
     began = time.perf_counter()
     protocol = resolve_protocol(protocol)
-    batch_size = integer("batch_size", batch_size)
+    batch_size, passes = integer("batch_size", batch_size), integer("passes", passes)
     check_model(model)
-    images, labels = _checked(data)
+    model = model if output is None else Output(model, output)
+    images, labels = read_data(data)
     device = _device(model, images, device)
-    _check_options(progress, seed, num_classes, gradients)
-    if gradients == "bf16":
-        warn_of_imitated_bf16("gradients", device, "full")
+    accepted = _accepted(accept)
+    _check_options(progress, seed, num_classes)
+    _check_random(protocol, stochastic, passes)
+    folder = None if save is None else Path(save)
+    check_folder("save", folder)
     settings: dict[str, Any] = {
         "batch_size": min(batch_size, len(images)),
         "seed": seed,
         "channels_last": channels_last,
+        "fold": fold,
+        "compile": compile,
+        "stochastic": stochastic,
+        "passes": passes,
+        "accept": list(accepted),
+        "saves_images": folder is not None,
     }
-    settings |= {"fold": fold, "compile": compile, "gradients": gradients, "stochastic": stochastic}
-    # This leaves inference mode too, which the session's tensors must not be made in.
+    # This leaves inference mode too, in which the session's tensors must not be made.
     with attacking(model, "eval", device):
-        run = Session(model, images, labels, protocol, batch_size, device, channels_last, progress, seed, stochastic)
-        look = partial(_looked_at, model, run, num_classes)
-        try:
-            probe, first = look()
-        except RuntimeError as error:  # what flattens images with ``view`` takes contiguous ones only
-            if not channels_last:
-                raise
-            settings["channels_last"] = run.channels_last = False
-            why = str(error).partition("\n")[0]
-            run.notes.append(f"not channels_last, as the model does not take such images ({why})")
-            probe, first = look()
-        single = _single(first, stochastic)
-        whole = run.load(slice(0, batch_size)).images
-        if single:
-            refuse_batches(whole_batch_dependence(model, whole, first.logits))
-        ignored = first.changed_attributes
-        identity = {"model": model_digest(model, ignored), "data": data_digest(images, labels)}
-        journal = None
-        if resume is not None:
-            header = {
-                **identity,
-                "protocol": protocol.name,
-                "attacks": [spec.to_dict() for spec in protocol.attacks],
-                "settings": settings,
-                "probe": probe_logits(first.logits) if single else None,
-            }
-            journal = Journal(resume, header)
-        if ignored:
-            run.notes.append(f"a forward pass changes {', '.join(ignored)} of the model; its answers did not follow")
-        run.prepared = prepare(
-            model,
-            whole if fold or compile else probe,
-            batch_size=batch_size,
-            folded=fold,
-            compiled=compile,
-            gradients=gradients,
-        )
-        run.notes += run.prepared.notes
-        apart = sorted({spec.label for spec in protocol.attacks if not spec.shared})
-        if apart and (compile or gradients == "bf16"):
-            asked = " and ".join(["compile=True"] * compile + ["gradients='bf16'"] * (gradients == "bf16"))
-            run.notes.append(f"{asked}: for FGSM and IFGSM without options only, not for {', '.join(apart)}")
-        probed = (2 * _passes(stochastic) + (not stochastic)) * len(probe)
-        probed += single * (batch_forwards(len(probe)) + len(whole))
-        checks: dict[str, Any] = {"probe_forward_passes": probed}
-        tried = run.try_gradients(GRADIENT_PROBES)
-        checks["probe_forward_passes"] += tried
-        run.everything(journal)
-        if gradients == "bf16":
-            checks["bf16"] = run.bf16_check(model)
+        examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last)
+        rules = Rules(protocol, seed, stochastic, passes, not stochastic, examples.highest_label, folder is not None)
+        seen = _examined(model, examples, batch_size, rules, num_classes, accepted)
+        examples, settings["channels_last"] = seen.examples, seen.examples.channels_last
+        identity = {"model": model_digest(model, seen.first.changed_attributes), "data": data_digest(images, labels)}
+        header = {
+            **identity,
+            "protocol": protocol.name,
+            "attacks": [spec.to_dict() for spec in protocol.attacks],
+            "settings": settings,
+            "probe": probe_logits(seen.first.logits) if seen.is_function else None,
+        }
+        journal = None if resume is None else _journal(resume, header, model, protocol)
+        prepared = prepare(model, seen.whole if fold or compile else seen.probe, folded=fold, compiled=compile)
+        notes = [*seen.notes, *prepared.notes, *_not_compiled(protocol, compile)]
+        repeatable, tried = _repeats(prepared, examples, rules)
+        if rules.repeatable and not repeatable:
+            notes.append(
+                "gradients of the same images differ from one pass to the next: a random backward pass, or sums in an "
+                "order that is not fixed; if they are random, average over passes before you believe the accuracies"
+            )
+        rules = replace(rules, repeatable=repeatable)
+        session = Session(prepared, examples, rules, batch_size, journal, progress, folder)
+        session.run()
         if not stochastic:
-            _look_again(model, probe, first)
+            _look_again(model, seen)
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
-    return run.result(time.perf_counter() - began, identity, settings, checks)
+    result = session.result(time.perf_counter() - began, identity, settings, notes)
+    failed = noted(result, session.signs)
+    if failed:
+        warnings.warn(f"evaluate: {'; '.join(failed)}", RuntimeWarning, stacklevel=2)
+    checks: dict[str, Any] = {"probe_forward_passes": seen.forward_passes + tried}
+    if failed:
+        checks["signs"] = {name: int(sign.sum()) for name, sign in session.signs.items()}
+    return replace(result, checks=checks, notes=(*result.notes, *failed))
 
 
-def _looked_at(model: nn.Module, run: Session, num_classes: int | None) -> tuple[Tensor, Behaviour]:
-    """The first images, and what the model does with them; ValueError if outcomes would mean nothing."""
-    probe, stochastic, highest = run.load(slice(0, PROBES)).images, run.stochastic, int(run.labels.max())
-    run.reseed("probe")
-    first = behaviour(model, probe, times=_passes(stochastic))
-    check_logits(first.logits, len(probe), highest)
+@dataclass(frozen=True)
+class _Examined:
+    """A model that was looked at before it is attacked.
+
+    Attributes:
+        examples: the data, in a memory format that the model takes.
+        probe: the first images.
+        whole: the first batch.
+        first: the model's behaviour on the first images.
+        is_function: True if the model has one answer to an image.
+        forward_passes: images sent through the model.
+        notes: sentences for the reader.
+    """
+
+    examples: Examples
+    probe: Tensor
+    whole: Tensor
+    first: Behaviour
+    is_function: bool
+    forward_passes: int
+    notes: list[str]
+
+
+def _examined(
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int,
+    rules: Rules,
+    num_classes: int | None,
+    accepted: tuple[str, ...],
+) -> _Examined:
+    """Look at the model; raise ValueError if outcomes of attacks on it would mean nothing."""
+    notes: list[str] = []
+    # Draws may be equal by chance, so a random model is looked at more often.
+    times = 8 if rules.random else 2
+
+    def look(examples: Examples) -> tuple[Tensor, Behaviour]:
+        probe = examples.load(slice(0, PROBES)).images
+        if rules.random:
+            torch.manual_seed(derived_seed(rules.seed, "probe"))
+        return probe, behaviour(model, probe, times=times)
+
+    try:
+        probe, first = look(examples)
+    except RuntimeError as error:  # a model that flattens images with ``view`` takes only contiguous ones
+        if not examples.channels_last:
+            raise
+        examples = replace(examples, channels_last=False)
+        why = str(error).partition("\n")[0]
+        notes.append(f"not channels_last, because the model does not take such images ({why})")
+        probe, first = look(examples)
+    check_logits(first.logits, len(probe), rules.highest_label)
     if num_classes is not None and first.logits.shape[1] != num_classes:
         raise ValueError(
-            f"model: returned {first.logits.shape[1]} logits an image, expected num_classes, {num_classes}"
+            f"model: returned {first.logits.shape[1]} logits per image, expected num_classes, {num_classes}"
         )
-    refuse(first, stochastic=stochastic)
-    if _single(first, stochastic):
-        refuse_batches(batch_dependence(model, probe, first.logits))
-    return probe, first
+    refuse(first, stochastic=rules.random)
+    # Nothing can be concluded from two answers of a random model that differ.
+    is_function = first.repeats if rules.random else not first.random
+    whole = examples.load(slice(0, batch_size)).images
+    if is_function:
+        difference = batch_dependence(model, probe, first.logits)
+        if difference is None:
+            difference = whole_batch_dependence(model, whole, first.logits)
+        if difference is not None:
+            notes.append(_dependence_note(model, whole, difference, accepted))
+    if first.changed_attributes:
+        notes.append(
+            f"a forward pass changes {', '.join(first.changed_attributes)} of the model; its answers did not follow"
+        )
+    cost = (2 * times + (not rules.random)) * len(probe)
+    cost += is_function * (batch_forwards(len(probe)) + len(whole))
+    return _Examined(examples, probe, whole, first, is_function, cost, notes)
 
 
-def _passes(stochastic: bool) -> int:
-    """How often the first images are looked at alike: draws may be equal by chance."""
-    return 8 if stochastic else 2
+def _dependence_note(model: nn.Module, images: Tensor, difference: float, accepted: tuple[str, ...]) -> str:
+    """Return the note for logits that change with the batch; raise ValueError unless it is rounding or accepted."""
+    if is_rounding(model, images, difference):
+        return (
+            f"logits change with the batch by {difference:.2g}: the network amplifies rounding, so outcomes may depend "
+            "on the batch size"
+        )
+    if "batch dependence" not in accepted:
+        refuse_batches(difference)
+    return f"accepted: logits depend on the other images of the batch (by {difference:.2g})"
 
 
-def _single(first: Behaviour, stochastic: bool) -> bool:
-    """Whether the model has one answer to an image; if not, nothing can be told from two that differ."""
-    return first.repeats if stochastic else not first.random
-
-
-def _look_again(model: nn.Module, probe: Tensor, first: Behaviour) -> None:
-    """ValueError if the first images do not have the logits they had at the beginning."""
+def _look_again(model: nn.Module, seen: _Examined) -> None:
+    """Raise ValueError if the logits of the first images are not the same as at the beginning."""
     with torch.no_grad():
-        again = model(probe)
-    if differs(first.logits, again):
+        again = model(seen.probe)
+    if differs(seen.first.logits, again):
         raise ValueError(
             "model: its logits of the first images have changed during the evaluation, so it keeps a state (changed by "
-            f"a forward: {', '.join(first.changed_attributes) or 'not seen'}); expected a model whose answers depend "
-            "on the image only"
+            f"a forward: {', '.join(seen.first.changed_attributes) or 'not seen'}); expected a model whose answers "
+            "depend on the image only"
         )
 
 
-def _checked(data: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        raise TypeError(f"data: got {type(data).__name__}, expected a pair (images, labels)")
-    images, labels = data
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:
-        if images.ndim != 4 or images.shape[3] not in (1, 3) or images.numel() == 0:
-            raise ValueError(
-                f"images: got uint8 of shape {tuple(images.shape)}, expected (n, h, w, channels) with 1 or 3 channels"
-            )
-    else:
-        check_images(images)
-    check_labels(labels, len(images))
-    return images, labels
+def _repeats(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[bool, int]:
+    """Return whether equal images have equal gradients, and the number of images differentiated to find out.
+
+    It is tried only if a run is long enough to make use of it.
+    """
+    if not rules.repeatable or all((spec.steps or 1) <= SHORT for spec in rules.protocol.attacks if spec.shared):
+        return rules.repeatable, 0
+    images, labels = examples.load(slice(0, GRADIENT_PROBES))
+    scorer = prepared.scorer(labels)
+    return torch.equal(scorer.gradient(images), scorer.gradient(images)), scorer.gradient_evaluations
 
 
-def _check_options(progress: object, seed: object, num_classes: object, gradients: object) -> None:
+def _journal(path: str | os.PathLike[str], header: dict[str, Any], model: nn.Module, protocol: Protocol) -> Journal:
+    """Open the journal; raise ValueError for functions that a journal cannot identify."""
+    found = [f"the option {key} of {spec.label}" for spec in protocol.attacks for key in spec.local_functions()]
+    found += [f"the model's attribute {name}" for name in local_functions(model)]
+    if found:
+        raise ValueError(
+            f"resume: {found[0]} is a lambda or local function, which a journal cannot identify; define it in a module"
+        )
+    return Journal(path, header)
+
+
+def _not_compiled(protocol: Protocol, compiled: bool) -> list[str]:
+    apart = sorted({spec.label for spec in protocol.attacks if not spec.shared})
+    if not compiled or not apart:
+        return []
+    return [f"compile=True: for FGSM and IFGSM without options only, not for {', '.join(apart)}"]
+
+
+def _check_random(protocol: Protocol, stochastic: bool, passes: int) -> None:
+    if passes > 1 and not stochastic:
+        raise ValueError(f"passes: got {passes}, expected 1 for a model that is not stochastic")
+    worst = [spec.label for spec in protocol.attacks if spec.score == "worst" and spec.name != AUTOATTACK]
+    if stochastic and worst:
+        raise ValueError(
+            f"protocol: got score='worst' for {worst[0]}, expected score='last' with stochastic=True: the worst of "
+            "many draws counts noise as an attack; or evaluate odeadv.models.averaged(model, passes=...)"
+        )
+
+
+def _check_options(progress: object, seed: object, num_classes: object) -> None:
     if progress is not None and not callable(progress):
-        raise TypeError(f"progress: got {progress!r}, expected None or a function (done, total)")
+        raise TypeError(f"progress: got {shown(progress)}, expected None or a function (done, total)")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: got {seed!r}, expected an integer")
+        raise TypeError(f"seed: got {shown(seed)}, expected an integer")
     if num_classes is not None:
         integer("num_classes", num_classes)
-    if gradients not in ("full", "bf16"):
-        raise ValueError(f"gradients: got {gradients!r}, expected 'full' or 'bf16'")
+
+
+def _accepted(accept: str | Sequence[str]) -> tuple[str, ...]:
+    given = (accept,) if isinstance(accept, str) else tuple(accept)
+    return tuple(choice("accept", each, ACCEPTABLE) for each in given)
 
 
 def _device(model: nn.Module, images: Tensor, device: torch.device | str | None) -> torch.device:

@@ -1,48 +1,50 @@
-"""What an evaluation found: outcomes of every example, accuracies, and what it cost."""
+"""The result of an evaluation: outcomes of every example, accuracies, and the cost."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from odeadv.evaluation.protocols import AttackSpec, radius_text
+from odeadv.evaluation.protocols import AttackSpec, in_255ths, radius_text, unique_names
 from odeadv.support.extras import extra
+from odeadv.support.statistics import wilson_interval
 
-SCHEMA = "odeadv.evaluation/2"
-_NORMAL_QUANTILE = 1.959963984540054  # of 0.975
+SCHEMA = "odeadv.evaluation/3"
+# Version 2 has no worst case, no scores by passes and no units of radii; everything else is the same.
+READABLE = (SCHEMA, "odeadv.evaluation/2")
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of an accuracy of ``correct`` out of ``n`` >= 1 (Wilson 1927)."""
-    z2 = _NORMAL_QUANTILE**2
-    centre = (correct + z2 / 2) / (n + z2)
-    half = _NORMAL_QUANTILE / (n + z2) * math.sqrt(correct * (n - correct) / n + z2 / 4)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+def standard_error(accuracies: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of accuracies by pass; None for fewer than two passes."""
+    return stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
 class AttackResult:
-    """What one attack did. Accuracies are fractions in [0, 1].
+    """The result of one attack. Accuracies are fractions in [0, 1].
 
     Attributes:
         name: of the attack, e.g. ``"ifgsm"``.
         eps: radius of the ball, in pixel units of [0, 1].
-        alpha: size of one step, in the same units; None where the attack has none.
-        steps: number of steps; None where the attack has none.
-        outcomes: (n,) bool on the CPU, true where the images that the attack ended with (for IFGSM the *last
-            iterate*) are classified correctly; None if only the worst-so-far score was asked for.
-        worst_so_far_outcomes: (n,) bool on the CPU, true where the clean image and *everything scored on the way*
-            (for IFGSM every iterate; for an attack that returns its best image, that) are; None where only the last
-            iterate was scored (``score="last"`` of PGD and of IFGSM with options).
+        alpha: size of one step, in the same units; None if the attack has none.
+        steps: number of steps; None if the attack has none.
+        outcomes: (n,) bool on the CPU, true if the image that the attack ended with (for IFGSM the *last iterate*) is
+            classified correctly; None if only the worst-so-far score was asked for. For a random model: true if it
+            is in more than half of the passes.
+        worst_so_far_outcomes: (n,) bool on the CPU, true if the clean image and *everything scored on the way* are
+            classified correctly (for IFGSM every iterate; for an attack that returns its best image, that image). None
+            if only the last iterate was scored (``score="last"`` of PGD and of IFGSM with options), and for a random
+            model, of which the worst of many draws would count noise as an attack.
         options: the attack's further arguments.
+        pass_accuracies: of a random model, the accuracy in each of the fresh forward passes; else empty.
     """
 
     name: str
@@ -52,6 +54,7 @@ class AttackResult:
     outcomes: Tensor | None
     worst_so_far_outcomes: Tensor | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    pass_accuracies: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:
@@ -61,19 +64,27 @@ class AttackResult:
 
     @property
     def robust_correct(self) -> int:
-        """How many last iterates are classified correctly. ValueError if that was not scored."""
+        """The number of last iterates that are classified correctly. ValueError if they were not scored."""
         if self.outcomes is None:
             raise ValueError(f"robust_correct: {self.label} was scored worst-so-far only, see worst_so_far_correct")
         return int(self.outcomes.sum())
 
     @property
     def robust_accuracy(self) -> float:
-        """The fraction of last iterates that are classified correctly: the paper's figure. ValueError as above."""
-        return self.robust_correct / self._n
+        """The fraction of last iterates that are classified correctly: the paper's figure.
+
+        For a random model, the mean over its passes. ValueError as `robust_correct`.
+        """
+        return fmean(self.pass_accuracies) if self.pass_accuracies else self.robust_correct / self._n
+
+    @property
+    def standard_error(self) -> float | None:
+        """The standard error of `robust_accuracy` over the passes of a random model; None for fewer than two passes."""
+        return standard_error(self.pass_accuracies)
 
     @property
     def worst_so_far_correct(self) -> int:
-        """For how many examples the clean image and every iterate are right. ValueError if that was not scored."""
+        """The number of examples whose clean image and every iterate are right. ValueError if that was not scored."""
         if self.worst_so_far_outcomes is None:
             raise ValueError(f"worst_so_far_correct: {self.label} was scored by what it returned; give score='worst'")
         return int(self.worst_so_far_outcomes.sum())
@@ -84,9 +95,13 @@ class AttackResult:
         return self.worst_so_far_correct / self._n
 
     @property
+    def measured(self) -> list[Tensor]:
+        """The outcomes that were measured, (n,) bool each."""
+        return [row for row in (self.outcomes, self.worst_so_far_outcomes) if row is not None]
+
+    @property
     def _n(self) -> int:
-        outcomes = self.worst_so_far_outcomes if self.outcomes is None else self.outcomes
-        return 0 if outcomes is None else len(outcomes)
+        return len(self.measured[0]) if self.measured else 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,16 +110,18 @@ class Evaluation:
 
     Attributes:
         protocol: name of the protocol.
-        clean_outcomes: (n,) bool on the CPU, true where the clean image is classified correctly.
-        attacks: one result for each attack of the protocol, in its order.
+        clean_outcomes: (n,) bool on the CPU, true if the clean image is classified correctly (for a random model: in
+            more than half of the passes).
+        attacks: one result per attack of the protocol, in its order.
         forward_passes: images sent through the model by the protocol.
-        gradient_evaluations: images sent back through it too.
-        seconds: wall-clock time, that of interrupted runs included.
+        gradient_evaluations: images that were also differentiated.
+        seconds: wall-clock time, including that of interrupted runs.
         model: digest of the model's state, ``""`` if not known.
         data: digest of images and labels, ``""`` if not known.
-        settings: what the figures may depend on by rounding or by chance: batch size, seed, folding, ...
-        checks: what was measured beside the protocol: forward passes of the probes, bf16 against full precision.
-        notes: what a reader should know, e.g. warnings of AutoAttack, or that the model was not compiled.
+        settings: settings that the figures may depend on by rounding or by chance: batch size, seed, folding, ...
+        checks: figures measured apart from the protocol: forward passes of the probes, signs of failed attacks.
+        notes: sentences for the reader, e.g. warnings of AutoAttack, or signs that an attack failed.
+        clean_pass_accuracies: of a random model, the clean accuracy in each of the passes; else empty.
     """
 
     protocol: str
@@ -118,6 +135,7 @@ class Evaluation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    clean_pass_accuracies: tuple[float, ...] = ()
 
     @property
     def n(self) -> int:
@@ -126,13 +144,13 @@ class Evaluation:
 
     @property
     def clean_correct(self) -> int:
-        """How many clean images are classified correctly."""
+        """The number of clean images that are classified correctly."""
         return int(self.clean_outcomes.sum())
 
     @property
     def clean_accuracy(self) -> float:
-        """The fraction of clean images that are classified correctly."""
-        return self.clean_correct / self.n
+        """The fraction of clean images that are classified correctly; for a random model, the mean over passes."""
+        return fmean(self.clean_pass_accuracies) if self.clean_pass_accuracies else self.clean_correct / self.n
 
     @property
     def average(self) -> float:
@@ -142,22 +160,61 @@ class Evaluation:
         """
         return fmean(attack.robust_accuracy for attack in self.attacks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready data; ``*_interval`` are 95 % Wilson intervals [low, high].
+    @property
+    def worst_case_outcomes(self) -> Tensor:
+        """(n,) bool on the CPU, true if the clean image is right and every attack of the protocol failed.
 
-        ``outcomes`` are base64 of packed bits, one an example (`Evaluation.from_dict` unpacks them). Where an attack
-        was scored worst-so-far only, its ``robust_*`` and the ``average`` are None; where worst-so-far was not
-        measured, its ``worst_so_far_*`` are.
+        ValueError for a random model, of which the worst of many draws would count noise as an attack.
+        """
+        if self.clean_pass_accuracies:
+            raise ValueError(
+                "worst_case: the model is random, and the worst of many draws counts noise as an attack; "
+                "evaluate odeadv.models.averaged(model, passes=...)"
+            )
+        rows = [self.clean_outcomes, *(row for attack in self.attacks for row in attack.measured)]
+        return torch.stack(rows).all(dim=0)
+
+    @property
+    def worst_case_correct(self) -> int:
+        """The number of examples on which every attack failed; ValueError as `worst_case_outcomes`."""
+        return int(self.worst_case_outcomes.sum())
+
+    @property
+    def worst_case(self) -> float:
+        """The accuracy to quote: an example counts only if every attack of the protocol failed on it.
+
+        ValueError as `worst_case_outcomes`.
+        """
+        return self.worst_case_correct / self.n
+
+    @property
+    def worst_case_interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of `worst_case`."""
+        return wilson_interval(self.worst_case_correct, self.n)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A different name for each attack: its label, with its place if several attacks share the label."""
+        return unique_names([attack.label for attack in self.attacks])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready data; ``*_interval`` are 95 % Wilson intervals [low, high].
+
+        ``outcomes`` are base64 of packed bits, one per example (`Evaluation.from_dict` unpacks them). Figures that were
+        not measured are None: ``robust_*`` of an attack that was scored worst-so-far only, and then ``average``;
+        ``worst_so_far_*`` of an attack that was scored by its last iterate only; ``worst_case_*`` of a random model.
         """
         complete = all(attack.outcomes is not None for attack in self.attacks)
+        random = bool(self.clean_pass_accuracies)
         return {
             "schema": SCHEMA,
             "protocol": self.protocol,
             "n": self.n,
-            **_accuracy("clean", self.clean_correct, self.n),
+            **_accuracy("clean", self.clean_correct, self.n, self.clean_pass_accuracies),
             "clean_outcomes": pack(self.clean_outcomes),
             "attacks": [self._attack_to_dict(attack) for attack in self.attacks],
             "average": self.average if complete else None,
+            **_accuracy("worst_case", None if random else self.worst_case_correct, self.n),
             "forward_passes": self.forward_passes,
             "gradient_evaluations": self.gradient_evaluations,
             "seconds": self.seconds,
@@ -171,15 +228,17 @@ class Evaluation:
     def _attack_to_dict(self, attack: AttackResult) -> dict[str, Any]:
         last = None if attack.outcomes is None else attack.robust_correct
         worst = None if attack.worst_so_far_outcomes is None else attack.worst_so_far_correct
+        unit = in_255ths(attack.options)
         return {
             "name": attack.name,
+            "radius": radius_text(attack.eps, attack.options),
             "eps": attack.eps,
-            "eps_255": _in_255(attack.eps),
+            "eps_255": _in_255(attack.eps) if unit else None,
             "alpha": attack.alpha,
-            "alpha_255": _in_255(attack.alpha),
+            "alpha_255": _in_255(attack.alpha) if unit else None,
             "steps": attack.steps,
             "options": dict(attack.options),
-            **_accuracy("robust", last, self.n),
+            **_accuracy("robust", last, self.n, attack.pass_accuracies),
             **_accuracy("worst_so_far", worst, self.n),
             "outcomes": _packed(attack.outcomes),
             "worst_so_far_outcomes": _packed(attack.worst_so_far_outcomes),
@@ -187,14 +246,14 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Evaluation:
-        """The evaluation that `to_dict` made ``value`` from.
+        """Return the evaluation that `to_dict` made ``value`` from, now or in version 2 of the schema.
 
         Raises:
-            ValueError: if it is of another schema (the first kept no outcomes), a key is missing or of another type,
+            ValueError: if it has another schema (the first kept no outcomes), a key is missing or has another type,
                 or the outcomes do not fit the accuracies.
         """
-        if value.get("schema") != SCHEMA:
-            raise ValueError(f"schema: got {value.get('schema')!r}, expected {SCHEMA!r}")
+        if value.get("schema") not in READABLE:
+            raise ValueError(f"schema: got {value.get('schema')!r}, expected {' or '.join(map(repr, READABLE))}")
         try:
             _check_types(value)
             n = value["n"]
@@ -206,6 +265,7 @@ class Evaluation:
                         **{key: row[key] for key in ("name", "eps", "alpha", "steps", "options")},
                         outcomes=_unpacked(row["outcomes"], n),
                         worst_so_far_outcomes=_unpacked(row["worst_so_far_outcomes"], n),
+                        pass_accuracies=tuple(row.get("robust_pass_accuracies", ())),
                     )
                     for row in value["attacks"]
                 ),
@@ -213,48 +273,108 @@ class Evaluation:
                 settings=value["settings"],
                 checks=value["checks"],
                 notes=tuple(value["notes"]),
+                clean_pass_accuracies=tuple(value.get("clean_pass_accuracies", ())),
             )
         except KeyError as error:
             raise ValueError(f"evaluation: no {error}, expected all that Evaluation.to_dict writes") from None
-        for mine, theirs in zip(
-            [result.to_dict(), *result.to_dict()["attacks"]], [value, *value["attacks"]], strict=True
-        ):
-            for key in mine:
-                if key.endswith(("_correct", "_accuracy", "average")) and not _agree(mine[key], theirs.get(key)):
-                    raise ValueError(f"{key}: got {theirs.get(key)!r}, expected {mine[key]!r} as in the outcomes")
+        own = result.to_dict()
+        for mine, theirs in zip([own, *own["attacks"]], [value, *value["attacks"]], strict=True):
+            for key in theirs:
+                checked = key in mine and key.endswith(("_correct", "_accuracy", "average"))
+                if checked and not _agree(mine[key], theirs[key]):
+                    raise ValueError(f"{key}: got {theirs[key]!r}, expected {mine[key]!r} as in the outcomes")
         return result
 
     def __repr__(self) -> str:
+        clean_error = _error(standard_error(self.clean_pass_accuracies))
         lines = [
             f"{self.protocol}: n = {self.n}, {self.forward_passes / self.n:g} forward passes and "
             f"{self.gradient_evaluations / self.n:g} gradients per image, {self.seconds:.1f} s",
-            f"{'attack':<8}{'eps*255':>9}{'alpha*255':>11}{'steps':>7}{'robust %':>10}{'worst so far %':>16}",
-            f"{'clean':<8}{'':27}{100 * self.clean_accuracy:>10.2f}",
+            f"{'attack':<10}{'radius':>12}{'step size':>12}{'steps':>7}{'robust %':>10}{'worst so far %':>16}",
+            f"{'clean':<10}{'':31}{100 * self.clean_accuracy:>10.2f}{clean_error}",
         ]
         for attack in self.attacks:
-            alpha = "" if attack.alpha is None else f"{_in_255(attack.alpha):g}"
+            alpha = "" if attack.alpha is None else radius_text(attack.alpha, attack.options)
             robust = "" if attack.outcomes is None else f"{100 * attack.robust_accuracy:.2f}"
             worst = "" if attack.worst_so_far_outcomes is None else f"{100 * attack.worst_so_far_accuracy:.2f}"
             lines.append(
-                f"{attack.name:<8}{_in_255(attack.eps):>9g}{alpha:>11}{attack.steps or '':>7}{robust:>10}{worst:>16}"
+                f"{attack.name:<10}{radius_text(attack.eps, attack.options):>12}{alpha:>12}{attack.steps or '':>7}"
+                f"{robust:>10}{worst or _error(attack.standard_error):>16}".rstrip()
             )
         if all(attack.outcomes is not None for attack in self.attacks):
-            lines.append(f"{'average of the attacks':<35}{100 * self.average:>10.2f}")
+            lines.append(f"{'average of the attacks':<41}{100 * self.average:>10.2f}")
+        if not self.clean_pass_accuracies:
+            low, high = (100 * bound for bound in self.worst_case_interval)
+            lines.append(
+                f"{'every attack failed (worst case)':<41}{100 * self.worst_case:>10.2f}  [{low:.2f}, {high:.2f}]"
+            )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def result_of(spec: AttackSpec, outcomes: Tensor | None, worst: Tensor | None) -> AttackResult:
-    """The result of one attack of a protocol."""
+def result_of(spec: AttackSpec, last: Tensor | None, worst: Tensor | None, *, random: bool) -> AttackResult:
+    """Return the result of one attack.
+
+    Args:
+        spec: the attack.
+        last: (passes, n) bool, last-iterate outcomes, or None.
+        worst: (n,) bool, worst-so-far outcomes, or None.
+        random: True if the passes are those of a random model.
+    """
     options = spec.to_dict()["options"]
-    return AttackResult(spec.name, spec.eps, spec.alpha, spec.steps, outcomes, worst, options)
+    passes = by_pass(last) if random and last is not None else ()
+    outcomes = None if last is None else majority(last)
+    return AttackResult(spec.name, spec.eps, spec.alpha, spec.steps, outcomes, worst, options, passes)
 
 
-def _accuracy(name: str, correct: int | None, n: int) -> dict[str, Any]:
-    return {
+def by_pass(outcomes: Tensor) -> tuple[float, ...]:
+    """Return the accuracy in each pass of outcomes (passes, n)."""
+    return tuple(outcomes.double().mean(dim=1).tolist())
+
+
+def majority(outcomes: Tensor) -> Tensor:
+    """Return (n,) bool: True if more than half of the passes of outcomes (passes, n) are right."""
+    return outcomes.double().mean(dim=0) > 0.5
+
+
+def pack(outcomes: Tensor) -> str:
+    """Return base64 of ``outcomes``, bool of any shape in row-major order: eight per byte, first in the highest bit."""
+    with extra("evaluate"):
+        import numpy
+
+    bits = numpy.packbits(outcomes.detach().cpu().reshape(-1).numpy())
+    return base64.b64encode(bits.tobytes()).decode("ascii")
+
+
+def unpack(text: object, *shape: int) -> Tensor:
+    """Return the bool tensor of ``shape`` that `pack` made ``text`` from; ValueError if the size is another."""
+    with extra("evaluate"):
+        import numpy
+
+    count = math.prod(shape)
+    try:
+        if not isinstance(text, str):
+            raise TypeError(f"got {type(text).__name__}")
+        raw = numpy.frombuffer(base64.b64decode(text, validate=True), dtype=numpy.uint8)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise ValueError(f"outcomes: {error}, expected base64 of packed bits") from None
+    if len(raw) != (count + 7) // 8:
+        raise ValueError(f"outcomes: got {len(raw)} bytes, expected {(count + 7) // 8} for {count} outcomes")
+    return torch.from_numpy(numpy.unpackbits(raw, count=count).astype(bool)).reshape(shape)
+
+
+def _accuracy(name: str, correct: int | None, n: int, passes: tuple[float, ...] = ()) -> dict[str, Any]:
+    figures: dict[str, Any] = {
         f"{name}_correct": correct,
-        f"{name}_accuracy": None if correct is None else correct / n,
+        f"{name}_accuracy": None if correct is None else fmean(passes) if passes else correct / n,
         f"{name}_interval": None if correct is None else list(wilson_interval(correct, n)),
     }
+    if passes:
+        figures |= {f"{name}_pass_accuracies": list(passes), f"{name}_standard_error": standard_error(passes)}
+    return figures
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" +- {100 * value:.2f}"
 
 
 def _packed(outcomes: Tensor | None) -> str | None:
@@ -266,7 +386,7 @@ def _unpacked(text: object, n: int) -> Tensor | None:
 
 
 def _check_types(value: Mapping[str, Any]) -> None:
-    """ValueError for a value that is of another type than `Evaluation.to_dict` writes."""
+    """Raise ValueError if a value has another type than `Evaluation.to_dict` writes."""
     number, integer, text = (int, float), (int,), (str,)
     kinds: dict[str, tuple[type, ...]] = {"n": integer, "seconds": number}
     kinds |= dict.fromkeys(("forward_passes", "gradient_evaluations"), integer)
@@ -291,7 +411,7 @@ def _check_kinds(value: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
 
 
 def _agree(a: object, b: object) -> bool:
-    """Whether two figures are the same but for the last places."""
+    """Return True if two figures are equal up to the last places."""
     if isinstance(a, float) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
     return a == b
@@ -299,31 +419,3 @@ def _agree(a: object, b: object) -> bool:
 
 def _in_255(value: float | None) -> float | None:
     return None if value is None else round(255 * value, 9)  # so that 12/255 reads 12 again
-
-
-def pack(outcomes: Tensor) -> str:
-    """Base64 of ``outcomes``, bool of any shape in row-major order: eight to a byte, the first in the highest bit."""
-    with extra("evaluate"):
-        import numpy
-
-    bits = numpy.packbits(outcomes.detach().cpu().reshape(-1).numpy())
-    return base64.b64encode(bits.tobytes()).decode("ascii")
-
-
-def unpack(text: object, *shape: int) -> Tensor:
-    """The bool tensor of ``shape`` that `pack` made ``text`` from; ValueError if it is not one of that size."""
-    with extra("evaluate"):
-        import numpy
-
-    count = 1
-    for size in shape:
-        count *= size
-    try:
-        if not isinstance(text, str):
-            raise TypeError(f"got {type(text).__name__}")
-        raw = numpy.frombuffer(base64.b64decode(text, validate=True), dtype=numpy.uint8)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise ValueError(f"outcomes: {error}, expected base64 of packed bits") from None
-    if len(raw) != (count + 7) // 8:
-        raise ValueError(f"outcomes: got {len(raw)} bytes, expected {(count + 7) // 8} for {count} outcomes")
-    return torch.from_numpy(numpy.unpackbits(raw, count=count).astype(bool)).reshape(shape)

@@ -1,4 +1,4 @@
-"""FGSM and IFGSM at several radii, step sizes and lengths, from as few gradients as will do."""
+"""FGSM and IFGSM with shared work: runs at several radii and lengths, cycles, and the worst-so-far queue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,70 @@ from odeadv.evaluation._prepare import Prepared, Scorer
 from odeadv.evaluation.protocols import AttackSpec
 
 Run = tuple[float, float]  # eps, alpha
-LEAVE_TOGETHER = 0.25  # examples in a cycle leave when they are this share of a batch: its make-up changes seldom
+Load = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+# Examples in a cycle leave once they are this share of a batch: its composition, on which rounding depends, changes
+# seldom then.
+LEAVE_TOGETHER = 0.25
+# Cycles are looked for beyond this many steps only. Shorter runs (the paper's have 20) hardly have any, and a batch
+# that examples have left may round differently.
+SHORT = 20
+# An earlier iterate is kept for this many steps, or for this share of all steps if that is more. Most cycles have 2 to
+# 8 steps; the share lets longer cycles be found in long runs.
+KEPT_FOR, KEPT_SHARE = 16, 1 / 8
+
+
+def run_of(spec: AttackSpec) -> Run:
+    """Return radius and step size of an FGSM or IFGSM attack."""
+    return spec.eps, spec.eps if spec.alpha is None else spec.alpha
+
+
+def queues_of(attacks: Sequence[AttackSpec]) -> dict[Run, int]:
+    """Return the (I)FGSM runs of which only the worst-so-far score is asked, with their numbers of steps."""
+    queues: dict[Run, int] = {}
+    for spec in attacks:
+        if spec.shared and spec.score == "worst":
+            queues[run_of(spec)] = max(queues.get(run_of(spec), 0), spec.steps or 1)
+    return queues
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """An earlier iterate of each example, which shows when an iterate comes back to the last bit.
+
+    A sign step of fixed length moves a pixel among few values, so long runs mostly end in a cycle of a few steps.
+    One iterate of each example is kept, and replaced by a newer one after `KEPT_FOR` steps, or after the share
+    `KEPT_SHARE` of all steps if that is more. A cycle that is not longer than this is found at most this many steps
+    and one period after the run entered it.
+
+    Attributes:
+        kept: the earlier iterates, (n, ...).
+        kept_at: the number of steps after which they were reached, (n,) int64.
+    """
+
+    kept: Tensor
+    kept_at: Tensor
+
+    def rows(self, keep: Tensor) -> Cycles:
+        """Return the part of the examples chosen by ``keep``, (n,) bool."""
+        return Cycles(rows(self.kept, keep), self.kept_at[keep])
+
+    def after(self, x: Tensor, step: Tensor) -> tuple[Cycles, Tensor]:
+        """Add the iterates ``x`` that are reached after ``step`` steps, (n,) int64, one more than at the last call.
+
+        Returns:
+            The iterates kept from now on; and the number of steps since an iterate was equal to ``x``, (n,) int64,
+            a multiple of the period, or 0 if none is known to be equal.
+        """
+        back = (x == self.kept).flatten(1).all(dim=1)
+        ago = torch.where(back, step - self.kept_at, 0)
+        old = ~back & (step - self.kept_at >= (KEPT_SHARE * step).clamp(min=KEPT_FOR))
+        if not old.any():
+            return self, ago
+        if old.all():
+            return Cycles(x, step), ago
+        kept = torch.where(old.reshape(-1, *(1 for _ in x.shape[1:])), x, self.kept)
+        return Cycles(kept, torch.where(old, step, self.kept_at)), ago
 
 
 @dataclass(frozen=True)
@@ -22,14 +85,14 @@ class _Branch:
 
     Attributes:
         x: the iterates of the examples that are still under way.
-        gradient: there.
-        runs: which these are.
+        gradient: the gradient there.
+        runs: the runs.
         index: the examples' places in the batch.
-        bounds: for each run.
+        bounds: the ball of each run.
         scorer: of these examples.
-        cycles: where they have been; None where it is not looked at.
-        periods: of the cycles they are in, 0 for none.
-        history: whether each iterate so far, from the clean images on, was classified correctly: (batch,) bool each.
+        cycles: earlier iterates; None while cycles are not looked for.
+        periods: of the cycles that the examples are in; 0 if they are in none.
+        history: one (batch,) bool per iterate so far, from the clean images on: True if classified correctly.
     """
 
     x: Tensor
@@ -43,7 +106,7 @@ class _Branch:
     history: list[Tensor]
 
     def without(self, gone: Tensor) -> _Branch:
-        """The branch without the examples ``gone``."""
+        """Return the branch without the examples ``gone``."""
         keep = ~gone
         return replace(
             self,
@@ -60,18 +123,19 @@ class _Branch:
 class SharedRuns:
     """Last-iterate and worst-so-far outcomes of runs that begin at the same images.
 
-    The clean gradient is the first of every run. Runs of one alpha then go on as one for as long as their iterates
-    are bitwise equal: within eps / alpha steps a radius is no bound yet. The forward pass that scores an iterate is
-    that of its gradient. Examples whose iterates go round in a cycle (`Cycles`) leave a long run: their later outcomes
+    The clean gradient is the first of every run. Runs of one alpha then continue as one while their iterates are
+    bitwise equal: a radius is not a bound within the first eps / alpha steps. The forward pass that scores an iterate
+    also gives its gradient. Examples whose iterates enter a cycle (`Cycles`) leave a long run; their later outcomes
     are those of the cycle.
 
     Args:
         scorer: of this batch.
-        images: the clean ones, (n, ...).
-        clean: which of them are classified correctly.
+        images: the clean images, (n, ...).
+        clean: (n,) bool, True if they are classified correctly.
         clean_gradient: the gradient there.
-        lengths: for each (eps, alpha) the numbers of steps that are scored.
-        repeatable: the same images always have the same gradients, so that iterates that come back come back again.
+        lengths: the numbers of steps that are scored, for each (eps, alpha).
+        repeatable: True if equal images always have equal gradients, so that a cycle repeats.
+        passes: forward passes that score the images of the last iterate; more than one for random models.
     """
 
     def __init__(
@@ -83,19 +147,19 @@ class SharedRuns:
         lengths: Mapping[Run, Sequence[int]],
         *,
         repeatable: bool,
+        passes: int,
     ) -> None:
         self._scorer, self._images, self._clean, self._gradient = scorer, images, clean, clean_gradient
-        self._lengths = lengths
-        self._repeatable = repeatable and not scorer.approximate
+        self._lengths, self._repeatable, self._passes = lengths, repeatable, passes
         self._worst = dict.fromkeys(lengths, clean)
         self._scored = {
-            (run, length): (torch.zeros_like(clean), torch.zeros_like(clean))
+            (run, length): (clean.new_zeros(passes, len(clean)), torch.zeros_like(clean))
             for run, counts in lengths.items()
             for length in counts
         }
 
     def outcomes(self) -> dict[tuple[Run, int], tuple[Tensor, Tensor]]:
-        """For every run and each of its lengths: last-iterate and worst-so-far outcomes, (n,) bool each."""
+        """Return last-iterate (passes, n) and worst-so-far (n,) outcomes for every run and each of its lengths."""
         for alpha in dict.fromkeys(run[1] for run in self._lengths):
             branches = [self._trunk([run for run in self._lengths if run[1] == alpha])]
             step = 0
@@ -119,7 +183,7 @@ class SharedRuns:
         )
 
     def _advance(self, branch: _Branch, step: int) -> list[_Branch]:
-        """One step of all runs of a branch, scored; what they are after it."""
+        """Make and score one step of all runs of a branch; return the branches after it."""
         moved = sign_step(branch.x, branch.gradient, branch.runs[0][1])
         children: list[tuple[Tensor, list[Run]]] = []
         for run in branch.runs:
@@ -132,20 +196,22 @@ class SharedRuns:
         return [after for x, runs in children if (after := self._scored_at(branch, x, runs, step)) is not None]
 
     def _scored_at(self, branch: _Branch, x: Tensor, runs: list[Run], step: int) -> _Branch | None:
-        """The runs at their iterates ``x``; None if all of them end there."""
+        """Score the runs at their iterates ``x``; return None if all of them end there."""
         index, scorer = branch.index, branch.scorer
         onward = [run for run in runs if max(self._lengths[run]) > step]
         reported = any(step in self._lengths[run] for run in runs)
+        gradient = branch.gradient
         if onward:
-            unsettled = torch.stack([self._worst[run] for run in runs]).any(dim=0)[index]
-            correct, gradient = scorer.correct_and_gradient(x, open=None if reported else unsettled)
-        else:
-            correct, gradient = scorer.correct(x), branch.gradient
+            logits, gradient = scorer.logits_and_gradient(x)
+            right = scorer.right(logits)[None]
+        if not onward or (reported and self._passes > 1):
+            right = scorer.correct(x, self._passes)
+        correct = right[0]
         for run in runs:
             self._worst[run] = self._worst[run].index_put((index,), self._worst[run][index] & correct)
             if step in self._lengths[run]:
                 last, worst = self._scored[run, step]
-                last[index], worst[index] = correct, self._worst[run][index]
+                last[:, index], worst[index] = right, self._worst[run][index]
         if not onward:
             return None
         history = [*branch.history, branch.history[-1].index_put((index,), correct)]
@@ -153,7 +219,7 @@ class SharedRuns:
         return self._left_by_cycles(after, step)
 
     def _left_by_cycles(self, branch: _Branch, step: int) -> _Branch | None:
-        """The branch without examples that are in a cycle, if these are many enough; None if nobody is left."""
+        """Return the branch without examples in a cycle, if these are many enough; None if no example is left."""
         if not self._repeatable or step < SHORT:
             return branch
         steps = torch.full_like(branch.index, step)
@@ -168,7 +234,7 @@ class SharedRuns:
         return None if cyclic.all() else branch.without(cyclic)
 
     def _foresee(self, branch: _Branch, cyclic: Tensor, step: int) -> None:
-        """Outcomes of all later lengths, of examples that are in a cycle."""
+        """Write down the outcomes at all later lengths of the examples that are in a cycle."""
         for run in branch.runs:
             for length in self._lengths[run]:
                 if length <= step:
@@ -177,60 +243,11 @@ class SharedRuns:
                 worst[branch.index[cyclic]] = self._worst[run][branch.index[cyclic]]
                 for period in set(branch.periods[cyclic].tolist()):
                     there = branch.index[branch.periods == period]
-                    last[there] = branch.history[step - (step - length) % period][there]
+                    last[:, there] = branch.history[step - (step - length) % period][there]
 
 
-# Cycles are looked for beyond this many steps only: shorter runs hardly have any, and a batch that examples have left
-# may round otherwise.
-SHORT = 20
-# An earlier iterate is kept for so many steps, or for this share of all steps if that is more.
-KEPT_FOR, KEPT_SHARE = 16, 1 / 8
-
-
-@dataclass(frozen=True)
-class Cycles:
-    """An earlier iterate of each example, to tell when one comes back to the last bit.
-
-    A sign step with a fixed length moves a pixel among few values, so long runs mostly end in a cycle of a few steps.
-    One iterate of each example is kept and replaced by a newer one after `KEPT_FOR` steps, or a `KEPT_SHARE` of all
-    steps if that is more: a cycle no longer than that is found at most so many steps and one period after it was
-    entered.
-
-    Attributes:
-        kept: the earlier iterates, (n, ...).
-        kept_at: after how many steps they were reached, (n,) int64.
-    """
-
-    kept: Tensor
-    kept_at: Tensor
-
-    def rows(self, keep: Tensor) -> Cycles:
-        """Of the examples chosen by ``keep``, (n,) bool, only."""
-        return Cycles(rows(self.kept, keep), self.kept_at[keep])
-
-    def after(self, x: Tensor, step: Tensor) -> tuple[Cycles, Tensor]:
-        """With the iterates ``x`` that are reached after ``step`` steps, (n,) int64, each one more than before.
-
-        Returns:
-            What is kept from now on; and how many steps ago an iterate was equal to ``x``, (n,) int64, a multiple of
-            the period, or 0 where none is known to have been.
-        """
-        back = (x == self.kept).flatten(1).all(dim=1)
-        ago = torch.where(back, step - self.kept_at, 0)
-        old = ~back & (step - self.kept_at >= (KEPT_SHARE * step).clamp(min=KEPT_FOR))
-        if not old.any():
-            return self, ago
-        if old.all():
-            return Cycles(x, step), ago
-        kept = torch.where(old.reshape(-1, *(1 for _ in x.shape[1:])), x, self.kept)
-        return Cycles(kept, torch.where(old, step, self.kept_at)), ago
-
-
-Load = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class Queue:
-    """IFGSM from each of ``waiting``, in batches that are refilled as examples leave.
+class WorstSoFar:
+    """IFGSM in batches that are refilled: an example leaves once it is fooled, or once it cannot be fooled any more.
 
     Args:
         prepared: the model.
@@ -238,14 +255,15 @@ class Queue:
         waiting: indices of examples, (n,) int64.
         eps: radius of the L-infinity ball.
         alpha: size of one step.
-        steps: after how many steps an example that was never fooled leaves.
+        steps: an example that was never fooled leaves after this many steps.
         batch_size: images in one forward pass.
-        repeatable: whether the same images always have the same gradients: an example whose iterates come back to
-            where they were then leaves, for it will not be fooled.
+        repeatable: True if equal images always have equal gradients. An example whose iterates enter a cycle then
+            leaves, because it will not be fooled.
 
     Attributes:
         forward_passes: images sent through the model so far.
-        gradient_evaluations: how many of these were also differentiated.
+        gradient_evaluations: images that were also differentiated.
+        no_gradient: indices of examples whose gradient at the clean image is exactly zero.
     """
 
     def __init__(
@@ -261,6 +279,7 @@ class Queue:
         repeatable: bool,
     ) -> None:
         self.forward_passes = self.gradient_evaluations = 0
+        self.no_gradient: list[int] = []
         self._prepared, self._load, self._waiting = prepared, load, waiting
         self._eps, self._alpha, self._steps, self._batch_size = eps, alpha, steps, batch_size
         self._repeatable = repeatable
@@ -276,15 +295,17 @@ class Queue:
             batch = self._filled(batch)
             scorer = self._prepared.scorer(batch.labels)
             ending = batch.step >= self._steps
-            if ending.all():  # the last iterates: nobody asks for their gradient
-                correct, gradient = scorer.correct(batch.x), torch.zeros_like(batch.x)
+            if ending.all():  # only last iterates, whose gradient is not needed
+                logits, gradient = scorer.logits(batch.x), torch.zeros_like(batch.x)
             else:
-                correct, gradient = scorer.correct_and_gradient(batch.x)
+                logits, gradient = scorer.logits_and_gradient(batch.x)
+                zero = (gradient == 0).flatten(1).all(dim=1) & (batch.step == 0)
+                self.no_gradient += batch.index[zero].tolist()
+            correct = scorer.right(logits)
             self.forward_passes += scorer.forward_passes
             self.gradient_evaluations += scorer.gradient_evaluations
             leaving = ~correct | ending
             if leaving.any():
-                correct = self._confirmed(batch, correct & ending, correct)
                 fooled_at = torch.where(correct, self._steps + 1, batch.step)
                 yield batch.index[leaving].cpu(), fooled_at[leaving].cpu()
                 gradient = gradient[~leaving]
@@ -294,47 +315,51 @@ class Queue:
             if self._repeatable:
                 batch.cycles, ago = batch.cycles.after(batch.x, batch.step)
                 again = (ago > 0) & (batch.step > SHORT)
-                if again.any():  # classified correctly all the way round
-                    correct = self._confirmed(batch, again, again)
-                    fooled_at = torch.where(correct, self._steps + 1, batch.step)
-                    yield batch.index[again].cpu(), fooled_at[again].cpu()
+                if again.any():  # every iterate of the cycle was classified correctly
+                    yield batch.index[again].cpu(), torch.full_like(batch.step[again], self._steps + 1).cpu()
                     batch = batch.subset(~again)
 
-    def _confirmed(self, batch: _Batch, chosen: Tensor, correct: Tensor) -> Tensor:
-        """``correct``, for ``chosen`` examples by an exact pass if so far only approximate ones have found them so."""
-        if not self._prepared.approximate or not chosen.any():
-            return correct
-        scorer = self._prepared.scorer(batch.labels[chosen])
-        confirmed = correct.clone()
-        confirmed[chosen] = scorer.correct(rows(batch.x, chosen))
-        self.forward_passes += scorer.forward_passes
-        return confirmed
-
-    def _filled(self, batch: _Batch) -> _Batch:
+    def _filled(self, batch: _Examples) -> _Examples:
         room = self._batch_size - len(batch.index)
         if not room or not len(self._waiting):
             return batch
         coming, self._waiting = self._waiting[:room], self._waiting[room:]
         return batch.joined(self._loaded(coming))
 
-    def _loaded(self, index: Tensor) -> _Batch:
+    def _loaded(self, index: Tensor) -> _Examples:
         images, labels = self._load(index)
         step = torch.zeros(len(index), dtype=torch.int64, device=labels.device)
         bounds = linf_bounds(images, self._eps)
-        return _Batch(index.to(labels.device), images, labels, bounds, step, Cycles(images, step))
+        return _Examples(index.to(labels.device), images, labels, bounds, step, Cycles(images, step))
 
 
-class _Batch:
-    """Examples under attack: where each is from, its iterate, how many steps it has made, and where it has been."""
+@dataclass
+class _Examples:
+    """Examples under attack.
 
-    def __init__(self, index: Tensor, x: Tensor, labels: Tensor, bounds: Bounds, step: Tensor, cycles: Cycles) -> None:
-        self.index, self.x, self.labels, self.bounds, self.step, self.cycles = index, x, labels, bounds, step, cycles
+    Attributes:
+        index: their places in the data.
+        x: their iterates.
+        labels: their labels.
+        bounds: their balls.
+        step: the number of steps that each has made.
+        cycles: earlier iterates.
+    """
 
-    def subset(self, keep: Tensor) -> _Batch:
+    index: Tensor
+    x: Tensor
+    labels: Tensor
+    bounds: Bounds
+    step: Tensor
+    cycles: Cycles
+
+    def subset(self, keep: Tensor) -> _Examples:
+        """Return the examples chosen by ``keep``, (n,) bool."""
         bounds, cycles = self.bounds.rows(keep), self.cycles.rows(keep)
-        return _Batch(self.index[keep], rows(self.x, keep), self.labels[keep], bounds, self.step[keep], cycles)
+        return _Examples(self.index[keep], rows(self.x, keep), self.labels[keep], bounds, self.step[keep], cycles)
 
-    def joined(self, other: _Batch) -> _Batch:
+    def joined(self, other: _Examples) -> _Examples:
+        """Return these examples followed by ``other``."""
         if not len(self.index):
             return other
         bounds = Bounds(
@@ -343,7 +368,7 @@ class _Batch:
         cycles = Cycles(
             torch.cat([self.cycles.kept, other.cycles.kept]), torch.cat([self.cycles.kept_at, other.cycles.kept_at])
         )
-        return _Batch(
+        return _Examples(
             torch.cat([self.index, other.index]),
             torch.cat([self.x, other.x]),
             torch.cat([self.labels, other.labels]),
@@ -351,16 +376,3 @@ class _Batch:
             torch.cat([self.step, other.step]),
             cycles,
         )
-
-
-def worst_groups(attacks: Sequence[AttackSpec]) -> dict[Run, list[int]]:
-    """Places of the (I)FGSM attacks of which only the worst-so-far score is asked, by radius and step size."""
-    groups: dict[Run, list[int]] = {}
-    for place, spec in enumerate(attacks):
-        if spec.shared and spec.score == "worst":
-            groups.setdefault(_run(spec), []).append(place)
-    return groups
-
-
-def _run(spec: AttackSpec) -> Run:
-    return spec.eps, spec.eps if spec.alpha is None else spec.alpha

@@ -1,4 +1,4 @@
-"""What a running evaluation has done so far, in a file that survives being killed at any moment."""
+"""The journal: finished work of a running evaluation, in a file that survives a kill at any moment."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ import torch
 from torch import Tensor
 
 from odeadv.evaluation.trust import beyond
+from odeadv.support.checks import shown
 from odeadv.support.files import check_file
 
-SCHEMA = "odeadv.evaluation.journal/2"
+SCHEMA = "odeadv.evaluation.journal/3"
 Record = dict[str, Any]
-_START = b'{"schema": "odeadv.evaluation'
+_START = b'{"schema": "odeadv.evaluation.journal/'
 
 
 class Journal:
-    """A file of one JSON object a line, each with its checksum; lines are appended whole and synced to the disk.
+    """A file with one JSON object per line, each with its checksum. Lines are appended whole and synced to the disk.
 
-    The first line says what the evaluation is. A line that was cut off at the end, by a kill or a full disk, is
-    dropped; a damaged line before it is an error.
+    The first line identifies the evaluation. A last line that was cut off, by a kill or a full disk, is dropped; a
+    damaged line before it is an error.
 
     Args:
-        path: the file; made, with its folder, if it is not there.
-        header: what the evaluation is: a journal with another header is refused.
+        path: the file; it is made, with its folder, if it does not exist.
+        header: identifies the evaluation; a journal with another header is refused.
 
     Attributes:
-        records: the lines found in the file, without the header.
+        records: the lines of the file, without the header.
 
     Raises:
-        OSError: if the file is a folder, or cannot be written.
-        ValueError: if the file is of another evaluation, is no journal, or is damaged before its last line.
+        OSError: if the path is a folder, or cannot be written.
+        ValueError: if the file belongs to another evaluation, is not a journal, or is damaged before its last line.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
@@ -52,11 +53,11 @@ class Journal:
         self.records = found[1:]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line and wait until the disk has it."""
+        """Append one line and wait until the disk has it."""
         line = (json.dumps({**record, "checksum": _checksum(record)}) + "\n").encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            # One write: a kill leaves the whole line, or its beginning.
+            # One write, so that a kill leaves the whole line or its beginning.
             if os.write(handle, line) != len(line):
                 raise OSError(f"{self.path}: could not be written whole; is the disk full?")
             os.fsync(handle)
@@ -80,8 +81,11 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _read(path: Path) -> list[Record]:
-    """The good lines of the file; what follows the last of them is cut off."""
+    """Return the undamaged lines of the file, and cut off a last line that is not whole."""
     raw = path.read_bytes()
+    # A file of another kind is never called damaged, and never written to.
+    if raw and not (raw.startswith(_START) or _START.startswith(raw)):
+        raise ValueError(f"resume: {path} is not a journal of an evaluation; give another path")
     records: list[Record] = []
     good = 0
     while good < len(raw):
@@ -90,8 +94,6 @@ def _read(path: Path) -> list[Record]:
         if record is None:
             if 0 <= end < len(raw) - 1:
                 raise ValueError(f"resume: line {len(records) + 1} of {path} is damaged; remove the file to start over")
-            if not records and not (raw.startswith(_START) or _START.startswith(raw)):
-                raise ValueError(f"resume: {path} is not a journal of an evaluation; give another path")
             os.truncate(path, good)
             break
         records.append(record)
@@ -100,7 +102,7 @@ def _read(path: Path) -> list[Record]:
 
 
 def _check_header(path: Path, found: Record, expected: Record) -> None:
-    names = {"model": "another model", "data": "other data", "schema": "another kind of file"}
+    names = {"model": "another model", "data": "other data", "schema": "another version"}
     for key, value in expected.items():
         if key == "probe":
             if not _close(found.get(key), value):
@@ -111,19 +113,19 @@ def _check_header(path: Path, found: Record, expected: Record) -> None:
         elif found.get(key) != value:
             what = names.get(key, f"another {key}")
             raise ValueError(
-                f"resume: {path} is the journal of {what} (its {key} is {found.get(key)!r}, expected {value!r}); "
-                "give another path or remove the file"
+                f"resume: {path} is the journal of {what} (its {key} is {shown(found.get(key))}, expected "
+                f"{shown(value)}); give another path or remove the file"
             )
 
 
 def probe_logits(logits: Tensor) -> list[list[float]]:
-    """Logits (n, classes) for a header."""
+    """Return logits (n, classes) as data for a header."""
     rows: list[list[float]] = logits.double().tolist()
     return rows
 
 
 def _close(found: object, expected: object) -> bool:
-    """Whether probed logits are the same but for the rounding of another machine: a thousandth of their scale."""
+    """Return True if probed logits are equal up to the rounding of another machine: a thousandth of their scale."""
     if found is None or expected is None:
         return found is expected
     try:

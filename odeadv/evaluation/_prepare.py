@@ -1,4 +1,4 @@
-"""The model as an evaluation runs it: as it is, or a copy that is folded, compiled or differentiated in bfloat16."""
+"""Make the model ready: as it is, or as a copy that is folded or compiled."""
 
 from __future__ import annotations
 
@@ -6,150 +6,137 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from odeadv.attacks.objective import AttackLoss
 from odeadv.evaluation.trust import beyond
+from odeadv.support.checks import shown
 
-Gradients = Literal["full", "bf16"]
 
+class Output(nn.Module):
+    """A model whose logits are a part of its outputs (a tuple, a dict, an output of Hugging Face).
 
-class _Bf16(nn.Module):
-    """The model under bfloat16 autocast, with logits in float32."""
+    Args:
+        model: images to outputs.
+        output: the key, attribute or index of the logits, or a function of the outputs.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, output: str | int | Callable[[Any], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        if isinstance(output, bool) or not (isinstance(output, str | int) or callable(output)):
+            raise TypeError(f"output: got {shown(output)}, expected a key, an attribute, an index or a function")
+        self.model, self.output = model, output
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            logits: Tensor = self.model(x)
-        return logits.float()
+        """Return the logits of ``x``."""
+        outputs, output = self.model(x), self.output
+        if callable(output):
+            return output(outputs)
+        try:
+            logits: Tensor = (
+                getattr(outputs, output) if isinstance(output, str) and hasattr(outputs, output) else outputs[output]
+            )
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"output: got {output!r}, but the model returned {type(outputs).__name__} without it"
+            ) from None
+        return logits
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to be attacked.
+    """A model that is ready to be attacked.
 
     Attributes:
-        exact: scores images; the user's own model, or a copy equal to it up to rounding.
-        gradient: gives gradients; ``exact``, or in bfloat16.
-        compiled: ``gradient``, compiled for batches of ``batch_size`` images, or None.
-        batch_size: of the compiled one; batches of another size are not compiled anew.
-        approximate: whether logits of ``gradient`` must not be scored.
-        notes: what a reader of the result should know.
+        model: the user's own model, or a copy that is equal to it up to rounding.
+        compiled: ``model`` compiled for batches of ``batch_size`` images, or None.
+        batch_size: images in a batch of the compiled model. It would be compiled anew for another size.
+        notes: sentences for the reader of the result.
     """
 
-    exact: nn.Module
-    gradient: nn.Module
+    model: nn.Module
     compiled: nn.Module | None
     batch_size: int
-    approximate: bool
     notes: tuple[str, ...]
 
     def scorer(self, labels: Tensor) -> Scorer:
-        """For one batch with these labels."""
-        fast = self.compiled if self.compiled is not None and len(labels) == self.batch_size else self.gradient
-        return Scorer(self.exact, fast, labels, self.approximate, self.scorer)
+        """Return the scorer of a batch with these labels."""
+        return Scorer(self, labels)
 
 
 class Scorer:
-    """Scores one batch, and differentiates its loss; counts images sent through the model.
+    """Scores the images of one batch and differentiates its cross-entropy; counts images sent through the model.
 
     Args:
-        exact: scores.
-        fast: gives gradients, and scores too unless ``approximate``.
+        prepared: the model.
         labels: (n,).
-        approximate: whether what ``fast`` gets wrong has to be confirmed by ``exact``.
-        make: makes the scorer of other labels.
     """
 
-    def __init__(
-        self,
-        exact: nn.Module,
-        fast: nn.Module,
-        labels: Tensor,
-        approximate: bool,
-        make: Callable[[Tensor], Scorer],
-    ) -> None:
-        self.approximate, self._make, self._parts = approximate, make, list[Scorer]()
-        self._exact = AttackLoss(exact, labels)
-        self._fast = self._exact if fast is exact else AttackLoss(fast, labels)
-        self._model, self._labels = exact, labels
-        self._confirmed = 0
+    def __init__(self, prepared: Prepared, labels: Tensor) -> None:
+        fast = prepared.compiled if prepared.compiled is not None and len(labels) == prepared.batch_size else None
+        self._prepared, self._labels, self._parts = prepared, labels, list[Scorer]()
+        self._plain = AttackLoss(prepared.model, labels)
+        self._fast = self._plain if fast is None else AttackLoss(fast, labels)
 
     @property
     def forward_passes(self) -> int:
-        """Images sent through the model so far, whichever its form."""
-        both = self._exact.forward_passes + (0 if self._fast is self._exact else self._fast.forward_passes)
-        return both + self._confirmed + sum(part.forward_passes for part in self._parts)
+        """The number of images sent through the model so far."""
+        own = self._plain.forward_passes + (0 if self._fast is self._plain else self._fast.forward_passes)
+        return own + sum(part.forward_passes for part in self._parts)
 
     @property
     def gradient_evaluations(self) -> int:
-        """How many of these were also differentiated."""
+        """The number of images that were also differentiated."""
         return self._fast.gradient_evaluations + sum(part.gradient_evaluations for part in self._parts)
 
     def part(self, keep: Tensor) -> Scorer:
-        """For the examples chosen by ``keep``, (n,) bool; what it costs is counted here too."""
-        self._parts.append(self._make(self._labels[keep]))
+        """Return the scorer of the examples chosen by ``keep``, (n,) bool; its cost counts here too."""
+        self._parts.append(self._prepared.scorer(self._labels[keep]))
         return self._parts[-1]
 
-    def correct(self, images: Tensor) -> Tensor:
-        """(n,) bool: which images are classified correctly."""
-        return self._exact.logits(images).argmax(dim=1) == self._labels
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits (n, classes)."""
+        return self._plain.logits(images)
+
+    def correct(self, images: Tensor, passes: int = 1) -> Tensor:
+        """Return (passes, n) bool: True if an image is classified correctly in that forward pass."""
+        return torch.stack([self.right(self.logits(images)) for _ in range(passes)])
+
+    def right(self, logits: Tensor) -> Tensor:
+        """Return (n,) bool: True if the largest logit is that of the label."""
+        return logits.argmax(dim=1) == self._labels
 
     def gradient(self, images: Tensor) -> Tensor:
-        """Of the summed cross-entropy, shaped like ``images``."""
+        """Return the gradient of the summed cross-entropy, shaped like ``images``."""
         return self._fast.gradient(images)
 
-    def correct_and_gradient(self, images: Tensor, *, open: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Which images are classified correctly, and the gradient, from one forward pass if that is exact.
-
-        Otherwise mistakes are confirmed by an exact pass over the examples in ``open`` (default: all) that look
-        wrong; examples outside ``open`` are not looked at again.
-        """
-        logits, gradient = self._fast.logits_and_gradient(images)
-        correct = logits.argmax(dim=1) == self._labels
-        if not self.approximate:
-            return correct, gradient
-        suspects = (~correct if open is None else ~correct & open).nonzero().squeeze(1)
-        if len(suspects):
-            exact = AttackLoss(self._model, self._labels[suspects])
-            correct = correct.clone()
-            correct[suspects] = exact.logits(images[suspects]).argmax(dim=1) == self._labels[suspects]
-            self._confirmed += exact.forward_passes
-        return correct, gradient
+    def logits_and_gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and the gradient of the summed cross-entropy from one forward pass."""
+        return self._fast.logits_and_gradient(images)
 
 
-def prepare(
-    model: nn.Module, probe: Tensor, *, batch_size: int, folded: bool, compiled: bool, gradients: Gradients
-) -> Prepared:
-    """``model`` as asked. What cannot be done is left out and said in a warning and in the notes.
+def prepare(model: nn.Module, probe: Tensor, *, folded: bool, compiled: bool) -> Prepared:
+    """Return ``model`` as asked. A step that fails is left out, with a warning and a note.
 
     Args:
-        model: in eval mode; never changed: what is folded or compiled is a copy.
-        probe: a batch of images, of ``batch_size`` or fewer.
-        batch_size: of the evaluation.
+        model: in eval mode. It is never changed: folding and compiling work on a copy.
+        probe: a batch of images, of the size that the evaluation has.
         folded: fold batch norms.
         compiled: compile the model with torch.compile.
-        gradients: ``"full"`` or ``"bf16"``.
     """
     notes: list[str] = []
-    exact = model
-    if folded or compiled or gradients == "bf16":
-        exact = _copy(model, probe, notes)
-    copied, plain = exact is not model, exact
-    if folded and copied:
-        exact = _fold(exact, probe, notes)
-    # In bfloat16 batch norm itself is faster than the multiply-add that folding makes of it.
-    gradient = _Bf16(plain) if gradients == "bf16" else exact
-    fast = _compile(gradient, probe, notes) if compiled and copied else None
+    ready, fast = model, None
+    if folded or compiled:
+        ready = _copy(model, probe, notes)
+    if ready is not model:
+        ready = _fold(ready, probe, notes) if folded else ready
+        fast = _compile(ready, probe, notes) if compiled else None
     for note in notes:
         warnings.warn(note, RuntimeWarning, stacklevel=4)
-    return Prepared(exact, gradient, fast, len(probe), gradients == "bf16", tuple(notes))
+    return Prepared(ready, fast, len(probe), tuple(notes))
 
 
 def _copy(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
@@ -168,10 +155,12 @@ def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
         folded, count = fold(copy.deepcopy(model))
         with torch.no_grad():
             plain, other = model(probe), folded(probe)
-    except Exception as error:  # of a model that was traced into something else than it is
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # ours say what is wrong
+    except Exception as error:  # the traced graph may fail in any way
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # messages of fold need no type
         notes.append(f"not folded: {kind}{error}")
         return model
+    # Folding rounds every weight once, which a deep network amplifies: ResNet-56 differs by some 100 units in the last
+    # place. A wrong fold differs in the first places.
     limit = 1e4 * torch.finfo(plain.dtype).eps
     if count and not beyond(plain, other, limit):
         return folded
@@ -186,7 +175,7 @@ def _compile(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module | N
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         leaf = probe.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         torch.autograd.grad(compiled(leaf).sum(), leaf)
-    except Exception as error:  # no C++ compiler, an operation that inductor does not know, ...
+    except Exception as error:  # for example, no C++ compiler
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         notes.append(f"not compiled, as torch.compile failed ({type(error).__name__}: {reason})")
         return None
@@ -198,7 +187,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Affine(nn.Module):
-    """x -> scale * x + shift for each channel, in one pass; its derivative needs ``scale`` only, not x.
+    """scale * x + shift per channel, in one pass; its derivative needs ``scale`` only, not x.
 
     Args:
         scale: (channels,).
@@ -214,20 +203,21 @@ class Affine(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The affine image of ``x``, (n, channels, ...)."""
-        shape = (-1, *(1 for _ in x.shape[2:]))  # of BatchNorm1d, (n, channels) or (n, channels, length)
+        """Return scale * x + shift, for ``x`` (n, channels, ...)."""
+        shape = (-1, *(1 for _ in x.shape[2:]))  # BatchNorm1d takes (n, channels) and (n, channels, length)
         return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
 
 
 def fold(model: nn.Module) -> tuple[nn.Module, int]:
-    """``model``, a copy in eval mode that may be changed, with its batch norms folded; and how many were.
+    """Fold the batch norms of ``model``, a copy in eval mode that may be changed. Return it and the number folded.
 
-    A batch norm that alone follows a convolution goes into its weights; any other becomes an `Affine`, as do those
-    after a convolution whose weights are computed (spectral or weight norm) or that has hooks. One that is called by
-    keyword stays. Scales are computed in float64 and rounded once. The result equals the model up to rounding.
+    A batch norm goes into the weights of the convolution before it, if nothing else reads that convolution. Any other
+    batch norm becomes an `Affine`; so does one after a convolution that has hooks or whose weights are computed
+    (spectral or weight norm). A batch norm that is called by keyword stays. Scales are computed in float64 and rounded
+    once. The result equals the model up to rounding.
 
     Raises:
-        ValueError: if the model's forward cannot be traced (torch.fx), e.g. as it branches on values.
+        ValueError: if torch.fx cannot trace the model's forward, for example because it branches on values.
     """
     try:
         traced = fx.GraphModule(model, fx.Tracer().trace(model))
@@ -262,12 +252,12 @@ def fold(model: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _plain_weight(convolution: nn.Module) -> bool:
-    """Whether its weight is a parameter that nothing recomputes before a pass."""
+    """Return True if its weight is a parameter that nothing recomputes before a pass."""
     return "weight" in convolution._parameters and not (convolution._forward_pre_hooks or convolution._forward_hooks)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm in eval mode, (channels,) in float64."""
+    """Return scale and shift of a batch norm in eval mode, (channels,) in float64."""
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None

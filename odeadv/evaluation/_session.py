@@ -1,270 +1,255 @@
-"""One evaluation under way: which batches are done, what they gave, and what the journal is told."""
+"""One evaluation under way: finished batches, their outcomes by the attack's name, and the records of the journal."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from odeadv.attacks.checks import own_dtype
-from odeadv.attacks.objective import constant
-from odeadv.data import as_model_input
-from odeadv.evaluation._attack import Batch, batch_outcomes
-from odeadv.evaluation._evaluation import Evaluation, pack, result_of, unpack
-from odeadv.evaluation._ifgsm import SHORT, Queue, worst_groups
+from odeadv.evaluation._attack import BatchOutcomes, Rules, batch_outcomes
+from odeadv.evaluation._data import Examples
+from odeadv.evaluation._evaluation import AttackResult, Evaluation, by_pass, majority, pack, result_of, unpack
+from odeadv.evaluation._ifgsm import Run, WorstSoFar, queues_of, run_of
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation.protocols import Protocol
 from odeadv.support.digests import derived_seed
+from odeadv.support.files import write_tensors
 
-BF16_CHECK = 256  # at most so many examples have their bf16 gradients compared with full ones
+SIGNS = ("no gradient", "saturated", "probabilities")
 
 
 class Session:
-    """One evaluation under way."""
+    """One evaluation under way. It is complete when it is made: batches that the journal has are finished.
 
-    prepared: Prepared
+    Args:
+        prepared: the model.
+        examples: the data.
+        rules: what holds for every batch.
+        batch_size: images in one forward pass.
+        journal: receives finished batches; None keeps none.
+        progress: called as ``progress(done, total)`` after each batch.
+        save: a folder for the attacked images, one file per batch; None keeps none.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        protocol: Protocol,
+        prepared: Prepared,
+        examples: Examples,
+        rules: Rules,
         batch_size: int,
-        device: torch.device,
-        channels_last: bool,
+        journal: Journal | None,
         progress: Callable[[int, int], object] | None,
-        seed: int,
-        stochastic: bool,
+        save: Path | None,
     ) -> None:
-        self.images, self.labels, self.protocol, self.batch_size = images, labels, protocol, batch_size
-        self.device, self.channels_last, self.progress, self.seed = device, channels_last, progress, seed
-        self.stochastic = stochastic
-        self.repeatable = not stochastic
-        self.dtype = own_dtype(model, torch.get_default_dtype())
-        n, rows = len(images), 1 + 2 * len(protocol.attacks)
-        self.outcomes = torch.zeros(rows, n, dtype=torch.bool)
-        self.starts = range(0, n, batch_size)
-        self.groups = worst_groups(protocol.attacks)
-        self.fooled_at = {group: torch.full((n,), -1) for group in self.groups}
-        self.finished: set[int] = set()
-        self.forward_passes = self.gradient_evaluations = 0
-        self.notes: list[str] = []
-        self.earlier = 0.0
-        self._since = time.perf_counter()
-
-    def try_gradients(self, n: int) -> int:
-        """Find out whether the first ``n`` images have the same gradients twice, if a long run would make use of it.
-
-        Returns:
-            How many images were differentiated for it.
-        """
-        if not self.repeatable or all((spec.steps or 1) <= SHORT for spec in self.protocol.attacks if spec.shared):
-            return 0
-        images, labels = self.load(slice(0, n))
-        scorer = self.prepared.scorer(labels)
-        if not torch.equal(scorer.gradient(images), scorer.gradient(images)):
-            self.repeatable = False
-            self.notes.append(
-                "gradients of the same images differ from one pass to the next: a random backward pass, or sums in no "
-                "fixed order; if they are random, average over passes before believing the robust accuracies"
-            )
-        return scorer.gradient_evaluations
-
-    def load(self, part: slice | Tensor) -> Batch:
-        """Images and labels as the model takes them."""
-        chosen = part if isinstance(part, slice) else part.to(self.images.device)
-        x = as_model_input(
-            constant(self.images[chosen]), device=self.device, dtype=self.dtype, channels_last=self.channels_last
-        )
-        label = part if isinstance(part, slice) else part.to(self.labels.device)
-        return Batch(x, constant(self.labels[label]).to(self.device))
-
-    def everything(self, journal: Journal | None) -> None:
-        """All batches and all queues that ``journal`` does not have yet."""
-        for record in journal.records if journal else []:
+        self._prepared, self._examples, self._rules, self._batch_size = prepared, examples, rules, batch_size
+        self._journal, self._progress, self._save = journal, progress, save
+        n, attacks = len(examples.images), dict(zip(rules.protocol.names, rules.protocol.attacks, strict=True))
+        self._starts = range(0, n, batch_size)
+        self._queues = {} if rules.keep_images else queues_of(rules.protocol.attacks)
+        self._clean = torch.zeros(rules.passes, n, dtype=torch.bool)
+        self._last = {
+            name: torch.zeros_like(self._clean)
+            for name, spec in attacks.items()
+            if rules.random or spec.score == "last"
+        }
+        self._worst = {
+            name: torch.zeros(n, dtype=torch.bool)
+            for name, spec in attacks.items()
+            if spec.measures_worst and not rules.random
+        }
+        self._signs = {sign: torch.zeros(n, dtype=torch.bool) for sign in SIGNS}
+        # By example: the number of the first iterate that is misclassified; -1 if the example is not finished.
+        self._fooled_at = {run: torch.full((n,), -1) for run in self._queues}
+        self._finished: set[int] = set()
+        self._forward_passes = self._gradient_evaluations = 0
+        self._seconds = 0.0  # of interrupted runs
+        self._notes: list[str] = []
+        for record in journal.records if journal is not None else []:
             self._recall(record)
-        if self._done() and self.progress is not None:
-            self.progress(self._done(), self._total())
         self._since = time.perf_counter()
-        for number, first in enumerate(self.starts):
-            if number not in self.finished:
-                self._batch(number, slice(first, first + self.batch_size), journal)
-        for place, group in enumerate(self.groups):
-            self._queue(place, group, journal)
 
-    def reseed(self, place: str) -> None:
-        """Let a model that draws from the global random state draw the same whatever was done before."""
-        if self.stochastic:
-            torch.manual_seed(derived_seed(self.seed, place))
+    def run(self) -> None:
+        """Run all batches and all queues that are not finished."""
+        if self._done() and self._progress is not None:
+            self._progress(self._done(), self._total())
+        self._since = time.perf_counter()
+        for number in range(len(self._starts)):
+            if number not in self._finished:
+                self._run_batch(number)
+        for place, run in enumerate(self._queues):
+            self._run_queue(place, run)
 
-    def _batch(self, number: int, part: slice, journal: Journal | None) -> None:
-        self.reseed(f"batch {number}")
-        found = batch_outcomes(
-            self.prepared,
-            self.load(part),
-            self.protocol.attacks,
-            highest_label=int(self.labels.max()),
-            seed=self.seed,
-            number=number,
-            repeatable=self.repeatable,
+    def result(
+        self, seconds: float, identity: Mapping[str, str], settings: Mapping[str, Any], notes: list[str]
+    ) -> Evaluation:
+        """Return the outcomes of all batches.
+
+        Args:
+            seconds: wall-clock time of this run.
+            identity: digests of model and data.
+            settings: of the evaluation.
+            notes: sentences for the reader; those of the attacks follow them.
+        """
+        for run, fooled_at in self._fooled_at.items():
+            for name, spec in zip(self._rules.protocol.names, self._rules.protocol.attacks, strict=True):
+                if spec.shared and spec.score == "worst" and run_of(spec) == run:
+                    self._worst[name] = fooled_at > (spec.steps or 1)
+        random = self._rules.random
+        return Evaluation(
+            protocol=self._rules.protocol.name,
+            clean_outcomes=majority(self._clean),
+            attacks=self._results(),
+            forward_passes=self._forward_passes,
+            gradient_evaluations=self._gradient_evaluations,
+            seconds=seconds + self._seconds,
+            model=identity["model"],
+            data=identity["data"],
+            settings=settings,
+            notes=(*notes, *(note for note in self._notes if note not in notes)),
+            clean_pass_accuracies=by_pass(self._clean) if random else (),
         )
-        self.outcomes[:, part] = found.rows.cpu()
-        self.finished.add(number)
-        self._spent(found.forward_passes, found.gradient_evaluations, found.notes)
-        if journal is not None:
-            self._record(
-                journal,
-                found.forward_passes,
-                found.gradient_evaluations,
-                found.notes,
-                {
-                    "batch": number,
-                    "outcomes": pack(found.rows),
-                },
-            )
-        self._report()
 
-    def _queue(self, place: int, group: tuple[float, float], journal: Journal | None) -> None:
-        """Examples of one worst-so-far run, written down whenever a batch of them has left."""
-        self.reseed(f"queue {place}")
-        fooled_at = self.fooled_at[group]
-        fooled_at[~self.outcomes[0]] = 0
+    @property
+    def signs(self) -> Mapping[str, Tensor]:
+        """(n,) bool of each sign that an attack may have failed, see `BatchOutcomes`."""
+        return self._signs
+
+    def _results(self) -> tuple[AttackResult, ...]:
+        pairs = zip(self._rules.protocol.names, self._rules.protocol.attacks, strict=True)
+        return tuple(
+            result_of(spec, self._last.get(name), self._worst.get(name), random=self._rules.random)
+            for name, spec in pairs
+        )
+
+    def _part(self, number: int) -> slice:
+        first = self._starts[number]
+        return slice(first, min(first + self._batch_size, len(self._examples.images)))
+
+    def _reseed(self, place: str) -> None:
+        """Let a random model draw the same numbers at this place, whatever was done before."""
+        if self._rules.random:
+            torch.manual_seed(derived_seed(self._rules.seed, place))
+
+    def _run_batch(self, number: int) -> None:
+        self._reseed(f"batch {number}")
+        part = self._part(number)
+        try:
+            outcomes = batch_outcomes(self._prepared, self._examples.load(part), self._rules, number)
+        except ValueError as error:
+            if "not finite" not in str(error) and "NaN" not in str(error):
+                raise
+            raise ValueError(f"{error} (in the batch of images {part.start} to {part.stop - 1})") from error
+        if self._save is not None:
+            # Names of tensors in a file may not repeat and need not be readable: the attacks' names are in the header.
+            tensors = {str(place): images for place, images in enumerate(outcomes.images.values())}
+            info = {"attacks": list(outcomes.images), "first": part.start}
+            write_tensors(self._save / f"batch-{number:05}.safetensors", tensors, info)
+        self._keep(part, outcomes)
+        self._finished.add(number)
+        self._write(
+            outcomes.forward_passes,
+            outcomes.gradient_evaluations,
+            outcomes.notes,
+            {
+                "batch": number,
+                "clean": pack(outcomes.clean),
+                "last": {name: pack(rows) for name, rows in outcomes.last.items()},
+                "worst": {name: pack(rows) for name, rows in outcomes.worst.items()},
+                "signs": {name: pack(rows) for name, rows in outcomes.signs.items()},
+            },
+        )
+
+    def _keep(self, part: slice, outcomes: BatchOutcomes) -> None:
+        self._clean[:, part] = outcomes.clean.cpu()
+        for table, found in ((self._last, outcomes.last), (self._worst, outcomes.worst), (self._signs, outcomes.signs)):
+            for name, rows in found.items():
+                table[name][..., part] = rows.cpu()
+
+    def _run_queue(self, place: int, run: Run) -> None:
+        """Run the examples of one worst-so-far run; write a record whenever a batch of them has left."""
+        self._reseed(f"queue {place}")
+        fooled_at = self._fooled_at[run]
+        fooled_at[~self._clean[0]] = 0
         waiting = (fooled_at < 0).nonzero().squeeze(1)
-        steps = max(self.protocol.attacks[i].steps or 1 for i in self.groups[group])
-        queue = Queue(
-            self.prepared,
-            self.load,
+        queue = WorstSoFar(
+            self._prepared,
+            self._examples.load,
             waiting,
-            eps=group[0],
-            alpha=group[1],
-            steps=steps,
-            batch_size=self.batch_size,
-            repeatable=self.repeatable,
+            eps=run[0],
+            alpha=run[1],
+            steps=self._queues[run],
+            batch_size=self._batch_size,
+            repeatable=self._rules.repeatable,
         )
         pending: list[tuple[Tensor, Tensor]] = []
-        counted = (0, 0)
+        written = (0, 0, 0)
         left = len(waiting)
         for index, when in queue.run():
             fooled_at[index] = when
             left -= len(index)
             pending.append((index, when))
-            if sum(len(some) for some, _ in pending) >= self.batch_size or not left:
-                spent = (queue.forward_passes - counted[0], queue.gradient_evaluations - counted[1])
-                counted = (queue.forward_passes, queue.gradient_evaluations)
-                self._spent(*spent, [])
-                if journal is not None:
-                    indices, times = (torch.cat(parts).tolist() for parts in zip(*pending, strict=True))
-                    self._record(journal, *spent, [], {"queue": place, "examples": indices, "fooled_at": times})
+            if sum(len(some) for some, _ in pending) >= self._batch_size or not left:
+                forward, gradient, zero = (
+                    queue.forward_passes - written[0],
+                    queue.gradient_evaluations - written[1],
+                    queue.no_gradient[written[2] :],
+                )
+                written = (queue.forward_passes, queue.gradient_evaluations, len(queue.no_gradient))
+                self._signs["no gradient"][zero] = True
+                indices, times = (torch.cat(parts).tolist() for parts in zip(*pending, strict=True))
+                record = {"queue": place, "examples": indices, "fooled_at": times, "no_gradient": zero}
+                self._write(forward, gradient, [], record)
                 pending = []
-                self._report()
 
-    def _record(
-        self, journal: Journal, forward: int, gradient: int, notes: list[str], record: Mapping[str, Any]
-    ) -> None:
-        now = time.perf_counter()
-        journal.append({**record, "spent": [forward, gradient, now - self._since], "notes": notes})
-        self._since = now
+    def _write(self, forward: int, gradient: int, notes: list[str], record: Mapping[str, Any]) -> None:
+        """Count the cost of finished work, append its record to the journal and report progress."""
+        self._count(forward, gradient, notes)
+        if self._journal is not None:
+            now = time.perf_counter()
+            self._journal.append({**record, "spent": [forward, gradient, now - self._since], "notes": notes})
+            self._since = now
+        if self._progress is not None:
+            self._progress(self._done(), self._total())
+
+    def _count(self, forward: int, gradient: int, notes: list[str]) -> None:
+        self._forward_passes += forward
+        self._gradient_evaluations += gradient
+        self._notes += [note for note in notes if note not in self._notes]
 
     def _recall(self, record: Mapping[str, Any]) -> None:
+        """Take over finished work from a record of the journal."""
         if "batch" in record:
-            part = slice(record["batch"] * self.batch_size, (record["batch"] + 1) * self.batch_size)
-            rows, n = self.outcomes[:, part].shape
-            self.outcomes[:, part] = unpack(record["outcomes"], rows, n)
-            self.finished.add(record["batch"])
+            part = self._part(record["batch"])
+            n, passes = part.stop - part.start, self._rules.passes
+            self._keep(
+                part,
+                BatchOutcomes(
+                    unpack(record["clean"], passes, n),
+                    {name: unpack(text, n) for name, text in record["signs"].items()},
+                    {name: unpack(text, passes, n) for name, text in record["last"].items()},
+                    {name: unpack(text, n) for name, text in record["worst"].items()},
+                ),
+            )
+            self._finished.add(record["batch"])
         else:
-            group = list(self.groups)[record["queue"]]
-            self.fooled_at[group][torch.tensor(record["examples"])] = torch.tensor(record["fooled_at"])
+            run = list(self._queues)[record["queue"]]
+            self._fooled_at[run][torch.tensor(record["examples"])] = torch.tensor(record["fooled_at"])
+            self._signs["no gradient"][record["no_gradient"]] = True
         forward, gradient, seconds = record["spent"]
-        self.earlier += seconds
-        self._spent(forward, gradient, record["notes"])
-
-    def _spent(self, forward: int, gradient: int, notes: list[str]) -> None:
-        self.forward_passes += forward
-        self.gradient_evaluations += gradient
-        self.notes += [note for note in notes if note not in self.notes]
+        self._seconds += seconds
+        self._count(forward, gradient, record["notes"])
 
     def _total(self) -> int:
-        return len(self.starts) * (1 + len(self.groups))
+        return len(self._starts) * (1 + len(self._queues))
 
     def _done(self) -> int:
-        """Batches that are done; of a queue, as many as its finished examples would fill."""
-        done = len(self.finished)
-        for fooled_at in self.fooled_at.values():
+        """Return the number of finished batches; a queue counts the batches that its finished examples would fill."""
+        done = len(self._finished)
+        for fooled_at in self._fooled_at.values():
             finished = int((fooled_at >= 0).sum())
-            done += len(self.starts) if finished == len(fooled_at) else finished // self.batch_size
+            done += len(self._starts) if finished == len(fooled_at) else finished // self._batch_size
         return done
-
-    def _report(self) -> None:
-        if self.progress is not None:
-            self.progress(self._done(), self._total())
-
-    def bf16_check(self, model: nn.Module) -> dict[str, Any]:
-        """Outcomes of the first examples again, with full gradients: a sixteenth of them, 32 to 256."""
-        n = min(len(self.images), BF16_CHECK, max(32, len(self.images) // 16))
-        places = [place for place, spec in enumerate(self.protocol.attacks) if spec.shared]
-        specs = [self.protocol.attacks[place] for place in places]
-        full, highest = Prepared(model, model, None, 0, False, ()), int(self.labels.max())
-        rows = []
-        for first in range(0, n, self.batch_size):
-            batch = self.load(slice(first, min(first + self.batch_size, n)))
-            found = batch_outcomes(
-                full,
-                batch,
-                specs,
-                highest_label=highest,
-                seed=self.seed,
-                number=0,
-                repeatable=self.repeatable,
-                queued=True,
-            )
-            rows.append(found.rows.cpu())
-        exact, mine = torch.cat(rows, dim=1), self._outcomes()[:, :n]
-        attacks: list[dict[str, Any]] = []
-        for i, (place, spec) in enumerate(zip(places, specs, strict=True)):
-            worst = spec.score == "worst"
-            by_full, by_bf16 = exact[1 + 2 * i + worst], mine[1 + 2 * place + worst]
-            attacks.append(
-                {
-                    "attack": spec.label,
-                    "full_accuracy": float(by_full.float().mean()),
-                    "bf16_accuracy": float(by_bf16.float().mean()),
-                    "outcomes_that_differ": int((by_full != by_bf16).sum()),
-                }
-            )
-        return {"n": n, "attacks": attacks}
-
-    def _outcomes(self) -> Tensor:
-        """All outcomes, those of the queues filled in."""
-        outcomes = self.outcomes.clone()
-        for group, members in self.groups.items():
-            for i in members:
-                steps = self.protocol.attacks[i].steps or 1
-                outcomes[2 + 2 * i] = self.fooled_at[group] > steps
-        return outcomes
-
-    def result(
-        self, seconds: float, identity: Mapping[str, str], settings: Mapping[str, Any], checks: Mapping[str, Any]
-    ) -> Evaluation:
-        """What was found."""
-        clean, *attacked = self._outcomes()
-        return Evaluation(
-            protocol=self.protocol.name,
-            clean_outcomes=clean,
-            attacks=tuple(
-                result_of(spec, None if spec.score == "worst" else last, worst if spec.measures_worst else None)
-                for spec, last, worst in zip(self.protocol.attacks, attacked[::2], attacked[1::2], strict=True)
-            ),
-            forward_passes=self.forward_passes,
-            gradient_evaluations=self.gradient_evaluations,
-            seconds=seconds + self.earlier,
-            model=identity["model"],
-            data=identity["data"],
-            settings=settings,
-            checks=checks,
-            notes=tuple(self.notes),
-        )

@@ -1,11 +1,10 @@
-"""Which attacks an evaluation runs: data, and the protocols of the paper's tables."""
+"""Protocols: the attacks of an evaluation as data, and the protocols of the paper's tables."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,18 +13,31 @@ from torch import Tensor
 
 from odeadv import attacks as _attacks
 from odeadv.attacks.checks import radius
-from odeadv.support.checks import integer, number
-from odeadv.support.digests import described_function
+from odeadv.support.checks import choice, did_you_mean, integer, number, shown
+from odeadv.support.digests import function_name, is_local
 
 Score = Literal["last", "worst"]
 AUTOATTACK = "autoattack"
-_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally", "target")  # fields, or the evaluation's own
+_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally", "target")  # fields, or set by the evaluation
 _AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
 
 
 def radius_text(eps: float, options: Mapping[str, Any]) -> str:
-    """A radius as labels have it: ``8/255``, or ``0.5 in L2`` (an L2 radius is no number of grey levels)."""
-    return f"{eps:g} in L2" if options.get("norm") in ("l2", "L2") else f"{round(255 * eps, 6):g}/255"
+    """Return a radius as labels show it: ``8/255``; or ``0.5 in L2``, because grey levels measure L-infinity only."""
+    return f"{round(255 * eps, 6):g}/255" if in_255ths(options) else f"{eps:g} in {str(options['norm']).upper()}"
+
+
+def in_255ths(options: Mapping[str, Any]) -> bool:
+    """Return True if an attack with these options has an L-infinity radius."""
+    return str(options.get("norm", "linf")).lower() == "linf"
+
+
+def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels; a label that occurs more than once is followed by its place, ``(attack 3)``."""
+    # Options are not in a label, so two attacks that differ in their options only share it.
+    return tuple(
+        label if labels.count(label) == 1 else f"{label} (attack {place})" for place, label in enumerate(labels)
+    )
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,11 @@ class AttackSpec:
         name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1), ``"ifgsm"``, any other function of
             `odeadv.attacks` that takes ``eps``, or ``"autoattack"``.
         eps: radius of the ball, in pixel units of [0, 1].
-        alpha: size of one step, in the same units; None where the attack has none.
-        steps: number of steps; None where the attack has none, or for its default.
-        score: ``"last"`` scores the images that the attack ends with, on every example. ``"worst"`` only asks
-            whether the clean image and everything the attack tried are right: an example is dropped as soon as it
-            is fooled, which is much cheaper and a stricter count. AutoAttack is always ``"worst"``.
+        alpha: size of one step, in the same units; None if the attack has none, or for its default.
+        steps: number of steps; None if the attack has none, or for its default.
+        score: ``"last"`` scores the images that the attack ends with, on every example. ``"worst"`` counts an example
+            only if the clean image and everything the attack tried are right. This is stricter, and much cheaper: an
+            example is dropped as soon as it is fooled. AutoAttack is always ``"worst"``.
         options: further keyword arguments of the attack (``restarts``, ``loss``, ...); for AutoAttack ``norm``,
             ``version`` and, with version ``"custom"``, ``attacks``.
 
@@ -59,9 +71,8 @@ class AttackSpec:
     def __post_init__(self) -> None:
         function = None if self.name == AUTOATTACK else attack_function(self.name)
         if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
-            raise TypeError(f"options: got {self.options!r}, expected a mapping from argument names to values")
-        if self.score not in ("last", "worst"):
-            raise ValueError(f"score: got {self.score!r}, expected 'last' or 'worst'")
+            raise TypeError(f"options: got {shown(self.options)}, expected a mapping from argument names to values")
+        choice("score", self.score, ("last", "worst"))
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "eps", radius(self.eps, self.options.get("norm", "linf")))
         if self.name == "fgsm":
@@ -81,35 +92,39 @@ class AttackSpec:
 
     @property
     def shared(self) -> bool:
-        """Whether it is plain FGSM or IFGSM, whose gradients and iterates are shared with the other attacks."""
+        """True for plain FGSM or IFGSM, whose gradients and iterates are shared with the other attacks."""
         return self.name in ("fgsm", "ifgsm") and not self.options
 
     @property
     def measures_worst(self) -> bool:
-        """Whether worst-so-far outcomes come with it; not where only a last iterate of several is returned."""
+        """True if the attack has worst-so-far outcomes; false if it returns only the last of several iterates."""
         if self.shared or self.score == "worst":
             return True
         return not takes(attack_function(self.name), "keep") or self.options.get("keep") == "worst"
 
     @property
     def label(self) -> str:
-        """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` where that is the score."""
+        """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` if that is the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
         score = " (worst so far)" if self.score == "worst" else ""
         return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{score}"
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments for the attack, without its generator."""
+        """Return the keyword arguments for the attack, without its generator."""
         own = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         if self.name == "fgsm":
             own = {"eps": self.eps}
         return {key: value for key, value in own.items() if value is not None} | dict(self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; functions are written by name (local ones with a digest), other objects by ``repr``."""
+        """Return JSON-ready data; functions are written by module and name, other objects by ``repr``."""
         options = {key: _plain(value) for key, value in self.options.items()}
         own = {"name": self.name, "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         return {**own, "score": self.score, "options": options}
+
+    def local_functions(self) -> list[str]:
+        """Return the options that are lambdas or functions defined within another: their names are not unique."""
+        return [key for key, value in self.options.items() if callable(value) and is_local(value)]
 
     def _fill_fgsm(self) -> None:
         for name, value in (("alpha", self.eps), ("steps", 1)):
@@ -123,7 +138,7 @@ class AttackSpec:
     def _check_autoattack(self) -> None:
         if self.alpha is not None or self.steps is not None:
             raise ValueError(
-                f"alpha, steps: got {self.alpha!r}, {self.steps!r}, expected None: AutoAttack chooses them"
+                f"alpha, steps: got {self.alpha!r}, {self.steps!r}, expected None, because AutoAttack chooses them"
             )
         _check_known("options", self.options, _AUTOATTACK_OPTIONS)
         object.__setattr__(self, "score", "worst")
@@ -138,7 +153,7 @@ class AttackSpec:
         given = self.arguments()
         for key in ("alpha", "steps"):
             if key in given and key not in known:
-                raise ValueError(f"{key}: got {given[key]!r}, expected None: {self.name!r} has no {key}")
+                raise ValueError(f"{key}: got {given[key]!r}, expected None, because {self.name!r} does not take {key}")
         required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
         missing = [key for key in required if key not in given and key not in _RESERVED[3:]]
         if missing:
@@ -147,11 +162,11 @@ class AttackSpec:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named sequence of attacks; clean accuracy always belongs to it.
+    """A named sequence of attacks. Clean accuracy is always measured too.
 
     Attributes:
         name: what the result calls it.
-        attacks: at least one, in the order they are reported.
+        attacks: at least one, in the order of the report.
 
     Raises:
         TypeError: if ``attacks`` is not a tuple of `AttackSpec`.
@@ -163,24 +178,25 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if not isinstance(self.attacks, tuple) or not all(isinstance(spec, AttackSpec) for spec in self.attacks):
-            raise TypeError(f"attacks: got {self.attacks!r}, expected a tuple of AttackSpec")
+            raise TypeError(f"attacks: got {shown(self.attacks)}, expected a tuple of AttackSpec")
         if not self.attacks:
             raise ValueError("attacks: got none, expected at least one AttackSpec")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A different name for each attack: its label, with its place if several attacks share the label."""
+        return unique_names([spec.label for spec in self.attacks])
+
 
 def attack_function(name: object) -> Callable[..., Tensor]:
-    """The function of `odeadv.attacks` called ``name``; ValueError, with near matches, if there is none."""
+    """Return the function of `odeadv.attacks` called ``name``; raise as `choice`."""
     names = [*(key for key in _attacks.__all__ if _is_attack(getattr(_attacks, key))), AUTOATTACK]
-    if not isinstance(name, str) or name not in names:
-        near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(names)}{hint}")
-    function: Callable[..., Tensor] = getattr(_attacks, name)
+    function: Callable[..., Tensor] = getattr(_attacks, choice("name", name, names))
     return function
 
 
 def takes(function: Callable[..., Tensor], argument: str) -> bool:
-    """Whether the attack has a keyword argument of that name."""
+    """Return True if the attack has a keyword argument of that name."""
     return argument in _keywords(function)
 
 
@@ -204,7 +220,7 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return described_function(value)
+    return function_name(value)
 
 
 def _fgsm_and_ifgsm_20(name: str, *, eps: tuple[float, ...], alpha: float) -> Protocol:
@@ -231,21 +247,33 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 
 
 def resolve_protocol(protocol: object) -> Protocol:
-    """The protocol that ``protocol`` is or names; ValueError for an unknown name, TypeError for anything else."""
+    """Return ``protocol``, the protocol that it names, or a protocol ``"custom"`` of one attack or a list of them.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
     if isinstance(protocol, Protocol):
         return protocol
+    if isinstance(protocol, AttackSpec):
+        return Protocol("custom", (protocol,))
+    if isinstance(protocol, (list, tuple)):
+        return Protocol("custom", tuple(protocol))
+    names = ", ".join(PROTOCOLS)
     if not isinstance(protocol, str):
-        raise TypeError(f"protocol: got {protocol!r}, expected a Protocol or one of {', '.join(PROTOCOLS)}")
+        raise TypeError(
+            f"protocol: got {shown(protocol)}, expected a Protocol, an AttackSpec, a list of them, or one of {names}"
+        )
     if protocol in ("table3", "table4", "table5", "table7"):  # the paper evaluates them as Table 2
         protocol = "table2"
     if protocol not in PROTOCOLS:
-        near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(protocol, PROTOCOLS, n=1))
-        raise ValueError(f"protocol: got {protocol!r}, expected one of {', '.join(PROTOCOLS)}{near}")
+        hint = did_you_mean(protocol, PROTOCOLS)
+        raise ValueError(f"protocol: got {protocol!r}, expected one of {names}{hint}")
     return PROTOCOLS[protocol]
 
 
 def require_packages(protocol: Protocol) -> None:
-    """Import what its attacks need, or raise the ImportError that says how to get it."""
+    """Import the packages that its attacks need, or raise an ImportError that says how to install them."""
     if any(spec.name == AUTOATTACK for spec in protocol.attacks):
         pyautoattack()
 

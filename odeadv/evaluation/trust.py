@@ -1,7 +1,9 @@
-"""What an evaluation refuses to evaluate: models whose answers are no function of the image."""
+"""Trust: models that an evaluation refuses, and signs in the figures that an attack failed."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,27 +12,44 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.attacks.checks import answered
-from odeadv.support.digests import _private
+from odeadv.evaluation._evaluation import AttackResult, Evaluation
+from odeadv.support.digests import is_own, is_plain
 
-PROBES = 2  # images in a probing forward pass
-_GAP = 1e3  # logits this many times larger than the next smaller ones have a scale of their own
-GRADIENT_PROBES = 64  # images whose gradients are computed twice, before long runs
+# Images in a probing forward pass: two can differ from each other and change places, and cost little.
+PROBES = 2
+# Images whose gradients are computed twice before long runs. An order of sums that is not fixed changes the last bit of
+# few gradients: 64 images show it almost surely, and cost less than a step of a batch.
+GRADIENT_PROBES = 64
+# Two answers may differ by this many units in the last place: kernels for other batch sizes sum in another order, which
+# 56 layers amplify to some 10 units.
+_UNITS = 64
+# A whole batch against two images changes the algorithm of every convolution.
+_UNITS_WHOLE_BATCH = 1024
+# Logits this many times larger than the next smaller ones have a scale of their own: a class is masked by -1e4 or -1e9,
+# while unmasked logits of one image lie within a factor of some 100.
+_GAP = 1e3
+# Rounding in float64 is 2e-9 of that in float32. What is left above this share is not rounding.
+_ROUNDING_SHARE = 1e-3
+# A sign of a failed attack is noted if it concerns more than this share of the images, and more than one: single images
+# have dead units or sit on a tie.
+_NOTED = 0.01
+ACCEPTABLE = ("batch dependence",)
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What forward passes on the same images showed.
+    """Observations from forward passes on the same images.
 
     Attributes:
-        logits: of the first.
-        difference: largest difference between two that were run alike, in the unit of the logits.
-        random: whether that is more than rounding.
-        repeats: whether there is none, to the last bit.
-        with_gradient: largest difference between a pass that a gradient could be asked of and one without.
-        disagrees: whether that is more than rounding.
+        logits: of the first pass.
+        difference: largest difference between two equal passes, in the unit of the logits.
+        random: True if this difference is more than rounding.
+        repeats: True if there is no difference, to the last bit.
+        with_gradient: largest difference between passes with and without gradients.
+        disagrees: True if that difference is more than rounding.
         changed_tensors: buffers and parameters that a forward pass wrote to.
-        changed_attributes: other attributes of modules that it changed.
-        training: submodules that were in training mode after it, though eval mode was set before.
+        changed_attributes: other attributes of modules that a forward pass changed.
+        training: submodules that were in training mode after it, although eval mode was set before.
     """
 
     logits: Tensor
@@ -45,13 +64,13 @@ class Behaviour:
 
 
 def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
-    """Run ``model`` ``times`` on ``images`` without a gradient, and as often so that one could be asked for.
+    """Run ``model`` on ``images``, ``times`` without gradients and ``times`` with them, and compare the passes.
 
-    Call it with the model in eval mode and protected.
+    Call it with the model in eval mode and protected (`odeadv.support.isolation.untouched`).
 
     Raises:
-        TypeError: if it does not return a floating tensor.
-        ValueError: if it writes to the images.
+        TypeError: if the model does not return a floating tensor.
+        ValueError: if the model writes to the images.
     """
     with torch.no_grad():
         before = _state(model)
@@ -80,40 +99,44 @@ def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
 
 
 def batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
-    """How much the ``logits`` of ``images`` change with the batch; None if by no more than rounding.
+    """Return the largest change of the ``logits`` of ``images`` with the batch; None if it is not more than rounding.
 
-    The first images alone, all of them in reversed order, and all in a larger batch, at other places in it.
+    The batches are: the first images alone, all images in reversed order, and all images at other places of a larger
+    batch. `is_rounding` takes a second look at the change.
     """
+    pairs = _batch_pairs(model, images, logits)
+    return max(_distance(a, b) for a, b in pairs) if any(differs(a, b) for a, b in pairs) else None
+
+
+def _batch_pairs(model: nn.Module, images: Tensor, logits: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     few = min(PROBES, len(images))
     with torch.no_grad():
         alone = torch.cat([_logits(model(images[i : i + 1])) for i in range(few)])
         reverse = _logits(model(_laid_out(images.flip(0), images))).flip(0)
-        before = (1 - images[:few]).repeat_interleave(2, dim=0)[: 2 * few - 1]  # an odd number: parities change
+        before = (1 - images[:few]).repeat_interleave(2, dim=0)[
+            : 2 * few - 1
+        ]  # an odd number, so that places change parity
         batch = _laid_out(torch.cat([before, images, 1 - images[:few]]), images)
         larger = _logits(model(batch))[len(before) :][: len(images)]
-    pairs = ((logits[:few], alone), (logits, reverse), (logits, larger))
-    return max(_distance(a, b) for a, b in pairs) if any(differs(a, b) for a, b in pairs) else None
+    return (logits[:few], alone), (logits, reverse), (logits, larger)
 
 
 def whole_batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
-    """How much ``logits``, of the first ``images``, change in a batch of them all; None if by no more than rounding.
-
-    Batches of other sizes are summed by other kernels: sixteen times the usual tolerance.
-    """
+    """Return the largest change of ``logits``, of the first ``images``, in a batch of all images; None if rounding."""
     with torch.no_grad():
         found = _logits(model(images))[: len(logits)]
     logits = logits[: len(found)]
-    return _distance(logits, found) if differs(logits, found, units=1024) else None
+    return _distance(logits, found) if differs(logits, found, units=_UNITS_WHOLE_BATCH) else None
 
 
 def batch_forwards(n: int) -> int:
-    """How many images `batch_dependence` sends through the model for ``n``."""
+    """Return the number of images that `batch_dependence` sends through the model for ``n`` images."""
     few = min(PROBES, n)
     return few + n + (2 * few - 1) + n + few
 
 
 def _laid_out(images: Tensor, like: Tensor) -> Tensor:
-    """``images`` in the memory format of ``like``."""
+    """Return ``images`` in the memory format of ``like``."""
     last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
     return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -127,46 +150,153 @@ def _changed(before: Mapping[tuple[str, str], Any], after: Mapping[tuple[str, st
 
 
 def refuse(found: Behaviour, *, stochastic: bool) -> None:
-    """ValueError if what was found makes attacks on the model meaningless."""
+    """Raise ValueError if attacks on a model with this behaviour are meaningless."""
     if found.changed_tensors:
         raise ValueError(
-            f"model: its forward changes {', '.join(found.changed_tensors)} in eval mode, so no two images meet the "
-            "same model; expected a forward that leaves the state alone"
+            f"model: its forward changes {', '.join(found.changed_tensors)} in eval mode, so every image meets "
+            "another model; expected a forward that does not change the state"
         )
     if found.random and not stochastic:
         cause = f" ({', '.join(found.training)} in training mode: dropout left on?)" if found.training else ""
         raise ValueError(
             f"model: two forward passes on the same images differ by {found.difference:.2g}{cause}, so one gradient "
-            "says little; average over passes (EOT: a wrapper with passes=) or give stochastic=True for single draws"
+            "says little; evaluate odeadv.models.averaged(model, passes=...), or give stochastic=True and passes=..."
         )
-    # Of a model said to be random even a difference like rounding may be a small draw, and the next a larger one.
+    # Of a model that is said to be random, a difference as small as rounding may be a draw, and the next one larger.
     if found.disagrees and (found.repeats if stochastic else not found.random):
         raise ValueError(
-            "model: its logits where a gradient could be asked for differ from those without one by "
-            f"{found.with_gradient:.2g}, so attacks meet another model than is scored; expected a forward that does "
-            "not look at the gradient mode or requires_grad"
+            f"model: its logits with gradients differ from those without by {found.with_gradient:.2g}, so attacks meet "
+            "another model than is scored; expected a forward that does not depend on the gradient mode"
         )
 
 
 def refuse_batches(difference: float | None) -> None:
-    """ValueError if an answer depends on the rest of its batch, by ``difference``."""
+    """Raise ValueError if an answer depends on the rest of its batch, by ``difference``."""
     if difference is not None:
         raise ValueError(
             "model: the logits of an image depend on the other images in its batch, its place or the batch size (by "
-            f"{difference:.2g}), so outcomes are not those of the images; expected each image to be answered by "
-            "itself: use running statistics in eval mode, not those of the batch"
+            f"{difference:.2g}, which is not rounding), so outcomes are not those of the images; expected logits that "
+            "depend on the image only: use running statistics in eval mode, not those of the batch, or give "
+            "accept='batch dependence', which the result records"
         )
 
 
-def differs(a: Tensor, b: Tensor, *, units: float = 64) -> bool:
-    """Whether two answers (n, classes) to the same images differ by more than ``units`` in the last place."""
+def is_rounding(model: nn.Module, images: Tensor, difference: float) -> bool:
+    """Return True if a change of the logits with the batch, by ``difference``, is amplified rounding.
+
+    Steep networks (quantised activations, sines, saturating heads) amplify it. The change is measured again in
+    float64 on a copy of the model: rounding nearly vanishes there, a real dependence stays. If the model does not
+    compute in float64, the change is compared with the effect of one unit in the last place of the images.
+    """
+    try:
+        wide, x = copy.deepcopy(model).double(), images.double()
+        with torch.no_grad():
+            logits = _logits(wide(x))
+        if logits.dtype == torch.float64 and not math.isnan(difference):
+            few, rest = x[:PROBES], _logits_without_graph(wide, x[:PROBES])
+            pairs = [*_batch_pairs(wide, few, rest), (rest, logits[: len(rest)])]
+            return max(_distance(a, b) for a, b in pairs) <= _ROUNDING_SHARE * difference
+    except Exception:  # a user's module may refuse to be copied, or to compute in float64, in any way
+        pass
+    return difference <= 10 * _effect_of_rounding(model, images)
+
+
+def _effect_of_rounding(model: nn.Module, images: Tensor) -> float:
+    """Return the largest change of the logits if every pixel changes by one unit in the last place, up or down."""
+    generator = torch.Generator().manual_seed(0)
+    logits = _logits_without_graph(model, images)
+    changes = []
+    for _ in range(8):  # one direction in which a steep unit does not flip is common, eight are rare
+        up = (torch.rand(images.shape, generator=generator) < 0.5).to(images.device)
+        moved = torch.nextafter(images, up.to(images))
+        changes.append(_distance(logits, _logits_without_graph(model, moved)))
+    return max(changes)
+
+
+def _logits_without_graph(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _logits(model(images))
+
+
+def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
+    """Return a sentence for every sign that an attack failed.
+
+    Args:
+        result: the evaluation.
+        signs: (n,) bool each, see `_attack.BatchOutcomes`.
+    """
+    rows = [result.clean_outcomes, *(row for attack in result.attacks for row in attack.measured)]
+    survived = torch.stack(rows).all(dim=0)
+    limit = max(1, _NOTED * result.n)
+    notes = []
+    zero = int((signs["no gradient"] & survived).sum())
+    if zero > limit:
+        notes.append(
+            f"the gradient with respect to the image is exactly zero for {zero} of {result.n} images, on which every "
+            "attack failed: it is masked, so attacks that follow it say nothing about robustness; add 'square', or "
+            "make the model differentiable"
+        )
+    if bool(signs["probabilities"].all()):
+        notes.append(
+            "the outputs look like probabilities, of which the cross-entropy has weak gradients; return logits, for "
+            "example the logarithms"
+        )
+    saturated = int((signs["saturated"] & survived).sum())
+    if saturated > limit:
+        notes.append(
+            f"the cross-entropy is exactly 0 for {saturated} of {result.n} images, on which every attack failed: its "
+            "gradient is rounded there; add an attack with loss='margin', which sees other gradients"
+        )
+    for name, attack in zip(result.names, result.attacks, strict=True):
+        if attack.outcomes is not None:
+            more = _excess(attack.outcomes, result.clean_outcomes, limit)
+            if more:
+                notes.append(
+                    f"{more} more images are right after {name} than before it, so its gradient does not lead to errors"
+                )
+    notes += _one_step_beats_many(result, limit)
+    return notes
+
+
+def _one_step_beats_many(result: Evaluation, limit: float) -> list[str]:
+    scored = [(n, a) for n, a in zip(result.names, result.attacks, strict=True) if a.outcomes is not None]
+    notes = []
+    for one_name, one in scored:
+        for many_name, many in scored:
+            if not _one_step_of(one, many) or one.outcomes is None or many.outcomes is None:
+                continue
+            more = _excess(many.outcomes, one.outcomes, 2 * limit)
+            if more:
+                notes.append(
+                    f"{many_name} leaves {more} more images right than {one_name}: many steps should do more than one, "
+                    "so gradients along the way mislead"
+                )
+    return notes
+
+
+def _one_step_of(one: AttackResult, many: AttackResult) -> bool:
+    alike = one.eps == many.eps and dict(one.options) == dict(many.options)
+    return alike and one.name == "fgsm" and many.name == "ifgsm" and (many.steps or 1) > 1
+
+
+def _excess(a: Tensor, b: Tensor, limit: float) -> int:
+    """Return how many more outcomes are true in ``a`` than in ``b``; 0 if this may be chance.
+
+    Chance is excluded above three standard deviations of a fair coin, tossed for each example that differs.
+    """
+    more, differing = int(a.sum()) - int(b.sum()), int((a != b).sum())
+    return more if more > limit and more > 3 * math.sqrt(differing) else 0
+
+
+def differs(a: Tensor, b: Tensor, *, units: float = _UNITS) -> bool:
+    """Return True if two answers (n, classes) to the same images differ by more than ``units`` in the last place."""
     return beyond(a, b, units * torch.finfo(a.dtype).eps)
 
 
 def beyond(a: Tensor, b: Tensor, relative: float) -> bool:
-    """Whether logits (n, classes) differ by more than ``relative`` times their scale, see `scales`.
+    """Return True if logits (n, classes) differ by more than ``relative`` times their scale, see `scales`.
 
-    What is not finite differs from all but its like.
+    NaN equals only NaN; inf equals only inf.
     """
     if a.shape != b.shape:
         return True
@@ -176,14 +306,14 @@ def beyond(a: Tensor, b: Tensor, relative: float) -> bool:
 
 
 def scales(logits: Tensor) -> Tensor:
-    """The size that rounding of each column of ``logits`` (n, classes) is measured by, (classes,).
+    """Return the scale of each column of ``logits`` (n, classes), by which its rounding is measured, (classes,).
 
-    It is the largest logit, but for classes a thousand times and more above all others: a class that is masked by -1e9
-    must not say what is rounding in the others.
+    The scale is the largest logit. Classes a thousand times above all others have a scale of their own: a class that is
+    masked by -1e9 does not decide what is rounding in the others.
     """
     sizes, order = logits.abs().amax(dim=0).sort()
     jump = sizes[1:] > _GAP * sizes[:-1]
-    # What is 0 (a class that is never answered) or alone at the bottom may owe its size to cancellation.
+    # A logit that is 0 (a class that is never predicted) or alone at the bottom may be small by cancellation.
     jump &= (sizes[:-1] > 0).cumsum(0) >= 2
     group = torch.cat([jump.new_zeros(1), jump]).cumsum(0)
     largest = torch.stack([sizes[group == k][-1] for k in range(int(group[-1]) + 1)])
@@ -193,12 +323,12 @@ def scales(logits: Tensor) -> Tensor:
 def _logits(value: object) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"model: returned {got}, expected a floating tensor of logits")
+        raise TypeError(f"model: returned {got}, expected a floating tensor of logits; give output= if they are a part")
     return value.detach().clone()
 
 
 def _state(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """Copies of all tensors, and of the plain attributes of all modules, by name."""
+    """Return copies of all tensors, and of the plain attributes of all modules, by name."""
     state: dict[tuple[str, str], Any] = {}
     for prefix, part in model.named_modules():
         own: Mapping[str, Any] = part.__dict__
@@ -213,7 +343,9 @@ def _state(model: nn.Module) -> dict[tuple[str, str], Any]:
                 state["attribute", dot + name] = value.get_state()
             elif value is None or isinstance(value, (bool, int, float, str, tuple)):
                 state["attribute", dot + name] = value
-            elif isinstance(value, (list, dict, set)) and (not name.startswith("_") or _private(name, value)):
+            elif isinstance(value, (list, dict, set)) and (
+                not name.startswith("_") or (is_own(name) and is_plain(value))
+            ):
                 state["attribute", dot + name] = repr(value) if len(value) < 1000 else len(value)
     return state
 

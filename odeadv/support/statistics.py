@@ -1,4 +1,4 @@
-"""Intervals of accuracies, computed by SciPy, which is imported when one is needed."""
+"""Intervals and tests of accuracies, computed by SciPy, which is imported when one is needed."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
     low, high = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
     return float(low), float(high)
+
+
+def exact_p_value(b: int, c: int) -> float:
+    """Return the two-sided p-value of b against c under a fair coin, by the exact binomial test."""
+    with extra("evaluate"):
+        from scipy.stats import binomtest
+
+    return float(binomtest(min(b, c), b + c, 0.5).pvalue) if b + c else 1.0

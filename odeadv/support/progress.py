@@ -1,0 +1,61 @@
+"""Progress lines: a bar with the time left on a terminal or in a notebook, one line per minute elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from odeadv.support.extras import extra
+
+# A bar that is updated more often flickers. A log file wants few lines.
+_EVERY_LIVE, _EVERY_PIPED = 0.5, 60.0
+
+
+class ProgressLine:
+    """A ``progress`` callback that shows how much is done and how long the rest will take.
+
+    On a terminal or in a notebook it is a bar of tqdm; elsewhere it prints one line per minute. The rate is measured
+    from the first call on, so work that an earlier run finished does not count as fast.
+
+    Args:
+        label: printed first.
+        unit: of the counts.
+        stream: the stream to print to; the standard error by default.
+        every: seconds between two lines if the stream is not a terminal.
+    """
+
+    def __init__(
+        self, label: str = "", *, unit: str = "batch", stream: TextIO | None = None, every: float = _EVERY_PIPED
+    ) -> None:
+        self._label, self._unit, self._stream, self._every = label, unit, stream, every
+        self._bar: Any = None
+        self._first: tuple[float, int] | None = None
+        self._printed = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` are done."""
+        with extra("evaluate"):
+            from tqdm.auto import tqdm  # imported here: it takes a tenth of a second
+
+        stream = self._stream or sys.stderr
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._printed = (now, done), now
+            if stream.isatty() or (self._stream is None and "ipykernel" in sys.modules):
+                self._bar = tqdm(
+                    total=total, initial=done, desc=self._label or None, unit=self._unit, file=self._stream,
+                    mininterval=_EVERY_LIVE, dynamic_ncols=True,
+                )  # fmt: skip
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+            if done >= total:
+                self._bar.close()
+        elif now - self._printed >= self._every:
+            self._printed = now
+            began, earlier = self._first
+            line = tqdm.format_meter(
+                done, total, now - began, ncols=0, prefix=self._label, unit=self._unit, initial=earlier
+            )
+            print(line, file=stream, flush=True)
