@@ -2,8 +2,7 @@
 
 The protocol of Table 2: clean, FGSM and IFGSM-20 at 8/255 and 12/255, on the same images in batches of 128. The peers
 are given an eager NCHW model, as their users do; the ResNet-56 is compared with torchattacks only. Outcomes are
-compared example by example with those of plain `evaluate`. The time of bf16 gradients has the check against full ones
-in it; where the CPU only imitates bfloat16 they are left out. One gradient of a batch is timed separately, because an
+compared example by example with those of plain `evaluate`. One gradient of a batch is timed separately, because an
 evaluation of a compiled model includes the seconds of compiling, which only pay for themselves with many images. The
 floor of an evaluation is the time of the convolutions of its gradients alone, in the same precision. IFGSM-1000, worst
 so far and by its last iterate, is compared with torchattacks, which runs every step on every image, on a naturally
@@ -26,7 +25,6 @@ import odeadv
 from odeadv.data import DatasetNotFoundError, ImageDataset, load, to_float
 from odeadv.evaluation import PROTOCOLS, AttackSpec, Evaluation, Protocol, evaluate
 from odeadv.evaluation._prepare import prepare
-from odeadv.support.precision import bf16_is_native
 from odeadv.training import Natural, Pgd, TrainConfig, train
 
 from ._convolutions import KINDS, convolutions
@@ -34,12 +32,9 @@ from ._timing import interleaved, machine, middle, ratio, shown, spread
 from .limits import Limit
 
 EPS, ALPHA = (8 / 255, 12 / 255), 2 / 255
-AIM = {"full": 1.9, "bf16": 3.0, "natural": 20.0, "robust": 2.5}
-NATIVE = bf16_is_native(torch.device("cpu"))
+AIM = {"full": 1.9, "natural": 20.0, "robust": 2.5}
 COMPILED, ALONE = "odeadv, fold, compile", "its convolutions alone"
 OWN: dict[str, dict[str, object]] = {"odeadv": {}, "odeadv, fold": {"fold": True}}
-if NATIVE:
-    OWN["odeadv, fold, bf16 gradients"] = {"fold": True, "gradients": "bf16"}
 Attack = Callable[[float, int], Tensor]  # eps and steps (1: FGSM) to attacked images
 
 
@@ -219,8 +214,8 @@ def one_gradient(net: nn.Module, x: Tensor, y: Tensor, rounds: int, quick: bool)
     fast = x.contiguous(memory_format=torch.channels_last)
     functions: dict[str, Callable[[], object]] = {}
 
-    def add(name: str, folded: bool, compiled: bool, kind: str) -> None:
-        ready = prepare(net, fast, batch_size=len(x), folded=folded, compiled=compiled, gradients=kind)
+    def add(name: str, folded: bool, compiled: bool) -> None:
+        ready = prepare(net, fast, folded=folded, compiled=compiled)
         functions[name] = lambda: ready.scorer(y).gradient(fast)
 
     def plain() -> Tensor:
@@ -228,17 +223,13 @@ def one_gradient(net: nn.Module, x: Tensor, y: Tensor, rounds: int, quick: bool)
         return torch.autograd.grad(F.cross_entropy(net(leaf), y), leaf)[0]
 
     functions["plain loop, NCHW"] = plain
-    add("channels_last", False, False, "full")
-    add("fold", True, False, "full")
+    add("channels_last", False, False)
+    add("fold", True, False)
     if not quick:
-        add("compile", False, True, "full")
-        add("fold and compile", True, True, "full")
-    if NATIVE:
-        add("fold, bf16", True, False, "bf16")
-    for dtype in (torch.float32, *([torch.bfloat16] if NATIVE else [])):
-        passes = convolutions(net, fast, dtype)
-        name = ALONE if dtype == torch.float32 else f"{ALONE}, bf16"
-        functions[name] = lambda parts=[passes[kind] for kind in KINDS[:2]]: [part() for part in parts]
+        add("compile", False, True)
+        add("fold and compile", True, True)
+    passes = convolutions(net, fast, torch.float32)
+    functions[ALONE] = lambda: [passes[kind]() for kind in KINDS[:2]]
     seconds = interleaved(functions, rounds=rounds)
     return {
         "images": len(x),
@@ -368,10 +359,10 @@ def render(data: dict) -> str:
     return "\n".join(lines)
 
 
-def _alone(data: dict, name: str, gradients: float, bf16: bool = False) -> float:
+def _alone(data: dict, name: str, gradients: float) -> float:
     """Return the seconds that the convolutions of this many ``gradients`` of images take."""
     gradient = data["gradient"][name]
-    one = middle(gradient["milliseconds"][f"{ALONE}, bf16" if bf16 else ALONE])
+    one = middle(gradient["milliseconds"][ALONE])
     return gradients * one / 1e3 / gradient["images"]
 
 
@@ -383,11 +374,10 @@ def limits(data: dict) -> list[Limit]:
         if peer is None:
             continue
         for solver, times in part["times faster than the fastest peer"].items():
-            bf16 = "bf16" in solver
-            least = _alone(data, name, part["gradients an image"] * part["images"], bf16)
+            least = _alone(data, name, part["gradients an image"] * part["images"])
             what = f"Table 2 protocol, {name}, {solver}: times faster than {peer}"
             ceiling = middle(part["seconds"][peer]) / least
-            found.append(Limit(what, times, ceiling, least=AIM["bf16" if bf16 else "full"]))
+            found.append(Limit(what, times, ceiling, least=AIM["full"]))
     for kind, row in data["long"].items():
         for score, times in row["times faster than torchattacks"].items():
             what = f"IFGSM-{row['steps']}, {kind} network, {score}: times faster than torchattacks"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from odeadv.attacks import fgsm, ifgsm
 from odeadv.evaluation import PROTOCOLS, AttackResult, AttackSpec, Evaluation, Protocol, evaluate
-from odeadv.evaluation._evaluation import wilson_interval
 from odeadv.evaluation.protocols import resolve_protocol
+from odeadv.support.statistics import wilson_interval
 
 
 class Counting(nn.Module):
@@ -331,6 +331,9 @@ class TestEvaluation:
             "clean_outcomes",
             "attacks",
             "average",
+            "worst_case_correct",
+            "worst_case_accuracy",
+            "worst_case_interval",
             "forward_passes",
             "gradient_evaluations",
             "seconds",
@@ -340,10 +343,12 @@ class TestEvaluation:
             "checks",
             "notes",
         }
-        assert data["schema"] == "odeadv.evaluation/2"
+        assert data["schema"] == "odeadv.evaluation/3"
+        assert (data["worst_case_correct"], data["worst_case_interval"]) == (1, list(wilson_interval(1, 4)))
         assert (data["n"], data["clean_correct"], data["average"], data["forward_passes"]) == (4, 3, 0.625, 88)
         assert data["attacks"][1] == {
             "name": "ifgsm",
+            "radius": "0.5/255",
             "eps": 0.5 / 255,
             "eps_255": 0.5,
             "alpha": 2 / 255,
@@ -366,11 +371,12 @@ class TestEvaluation:
         assert str(result) == repr(result)
         assert str(result).splitlines() == [
             "table2: n = 4, 22 forward passes and 20 gradients per image, 1.2 s",
-            "attack    eps*255  alpha*255  steps  robust %  worst so far %",
-            "clean                                   75.00",
-            "fgsm           12         12      1     75.00           75.00",
-            "ifgsm         0.5          2     20     50.00           25.00",
-            "average of the attacks                  62.50",
+            "attack          radius   step size  steps  robust %  worst so far %",
+            "clean                                         75.00",
+            "fgsm            12/255      12/255      1     75.00           75.00",
+            "ifgsm          0.5/255       2/255     20     50.00           25.00",
+            "average of the attacks                        62.50",
+            "every attack failed (worst case)              25.00  [4.56, 69.94]",
         ]
 
     @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (10, 10), (8123, 10000), (1, 1)])
@@ -393,13 +399,17 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         "protocol: got 'tabel2', .* table1, table2, table6, autoattack; did you mean 'table2'?",
     ),
     ({"protocol": "aa"}, ValueError, "protocol: got 'aa', expected one of table1, table2, table6, autoattack$"),
-    ({"protocol": 2}, TypeError, "protocol: got 2, expected a Protocol or one of table1"),
+    (
+        {"protocol": 2},
+        TypeError,
+        "protocol: got 2, expected a Protocol, an AttackSpec, a list of them, or one of",
+    ),
     ({"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer, at least 1"),
     ({"batch_size": 1.5}, TypeError, r"batch_size: got 1\.5, expected an integer, at least 1"),
     ({"model": len}, TypeError, r"model: got builtin_function_or_method, expected a torch\.nn\.Module"),
-    ({"data": IMAGES}, TypeError, r"data: got Tensor, expected a pair \(images, labels\)"),
+    ({"data": IMAGES}, TypeError, r"data: got Tensor, expected a pair \(images, labels\), a Dataset"),
     ({"data": (IMAGES,)}, TypeError, r"data: got tuple, expected a pair \(images, labels\)"),
-    ({"data": (IMAGES.numpy(), LABELS)}, TypeError, r"images: got ndarray, expected a torch\.Tensor"),
+    ({"data": (IMAGES.tolist(), LABELS)}, TypeError, r"images: got list, expected a torch\.Tensor"),
     ({"data": (IMAGES.int(), LABELS)}, TypeError, r"images: got dtype torch\.int32, expected a floating dtype"),
     (
         {"data": (2 * IMAGES, LABELS)},
@@ -439,7 +449,7 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
     [
         (lambda: AttackSpec("pdg", 0.1, 0.1, 1), ValueError, "name: got 'pdg', expected one of .*; did you mean 'pgd'"),
         (lambda: AttackSpec("ifgsm", 8, 2, 3), ValueError, r"eps: got 8, expected at most 1 .* units of 1/255\?"),
-        (lambda: AttackSpec("autoattack", 0.1, 0.1), ValueError, r"alpha, steps: got 0\.1, None, expected None: Auto"),
+        (lambda: AttackSpec("autoattack", 0.1, 0.1), ValueError, r"alpha, steps: got 0\.1, None, expected None, be"),
         (
             lambda: AttackSpec("autoattack", 0.1, options={"n": 1}),
             ValueError,
@@ -447,7 +457,11 @@ def test_refusals(change: dict[str, Any], error: type[Exception], message: str) 
         ),
         (lambda: AttackSpec("pgd", 0.1, 0.1, 1, options={"restrats": 2}), ValueError, "options: got 'restrats', expec"),
         (lambda: AttackSpec("pgd", 0.1, 0.1, 1, options={"mode": "train"}), ValueError, "options: got 'mode', expec"),
-        (lambda: AttackSpec("pgd", 0.1, 0.1, 1, "best"), ValueError, "score: got 'best', expected 'last' or 'worst'"),
+        (
+            lambda: AttackSpec("pgd", 0.1, 0.1, 1, "best"),
+            ValueError,
+            "score: got 'best', expected one of 'last', 'wor",
+        ),
         (lambda: AttackSpec("ifgsm", 0.1, None, 1), TypeError, "alpha: got None, expected a number, at least 0"),
         (lambda: AttackSpec("ifgsm", 0.1, 0.1, 1, "last", 3), TypeError, "options: got 3, expected a mapping"),
         (lambda: AttackSpec("ifgsm", -0.1, 0.1, 1), ValueError, r"eps: got -0\.1, expected a finite number, at least"),

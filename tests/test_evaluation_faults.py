@@ -25,6 +25,7 @@ from odeadv.evaluation._attack import Counted, attacked
 from odeadv.evaluation._prepare import fold
 from odeadv.evaluation.trust import differs, scales
 from odeadv.models import preact_resnet
+from odeadv.support.digests import function_name, is_local
 from odeadv.training import Pgd, Trades
 
 IFGSM = Protocol("p", (AttackSpec("ifgsm", 8 / 255, 2 / 255, 3),))
@@ -119,7 +120,7 @@ class TestSmallNoise:
     @pytest.mark.parametrize("stochastic", [False, True])
     def test_one_that_looks_at_the_gradient_mode_is(self, stochastic: bool) -> None:
         model = Changed(lambda net, x: net(x) + 0.1 * x.requires_grad)
-        with pytest.raises(ValueError, match="where a gradient could be asked for differ"):
+        with pytest.raises(ValueError, match="its logits with gradients differ from those without"):
             evaluate(model, (IMAGES, LABELS), IFGSM, stochastic=stochastic)
 
     def test_the_global_random_state_decides_nothing(self) -> None:
@@ -127,53 +128,54 @@ class TestSmallNoise:
         assert self.evaluated(model, 3, IFGSM, ambient=1) == self.evaluated(model, 3, IFGSM, ambient=2)
 
 
+def negative_logit(z: Tensor, y: Tensor) -> Tensor:
+    return -z.gather(1, y[:, None])[:, 0]
+
+
+def positive_logit(z: Tensor, y: Tensor) -> Tensor:
+    return z.gather(1, y[:, None])[:, 0]
+
+
 class TestFunctions:
-    def test_a_journal_of_another_lambda_is_refused(self, tmp_path: Path) -> None:
+    def test_a_journal_with_a_local_function_is_refused(self, tmp_path: Path) -> None:
+        protocol = Protocol("p", (AttackSpec("pgd", 0.1, 0.05, 3, options={"loss": lambda z, y: -z[:, 0]}),))
+        with pytest.raises(ValueError, match=r"^resume: the option loss of pgd-3 at 25\.5/255 is a lambda or loc"):
+            evaluate(linear(), (IMAGES, LABELS), protocol, resume=tmp_path / "j")
+        with pytest.raises(ValueError, match=r"^resume: the model's attribute change is a lambda or local function"):
+            evaluate(Changed(lambda net, x: net(x)), (IMAGES, LABELS), IFGSM, resume=tmp_path / "j")
+        assert not (tmp_path / "j").exists()
+        evaluate(linear(), (IMAGES, LABELS), protocol)  # without a journal it does not matter
+
+    def test_a_journal_of_another_named_function_is_refused(self, tmp_path: Path) -> None:
         def evaluated(loss: Callable[[Tensor, Tensor], Tensor]) -> float:
             protocol = Protocol("p", (AttackSpec("pgd", 0.1, 0.05, 3, options={"loss": loss}),))
             return evaluate(linear(), (IMAGES, LABELS), protocol, resume=tmp_path / "j").attacks[0].robust_accuracy
 
-        first = evaluated(lambda z, y: F.cross_entropy(z, y, reduction="none"))
-        assert first < 1
-        assert evaluated(lambda z, y: F.cross_entropy(z, y, reduction="none")) == first
+        first = evaluated(negative_logit)
+        assert evaluated(negative_logit) == first
         with pytest.raises(ValueError, match="is the journal of another attacks"):
-            evaluated(lambda z, y: -F.cross_entropy(z, y, reduction="none"))
+            evaluated(positive_logit)
 
-    def test_closures_defaults_and_inner_functions_count(self) -> None:
-        def scaled(by: float) -> Callable[[Tensor, Tensor], Tensor]:
-            return lambda z, y: by * F.cross_entropy(z, y, reduction="none")
-
-        def named(loss: object) -> object:
-            return AttackSpec("pgd", 0.1, 0.05, 3, options={"loss": loss}).to_dict()["options"]["loss"]
-
-        assert named(scaled(1.0)) == named(scaled(1.0)) != named(scaled(2.0))
-        assert named(lambda z, y, by=1: by) != named(lambda z, y, by=2: by)
-        assert named(lambda z, y: (lambda: 1)()) != named(lambda z, y: (lambda: 2)())
-        assert named(F.cross_entropy) == "torch.nn.functional.cross_entropy"
-        assert (
-            named(partial(scaled(1.0), None)) == named(partial(scaled(1.0), None)) != named(partial(scaled(2.0), None))
+    def test_names(self) -> None:
+        assert function_name(F.cross_entropy) == "torch.nn.functional.cross_entropy"
+        assert function_name(partial(negative_logit, None)).startswith(
+            "partial of test_evaluation_faults.negative_logit"
         )
-
-        def recursive(z: Tensor, y: Tensor) -> Tensor:
-            return recursive(z, y) if later else z
-
-        assert "recursive" in named(recursive)  # closes over itself, and over what is not there yet
-        later = False
+        assert not is_local(partial(negative_logit, None))
+        assert is_local(lambda x: x)
 
     def test_what_is_written_is_the_same_in_another_process(self) -> None:
         code = """
 import torch
-from odeadv.support.digests import described_function, model_digest
-words, opaque = {"a", "b", "c", "d"}, object()
+from odeadv.support.digests import function_name, model_digest
 def make():
-    own, other = words, opaque
-    return lambda x: x in {"e", "f", "g"} or x in own or x is other
+    return lambda x: x
 net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
 net[0].weight.data.fill_(1)
-net.function = make()
+net.function, net.words = make(), {"a", "b", "c", "d"}
 compiled = torch.compile(net)
 parallel = torch.nn.DataParallel(net)
-print(described_function(make()), *map(model_digest, (net, compiled, parallel)))
+print(function_name(make()), *map(model_digest, (net, compiled, parallel)))
 """
         said = {
             subprocess.run(
@@ -197,8 +199,15 @@ print(described_function(make()), *map(model_digest, (net, compiled, parallel)))
             def backward(ctx: object, *gradients: Tensor) -> Tensor:
                 return -gradients[0]
 
-        reverse = Reversed.apply
-        masked, honest = Changed(lambda net, x: net(reverse(x))), Changed(lambda net, x: net(x))
+        class Maybe(nn.Module):
+            def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+                super().__init__()
+                self.net, self.before = linear(), before
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.net(self.before(x))
+
+        masked, honest = Maybe(Reversed.apply), Maybe(torch.clone)
         assert evaluate(masked, (IMAGES, LABELS), IFGSM, resume=tmp_path / "j").attacks[0].robust_accuracy == 1
         with pytest.raises(ValueError, match="is the journal of another model"):
             evaluate(honest, (IMAGES, LABELS), IFGSM, resume=tmp_path / "j")
@@ -324,17 +333,18 @@ class TestCompare:
             "square at 8/255 (attack 3), worst so far",
             "pgd-3 at 127.5/255",
             "pgd-3 at 0.5 in L2",
+            "worst case",
         ]
         assert found["pgd-3 at 8/255 (attack 1), worst so far"] == mcnemar(result, result, attack=1, score="worst")
 
 
-@pytest.mark.filterwarnings("ignore:gradients:RuntimeWarning")
-def test_what_options_do_not_serve_is_said() -> None:
+def test_attacks_that_are_not_compiled_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     protocol = Protocol("p", (*IFGSM.attacks, AttackSpec("pgd", 0.1, 0.05, 3), AttackSpec("apgd", 0.1, steps=3)))
-    result = evaluate(linear(), (IMAGES, LABELS), protocol, gradients="bf16")
-    says = "gradients='bf16': for FGSM and IFGSM without options only, not for apgd-3 at 25.5/255, pgd-3 at 25.5/255"
+    result = evaluate(linear(), (IMAGES, LABELS), protocol, compile=True)
+    says = "compile=True: for FGSM and IFGSM without options only, not for apgd-3 at 25.5/255, pgd-3 at 25.5/255"
     assert says in result.notes
-    assert not evaluate(linear(), (IMAGES, LABELS), IFGSM, gradients="bf16").notes
+    assert not evaluate(linear(), (IMAGES, LABELS), IFGSM, compile=True).notes
 
 
 class TestAttackArguments:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 import odeadv
 from odeadv.attacks import apgd, ifgsm, pgd, square
 from odeadv.evaluation import AttackSpec, Evaluation, ProgressLine, Protocol, evaluate, mcnemar
-from odeadv.evaluation._compare import exact_p_value
 from odeadv.evaluation._evaluation import pack, unpack
 from odeadv.evaluation._prepare import fold
-from odeadv.evaluation._progress import duration
+from odeadv.support.statistics import exact_p_value
 
 EPS, ALPHA, N = 0.1, 0.025, 60
 LAST = Protocol(
@@ -285,25 +284,6 @@ class TestFolding:
         assert result.notes[0].startswith("not folded")
         assert torch.equal(outcomes(result), outcomes(evaluate(trained(), held_out(20), LAST)))
 
-    def test_bf16_gradients_that_are_only_imitated_give_a_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("odeadv.support.precision.bf16_is_native", lambda device: False)
-        with pytest.warns(RuntimeWarning, match="gradients: 'bf16' is imitated on this CPU"):
-            evaluate(trained(), held_out(20), LAST, gradients="bf16")
-
-    @pytest.mark.filterwarnings("ignore:gradients:RuntimeWarning")
-    def test_bf16_gradients_are_reported_beside_full_ones(self) -> None:
-        plain, rough = (evaluate(trained(), held_out(N), MIXED, gradients=kind) for kind in ("full", "bf16"))
-        assert torch.equal(plain.clean_outcomes, rough.clean_outcomes)  # scored in float32 all the same
-        report = rough.checks["bf16"]
-        assert report["n"] == 32
-        assert len(report["attacks"]) == 4  # pgd does not use them
-        for row, a, b in zip(report["attacks"], plain.attacks, rough.attacks, strict=False):
-            score = "worst_so_far_outcomes" if a.outcomes is None else "outcomes"
-            first, second = getattr(a, score)[:32], getattr(b, score)[:32]
-            assert row["full_accuracy"] == pytest.approx(float(first.float().mean()))
-            assert row["bf16_accuracy"] == pytest.approx(float(second.float().mean()))
-            assert row["outcomes_that_differ"] == int((first != second).sum()) <= 3
-
     def test_compile_that_fails_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def compiler(model: nn.Module, **_: object) -> nn.Module:
             raise RuntimeError("no C++ compiler\nand more")
@@ -391,7 +371,7 @@ class TestOtherAttacks:
             return nn.functional.cross_entropy(logits, labels, reduction="none")
 
         written = AttackSpec("pgd", EPS, ALPHA, 2, options={"loss": own}).to_dict()["options"]["loss"]
-        assert ".test_functions_are_written_by_name.<locals>.own " in written
+        assert written.endswith(".test_functions_are_written_by_name.<locals>.own")
         assert "0x" not in written
 
     def test_are_counted(self) -> None:
@@ -475,10 +455,10 @@ class TestMcNemar:
     def test_refusals(self) -> None:
         a = self.evaluation([1])
         for other, options, message in [
-            (self.evaluation([1], data="e"), {}, r"b: is of other data \(e\), expected those of a \(d\)"),
+            (self.evaluation([1], data="e"), {}, r"b: has other data \(e\), expected those of a \(d\)"),
             (self.evaluation([1], n=41), {}, "b: has 41 examples, expected the 40 of a"),
             (a, {"attack": 1}, "attack: got 1, expected 0 to 0"),
-            (a, {"attack": "pgd"}, "attack: got 'pgd', expected a place, 'clean', or one of ifgsm-20 at 8/255"),
+            (a, {"attack": "pgd"}, "attack: got 'pgd', expected a place, 'clean', 'worst case', or one of ifgsm-20"),
             (a, {"score": "best"}, "score: got 'best', expected 'last' or 'worst'"),
         ]:
             with pytest.raises(ValueError, match=f"^{message}"):
@@ -493,7 +473,7 @@ class TestMcNemar:
             mcnemar(a, b)
 
     def test_data_that_are_not_known_are_warned_of(self) -> None:
-        with pytest.warns(RuntimeWarning, match=r"^mcnemar: an evaluation without a digest of its data"):
+        with pytest.warns(RuntimeWarning, match=r"^mcnemar: an evaluation has no digest of its data"):
             mcnemar(self.evaluation([1], data=""), self.evaluation([1]))
 
     def test_worst_so_far_that_was_not_measured_is_refused(self) -> None:
@@ -520,7 +500,7 @@ class TestJson:
     def test_refusals(self) -> None:
         data = evaluate(trained(), held_out(20), LAST).to_dict()
         changes: list[tuple[dict[str, object], str]] = [
-            ({"schema": "odeadv.evaluation/1"}, "schema: got 'odeadv.evaluation/1', expected 'odeadv.evaluation/2'"),
+            ({"schema": "odeadv.evaluation/1"}, "schema: got 'odeadv.evaluation/1', expected 'odeadv.evaluation/3' or"),
             ({"clean_outcomes": "AAAA"}, "clean_correct: got .*, expected 0 as in the outcomes"),
             ({"clean_outcomes": "AA"}, "outcomes: .*, expected base64 of packed bits"),
             ({"n": "20"}, "n: got '20', expected int"),
@@ -546,22 +526,30 @@ class TestJson:
         assert len(pack(value)) == 4 * math.ceil(math.ceil(value.numel() / 8) / 3)
 
 
-class TestProgressLine:
-    def test_time_left_is_by_the_rate_since_the_first_call(self) -> None:
-        stream, times = io.StringIO(), iter([0.0, 0.0, 0.5, 20.0, 100.0])
-        line = ProgressLine(stream, every=1.0, clock=lambda: next(times))
-        for done in (50, 51, 60, 100):
-            line(done, 100)
-        shown = [text.strip() for text in stream.getvalue().split("\r")[1:]]
-        assert shown == ["50/100 batches, 0 s", "60/100 batches, 20 s, about 80 s left", "100/100 batches, 2 min"]
-        assert stream.getvalue().endswith("\n")
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    def test_durations(self) -> None:
-        assert [duration(t) for t in (0, 42.4, 99, 100, 5999, 12000)] == [
-            "0 s",
-            "42 s",
-            "99 s",
-            "2 min",
-            "1 h 40 min",
-            "3 h 20 min",
-        ]
+
+class TestProgressLine:
+    def test_a_file_gets_one_line_per_interval(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = iter([0.0, 30.0, 61.0, 70.0, 130.0])
+        monkeypatch.setattr("odeadv.support.progress.time.monotonic", lambda: next(now))
+        stream = io.StringIO()
+        line = ProgressLine("clean", stream=stream)
+        for done in (50, 51, 111, 112, 180):
+            line(done, 233)
+        lines = stream.getvalue().splitlines()
+        assert len(lines) == 2
+        assert lines[0].startswith("clean")
+        assert "111/233" in lines[0]
+        assert "01:01<02:02" in lines[0]  # 61 batches in 61 s, 122 left: work of an earlier run is not counted
+
+    def test_a_terminal_gets_a_bar(self) -> None:
+        stream = Terminal()
+        line = ProgressLine(stream=stream)
+        for done in (0, 1, 3):
+            line(done, 3)
+        shown = stream.getvalue()
+        assert "\r" in shown
+        assert "3/3" in shown

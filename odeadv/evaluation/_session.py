@@ -150,18 +150,14 @@ class Session:
             write_tensors(self._save / f"batch-{number:05}.safetensors", tensors, info)
         self._keep(part, outcomes)
         self._finished.add(number)
-        self._write(
-            outcomes.forward_passes,
-            outcomes.gradient_evaluations,
-            outcomes.notes,
-            {
-                "batch": number,
-                "clean": pack(outcomes.clean),
-                "last": {name: pack(rows) for name, rows in outcomes.last.items()},
-                "worst": {name: pack(rows) for name, rows in outcomes.worst.items()},
-                "signs": {name: pack(rows) for name, rows in outcomes.signs.items()},
-            },
-        )
+        record = {
+            "batch": number,
+            "clean": outcomes.clean,
+            "last": outcomes.last,
+            "worst": outcomes.worst,
+            "signs": outcomes.signs,
+        }
+        self._write(outcomes.forward_passes, outcomes.gradient_evaluations, outcomes.notes, record)
 
     def _keep(self, part: slice, outcomes: BatchOutcomes) -> None:
         self._clean[:, part] = outcomes.clean.cpu()
@@ -210,7 +206,7 @@ class Session:
         self._count(forward, gradient, notes)
         if self._journal is not None:
             now = time.perf_counter()
-            self._journal.append({**record, "spent": [forward, gradient, now - self._since], "notes": notes})
+            self._journal.append({**_packed(record), "spent": [forward, gradient, now - self._since], "notes": notes})
             self._since = now
         if self._progress is not None:
             self._progress(self._done(), self._total())
@@ -253,3 +249,10 @@ class Session:
             finished = int((fooled_at >= 0).sum())
             done += len(self._starts) if finished == len(fooled_at) else finished // self._batch_size
         return done
+
+
+def _packed(value: Any) -> Any:
+    """Return plain data with every tensor of outcomes packed."""
+    if isinstance(value, Mapping):
+        return {key: _packed(item) for key, item in value.items()}
+    return pack(value) if isinstance(value, Tensor) else value

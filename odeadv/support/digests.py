@@ -27,7 +27,7 @@ def data_digest(images: Tensor, labels: Tensor) -> str:
     if are_255ths(images):
         n, channels, height, width = images.shape
         digest.update(f"{torch.uint8} {(n, height, width, channels)}".encode())
-        for part in images.split(_CHUNK):
+        for part in torch.split(images, _CHUNK):
             _add_values(digest, (255 * part.detach()).round().to(torch.uint8).permute(0, 2, 3, 1))
     else:
         add_tensor(digest, images)
@@ -39,13 +39,13 @@ def are_255ths(images: Tensor) -> bool:
     """Return True if floating images (n, 1 or 3 channels, h, w) could have been made from uint8 without loss."""
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] not in (1, 3):
         return False
-    return all(torch.equal((255 * part).round() / 255, part) for part in images.detach().split(_CHUNK))
+    return all(torch.equal((255 * part).round() / 255, part) for part in torch.split(images.detach(), _CHUNK))
 
 
 def add_tensor(digest: Any, tensor: Tensor) -> None:
     """Feed dtype, shape and values of ``tensor`` to a hash of hashlib."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    for part in tensor.split(_CHUNK) if tensor.ndim else (tensor,):
+    for part in torch.split(tensor, _CHUNK) if tensor.ndim else (tensor,):
         _add_values(digest, part)
 
 
