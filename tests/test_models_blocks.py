@@ -1,5 +1,6 @@
 """Networks from other packages as fields: bit for bit the same network, Eq. 5 and Eq. 8 by plain loops."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -349,3 +350,45 @@ def test_a_pass_costs_no_more_than_it_must():
         sol.loss.backward()
         assert len(calls) == expected
         assert sol.stats.evaluations["f"] == expected
+
+
+def test_inputs_may_be_a_structure_of_tensors():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 6)
+
+        def forward(self, parts: dict[str, Tensor]) -> Tensor:
+            return self.linear(parts["a"] + parts["b"])
+
+    torch.manual_seed(0)
+    net = models.from_blocks(Added(), [nn.Linear(6, 6)], nn.Linear(6, 3))
+    inputs = {"a": torch.rand(5, 4), "b": torch.rand(5, 4)}
+    labels = torch.arange(5) % 3
+    sol = odeadv.solve(net.field(inputs, labels, eta=0.0), scheme="lie")
+    assert torch.equal(sol.output, net(inputs))
+    with pytest.raises(ValueError, match=r"^labels: got shape \(4,\), expected \(5,\)"):
+        net.field(inputs, labels[:4])
+
+
+def test_a_loss_in_inference_mode_with_labels_made_there():
+    stem, blocks, head = mlp()
+    net = models.from_blocks(stem, blocks, head)
+    expected = None
+    for context in (contextlib.nullcontext, torch.inference_mode):
+        with context():
+            inputs = torch.linspace(0, 1, 24, dtype=torch.float64).view(6, 4)
+            loss = odeadv.solve(net.field(inputs, torch.arange(6) % 3, eta=1.0), scheme="strang").loss
+        expected = loss if expected is None else expected
+        assert torch.equal(loss, expected)
+
+
+def test_autocast_runs_both_passes():
+    net, stem, blocks, head = resnet18()
+    wrapped = models.from_blocks(stem, blocks, head)
+    images, labels = torch.rand(2, 3, 32, 32), torch.arange(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sol = odeadv.solve(wrapped.field(images, labels, eta=1.0), scheme="strang")
+    sol.loss.backward()
+    assert sol.loss.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())

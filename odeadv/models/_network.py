@@ -179,6 +179,8 @@ def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchD
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in at least float32: in half precision the mean would lose most digits."""
+    if targets.is_inference():  # labels made in inference mode cannot be saved for the recording's backward pass
+        targets = targets.clone()
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
@@ -223,18 +225,25 @@ def plain_substep(substep: str | TorchDiffEq) -> str | dict[str, Any]:
     return values | {"options": dict(substep.options)}
 
 
+def batch_size(inputs: Any) -> int:
+    """Return the length of the first tensor within ``inputs``."""
+    while not isinstance(inputs, Tensor):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
+    return len(inputs)
+
+
 def check_labels(labels: Any, inputs: Any, num_classes: int | None) -> None:
     """Reject labels that are neither class numbers nor probabilities of the classes, one per input.
 
     Args:
         labels: what the caller gave.
-        inputs: the batch; its length is checked if it has one.
+        inputs: the batch, a tensor or a structure of tensors.
         num_classes: number of logits, if known.
 
     Raises:
         TypeError, ValueError: naming ``labels``, or ``images`` if there are none.
     """
-    count = len(inputs)
+    count = batch_size(inputs)
     if not count:
         raise ValueError("images: got none, expected at least one")
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
