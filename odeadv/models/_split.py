@@ -113,8 +113,8 @@ def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
         where = f"{name!r} ({type(module).__name__})" if name else type(net).__name__
         raise ValueError(
             f"net: the forward pass of {where} cannot be traced ({error}); name {repr(name) if name else 'a module'} "
-            "itself as a layer, or split the network by hand: odeadv.models.from_blocks(stem, [net.get_submodule(name) for "
-            "name in layers], head)"
+            "itself as a layer, or split the network by hand: odeadv.models.from_blocks(stem, "
+            "[net.get_submodule(name) for name in layers], head)"
         ) from error
 
 
