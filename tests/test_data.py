@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+import re
 import sys
 import urllib.error
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from odeadv import data
 from odeadv.data import Batches, DatasetNotFoundError, ImageDataset, random_crop_flip, to_float
 
 Arrays = dict[str, NDArray[Any]]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no images of:UserWarning")
 
 
 def pixels(n: int, height: int = 32, width: int = 32, seed: int = 0) -> NDArray[np.uint8]:
@@ -248,6 +252,36 @@ class TestImageFolder:
         loaded = data.load("folder", tmp_path)
         assert len(loaded.train_labels) == 9
         assert (loaded.train_images[-4:].int() - 77).abs().max() <= 1
+
+    @pytest.mark.parametrize("extension", ["bmp", "tiff", "tif", "ppm"])
+    def test_other_formats_of_torchvision_are_read(self, tmp_path: Path, extension: str) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+        write_folder(
+            tmp_path, {f"{split}/{name}": list(pixels) for split in ("train", "test") for name in "ab"}, extension
+        )
+        loaded = data.load("folder", tmp_path)
+        assert torch.equal(loaded.train_images[:2], torch.from_numpy(pixels))
+
+    def test_skipped_files_are_counted_by_suffix_and_a_missing_class_is_named(self, tmp_path: Path) -> None:
+        image = [np.zeros((4, 4, 3), np.uint8)]
+        write_folder(tmp_path, {"train/a": image, "train/b": image, "test/a": image})
+        for name in ("train/a/x.gif", "train/a/y.gif", "test/a/notes.txt", "train/README", "train/.DS_Store"):
+            (tmp_path / name).write_bytes(b"?")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert len(data.load("folder", tmp_path).train_images) == 2
+        text = " ".join(str(each.message) for each in said)
+        assert re.search(
+            r"4 files are skipped \(2 with \.gif, 1 with (\.txt|no suffix), 1 with (no suffix|\.txt)\)", text
+        )
+        assert "has no images of 1 of 2 classes: [b]" in text
+
+    def test_images_in_subfolders_of_a_class_are_read(self, tmp_path: Path) -> None:
+        image = [np.zeros((4, 4, 3), np.uint8)]
+        write_folder(
+            tmp_path, {"train/a": image, "train/a/more": image, "train/b": image, "test/a": image, "test/b": image}
+        )
+        assert data.load("folder", tmp_path).train_labels.tolist() == [0, 0, 1]
 
     def test_as_cifar(self, tmp_path: Path) -> None:
         images = pixels(11)

@@ -1,9 +1,9 @@
 """Images to train and attack on: labelled ``uint8`` arrays in memory, and batches of them with standard augmentation.
 
 `load` finds CIFAR-10, CIFAR-100, a folder of your own images or scikit-learn's digits (no download needed) and returns
-an `ImageDataset`; `Batches` turns its arrays into float images in [0, 1] and labels, drawing only from the generator
-it is given. Nothing here knows about models or solvers: this folder imports torch and numpy (torchvision, PIL and
-scikit-learn only when a dataset needs them), and only ``training`` and ``experiments`` import it.
+an `ImageDataset`. `Batches` turns its arrays into float images in [0, 1] and labels. `Stream` does the same for a
+`torch.utils.data.Dataset` or ``DataLoader``. Both draw only from the generator they are given. Nothing here knows about
+models or solvers; torchvision, PIL and scikit-learn are imported only if a data set needs them.
 """
 
 from odeadv.data._batches import Batches, as_model_input, random_crop_flip, to_float

@@ -14,7 +14,7 @@ from odeadv.support.checks import integer
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Convert pixels to what models take.
+    """Convert pixels to the form that models take.
 
     Args:
         images: ``uint8``, (n, height, width, 3).
@@ -42,7 +42,7 @@ def random_crop_flip(
     Args:
         images: ``uint8``, (n, height, width, 3).
         pad: zeros added on each side, in pixels.
-        flip: whether to mirror.
+        flip: True mirrors half of the images.
         generator: the source of randomness; it must be given.
 
     Returns:
@@ -70,12 +70,12 @@ class Batches:
         images: ``uint8``, (n, height, width, 3).
         labels: ``int64``, (n,).
         batch_size: samples in a batch; the last one may have fewer.
-        shuffle: whether to draw a new order for every epoch.
-        augment: whether to apply `random_crop_flip`, with new draws for every batch. The array is padded once here,
+        shuffle: True draws a new order for every epoch.
+        augment: True applies `random_crop_flip`, with new draws for every batch. The array is padded once here,
             so this keeps a copy of (height + 2*pad)(width + 2*pad)*3 bytes per image.
-        flip: whether augmenting includes mirroring; pass ``dataset.flip``.
+        flip: True lets augmenting mirror; pass ``dataset.flip``.
         pad: zeros added on each side before cropping, in pixels.
-        drop_last: whether to leave out a last batch that is not full.
+        drop_last: True leaves out a last batch that is not full.
         generator: the source of randomness, needed for ``shuffle`` and ``augment``.
         device: where the arrays are kept and the batches made.
 
@@ -120,7 +120,7 @@ class Batches:
         self._passed_over = 0
 
     def __len__(self) -> int:
-        """Number of batches in an epoch."""
+        """Return the number of batches in an epoch."""
         full, rest = divmod(len(self._labels), self._batch_size)
         return full + (rest > 0 and not self._drop_last)
 
@@ -137,7 +137,7 @@ class Batches:
         self._passed_over = batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch."""
+        """Yield the batches of one epoch."""
         first, self._passed_over = self._passed_over, 0
         n, device = len(self._labels), self._labels.device
         if self._shuffle and self._generator is not None:
@@ -159,7 +159,7 @@ class Batches:
 
 
 class Window(NamedTuple):
-    """The size cut from a padded image, and how it may move."""
+    """The size cut from a padded image, and the ways it may move."""
 
     height: int
     width: int

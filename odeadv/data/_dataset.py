@@ -1,4 +1,4 @@
-"""The in-memory dataset every reader returns."""
+"""The in-memory data set that every reader returns."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class ImageDataset:
     """Labelled images, all of one size, split into a training and a test set.
 
     Attributes:
-        name: which dataset, e.g. ``"cifar10"``.
-        source: what it was read from: ``"npz archive"``, ``"torchvision"``, ``"image folder"`` or
+        name: of the data set, e.g. ``"cifar10"``.
+        source: where it was read from: ``"npz archive"``, ``"torchvision"``, ``"image folder"`` or
             ``"scikit-learn digits"``.
         train_images: ``uint8`` pixels, contiguous (n, height, width, 3).
         train_labels: ``int64`` class indices, (n,).
         test_images: as ``train_images``, same height and width.
         test_labels: as ``train_labels``.
         num_classes: labels run from 0 to ``num_classes - 1``.
-        flip: whether the mirror image of a sample has the same label (not so for digits).
+        flip: True if the mirror image of a sample has the same label (not so for digits).
 
     Raises:
         TypeError, ValueError: a field has the wrong dtype, shape or label range.
@@ -69,7 +69,7 @@ class ImageDataset:
             )
 
     def __repr__(self) -> str:
-        """Sizes and origin, not pixels."""
+        """Return sizes and origin, not pixels."""
         height, width = self.train_images.shape[1:3]
         return (
             f"ImageDataset({self.name!r} from {self.source}: {len(self.train_labels)} train, {len(self.test_labels)} "
@@ -96,10 +96,10 @@ class ImageDataset:
         return (red, green, blue), (red_std, green_std, blue_std)
 
     def subset(self, train: int | None = None, test: int | None = None) -> ImageDataset:
-        """A smaller dataset with the classes as equal in number as they can be.
+        """Return a smaller data set whose classes are as equal in number as they can be.
 
-        Takes the first samples of every class, in the order they have here; a remainder goes one each to the lowest
-        classes, and what a class is short of goes to the others. Nothing is random.
+        It takes the first samples of every class, in their order here. A remainder goes to the lowest classes, one
+        each; if a class has too few samples, the others give more. Nothing is random.
 
         Args:
             train: how many training samples to keep; ``None`` keeps all.
@@ -144,9 +144,9 @@ class ImageDataset:
         )
 
     def without_validation(self, count: int) -> tuple[ImageDataset, tuple[Tensor, Tensor]]:
-        """The data set with ``count`` fewer training samples, and those: images and labels to validate on.
+        """Return the data set with ``count`` fewer training samples, and the images and labels set aside.
 
-        Takes the last samples of every class, evenly; nothing is random.
+        It sets aside the last samples of every class, evenly. Nothing is random.
 
         Raises:
             TypeError, ValueError: ``count`` is not an int from 1 to one less than the number of training samples.
@@ -162,9 +162,9 @@ class ImageDataset:
         return rest, (self.train_images[aside], self.train_labels[aside])
 
     def fold(self, number: int, count: int) -> ImageDataset:
-        """A data set whose test images are part ``number`` of ``count`` of the training images; the rest is trained on.
+        """Return a data set that tests on part ``number`` of ``count`` of the training images and trains on the rest.
 
-        The part has the samples number, number + count, ... of every class; nothing is random. The test images of
+        The part has the samples number, number + count, ... of every class. Nothing is random. The test images of
         this data set are in neither.
 
         Raises:
@@ -185,7 +185,7 @@ class ImageDataset:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 over images, labels and ``num_classes``: equal exactly when the data are."""
+        """Return 16 hex digits of a SHA-256 over images, labels and ``num_classes``: equal exactly if the data are."""
         digest = hashlib.sha256(str(self.num_classes).encode())
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(tuple(part.shape)).encode())
@@ -221,7 +221,7 @@ def _chosen(labels: Tensor, count: int, num_classes: int) -> Tensor:
 
 
 def _rank(labels: Tensor, num_classes: int) -> Tensor:
-    """K for the k-th sample of its class, counted from 0."""
+    """Return k for the k-th sample of its class, counted from 0."""
     by_class = labels.argsort(stable=True)
     sizes = torch.bincount(labels, minlength=num_classes)
     first = (sizes.cumsum(0) - sizes)[labels[by_class]]

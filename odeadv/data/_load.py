@@ -1,8 +1,7 @@
-"""Finding a dataset by name: where each is looked for, in which order, and what is said when it is nowhere."""
+"""Find a data set by name: the places to look in, their order, and the advice if it is in none of them."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from odeadv.data._readers import (
     read_torchvision,
 )
 from odeadv.data.checks import require
+from odeadv.support.checks import did_you_mean
 
 _NAMES = ("cifar10", "cifar100", "digits", "folder")
 _CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -29,7 +29,7 @@ class DatasetNotFoundError(FileNotFoundError):
 
 
 def names() -> tuple[str, ...]:
-    """The names `load` knows."""
+    """Return the names that `load` knows."""
     return _NAMES
 
 
@@ -39,13 +39,14 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
     Args:
         name: ``"cifar10"`` or ``"cifar100"``: the first found of ``root/<name>.npz`` (keys ``train_x, train_y,
             test_x, test_y``; ``uint8`` images NHWC or NCHW), torchvision's unpacked folder in ``root``, an image
-            folder ``root/<name>/{train,test}/<class>/*.png`` (or jpg, jpeg, webp), and torchvision's download.
+            folder ``root/<name>/{train,test}/<class>/*.png`` (or another suffix that torchvision's ImageFolder
+            reads), and torchvision's download.
             ``"folder"``: your own images, any number of classes, ``root`` being an image folder as above with
             ``train`` and ``test`` in it, or an ``.npz`` file as above. ``"digits"``: scikit-learn's digits enlarged
             to 32x32 RGB; ``root`` is not used.
         root: the folder to look in (and download to). ``None`` means ``$ODEADV_DATA`` or ``~/.cache/odeadv/data``;
             ``"folder"`` must be told.
-        download: whether CIFAR that is not in ``root`` may be downloaded by torchvision.
+        download: True lets torchvision download CIFAR that is not in ``root``.
 
     Raises:
         ValueError: the name is unknown, or what was found has the wrong dtype, shape, labels or image sizes; the
@@ -57,9 +58,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected one of {', '.join(_NAMES)}")
     if name not in _NAMES:
-        near = difflib.get_close_matches(name.lower(), _NAMES, n=2)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(_NAMES)}{hint}")
+        near = did_you_mean(name, _NAMES, most=2)
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(_NAMES)}{near}")
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root: got {type(root).__name__}, expected a path or None")
     require("numpy", "numpy", "loading images")

@@ -1,4 +1,4 @@
-"""Reading a folder of image files, ``{train,test}/<class>/<image>``."""
+"""Readers of data sets: a folder of images, an .npz archive, scikit-learn's digits, torchvision's CIFAR."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import os
 import socket
 import tempfile
+import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +26,19 @@ if TYPE_CHECKING:
 with contextlib.suppress(ModuleNotFoundError):  # `import odeadv` needs torch only; `load` says what is missing
     import numpy as np
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+#: The suffixes that torchvision's ImageFolder reads.
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read_folder(root: Path) -> Splits:
     """Read ``root/train`` and ``root/test``; a class is a subfolder, numbered in the order of the names in ``train``.
 
-    Greyscale, palette and transparent images are converted to RGB. Files with other extensions and names that start
-    with a dot are passed over.
+    Images may lie in subfolders of a class. Greyscale, palette and transparent images are converted to RGB. Names that
+    start with a dot are passed over.
+
+    Warns:
+        UserWarning: with counts and suffixes, if files are skipped because of their suffix; and if a class of
+            ``train`` has no images in ``test``.
 
     Raises:
         ImportError: Pillow is missing.
@@ -58,11 +65,38 @@ def read_folder(root: Path) -> Splits:
         raise ValueError(
             f"{root / 'test'}: got no images, expected <class>/<image> with files ending in {', '.join(EXTENSIONS)}"
         )
+    _warn_of_skipped(root)
+    absent = [name for name, files in zip(classes, test_files, strict=True) if not files]
+    if absent:
+        warnings.warn(
+            f"{root / 'test'}: has no images of {len(absent)} of {len(classes)} classes: {_abridged(absent)}",
+            stacklevel=2,
+        )
     first = train_files[0][0]
     shape = _pixels(first).shape
-    train_images, train_labels = _read(train_files, first, shape)
-    test_images, test_labels = _read(test_files, first, shape)
+    train_images, train_labels = _read_images(train_files, first, shape)
+    test_images, test_labels = _read_images(test_files, first, shape)
     return Splits(train_images, train_labels, test_images, test_labels, len(classes))
+
+
+def _warn_of_skipped(root: Path) -> None:
+    """Say how many files of which suffixes in ``train`` and ``test`` are not read, if there are any."""
+    skipped: Counter[str] = Counter()
+    for split in ("train", "test"):
+        inside = {path for name in _classes(root / split) for path in _files(root / split / name)}
+        there = {path for path in (root / split).rglob("*") if path.is_file() and not _is_hidden(path, root)}
+        skipped.update(path.suffix.lower() or "no suffix" for path in there - inside)
+    if skipped:
+        counts = ", ".join(f"{count} with {suffix}" for suffix, count in skipped.most_common())
+        warnings.warn(
+            f"{root}: {sum(skipped.values())} files are skipped ({counts}), expected {', '.join(EXTENSIONS)} in "
+            "<split>/<class>",
+            stacklevel=3,
+        )
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -72,10 +106,10 @@ def _classes(folder: Path) -> list[str]:
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not _is_hidden(p, folder))
 
 
-def _read(files: list[list[Path]], first: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _read_images(files: list[list[Path]], first: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     labels = [label for label, paths in enumerate(files) for _ in paths]
     images = np.empty((len(labels), *shape), dtype=np.uint8)
     for index, path in enumerate(path for paths in files for path in paths):
@@ -118,9 +152,9 @@ def read_npz(path: Path, num_classes: int | None) -> Splits:
         ValueError: the file cannot be read, lacks a key, or an array has the wrong dtype, shape or labels. The
             message names the file and the key.
     """
-    arrays = _arrays(path)
-    train_images, test_images = (_images(arrays[key], f"{path}: {key}") for key in ("train_x", "test_x"))
-    train_labels, test_labels = (_labels(arrays[key], f"{path}: {key}") for key in ("train_y", "test_y"))
+    arrays = _npz_arrays(path)
+    train_images, test_images = (_npz_images(arrays[key], f"{path}: {key}") for key in ("train_x", "test_x"))
+    train_labels, test_labels = (_npz_labels(arrays[key], f"{path}: {key}") for key in ("train_y", "test_y"))
     check_labels(f"{path}: train_y", train_labels, train_images)
     check_labels(f"{path}: test_y", test_labels, test_images)
     if test_images.shape[1:] != train_images.shape[1:]:
@@ -141,7 +175,7 @@ def read_npz(path: Path, num_classes: int | None) -> Splits:
     return Splits(train_images, train_labels, test_images, test_labels, num_classes)
 
 
-def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+def _npz_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive.files]
@@ -156,7 +190,7 @@ def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     raise ValueError(f"{path}: lacks {', '.join(missing)}; got the keys {_abridged(found)}, expected {', '.join(KEYS)}")
 
 
-def _images(array: NDArray[np.generic], where: str) -> Tensor:
+def _npz_images(array: NDArray[np.generic], where: str) -> Tensor:
     if array.dtype != np.uint8:
         raise ValueError(f"{where}: got dtype {array.dtype}, expected uint8 pixels from 0 to 255; convert them first")
     if array.ndim == 4 and array.shape[3] != 3 and array.shape[1] == 3:
@@ -166,7 +200,7 @@ def _images(array: NDArray[np.generic], where: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _labels(array: NDArray[np.generic], where: str) -> Tensor:
+def _npz_labels(array: NDArray[np.generic], where: str) -> Tensor:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"{where}: got dtype {array.dtype} and shape {array.shape}, expected integers of shape (n,)")
     return torch.from_numpy(array.astype(np.int64))
@@ -178,7 +212,7 @@ def _abridged(values: Sequence[object]) -> str:
 
 
 def read_digits() -> Splits:
-    """1,797 digits of 8x8 pixels and 17 grey levels, enlarged to 32x32 RGB; a fifth of each class is the test set.
+    """Return 1,797 digits of 8x8 pixels and 17 grey levels, enlarged to 32x32 RGB; a fifth of each class is for tests.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -214,7 +248,7 @@ def read_torchvision(name: str, root: Path) -> Splits:
         ImportError: torchvision is missing.
         RuntimeError: a file is missing or its checksum is wrong.
     """
-    cifar = _cifar(name)
+    cifar = _torchvision_class(name)
     train, test = (cifar(str(root), train=train, download=False) for train in (True, False))
     train_images, test_images = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))
     train_labels, test_labels = (torch.tensor(split.targets, dtype=torch.int64) for split in (train, test))
@@ -230,7 +264,7 @@ def download_torchvision(name: str, root: Path) -> None:
     Raises:
         Exception: whatever torchvision, the network or the file system raised.
     """
-    cifar = _cifar(name)
+    cifar = _torchvision_class(name)
     existed = root.is_dir()
     root.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
@@ -250,6 +284,6 @@ def download_torchvision(name: str, root: Path) -> None:
                 root.rmdir()
 
 
-def _cifar(name: str) -> Any:
+def _torchvision_class(name: str) -> Any:
     datasets = require("torchvision.datasets", "torchvision", f"{name} in torchvision's format")
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]

@@ -1,4 +1,4 @@
-"""Several processes as one: who computes which rows of a batch, and batch statistics over all of them."""
+"""Several processes as one: the rows that each computes, and batch statistics over all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_fabric(
     devices: int = 1,
     nodes: int = 1,
 ) -> Fabric:
-    """The engine: device, precision and processes. Under ``torchrun``, its numbers of processes and nodes are taken.
+    """Return the engine: device, precision and processes. Under ``torchrun``, its numbers are taken.
 
     Args:
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
@@ -46,7 +46,7 @@ def make_fabric(
 
 
 def rows_of(rank: int, world: int, part: int, parts: int, batch: int) -> slice:
-    """The rows of a global batch that process ``rank`` of ``world`` computes as micro-batch ``part`` of ``parts``."""
+    """Return the rows of a global batch that process ``rank`` of ``world`` computes as part ``part`` of ``parts``."""
     size = batch // (world * parts)
     first = (rank * parts + part) * size
     return slice(first, first + size)
@@ -69,7 +69,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics are those of the batch over all processes, on any device.
+    """Batch norm with the statistics of the batch over all processes, on any device.
 
     `torch.nn.SyncBatchNorm` does the same on GPUs only. Every process must hold equally many images. Two-pass
     variance; the running variance is unbiased over the global batch, as in `torch.nn.BatchNorm2d`.
