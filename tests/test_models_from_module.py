@@ -238,3 +238,17 @@ def test_arguments_with_defaults_keep_them():
     x = torch.rand(2, 4)
     assert torch.equal(models.from_module(net, ["a", "b"])(x), net(x))
     assert torch.equal(models.from_module(net, ["b"])(x), net(x))
+
+
+def test_checks_between_two_layers_are_no_block():
+    """A block that does nothing would be a step of its own, in which the costate acts once more."""
+
+    class Checked(Once):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._assert(x.shape[1] == 4, "width")
+            return self.b(x)
+
+    wrapped = models.from_module(Checked(), ["a", "b"])
+    assert wrapped.names == ("a", "b")
+    assert wrapped(torch.rand(2, 4)).shape == (2, 4)

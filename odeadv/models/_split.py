@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -41,16 +41,15 @@ def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | Non
         for training in (True, False):
             for part in modes:
                 part.training = training
-            versions.append(_cut(net, _trace(net, names), names))
+            versions.append(_cut(_trace(net, names), names))
     finally:
         for part, training in modes.items():
             part.training = training
     trained, evaluated = versions
     if len(trained) != len(evaluated):
         raise ValueError("net: got a forward pass with other blocks in training mode, expected the same in both modes")
-    parts = [_joined(net, a, b) for a, b in zip(trained, evaluated, strict=True)]
-    (_, stem), *blocks, (_, head) = parts
-    made = BlockNetwork(stem, [part for _, part in blocks], head, loss=loss, names=[title for title, _ in blocks])
+    stem, *blocks, head = (_joined(net, a, b) for a, b in zip(trained, evaluated, strict=True))
+    made = BlockNetwork(stem, blocks, head, loss=loss, names=[part.title for part in trained[1:-1]])
     made.training = net.training
     return made
 
@@ -118,61 +117,70 @@ def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
         ) from error
 
 
-Part = tuple[str, list[fx.Node], fx.Node, fx.Node]  # title, nodes, the value that comes in, the value that goes out
+class _Part(NamedTuple):
+    """A piece of the traced forward pass.
+
+    Attributes:
+        title: name of the layer, or how messages name the piece.
+        nodes: its operations.
+        enters: the value that it takes.
+        leaves: the value that it returns.
+    """
+
+    title: str
+    nodes: list[fx.Node]
+    enters: fx.Node
+    leaves: fx.Node
 
 
-def _cut(net: nn.Module, graph: fx.Graph, layers: Sequence[str]) -> list[Part]:
-    """Return the nodes of stem, blocks and head, in this order."""
+def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
+    """Return stem, blocks and head, in this order."""
+    # Weights that a forward pass reads by itself (get_attr) are no operations: each piece gets those that it uses.
     nodes = [node for node in graph.nodes if node.op not in ("output", "get_attr")]
-    (result,) = (node for node in graph.nodes if node.op == "output")
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    calls = {
-        layer: [n for n, node in enumerate(nodes) if node.op == "call_module" and node.target == layer]
-        for layer in layers
-    }
-    for layer, found in calls.items():
-        if len(found) != 1:
-            raise ValueError(f"layers: {layer!r} is called {len(found)} times, expected once per forward pass")
-    ordered = sorted(layers, key=lambda layer: calls[layer][0])
-    parts: list[Part] = []
-    begin, state, title = 0, inputs[0], "stem"
-    for number, layer in enumerate(ordered):
-        at = calls[layer][0]
-        before = nodes[begin:at]
-        state_before = state
-        if number == 0 or before:
-            source = _only(nodes, result, at, f"before {layer!r}")
-            parts.append((title, before, state_before, source))
-            state_before = source
-        state = _only(nodes, result, at + 1, f"after {layer!r}")
-        parts.append((layer, nodes[at : at + 1], state_before, state))
-        begin = at + 1
-        title = f"between {layer!r} and {ordered[number + 1]!r}" if number + 1 < len(ordered) else "head"
+    result = next(node for node in graph.nodes if node.op == "output")
+    state = next(node for node in nodes if node.op == "placeholder")
+    parts: list[_Part] = []
+    begin = 0
+    for at, layer in sorted((_place(nodes, layer), layer) for layer in layers):
+        entering = _crossing(nodes, result, at, "before", layer)
+        # Operations between two layers that do not change the state, such as checks of its shape, are no block.
+        if not parts or entering is not state:
+            title = f"between {parts[-1].title!r} and {layer!r}" if parts else "stem"
+            parts.append(_Part(title, nodes[begin:at], state, entering))
+            state = entering
+        leaving = _crossing(nodes, result, at + 1, "after", layer)
+        parts.append(_Part(layer, [nodes[at]], state, leaving))
+        begin, state = at + 1, leaving
     value = result.args[0]
     if not isinstance(value, fx.Node):
         raise ValueError(f"net: returns {type(value).__name__}, expected a tensor")
-    parts.append(("head", nodes[begin:], state, value))
-    return parts
+    return [*parts, _Part("head", nodes[begin:], state, value)]
 
 
-def _only(nodes: list[fx.Node], result: fx.Node, at: int, where: str) -> fx.Node:
+def _place(nodes: Sequence[fx.Node], layer: str) -> int:
+    """Return the index of the call of ``layer``."""
+    found = [n for n, node in enumerate(nodes) if node.op == "call_module" and node.target == layer]
+    if len(found) != 1:
+        raise ValueError(f"layers: {layer!r} is called {len(found)} times, expected once per forward pass")
+    return found[0]
+
+
+def _crossing(nodes: Sequence[fx.Node], result: fx.Node, at: int, side: str, layer: str) -> fx.Node:
     """Return the one value that passes from the nodes before ``at`` to the others.
 
     Raises:
         ValueError: if there are several, naming them.
     """
-    before = nodes[:at]
     after = {*nodes[at:], result}
-    crossing = [node for node in before if any(user in after for user in node.users)]
-    if len(crossing) == 1:
-        return crossing[0]
-    shown = " and ".join(repr(_title(node)) for node in reversed(crossing)) or "none"
-    layer = where.split("'")[1]
+    found = [node for node in nodes[:at] if any(user in after for user in node.users)]
+    if len(found) == 1:
+        return found[0]
+    shown = " and ".join(repr(_title(node)) for node in reversed(found)) or "none"
     owner = layer.rpartition(".")[0]
     advice = f"such as {owner!r}" if owner else "or split the network with odeadv.models.from_blocks"
     raise ValueError(
-        f"layers: {len(crossing)} tensors cross the cut {where} ({shown}), expected one, the state; name a layer that "
-        f"contains the skip, {advice}. An argument that all layers share, such as a mask, can be fixed with "
+        f"layers: {len(found)} tensors cross the cut {side} {layer!r} ({shown}), expected one, the state; name a layer "
+        f"that contains the skip, {advice}. An argument that all layers share, such as a mask, can be fixed with "
         "odeadv.models.bind and from_blocks"
     )
 
@@ -181,33 +189,34 @@ def _title(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 
 
-def _joined(net: nn.Module, trained: Part, evaluated: Part) -> tuple[str, nn.Module]:
-    """Return title and module of a part, which chooses by its mode if the two graphs differ."""
-    title, *_ = trained
+def _joined(net: nn.Module, trained: _Part, evaluated: _Part) -> nn.Module:
+    """Return the module of a part. It chooses by its mode if the two traced versions differ."""
     first, second = _module(net, trained), _module(net, evaluated)
-    same = not isinstance(first, fx.GraphModule) or first.code == second.code
-    return title, first if same else _ByMode(first, second)
+    if first is second:
+        return first
+    same = isinstance(first, fx.GraphModule) and isinstance(second, fx.GraphModule) and first.code == second.code
+    return first if same else _ByMode(first, second)
 
 
-def _module(net: nn.Module, part: Part) -> nn.Module:
-    """Return the part as a module: the layer itself if that is all it is."""
-    _, nodes, source, result = part
-    if len(nodes) == 1 and nodes[0].op == "call_module" and nodes[0].args == (source,) and not nodes[0].kwargs:
-        return net.get_submodule(str(nodes[0].target))
+def _module(net: nn.Module, part: _Part) -> nn.Module:
+    """Return a part as a module: the layer itself if the part is nothing else."""
+    (first, *others), source = part.nodes or [part.enters], part.enters
+    if not others and first.op == "call_module" and first.args == (source,) and not first.kwargs:
+        return net.get_submodule(str(first.target))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {source: graph.placeholder("x")}
 
     def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # weights that the forward pass reads by itself belong to the part that uses them
+        if node not in copies:
             assert node.op == "get_attr", node
             copies[node] = graph.node_copy(node, copied)
         return copies[node]
 
-    for node in nodes:
+    for node in part.nodes:
         unused = node.op == "placeholder" and not node.users  # an argument such as **kwargs
         if node not in copies and not unused:
             copies[node] = graph.node_copy(node, copied)
-    graph.output(copied(result))
+    graph.output(copied(part.leaves))
     graph.lint()
     return fx.GraphModule(net, graph)
 
