@@ -362,20 +362,20 @@ def test_models_that_break_attacks_are_caught(make: Callable[[], nn.Module], lin
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (
         Noisy,
-        r"model: two forward passes on the same images differ by .*EOT: a wrapper with passes=\) or give stochastic",
+        r"model: two forward passes .* differ by .*averaged\(model, passes=\.\.\.\), or give stochastic",
     ),
     (DropoutOn, r"model: two forward passes .* \(drop in training mode: dropout left on\?\)"),
     (NotANumber, "model: returned logits that are not finite"),
     (InPlace, "model: writes to its images"),
     (TooFew, r"labels: got 9, expected class indices < 7"),
-    (TooMany, r"model: returned 13 logits an image, expected num_classes, 10"),
+    (TooMany, r"model: returned 13 logits per image, expected num_classes, 10"),
     (Learning, "model: its forward changes mean in eval mode"),
     (BatchStatistics, "model: the logits of an image depend on the other images in its batch.* running statistics"),
     (ByRow, "model: the logits of an image depend on the other images in its batch"),
     (ByBatchSize, "model: the logits of an image depend on the other images in its batch"),
     (WhenDifferentiated, "model: its forward changes moved in eval mode"),
     (NoisyGradients, "model: two forward passes on the same images differ by"),
-    (OtherGradients, "model: its logits where a gradient could be asked for differ from those without one"),
+    (OtherGradients, "model: its logits with gradients differ from those without"),
     (Late, r"model: its logits of the first images have changed during the evaluation.*changed by a forward: calls"),
 ]
 
