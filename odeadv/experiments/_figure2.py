@@ -10,6 +10,7 @@ from odeadv.experiments._report import differences
 from odeadv.experiments._results import Results, gather
 from odeadv.experiments._run import load_records
 from odeadv.experiments._tables import TABLES, Preset, paper_tables
+from odeadv.support.extras import extra
 from odeadv.support.files import replacing, write_text
 
 METHODS = ("pgd", "pgd+lad", "pgd+lad-sm")
@@ -70,8 +71,9 @@ def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]])
 
 
 def _plot(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odeadv.experiments._tables import PRESETS
+from odeadv.support.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 def plot(results: Results, path: Path) -> None:
     """Write the figure of ``results`` to ``path``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     labels = {"acc": "clean", **{column.key: column.label for column in results.table.columns}}
     if results.table.average:

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from odeadv.support.extras import extra
+
+with extra("train"):
+    import numpy as np
 
 #: The tail of a 95 % interval on either side.
 TAIL = 0.025
