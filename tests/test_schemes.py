@@ -52,19 +52,6 @@ def test_order_in_high_precision_on_non_commuting_operators(name, operators, adj
     assert float(slope) - 1 == pytest.approx(scheme.order, abs=0.1)
 
 
-@pytest.mark.parametrize(("name", "operators"), [key for key in ALL if schemes.get(*key).embedded])
-def test_order_of_the_embedded_scheme(name, operators):
-    scheme = schemes.get(name, operators)
-    kept = [(f, stages) for f, (_, stages) in zip(scheme.embedded, scheme.mixture, strict=True) if f]
-    inner = Scheme("embedded", (), scheme.embedded_order, "test", mixture=tuple(kept))
-    inner.check()
-    assert scheme.embedded_order < scheme.order
-    with mpmath.workdps(40):
-        h = mpmath.mpf(2) ** -{1: 7, 2: 7, 4: 5, 6: 3}[inner.order]
-        slope = mpmath.log(one_step_error(inner, h) / one_step_error(inner, h / 2), 2)
-    assert float(slope) - 1 == pytest.approx(inner.order, abs=0.1)
-
-
 @pytest.mark.parametrize(("name", "operators"), [*ALL, *((name, 5) for name in schemes.names(5))])
 def test_every_scheme_is_consistent(name, operators):
     scheme = schemes.get(name, operators)

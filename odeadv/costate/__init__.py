@@ -1,10 +1,21 @@
-"""Where a(t) = dL/dx(t) comes from: recording it along a trajectory, and evaluating it between recorded nodes.
+"""The costate a(t) = dL/dx(t): recorded along a trajectory, evaluated between the nodes, swept until it converges.
 
-Uses fields and the splitting loop; `odeadv.solve` is what puts them together.
+Imports `odeadv.support`, `odeadv.fields` and `odeadv.splitting`. It does not import the solver: a solve gives `sweep` a
+function that makes one recording.
 """
 
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
-from odeadv.costate._sweeps import Converge, Recordings, Sweeping
+from odeadv.costate._sweeps import Converge, Recorder, Recordings, Swept, sweep
 
-__all__ = ["Converge", "Costate", "RecordedCostate", "Recordings", "SummedCostate", "Sweeping", "record"]
+__all__ = [
+    "Converge",
+    "Costate",
+    "RecordedCostate",
+    "Recorder",
+    "Recordings",
+    "SummedCostate",
+    "Swept",
+    "record",
+    "sweep",
+]

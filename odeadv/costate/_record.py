@@ -25,27 +25,28 @@ def record(
     kind: CostateKind = "linear",
     differentiate: bool = False,
     checkpoints: int | None = None,
+    keep_states: bool = False,
 ) -> RecordedCostate:
-    """Solve once and back-propagate the loss, keeping a_n = dL/dx_n at every node of ``grid``.
+    """Solve once, back-propagate the loss, and return a_n = dL/dx_n at every node of ``grid``.
 
-    The nodes then pass through the field's transforms, if it has any.
-
-    Weight gradients are not computed, and buffers (batch-norm statistics), ``.grad`` and the global random state are
-    left as they were, so that a solve after it sees the same statistics and draws the same noise.
+    The field's transforms are then applied to the nodes. No weight gradients are computed. Buffers (batch-norm
+    statistics), ``.grad`` and the global random state stay as they were, so that a later solve sees the same statistics
+    and draws the same noise.
 
     Args:
-        field: whose ``f``, read-out and loss are used.
+        field: gives ``f``, the read-out and the loss.
         x0: initial state.
         grid: the nodes.
-        stepper: what to advance the trajectory with: ``f`` alone, or ``f`` driven by an earlier recording.
-        kind: how the result is evaluated between nodes.
+        stepper: advances the trajectory by ``f`` alone, or by ``f`` driven by an earlier recording.
+        kind: evaluation of the result between nodes.
         differentiate: keep the recording in the autograd graph.
-        checkpoints: keep the autograd graph of one of so many segments of the grid at a time, and run each segment
-            again when its turn comes; None keeps the whole graph, as do torch.func transforms. The result is the
-            same bit for bit.
+        checkpoints: number of segments of the grid. The autograd graph of one segment is kept at a time, and each
+            segment runs again in the backward pass, with the same result bit for bit. None keeps the whole graph, as do
+            torch.func transforms.
+        keep_states: keep the states at the nodes even if ``kind`` does not need them.
 
     Raises:
-        TypeError, ValueError: if a transform of the field returns what cannot take the place of the nodes.
+        TypeError, ValueError: if the result of a transform of the field cannot replace the nodes.
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
     again = checkpoints is not None and not inside_transform()
@@ -55,7 +56,7 @@ def record(
         if inside_transform():
             states, nodes = _by_transform(field, x0 if differentiate else x0.detach(), grid, stepper)
         elif checkpoints is None:
-            # A node of its own, so that dL/dx_0 is taken through the trajectory only, whatever else x0 was used for.
+            # A new node of the graph, so that dL/dx_0 is taken through the trajectory only.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
             states = [start, *stepper.states(start, grid)]
             nodes = torch.autograd.grad(
@@ -65,8 +66,8 @@ def record(
             states, nodes = _in_segments(field, x0, grid, stepper, checkpoints)
     f = stepper.counted[0]
     f.vjps += f.evaluations // 2 if again else f.evaluations
-    if kind == "linear":
-        states = ()  # nothing between the nodes needs them
+    if kind == "linear" and not keep_states:
+        states = ()  # a linear costate does not need them between the nodes
     if not differentiate:
         states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
     if field.transforms:
@@ -88,7 +89,7 @@ def _leaf(x: Tensor) -> Tensor:
 def _by_transform(
     field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """States and costates at the nodes by `torch.func.vjp` of each step, whose ends may differ in shape."""
+    """Return states and costates at the nodes by `torch.func.vjp` of each step, whose ends may differ in shape."""
     states, pulls = [x0], []
     pull: Any
     for step in grid:
@@ -105,15 +106,15 @@ def _by_transform(
 def _in_segments(
     field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper, count: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """States and costates at the nodes, with the graph of one segment alive at a time."""
+    """Return states and costates at the nodes, with the graph of one segment alive at a time."""
     ends = sorted({round(i * len(grid) / count) for i in range(count + 1)})
     states = [x0.clone() if x0.is_inference() else x0.detach()]
     begun = {}
-    with torch.no_grad():
-        for n in range(len(grid)):
-            if n in ends:
-                begun[n] = RandomState(x0.device), Buffers(field.modules)
-            states.append(stepper.advance(states[-1], grid[n]))
+    for n in range(len(grid)):
+        if n in ends:
+            begun[n] = RandomState(x0.device), Buffers(field.modules)
+        # Detached, not under no_grad: f may itself call torch.autograd.grad.
+        states.append(stepper.advance(states[-1], grid[n]).detach())
     nodes = [torch.empty(0)] * len(states)
     for first, last in reversed(list(pairwise(ends))):
         for kept in begun[first]:
@@ -135,7 +136,7 @@ def _in_segments(
 def _transformed(
     field: AdversarialField, nodes: Sequence[Tensor], device: torch.device, differentiate: bool
 ) -> Sequence[Tensor]:
-    """``nodes`` after the field's transforms, checked to be what can drive in their place."""
+    """Apply the field's transforms to the nodes, and check shape, dtype and device of the result."""
     with differentiating(field.modules, device), torch.set_grad_enabled(differentiate):
         for transform in field.transforms:
             before = [version(node) for node in nodes]
@@ -149,7 +150,7 @@ def _transformed(
                     f"transform: returned {type(given).__name__}, expected a sequence of {len(nodes)} tensors"
                 ) from None
             if len(values) != len(nodes):
-                raise ValueError(f"transform: returned {len(values)} tensors, expected {len(nodes)}, one a node")
+                raise ValueError(f"transform: returned {len(values)} tensors, expected {len(nodes)}, one per node")
             for n, (value, node) in enumerate(zip(values, nodes, strict=True)):
                 _check_node(n, value, node)
             nodes = values

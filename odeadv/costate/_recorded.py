@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,15 +26,19 @@ class Costate(Protocol):
 
     @property
     def nodes(self) -> Sequence[Tensor]:
-        """a(t_n), one tensor a time of the grid."""
+        """a(t_n), one tensor per time of the grid."""
         ...
 
     def __call__(self, t: float) -> Tensor:
-        """a(t), of the shape of the state at ``t``."""
+        """Return a(t), of the shape of the state at ``t``."""
+        ...
+
+    def extrapolated(self, t: float) -> Tensor:
+        """Return a(t), continued beyond the ends of its span."""
         ...
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
-        """a(t) restricted to the step from ``t0`` to ``t1``."""
+        """Return a(t) restricted to the step from ``t0`` to ``t1``."""
         ...
 
 
@@ -41,9 +46,9 @@ class Costate(Protocol):
 class RecordedCostate:
     """The costate recorded at the nodes of a grid, evaluated between them by ``kind``.
 
-    ``"linear"``: a mean of the two nodes (Theorem 3.2 is its midpoint). ``"hermite"``: the cubic through them with
-    the slopes of Eq. 9. ``"exact"``: Eq. 9 integrated back from the later node along the recorded states by the
-    midpoint rule, one vector-Jacobian product, third-order local error. On the nodes all three are the recording.
+    ``"linear"`` is the mean of two nodes (Theorem 3.2 is its midpoint). ``"hermite"`` is the cubic through two nodes
+    with the slopes of Eq. 9. ``"exact"`` integrates Eq. 9 back from the later node along the recorded states by the
+    midpoint rule: one vector-Jacobian product, third-order local error. At the nodes all three equal the recording.
 
     Attributes:
         grid: the times t_n.
@@ -51,7 +56,7 @@ class RecordedCostate:
         states: x(t_n) of the trajectory it was recorded on; not kept for ``"linear"``.
         operator: f, whose Jacobian Eq. 9 needs.
         kind: the evaluation between nodes.
-        cost: counts the vector-Jacobian products made between nodes.
+        cost: counts the vector-Jacobian products between nodes.
         differentiate: whether a(t) is part of the autograd graph.
     """
 
@@ -64,25 +69,26 @@ class RecordedCostate:
     cost: Cost = field(default_factory=Cost)
 
     def __call__(self, t: float | Tensor) -> Tensor:
-        """a(t).
+        """Return a(t), of the shape of the state.
 
         Args:
-            t: a time within the solved span, float or 0-d tensor.
+            t: a time within the solved span, float or 0-d tensor. If it is a tensor that requires a gradient, da/dt is
+                in the graph.
 
         Raises:
             ValueError: if ``t`` is outside the span, or strictly inside a jump of the field.
         """
-        time = self.grid.snap(float(t))
-        return self._within(self.grid.locate(time))(time)
+        time = self.grid.snap(_float(t))
+        return self._within(self.grid.locate(time))(_in_graph(t, time))
 
     def extrapolated(self, t: float | Tensor) -> Tensor:
-        """a(t), from the first or last step where ``t`` is outside the span.
+        """Return a(t); outside the span it is continued from the first or last step.
 
         Warns:
-            RuntimeWarning: where it is outside by more than half of the span, which no step of a solver that ends
-                there should be.
+            RuntimeWarning: if ``t`` is outside by more than half of the span. No step of a solver that ends at the end
+                of the span should be so far outside.
         """
-        time = self.grid.snap(float(t))
+        time = self.grid.snap(_float(t))
         low, high = sorted((self.grid.times[0], self.grid.times[-1]))
         if max(low - time, time - high) > 0.5 * (high - low):
             warnings.warn(
@@ -91,10 +97,24 @@ class RecordedCostate:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return self._within(self.grid.locate(min(max(time, low), high)))(time)
+        return self._within(self.grid.locate(min(max(time, low), high)))(_in_graph(t, time))
+
+    def difference(self, finer: RecordedCostate) -> tuple[Tensor, Tensor]:
+        """Compare with the recording ``finer`` on a grid of halved steps.
+
+        Returns:
+            The largest |h (a - b)| over the nodes of ``finer``, with h the size of its steps, and the largest |x| over
+            its states; both entry by entry, of the shape of the state.
+        """
+        differences = []
+        for n, step in enumerate(self.grid):
+            middle = self._within(n)(step.time(0.5)) - finer.nodes[2 * n + 1]
+            end = self.nodes[n] - finer.nodes[2 * n]
+            differences.append(0.5 * abs(step.h) * torch.maximum(middle.detach().abs(), end.detach().abs()))
+        return torch.stack(differences).amax(0), torch.stack([x.detach().abs() for x in finer.states]).amax(0)
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
-        """a(t) on the step from ``t0`` to ``t1``, one of the grid or a part of one; otherwise a(t) as it is."""
+        """Return a(t) on the step from ``t0`` to ``t1``, or a(t) itself if that is not part of one step of the grid."""
         low, high = sorted((t0, t1))
         first, last = sorted((self.grid.times[0], self.grid.times[-1]))
         middle = 0.5 * (low + high)
@@ -106,40 +126,49 @@ class RecordedCostate:
                 return self._within(n)
         return self.extrapolated
 
-    def _within(self, n: int) -> Callable[[float], Tensor]:
+    def _within(self, n: int) -> Callable[[float | Tensor], Tensor]:
+        """Return a(t) on step ``n``, as a function of a float, or of a 0-d tensor that requires a gradient."""
         step, before, after = self.grid[n], self.nodes[n], self.nodes[n + 1]
         slopes: list[Tensor] = []
 
-        def value(t: float) -> Tensor:
-            if t == step.t0:
-                return before
-            if t == step.t1:
-                return after
+        def value(t: float | Tensor) -> Tensor:
+            if not isinstance(t, Tensor) and t in (step.t0, step.t1):
+                return before if t == step.t0 else after
             part = self.operator.on(step.t0, step.t1)
             if isinstance(part, Jump):
                 raise ValueError(
-                    f"t: {t:g} lies within the jump from {step.t0:g} to {step.t1:g}, where no costate is defined"
+                    f"t: {_float(t):g} lies within the jump from {step.t0:g} to {step.t1:g}, where no costate is "
+                    "defined"
                 )
-            s = (t - step.t0) / step.h
+            s: Any = (t - step.t0) / step.h
             if self.kind == "linear":
-                return torch.lerp(before, after, s)
+                return _between(before, after, s)
             if self.kind == "exact":
-                back = (1.0 - s) * step.h
-                middle = 0.5 * (1.0 + s)
-                with torch.inference_mode(False):
-                    x, a = torch.lerp(self.states[n], self.states[n + 1], middle), torch.lerp(before, after, middle)
-                return torch.add(after, self._vjp(part, step.time(middle), x, a), alpha=back)
+                if not isinstance(s, Tensor):
+                    return self._back(part, n, s)
+                # Detached within forward mode, the vector-Jacobian product would lose its derivative by time.
+                return _linearised(partial(replace(self, differentiate=True)._back, part, n), s)
             if not slopes:
                 slopes.append(self._vjp(part, step.t0, self.states[n], before))
                 slopes.append(self._vjp(part, step.t1, self.states[n + 1], after))
-            ends = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))
+            s = _like_real(s, before)
+            ends = _between(before, after, s * s * (3.0 - 2.0 * s))
             tangents = s * (1.0 - s) ** 2 * slopes[0] - s * s * (1.0 - s) * slopes[1]
             return torch.add(ends, tangents, alpha=-step.h)
 
         return value
 
+    def _back(self, part: Operator, n: int, s: Any) -> Tensor:
+        """Return Eq. 9 integrated back from the end of step ``n`` to its fraction ``s``, by the midpoint rule."""
+        step, before, after = self.grid[n], self.nodes[n], self.nodes[n + 1]
+        middle = 0.5 * (1.0 + s)
+        with torch.inference_mode(False):
+            x, a = _between(self.states[n], self.states[n + 1], middle), _between(before, after, middle)
+        back: Tensor = after + _like_real((1.0 - s) * step.h, after) * self._vjp(part, step.time(middle), x, a)
+        return back
+
     def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
-        """(df/dx)^T a at (t, x)."""
+        """Return (df/dx)^T a at (t, x)."""
         self.cost.vjps += 1
         with differentiating(operator.modules, x.device):
             if inside_transform():
@@ -158,7 +187,7 @@ class RecordedCostate:
 
 @dataclass(frozen=True)
 class SummedCostate:
-    """The sum of several recordings, what ``ascent=M`` adds up (Eq. 3).
+    """The sum of several recordings, which drives with ``ascent=M`` (Eq. 3).
 
     Attributes:
         parts: the recordings.
@@ -171,31 +200,66 @@ class SummedCostate:
         """The times of the recordings, if they are the same for all of them.
 
         Raises:
-            AttributeError: if they differ, as with adaptive steps.
+            AttributeError: if the times differ, as with adaptive steps.
         """
         first = self.parts[0].grid
         if any(part.grid != first for part in self.parts):
-            raise AttributeError("grid: the recordings have steps of their own; look at each of `parts`")
+            raise AttributeError("grid: the recordings have different steps; look at each of `parts`")
         return first
 
     @property
     def nodes(self) -> Sequence[Tensor]:
-        """The sums at the times of ``grid``; raises as that does."""
+        """The sums at the times of ``grid``; raises as ``grid`` does."""
         count = len(self.grid.times)
         return [_total(part.nodes[n] for part in self.parts) for n in range(count)]
 
     def __call__(self, t: float | Tensor) -> Tensor:
-        """The sum at ``t``; see `RecordedCostate`."""
+        """Return the sum at ``t``; see `RecordedCostate`."""
         return _total(part(t) for part in self.parts)
 
     def extrapolated(self, t: float | Tensor) -> Tensor:
-        """The sum at ``t``, outside the span too."""
+        """Return the sum at ``t``, outside the span too."""
         return _total(part.extrapolated(t) for part in self.parts)
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
-        """The sum on the step from ``t0`` to ``t1``."""
+        """Return the sum on the step from ``t0`` to ``t1``."""
         values = [part.on(t0, t1) for part in self.parts]
         return lambda t: _total(value(t) for value in values)
+
+
+def _float(t: float | Tensor) -> float:
+    return float(t.detach()) if isinstance(t, Tensor) else float(t)
+
+
+def _in_graph(t: float | Tensor, time: float) -> float | Tensor:
+    """Return ``time``, which is ``t`` up to rounding, as a tensor with the gradient of ``t`` if it requires one."""
+    return t + (time - _float(t)) if isinstance(t, Tensor) and t.requires_grad else time
+
+
+def _like_real(s: Any, node: Tensor) -> Any:
+    """Return ``s`` in the real dtype of ``node`` if it is a tensor."""
+    return s.to(node.real.dtype if node.is_complex() else node.dtype) if isinstance(s, Tensor) else s
+
+
+def _between(before: Tensor, after: Tensor, s: Any) -> Tensor:
+    """Return the linear interpolation at the fraction ``s``, a float or a 0-d tensor."""
+    if isinstance(s, Tensor):
+        moved: Tensor = before + _like_real(s, before) * (after - before)
+        return moved
+    return torch.lerp(before, after, s)
+
+
+def _linearised(value: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
+    """Return ``value(s)`` with its derivative by ``s`` in the graph, and no other gradient: the costate is a constant.
+
+    The second derivative is not in the graph.
+    """
+    at = s.detach()
+    found: Tensor
+    slope: Tensor
+    found, slope = torch.func.jvp(value, (at,), (torch.ones_like(at),))  # type: ignore[misc]  # without has_aux: two
+    moved: Tensor = found.detach() + _like_real(s - at, found) * slope.detach()
+    return moved
 
 
 def _total(values: Iterable[Tensor]) -> Tensor:

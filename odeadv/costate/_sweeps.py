@@ -1,39 +1,36 @@
-"""How often the costate is recorded: once, several times, or until it is that of its own trajectory."""
+"""The recordings of a solve: one, several, or sweeps until the costate is that of its own trajectory."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
-from odeadv.fields import AdversarialField, VectorField
-from odeadv.splitting import CostateKind, Grid, Stepper
+from odeadv.splitting import Grid
 from odeadv.support.checks import integer, number
 from odeadv.support.isolation import read_value
 
-GROWTH = 1e8
+GROWTH = 1e8  # a sweep that changes the costate by this factor has diverged
 
 
 @dataclass(frozen=True)
 class Converge:
     """Sweep until the recorded costate is the one that drives the trajectory: the fixed point of Eq. 7.
 
-    The fixed point solves the two-point boundary-value problem dx/dt = f + eta a, da/dt = -(df/dx)^T a. Plain sweeps
-    contract by about eta * I (spec: I the growth of the costate's effect over the span) and diverge from
-    eta * I = 1 on; Anderson acceleration reaches fixed points beyond, where they exist and ``memory`` is at least the
-    number of directions that do not contract. They are then stationary points of the control problem but no limits of
-    sweeps. Near eta * I = 1 there is none; iterates that grow out of proportion are not taken for one.
+    The fixed point solves the two-point boundary-value problem dx/dt = f + eta a, da/dt = -(df/dx)^T a. Let I be the
+    growth of the costate's effect over the span. Plain sweeps contract by about eta * I and diverge if eta * I is 1 or
+    more. Anderson acceleration also reaches fixed points beyond 1, if they exist and ``memory`` is at least the number
+    of directions that do not contract. Such a fixed point is a stationary point of the control problem but not a limit
+    of sweeps. Near eta * I = 1 there is none, and iterates that grow out of proportion are reported as not converged.
 
     Attributes:
-        rtol: stop when the change of a sweep, relative to the costate, is below this; by default the two-thirds power
-            of the dtype's rounding unit (4e-11 in float64, 2e-5 in float32).
-        most: recordings at the most.
-        memory: sweeps that Anderson acceleration combines; 0 for plain sweeps (Picard iteration).
+        rtol: stop if the change of a sweep, relative to the costate, is below this; by default the two-thirds power of
+            the dtype's rounding unit (4e-11 in float64, 2e-5 in float32).
+        most: largest number of recordings.
+        memory: number of sweeps that Anderson acceleration combines; 0 for plain sweeps (Picard iteration).
 
     Raises:
         ValueError: naming the attribute that is out of range.
@@ -52,11 +49,11 @@ class Converge:
 
 @dataclass(frozen=True)
 class Recordings:
-    """Which recordings a solve makes.
+    """The recordings that a solve makes.
 
     Attributes:
-        passes: how many, if the number is fixed.
-        adding: drive by the sum of all recordings so far (``ascent``), instead of the last (``sweeps``).
+        passes: their number, if it is fixed.
+        adding: drive by the sum of all recordings so far (``ascent``), instead of the last one (``sweeps``).
         converge: sweep until convergence instead.
     """
 
@@ -65,87 +62,70 @@ class Recordings:
     converge: Converge | None = None
 
 
-@dataclass
-class Sweeping:
-    """Makes recordings, each on a trajectory driven by those before.
+class Recorder(Protocol):
+    """Makes one recording."""
+
+    def __call__(self, drive: Costate | None, grid: Grid | None = None) -> RecordedCostate:
+        """Record the costate along the trajectory driven by ``drive`` (None: by f alone), on ``grid`` if given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The result of all recordings.
 
     Attributes:
-        field: the field whose costate is recorded.
-        x0: initial state.
-        grid: makes the nodes of a recording, for the field that it runs along.
-        stepper: makes what advances a field.
-        kind: evaluation between nodes.
-        differentiate: keep recordings in the autograd graph.
-        counted: called with the stepper and the drive of each recording, for the statistics.
-        residuals: relative change of each sweep, when they are to converge.
+        costate: drives the solve.
+        residuals: relative change of each sweep, if they are to converge.
+        converged: whether they did; True for a fixed number of recordings.
     """
 
-    field: AdversarialField
-    x0: Tensor
-    grid: Callable[[VectorField], Grid]
-    stepper: Callable[[VectorField], Stepper]
-    kind: CostateKind
-    differentiate: bool
-    counted: Callable[[Stepper, Costate | None], None]
-    checkpoints: int | None = None
-    residuals: list[float] = dataclasses.field(default_factory=list)
+    costate: Costate
+    residuals: tuple[float, ...] = ()
     converged: bool = True
 
-    def run(self, plan: Recordings) -> Costate:
-        """The costate that ``plan`` comes to."""
-        if plan.converge is not None:
-            return self._converge(plan.converge)
-        parts: list[RecordedCostate] = []
-        drive: Costate | None = None
-        for _ in range(plan.passes):
-            parts.append(self._record(drive))
-            drive = SummedCostate(tuple(parts)) if plan.adding and len(parts) > 1 else parts[-1]
-        assert drive is not None
-        return drive
 
-    def _record(self, drive: Costate | None, grid: Grid | None = None) -> RecordedCostate:
-        along = self.field if drive is None else self.field.driven_by(drive)
-        stepper = self.stepper(along)
-        result = record(
-            self.field,
-            self.x0,
-            self.grid(along) if grid is None else grid,
-            stepper,
-            kind=self.kind,
-            differentiate=self.differentiate,
-            checkpoints=self.checkpoints,
-        )
-        self.counted(stepper, drive)
-        return result
+def sweep(record: Recorder, plan: Recordings) -> Swept:
+    """Make the recordings of ``plan``, each on a trajectory driven by the recordings before."""
+    if plan.converge is not None:
+        return _converge(record, plan.converge)
+    parts: list[RecordedCostate] = []
+    drive: Costate | None = None
+    for _ in range(plan.passes):
+        parts.append(record(drive))
+        drive = SummedCostate(tuple(parts)) if plan.adding and len(parts) > 1 else parts[-1]
+    assert drive is not None
+    return Swept(drive)
 
-    def _converge(self, settings: Converge) -> RecordedCostate:
-        """Fixed-point iteration on the nodes, accelerated: u -> the costate recorded on the trajectory driven by u."""
-        recorded = self._record(None)
+
+def _converge(record: Recorder, settings: Converge) -> Swept:
+    """Iterate u -> the costate recorded on the trajectory driven by u, with Anderson acceleration on the nodes."""
+    recorded = record(None)
+    image = _flat(recorded)
+    eps = torch.finfo(recorded.nodes[0].dtype).eps
+    # A costate larger than the first one by half of all digits is out of proportion: it is no solution but a blow-up.
+    rtol, out_of_proportion = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
+    u, first = image, read_value(image.norm(), "sweeps: 'converge'")
+    history: list[tuple[Tensor, Tensor]] = []
+    residuals: list[float] = []
+    while len(residuals) + 1 < settings.most:
+        last, recorded = recorded, record(_like(recorded, u), recorded.grid)
         image = _flat(recorded)
-        eps = torch.finfo(recorded.nodes[0].dtype).eps
-        rtol, out_of_proportion = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
-        u, first = image, read_value(image.norm(), "sweeps: 'converge'")
-        history: list[tuple[Tensor, Tensor]] = []
-        self.converged = False
-        while len(self.residuals) + 1 < settings.most:
-            last, recorded = recorded, self._record(_like(recorded, u), recorded.grid)
-            image = _flat(recorded)
-            change = image - u
-            scale = image.norm().item()
-            residual = change.norm().item() / scale if scale else change.norm().item()
-            self.residuals.append(residual)
-            if not residual < GROWTH:
-                return last
-            if residual <= rtol and scale <= max(first, 1e-300) * out_of_proportion:
-                self.converged = True
-                break
-            history = [*history, (change, image)][-settings.memory - 1 :]
-            u = _anderson(history)
-        return recorded
+        change = image - u
+        scale = image.norm().item()
+        residual = change.norm().item() / scale if scale else change.norm().item()
+        residuals.append(residual)
+        if not residual < GROWTH:
+            return Swept(last, tuple(residuals), converged=False)
+        if residual <= rtol and scale <= max(first, 1e-300) * out_of_proportion:
+            return Swept(recorded, tuple(residuals))
+        history = [*history, (change, image)][-settings.memory - 1 :]
+        u = _anderson(history)
+    return Swept(recorded, tuple(residuals), converged=False)
 
 
 def _anderson(history: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The next iterate from the last (residual, image) pairs: the combination of images of the smallest residual.
+    """Return the next iterate from the last (residual, image) pairs: the combination with the smallest residual.
 
     Anderson (1965), J. ACM 12; in the form of Walker & Ni (2011), SIAM J. Numer. Anal. 49.
     """
@@ -163,14 +143,14 @@ def _anderson(history: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _flat(costate: RecordedCostate) -> Tensor:
-    """All nodes as one real vector, of float32 at least."""
+    """Return all nodes as one real vector, of float32 at least."""
     parts = [torch.view_as_real(node) if node.is_complex() else node for node in costate.nodes]
     flat = torch.cat([part.detach().reshape(-1) for part in parts])
     return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
 
 
 def _like(costate: RecordedCostate, flat: Tensor) -> RecordedCostate:
-    """``costate`` with the nodes in ``flat``."""
+    """Return ``costate`` with the nodes in ``flat``."""
     nodes = []
     for node in costate.nodes:
         count = node.numel() * (2 if node.is_complex() else 1)

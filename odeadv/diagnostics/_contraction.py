@@ -157,7 +157,16 @@ def contraction_of(
         linear = Linearised(sweep, eta * base)
         if not bool(linear.value.isfinite().all()):
             times = torch.tensor(grid.times[:1], dtype=torch.float64)
-            raise SolveError(Solution(times, start[None], status=Status.NON_FINITE, stats=Stats(), scheme=method.name))
+            raise SolveError(
+                Solution(
+                    times,
+                    start[None],
+                    status=Status.NON_FINITE,
+                    stats=Stats(),
+                    scheme=method.name,
+                    order=method.order(unit),
+                )
+            )
 
         def apply(v: Tensor) -> Tensor:
             image = linear.vjp(v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from odeadv.support.checks import number
 from odeadv.support.discovery import modules_of
 from odeadv.support.isolation import check_unmodified, version
 
+Field = TypeVar("Field", bound="VectorField")
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a field is solved on; whatever is None must be given to `odeadv.solve`.
+    """The problem a field carries. Anything that is None must be given to `odeadv.solve`.
 
     Attributes:
         x0: the initial state, or a function without arguments that computes it anew for each solve.
@@ -37,11 +38,11 @@ class Problem:
 
 
 class VectorField:
-    """dx/dt = sum of ``operators``; callable as ``field(t, x)``, so it runs in any solver of that convention.
+    """A sum of named operators, dx/dt = sum_p f_p(t, x); callable as ``field(t, x)``, as torchdiffeq expects.
 
     Args:
-        operators: name to operator (or callable ``f(t, x)``), in the order the schemes number them.
-        problem: what to solve it on, if the field carries that itself.
+        operators: name to operator (or callable ``f(t, x)``), in the order in which schemes number them.
+        problem: the initial state, span and steps, if the field carries them.
     """
 
     def __init__(self, operators: Mapping[str, Operator | VectorFunction], problem: Problem | None = None) -> None:
@@ -56,8 +57,44 @@ class VectorField:
         """The modules that an evaluation of the field runs."""
         return modules_of(*self.operators.values())
 
+    @property
+    def jumps(self) -> list[tuple[float, float]]:
+        """The intervals on which the state jumps."""
+        return [jump for operator in self.operators.values() for jump in operator.jumps]
+
+    @property
+    def edges(self) -> list[float]:
+        """The times at which a step must end."""
+        return [edge for operator in self.operators.values() for edge in operator.edges]
+
+    @property
+    def constant(self) -> bool:
+        """Whether all operators are the same on every step."""
+        return all(operator.constant for operator in self.operators.values())
+
+    def with_time_dtype(self: Field, dtype: torch.dtype) -> Field:
+        """Return the same field, whose functions are given times of ``dtype``."""
+        return self._mapped(lambda operator: operator.with_time_dtype(dtype))
+
+    def widened(self: Field, narrow: torch.dtype) -> Field:
+        """Return the same field for a state kept in float32, whose functions are given it in ``narrow``."""
+        return self._mapped(lambda operator: operator.widened(narrow))
+
+    def _mapped(self: Field, change: Callable[[Operator], Operator]) -> Field:
+        field = copy.copy(self)
+        field.operators = {name: change(operator) for name, operator in self.operators.items()}
+        return field
+
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """The whole right-hand side, all operators added up. ``x``: the state; returns its shape."""
+        """Return the whole right-hand side, the sum of all operators.
+
+        Args:
+            t: 0-d tensor.
+            x: the state.
+
+        Returns:
+            A tensor of the shape of ``x``.
+        """
         values = [operator(t, x) for operator in self.operators.values()]
         return sum(values[1:], start=values[0])
 
@@ -68,15 +105,18 @@ class VectorField:
 class SplitField(VectorField):
     """A field given as a sum of named operators, dx/dt = sum_p f_p(t, x), for operator splitting.
 
-    The order of the names is the order of the operators in a scheme: Lie-Trotter takes them as listed; Strang takes
-    the first for the full step, the later ones around it, the last one outermost (the paper's Eq. 20 with F first).
+    The order of the names is the order of the operators in a scheme. Lie-Trotter takes them as listed. Strang takes the
+    first one for the full step and the later ones around it, the last one outermost (the paper's Eq. 20 with F first).
 
     Args:
-        x0, t_span, dt, steps: the problem, if the field is to carry it (these names are not available to operators).
+        x0, t_span, dt, steps: the problem, if the field carries it. Operators cannot have these names.
         operators: callables ``f(t, x)`` or `Operator` objects, at least two.
 
     Raises:
-        ValueError: with fewer than two operators.
+        ValueError: if there are fewer than two operators.
+
+    Example:
+        >>> field = odeadv.SplitField(diffusion=odeadv.Operator(laplace, flow=heat), reaction=lambda t, x: x - x**3)
     """
 
     def __init__(
@@ -99,30 +139,32 @@ class SplitField(VectorField):
 class AdversarialField(VectorField):
     """The paper's Eq. 7, dx/dt = f(t, x) + eta * dL/dx(t): the state is pushed up the loss by its costate.
 
-    dL/dx(t) is the costate a(t) of Eq. 9, a(T) = grad L(x(T)), which needs the whole trajectory; `odeadv.solve`
-    records it before it solves (see its arguments ``sweeps``, ``ascent`` and ``costate``). The operators are named
-    ``"f"`` and ``"costate"``.
+    dL/dx(t) is the costate a(t) of Eq. 9 with a(T) = grad L(x(T)). It depends on the whole trajectory, so
+    `odeadv.solve` records it before it solves (see its arguments ``sweeps``, ``ascent`` and ``costate``). The
+    right-hand side is therefore not a function of (t, x), and ``field(t, x)`` raises; `odeadv.driven` makes a plain
+    field for other solvers. The operators are named ``"f"`` and ``"costate"``.
 
     Args:
         f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
-        loss: ``loss(output)``, a scalar tensor, of the final state (or of ``readout`` of it).
-        eta: strength, any finite number; eta > 0 pushes the loss up (down where time runs backward, for then the
-            equation's right-hand side is subtracted). It scales the gradient of ``loss`` as it is: with a mean over a
-            batch, eta / batch_size is what is invariant.
-        readout: map from the final state to the output (logits of a network); the state itself if not given.
-        x0, t_span, dt, steps: the problem, if the field is to carry it.
+        loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it.
+        eta: strength, any finite number. eta > 0 pushes the loss up if time runs forward, and down if it runs backward,
+            since the right-hand side is then subtracted. eta multiplies the gradient of ``loss`` as it is: if the loss
+            is a mean over a batch, eta / batch_size is invariant.
+        readout: map from the final state to the output (the logits of a network); the identity if not given.
+        x0, t_span, dt, steps: the problem, if the field carries it.
         modules: modules that ``f``, ``readout`` or ``loss`` run and that cannot be found from them, see `Operator`.
 
     Attributes:
-        transforms: what `transformed` has put between a recording and the drive, in turn.
+        transforms: the functions that `transformed` has put between a recording and the drive, in turn.
 
     Raises:
-        TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` not a number.
+        TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` is not a number.
         ValueError: if ``eta`` is not finite.
-    """
 
-    #: Records a costate from a field and an initial state: `odeadv.driven`, which the solver puts here.
-    _recorder: ClassVar[Callable[[AdversarialField, Tensor], VectorField]]
+    Example:
+        >>> field = odeadv.AdversarialField(lambda t, x: -x, lambda x: (x**2).sum(), eta=0.1)
+        >>> odeadv.solve(field, torch.ones(3), (0.0, 1.0), scheme="strang", dt=0.1).xs[-1]
+    """
 
     def __init__(
         self,
@@ -146,51 +188,10 @@ class AdversarialField(VectorField):
         self.readout = readout
         self.transforms: tuple[NodeTransform, ...] = ()
         self._modules = modules_of(loss, readout, *modules)
-        self._drive: VectorField | None = None
-        self._driven_in = -1
         operator = (
             f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
         )
         super().__init__({"f": operator, "costate": Unrecorded()}, Problem(x0, t_span, dt, steps))
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """f(t, x) + eta * a(t) for other solvers, on the ``t_span`` and by the ``dt`` or ``steps`` the field carries.
-
-        An evaluation at the start of the span is taken for the start of a solve: the costate is recorded from there,
-        by `odeadv.driven` with its defaults, and drives until the next such evaluation. So every solve has the
-        recording of its own initial state and weights, and a method that evaluates the start twice records twice.
-        A backward pass that evaluates the field again, as ``odeint_adjoint`` does, would meet the recording of the
-        latest solve, whichever it is of: give it `odeadv.driven`, which keeps its own.
-
-        Args:
-            t: 0-d tensor.
-            x: the state; returns its shape.
-
-        Raises:
-            TypeError: if the field has no span or steps, or is evaluated elsewhere before it was at the start; or
-                within a backward pass, but for a solve that begins there, or outside after such a one.
-            ValueError, SolveError: see `odeadv.driven`.
-        """
-        if self._starts_at(t):
-            self._drive = type(self)._recorder(self, x.detach())
-            self._driven_in = _backward_pass()
-        elif self._drive is None:
-            return super().__call__(t, x)  # which says what to do
-        elif self._driven_in != _backward_pass():
-            raise TypeError(
-                "field: evaluated within a backward pass (odeint_adjoint?), where the recording of another solve may "
-                "have taken the place of its own; give the solver odeadv.driven(field, x0, t_span, steps=...), which "
-                "keeps one"
-            )
-        return self._drive(t, x)
-
-    def _starts_at(self, t: Tensor) -> bool:
-        """Whether ``t`` is the start of the span up to rounding; False if the field does not carry its steps."""
-        problem = self.problem
-        if problem.t_span is None or (problem.dt is None and problem.steps is None):
-            return False
-        rounding = 4 * torch.finfo(t.dtype).eps * max(map(abs, problem.t_span))
-        return abs(float(t.detach()) - problem.t_span[0]) <= rounding
 
     @property
     def f(self) -> Operator:
@@ -203,16 +204,16 @@ class AdversarialField(VectorField):
         return modules_of(self.f, *self._modules)
 
     def transformed(self, transform: NodeTransform) -> AdversarialField:
-        """The same field, whose costate passes through ``transform`` after each recording, before it drives.
+        """Return the same field, whose costate passes through ``transform`` between each recording and the drive.
 
-        For ablations: noise of the same norm, gradients shuffled across the batch, the first node only. With several
-        recordings (``sweeps``, ``ascent``) each is transformed once. ``sol.costate`` is then the transformed one. A
-        second transform acts on the result of the first.
+        Use it for ablations: noise of the same norm, gradients shuffled across the batch, the first node only. With
+        several recordings (``sweeps``, ``ascent``) each one is transformed once. ``sol.costate`` is the transformed
+        costate. A second transform acts on the result of the first.
 
         Args:
-            transform: ``transform(nodes)``, from the N + 1 recorded a(t_n), each of the shape of the state at t_n, to
-                as many tensors of the same shapes, dtypes and devices. Without gradients, unless the costate is
-                differentiated. The global random state is put back after it: draw from a generator of your own.
+            transform: ``transform(nodes)`` maps the N + 1 recorded a(t_n), each of the shape of the state at t_n, to as
+                many tensors of the same shapes, dtypes and devices. It runs without gradients, unless the costate is
+                differentiated. The global random state is put back after it, so draw from your own generator.
 
         Raises:
             TypeError: if ``transform`` is not callable.
@@ -220,24 +221,30 @@ class AdversarialField(VectorField):
         if not callable(transform):
             raise TypeError(f"transform: got {type(transform).__name__}, expected a callable transform(nodes)")
         field = copy.copy(self)
-        field._drive = None
         field.transforms = (*self.transforms, transform)
         field._modules = modules_of(*self._modules, transform)
         return field
 
     def driven_by(self, costate: Any) -> VectorField:
-        """The field with dL/dx(t) given: a plain field f + eta * costate(t), usable in any ODE solver.
+        """Return the plain field f + eta * costate(t), for any ODE solver.
 
         Args:
-            costate: a function of a float time, such as the ``costate`` of a solution, which is then extrapolated a
-                little beyond its span, since adaptive solvers overshoot the end.
+            costate: a function of time, such as the ``costate`` of a solution. The time is a float, or a 0-d tensor if
+                the solver differentiates through it, see `Forcing`. The costate of a solution is extrapolated beyond
+                its span, since adaptive solvers step beyond the end.
         """
         value = getattr(costate, "extrapolated", costate)
         forcing = Forcing(value, scale=self.eta, on=getattr(costate, "on", None), source=costate)
         return VectorField({"f": self.f, "costate": forcing}, self.problem)
 
+    def widened(self, narrow: torch.dtype) -> AdversarialField:
+        """See `VectorField.widened`; read-out and loss are given the final state in ``narrow`` too."""
+        field, readout = super().widened(narrow), self.readout
+        field.readout = lambda x: x.to(narrow) if readout is None else readout(x.to(narrow))
+        return field
+
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and loss of the final state ``x``.
+        """Return the output and the loss of the final state ``x``.
 
         Raises:
             TypeError, ValueError: if the loss is not a scalar tensor.
@@ -265,13 +272,8 @@ class AdversarialField(VectorField):
         return f"{type(self).__name__}(f, costate, eta={self.eta:g}{', transformed' if self.transforms else ''})"
 
 
-def _backward_pass() -> int:
-    """The number of the backward pass that is running; -1 outside of any."""
-    return torch._C._current_graph_task_id()
-
-
 def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
-    """``field`` as a `VectorField`: a plain callable or an `Operator` becomes a field with the one operator "f"."""
+    """Return ``field`` as a `VectorField`: a callable or an `Operator` becomes a field with the one operator "f"."""
     if isinstance(field, VectorField):
         return field
     if not callable(field):
@@ -289,6 +291,6 @@ def _named_operator(name: str, f: Any) -> Operator:
 
 
 def _whole(field: VectorField) -> Operator:
-    """The operators of ``field`` as one."""
+    """Return the operators of ``field`` as one operator."""
     operators = tuple(field.operators.values())
     return operators[0] if len(operators) == 1 else Sum(operators, tuple(field.operators))

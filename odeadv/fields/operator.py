@@ -1,39 +1,44 @@
-"""One term of the right-hand side: `Operator`, and its piecewise and state-independent forms."""
+"""`Operator`, one term of dx/dt, `Jump`, a map between two times, and the checks of a user's functions."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from odeadv.support.discovery import modules_of
-from odeadv.support.isolation import check_unmodified, is_wrapped, version
+from odeadv.support.isolation import check_unmodified, inside_transform, is_wrapped, version
 
 VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
+NARROW = (torch.float16, torch.bfloat16)
 _CLOCKS = {torch.float64: torch.float64, torch.complex128: torch.float64}
 
 
 def clock_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of times beside a state of ``dtype``: its real type, but at least float32."""
+    """Return the dtype of the times that f is given with a state of ``dtype``: its real dtype, but at least float32.
+
+    In the state's own dtype a time can be joined to the state (``torch.cat``) without changing its dtype. 16 bits are
+    too few for a time: bfloat16 has 8 of them, three digits.
+    """
     return _CLOCKS.get(dtype, torch.float32)
 
 
-def as_time(value: float | Tensor, like: Tensor) -> Tensor:
-    """The time ``value`` as a 0-d tensor on the device of the state ``like``; a tensor as it is."""
+def as_time(value: float | Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the time ``value`` as a 0-d tensor on the device of the state ``like``; a tensor is returned as it is."""
     if isinstance(value, Tensor):
         return value
-    return torch.scalar_tensor(value, dtype=clock_dtype(like.dtype), device=like.device)
+    return torch.scalar_tensor(value, dtype=dtype or clock_dtype(like.dtype), device=like.device)
 
 
 def same_shape(name: str, value: object, x: Tensor) -> Tensor:
-    """``value``, what the user's function ``name`` returned, if it is a tensor of the shape of the state ``x``.
+    """Return ``value``, the result of the user's function ``name``, if it fits the state ``x``.
 
     Raises:
-        TypeError: if it is not a tensor, or of a dtype that would change the state's.
+        TypeError: if it is not a tensor, or has a dtype that would change the state's.
         ValueError: if its shape differs.
     """
     if not isinstance(value, Tensor):
@@ -42,8 +47,8 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: returned shape {tuple(value.shape)} for a state of shape {tuple(x.shape)}, expected the same"
         )
-    if value.dtype != x.dtype and x.dtype not in (torch.float16, torch.bfloat16):
-        # A state of low precision may be promoted, as autocast does; any other would change its dtype on the way.
+    if value.dtype != x.dtype and x.dtype not in NARROW:
+        # A state of 16 bits may be promoted, as autocast does. Any other state would change its dtype on the way.
         promoted = torch.promote_types(value.dtype, x.dtype)
         if promoted != x.dtype:
             raise TypeError(
@@ -54,13 +59,17 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
 
 
 def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
-    """``f(t, x)``, refused if it writes to ``x`` or is not of its shape; not for torch.compile, see `version`."""
+    """Return ``f(t, x)``. Not for torch.compile, see `version`.
+
+    Raises:
+        TypeError, ValueError: if f writes to ``x``, or its result does not fit ``x``.
+    """
     if is_wrapped(x):
         before = version(x)
         return returned(f(t, x), x, before)
     before = -1 if x.is_inference() else x._version
     value = f(t, x)
-    # What `returned` does, written out: calls are most of what a step costs.
+    # The body of `returned`, written out: Python calls are most of the cost of a step on small states.
     if before >= 0 and x._version != before:
         check_unmodified("f", x, before)
     if isinstance(value, Tensor) and value.dtype is x.dtype and value.shape == x.shape:
@@ -69,45 +78,115 @@ def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
 
 
 def returned(value: object, x: Tensor, before: int) -> Tensor:
-    """``value``, what f returned for ``x`` of that `version`, refused as `checked` does."""
+    """Return ``value``, which f returned for ``x`` when `version` was ``before``; raises as `checked`."""
     check_unmodified("f", x, before)
     return same_shape("f", value, x)
 
 
-class Cost:
-    """Counts what one operator cost: evaluations of its right-hand side, and vector-Jacobian products."""
+def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """Return ``function()`` after comparing the values of the state ``x`` before and after the call.
 
-    __slots__ = ("evaluations", "vjps")
+    `version` does not see a write through ``x.data`` or through a NumPy array that shares the memory. This does, at
+    the price of a copy, so the loops call it on one step out of many.
+
+    Raises:
+        ValueError: if the function ``name`` has written to ``x``.
+    """
+    before = x.detach().clone()
+    value = function()
+    now = x.detach()
+    try:
+        written = not torch.equal(now, before) and bool(((now != before) & ~(now.isnan() & before.isnan())).any())
+    except RuntimeError:  # a fake tensor has no values
+        written = False
+    if written:
+        raise ValueError(
+            f"{name}: modifies the state in place (through x.data or a NumPy array?); return a new tensor and leave x "
+            "as it is"
+        )
+    return value
+
+
+class Cost:
+    """The cost of one operator in one run, and what the run has learned about its function.
+
+    Attributes:
+        evaluations: evaluations of the right-hand side, the flow or the map.
+        vjps: vector-Jacobian products.
+        watch: compare the state before and after each call, see `watched`.
+        reuses: whether the function returns memory that it returned before; None if that is not known yet.
+    """
+
+    __slots__ = ("evaluations", "reuses", "vjps", "watch")
 
     def __init__(self) -> None:
         self.evaluations = 0
         self.vjps = 0
+        self.watch = False
+        self.reuses: bool | None = None
 
     def evaluated(self) -> None:
-        """Count one evaluation (but not the tracing of one by torch.compile, whose graph would depend on the count)."""
+        """Count one evaluation. Tracing by torch.compile is not counted, since the graph would depend on the count."""
         if not torch.compiler.is_compiling():
             self.evaluations += 1
+
+
+class Slopes:
+    """Several results of one operator that are held at the same time.
+
+    A function may return the same memory every time: ``torch.neg(x, out=buffer)``, a replayed CUDA graph, a bridge to
+    C++. Its earlier results are then overwritten by the later ones. In the first step of a run all results are copied
+    and their memory is compared; from then on they are copied only if the function reuses its memory.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        self.values: list[Tensor] = []
+        self._cost = cost
+        self._copy = cost.reuses is not False and not torch.compiler.is_compiling() and not inside_transform()
+        self._given: list[Tensor] = []
+
+    def add(self, value: Tensor) -> None:
+        """Hold ``value``, or a copy of it."""
+        if not self._copy:
+            self.values.append(value)
+            return
+        place = value.untyped_storage().data_ptr()
+        # The earlier results are kept alive, so equal addresses mean shared memory and not memory that was freed.
+        if place and any(place == other.untyped_storage().data_ptr() for other in self._given):
+            self._cost.reuses = True
+        self._given.append(value)
+        self.values.append(value.clone())
+
+    def done(self) -> list[Tensor]:
+        """Return the values; the function counts as one that reuses no memory if none was shared."""
+        if self._copy and self._cost.reuses is None and len(self._given) > 1:
+            self._cost.reuses = False
+        return self.values
 
 
 class Operator:
     """One term of a vector field, dx/dt = f(t, x), with its exact flow if that is known.
 
     Args:
-        f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state, neither of which it may write to; returns a tensor
-            of the shape of ``x``.
-        flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``; ``t`` and
-            ``dt`` are 0-d tensors and ``dt`` may be negative. Used by the sub-step ``"exact"``.
+        f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state. f must not write to either. It returns a tensor of
+            the shape of ``x``.
+        flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``. ``t`` and
+            ``dt`` are 0-d tensors, and ``dt`` may be negative. The sub-step ``"exact"`` uses it.
         modules: modules that ``f`` or ``flow`` runs, so that a recording pass can protect their buffers. A module, a
-            bound method of one, and what a function closes over or names globally are found without being named.
-        reversible: False for diffusion and the like, which cannot be run backward; a scheme with negative weights
-            for it then gives a warning.
+            bound method of one, and modules that a function closes over or names globally are found without this.
+        reversible: False for diffusion and other operators that cannot be run backward in time. A scheme with negative
+            weights for such an operator gives a warning.
 
     Raises:
         TypeError: if ``f`` or ``flow`` is not callable.
+
+    Example:
+        >>> decay = odeadv.Operator(lambda t, x: -x, flow=lambda t, dt, x: x * torch.exp(-dt))
     """
 
     pieces: Sequence[Operator | Jump] = ()
     edges: Sequence[float] = ()
+    time_dtype: torch.dtype | None = None  # of the times that f and flow are given; None: see `clock_dtype`
 
     def __init__(
         self,
@@ -133,7 +212,7 @@ class Operator:
 
     @property
     def constant(self) -> bool:
-        """Whether `on` gives the operator itself on every step."""
+        """Whether `on` returns the operator itself for every step."""
         return True
 
     @property
@@ -146,15 +225,41 @@ class Operator:
         return self.f(t, x)
 
     def on(self, t0: float, t1: float) -> Operator | Jump:
-        """The operator as it is on the step from ``t0`` to ``t1``: itself, unless it is `Piecewise`."""
+        """Return the operator as it is on the step from ``t0`` to ``t1``: itself, unless it is `Piecewise`."""
         return self
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """Evaluate dx/dt for the solver: counted, and checked to have the shape of the state."""
+        """Evaluate dx/dt for the solver: counted, and checked to fit the state."""
         if torch.compiler.is_compiling():
-            return same_shape("f", self.f(as_time(t, x), x), x)
+            return same_shape("f", self.f(as_time(t, x, self.time_dtype), x), x)
         cost.evaluations += 1
-        return checked(self.f, as_time(t, x), x)
+        if cost.watch:
+            return watched("f", lambda: checked(self.f, as_time(t, x, self.time_dtype), x), x)
+        return checked(self.f, as_time(t, x, self.time_dtype), x)
+
+    def with_time_dtype(self, dtype: torch.dtype) -> Operator:
+        """Return the same operator, whose functions are given times of ``dtype``."""
+        other = copy.copy(self)
+        other.time_dtype = dtype
+        return other
+
+    def widened(self, narrow: torch.dtype) -> Operator:
+        """Return the same operator for a state kept in float32, whose functions are given it in ``narrow``."""
+        f, flow = self.f, self.flow
+
+        def wide_flow(t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
+            assert flow is not None
+            y = x.to(narrow)
+            return same_shape("flow", flow(t, dt, y), y).to(x.dtype)
+
+        other = Operator(
+            lambda t, x: checked(f, t, x.to(narrow)).to(x.dtype),
+            flow=wide_flow if flow else None,
+            modules=self.modules,
+            reversible=self.reversible,
+        )
+        other.time_dtype = self.time_dtype
+        return other
 
     def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
         """Return x + h f(t, x), one step of Euler."""
@@ -176,7 +281,7 @@ class Jump:
         self.modules = modules_of(map, *modules)
 
     def across(self, x: Tensor, cost: Cost) -> Tensor:
-        """The state at the end of the interval, counted."""
+        """Return the state at the end of the interval, counted."""
         cost.evaluated()
         before = version(x)
         end = self.map(x)

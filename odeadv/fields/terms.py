@@ -7,20 +7,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Cost, Jump, Operator, same_shape
+from odeadv.fields.operator import Cost, Jump, Operator, Slopes, same_shape
 from odeadv.support.discovery import modules_of
 
 
 class Forcing(Operator):
-    """A term that depends on time only, dx/dt = scale * value(t): sub-steps of it are quadrature.
+    """A term that depends on time only, dx/dt = scale * value(t): a sub-step of it is a quadrature rule.
 
     Args:
-        value: ``value(t)`` with ``t`` a float, returning a tensor of the state's shape at that time.
+        value: ``value(t)`` returns a tensor of the state's shape. ``t`` is a float. It is a 0-d tensor only if another
+            solver's time requires a gradient, as that of torchdiffeq's adaptive methods does.
         scale: a factor, kept apart so that it costs no pass over the tensor.
-        on: gives ``value`` restricted to a step, ``on(t0, t1)``; ``value`` itself if not given.
-        source: the object that ``value`` evaluates, such as a recorded costate, for those who look at a driven field.
+        on: ``on(t0, t1)`` returns ``value`` restricted to a step; ``value`` itself is used if not given.
+        source: the object that ``value`` evaluates, such as a recorded costate, for readers of a driven field.
     """
 
     def __init__(
@@ -43,24 +45,30 @@ class Forcing(Operator):
         return self._on is None
 
     def on(self, t0: float, t1: float) -> Forcing:
-        """The forcing on one step."""
+        """Return the forcing on one step."""
         if self._on is None:
             return self
-        local = copy.copy(self)  # what `__init__` looks up is the same on every step
+        local = copy.copy(self)  # without `__init__`, whose search for modules would be repeated on every step
         local.value, local._on, local.f = self._on(t0, t1), None, local._at
         return local
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """The forcing at ``t``, at full precision of the time."""
+        """Return the forcing at ``t``, at full precision of the time."""
         cost.evaluated()
         return self.scale * same_shape("costate", self.value(t), x)
 
+    def widened(self, narrow: torch.dtype) -> Forcing:
+        """Return the forcing itself: it does not see the state."""
+        return self
+
     def _at(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.scale * self.value(float(t.detach()))
+        # torchdiffeq keeps the sizes of its steps in the graph. The gradient of a solve is right only if the time is in
+        # the graph as well, for the two cancel.
+        return self.scale * self.value(t if t.requires_grad else float(t.detach()))  # type: ignore[arg-type]
 
 
 class Unrecorded(Operator):
-    """Stands for eta * dL/dx(t) until the costate has been recorded."""
+    """The term eta * dL/dx(t) before the costate has been recorded."""
 
     def __init__(self) -> None:
         super().__init__(self._refuse)
@@ -70,22 +78,26 @@ class Unrecorded(Operator):
         """False."""
         return False
 
+    def widened(self, narrow: torch.dtype) -> Unrecorded:
+        """Return the term itself: it is never evaluated."""
+        return self
+
     @staticmethod
     def _refuse(t: Tensor, x: Tensor) -> Tensor:
         raise TypeError(
-            "field: dL/dx(t) of an AdversarialField is not known before a costate is recorded; use "
-            "odeadv.solve(field, ...). In another solver, give the field its t_span and steps (or dt) and start at "
-            "t_span[0], or use odeadv.driven(field, x0, t_span, steps=...) or field.driven_by(solution.costate)"
+            "field: dL/dx(t) of an AdversarialField is not known before a costate is recorded, so it is not a function "
+            "of (t, x); use odeadv.solve(field, ...), or give another solver "
+            "odeadv.driven(field, x0, t_span, steps=...) or field.driven_by(solution.costate)"
         )
 
 
 class Sum(Operator):
-    """Several operators as one: a field as a term of another, or one that is solved without splitting it.
+    """Several operators as one: a field as a term of another field, or a field that is solved without splitting.
 
     Args:
         operators: the terms.
         names: their names.
-        costs: where the evaluations of each are counted; without them, an evaluation of the sum counts as one.
+        costs: where the evaluations of each term are counted; without them, an evaluation of the sum counts as one.
     """
 
     def __init__(
@@ -112,10 +124,10 @@ class Sum(Operator):
         return tuple(jump for operator in self.operators for jump in operator.jumps)
 
     def on(self, t0: float, t1: float) -> Sum:
-        """The sum of the operators as they are on the step.
+        """Return the sum of the operators as they are on the step.
 
         Raises:
-            ValueError: where one of them jumps.
+            ValueError: if one of them jumps there.
         """
         if self.constant:
             return self
@@ -131,27 +143,42 @@ class Sum(Operator):
         return Sum(parts, self.names, self.costs)
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """All velocities added up."""
+        """Return the sum of all velocities."""
         if self.costs is None:
             cost.evaluated()
         costs = [Cost() for _ in self.operators] if self.costs is None else self.costs
-        values = [op.velocity(t, x, own) for op, own in zip(self.operators, costs, strict=True)]
+        held = Slopes(cost)  # two terms may write to one buffer
+        for operator, own in zip(self.operators, costs, strict=True):
+            own.watch = cost.watch
+            held.add(operator.velocity(t, x, own))
+        values = held.done()
         return sum(values[1:], start=values[0])
+
+    def with_time_dtype(self, dtype: torch.dtype) -> Sum:
+        """See `Operator.with_time_dtype`."""
+        return Sum([operator.with_time_dtype(dtype) for operator in self.operators], self.names, self.costs)
+
+    def widened(self, narrow: torch.dtype) -> Sum:
+        """See `Operator.widened`."""
+        return Sum([operator.widened(narrow) for operator in self.operators], self.names, self.costs)
 
 
 class Piecewise(Operator):
-    """Different operators on consecutive intervals of time: the form of a residual network, one block a unit of time.
+    """Different operators on consecutive intervals of time, such as a residual network with one block per unit of time.
 
-    The piece that acts on a step is chosen by the step's interval, never by rounding an evaluation time, so a
-    sub-step that evaluates at the end of an interval still sees the piece of that interval. Steps must not
-    straddle two pieces; on a `Jump` the whole interval is one step.
+    The step's interval chooses the piece. The rounding of an evaluation time never does, so a sub-step that evaluates
+    at the end of an interval still sees the piece of that interval. A step must not straddle two pieces. A `Jump` is
+    one step over its whole interval.
 
     Args:
-        pieces: `Operator` or `Jump`, one an interval.
+        pieces: one `Operator` or `Jump` per interval.
         edges: increasing times, one more than pieces: piece ``i`` acts on ``[edges[i], edges[i + 1]]``.
 
     Raises:
         ValueError: if the numbers do not match or ``edges`` do not increase.
+
+    Example:
+        >>> switched = odeadv.Piecewise([odeadv.Operator(grow), odeadv.Operator(decay)], edges=[0.0, 0.5, 2.0])
     """
 
     def __init__(self, pieces: Sequence[Operator | Jump], edges: Sequence[float]) -> None:
@@ -178,10 +205,10 @@ class Piecewise(Operator):
         )
 
     def on(self, t0: float, t1: float) -> Operator | Jump:
-        """The piece of the interval that contains the step from ``t0`` to ``t1``."""
+        """Return the piece of the interval that contains the step from ``t0`` to ``t1``."""
         low, high = min(t0, t1), max(t0, t1)
         index = bisect_right(self.edges, 0.5 * (low + high)) - 1
-        slack = 1e-9 * max(1.0, abs(low), abs(high))
+        slack = 1e-9 * max(1.0, abs(low), abs(high))  # ends of steps are sums of step sizes, with their rounding
         if not 0 <= index < len(self.pieces) or low < self.edges[index] - slack or high > self.edges[index + 1] + slack:
             raise ValueError(
                 f"dt: the step from {t0:g} to {t1:g} does not lie within one piece of the field, whose edges are at "
@@ -196,11 +223,16 @@ class Piecewise(Operator):
             )
         return piece
 
+    def with_time_dtype(self, dtype: torch.dtype) -> Piecewise:
+        """See `Operator.with_time_dtype`."""
+        pieces = [piece if isinstance(piece, Jump) else piece.with_time_dtype(dtype) for piece in self.pieces]
+        return Piecewise(pieces, self.edges)
+
     def _evaluate(self, t: Tensor, x: Tensor) -> Tensor:
-        index = min(max(bisect_right(self.edges, float(t)) - 1, 0), len(self.pieces) - 1)
-        piece = self.pieces[index]
+        time = float(t.detach())
+        piece = self.pieces[min(max(bisect_right(self.edges, time) - 1, 0), len(self.pieces) - 1)]
         if isinstance(piece, Jump):
-            raise ValueError(f"t: {float(t):g} lies on a jump of the field, which has no velocity there")
+            raise ValueError(f"t: {time:g} lies on a jump of the field, which has no velocity there")
         return piece(t, x)
 
 

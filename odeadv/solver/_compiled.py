@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields.operator import VectorFunction, clock_dtype
-from odeadv.solver._saving import _last_good, _status
+from odeadv.solver._run import status_of
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver.request import read_initial_state, read_times
 from odeadv.splitting import Scheme, TimeStep, TorchDiffEq
@@ -25,22 +25,22 @@ def compile_solver(
     field: VectorField | Operator | VectorFunction,
     *,
     dt: float,
-    scheme: str | Scheme = "strang",
+    scheme: str | Scheme | None = None,
     substep: SubSteps | None = None,
     **options: Any,
 ) -> CompiledSolver:
-    """A solver for ``field`` with fixed steps of size ``dt``, whose step is compiled once, as one graph without breaks.
+    """Return a solver for ``field`` with fixed steps of size ``dt``. Its step is compiled once, as one graph.
 
-    The steps themselves are a Python loop over that graph, so the time to compile does not grow with their number.
-    Make the solver once and call it often: ``solver(x0, (0.0, 1.0))`` gives the `Solution` that `odeadv.solve` gives,
-    up to rounding, with gradients.
+    The steps are a Python loop over that graph, so the time to compile does not grow with their number. Make the solver
+    once and call it often: ``solver(x0, (0.0, 1.0))`` returns the same `Solution` as `odeadv.solve` up to rounding,
+    with gradients.
 
     Args:
-        field: a plain or split field that does not change from step to step, of functions torch.compile understands.
+        field: a plain or split field that is the same on every step, of functions that torch.compile understands.
         dt: step size.
         scheme: see `odeadv.solve`.
         substep: see `odeadv.solve`.
-        options: passed on to `torch.compile`; ``fullgraph=True`` unless said otherwise.
+        options: passed on to `torch.compile`; the default is ``fullgraph=True``.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, by name.
@@ -65,16 +65,16 @@ class CompiledSolver:
         self,
         field: VectorField,
         dt: float,
-        scheme: str | Scheme,
+        scheme: str | Scheme | None,
         substep: SubSteps | None,
         options: dict[str, Any],
     ) -> None:
         if dt == 0.0:
             raise ValueError("dt: got 0, expected a step size different from 0")
         self.field, self.dt = field, dt
-        self.method = read_discretisation(field, scheme, substep, None)
+        self.discretisation = read_discretisation(field, scheme, substep, None)
         self._options = {"fullgraph": True, **options}
-        if any(isinstance(method, TorchDiffEq) for method in self.method.substeps.values()):
+        if any(isinstance(method, TorchDiffEq) for method in self.discretisation.substeps.values()):
             raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
         self._steps: dict[tuple[object, ...], Callable[[Tensor, Tensor], Tensor]] = {}
 
@@ -83,25 +83,23 @@ class CompiledSolver:
 
         Evaluations are not counted.
         """
-        grid = read_times(self.field, t_span, self.dt, None, None, None).grid
+        grid = read_times(self.field, t_span, self.dt, None).grid
         x = read_initial_state(self.field, x0)
         assert grid is not None
         assert grid.h is not None
         signed = math.copysign(self.dt, grid.h)
         # The size of a step is a constant of its graph; how the ends of a span round must not ask for another one.
         step = self._step(signed if math.isclose(grid.h, signed, rel_tol=1e-12) else grid.h, x, grid[0])
-        ends = [(grid.times[0], x)]
-        clock = torch.tensor(grid.times, dtype=clock_dtype(x.dtype), device=x.device)
-        for t in clock[:-1].unbind():
+        start = x
+        for t in torch.tensor(grid.times[:-1], dtype=clock_dtype(x.dtype), device=x.device).unbind():
             x = step(x, t)
-        ends.append((grid.times[-1], x))
         solution = Solution(
-            clock[[0, -1]],
-            torch.stack([end for _, end in ends]),
-            status=_status(Status.SUCCESS, x),
+            torch.tensor([grid.times[0], grid.times[-1]], dtype=torch.float64, device=x.device),
+            torch.stack([start, x]),
+            status=status_of(Status.SUCCESS, x),
             stats=Stats(steps=len(grid)),
-            scheme=self.method.name,
-            last_good=lambda: _last_good(self.method.stepper(self.field), ends, grid, self.field),
+            scheme=self.discretisation.name,
+            order=self.discretisation.order(self.field),
         )
         if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
             raise SolveError(solution)
@@ -118,7 +116,7 @@ class CompiledSolver:
             torch.is_inference_mode_enabled(),
         )
         if key not in self._steps:
-            stepper = self.method.stepper(self.field)
+            stepper = self.discretisation.stepper(self.field)
             self._check(x, first)
 
             def step(x: Tensor, t: Tensor) -> Tensor:
@@ -140,4 +138,4 @@ class CompiledSolver:
             start = x.detach().clone()
             if x.requires_grad and torch.is_grad_enabled() and not inside_transform():
                 start.requires_grad_()
-            self.method.stepper(self.field).advance(start, step)
+            self.discretisation.stepper(self.field).advance(start, step)

@@ -1,4 +1,4 @@
-"""What a solve returns."""
+"""`Solution`, the result of a solve, with its cost."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stats:
-    """What a solve cost.
+    """The cost of a solve.
 
     Attributes:
         steps: steps of the final solve.
         recordings: recording passes before it.
         evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
         vjps: vector-Jacobian products of f: back-propagations through its evaluations, and those between nodes.
-        states_held: tensors of the state's size alive at the same time, at the most: states and costates at the nodes
-            of recordings, and saved states. What autograd keeps within a step is not in it.
-        rejected: trial steps that did not meet the tolerances, with adaptive steps.
-        residuals: relative changes of the sweeps, with ``sweeps="converge"``.
+        states_held: largest number of tensors of the state's size alive at the same time: states and costates at the
+            nodes of recordings, and saved states. The tensors that autograd keeps within a step are not included.
+        rejected: with adaptive steps, trial steps that did not meet the tolerances.
+        residuals: with ``sweeps="converge"``, the relative changes of the sweeps.
     """
 
     steps: int = 0
@@ -43,8 +43,8 @@ class Stats:
 
 HINTS = {
     Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
-    Status.NOT_CONVERGED: "plain sweeps diverge from eta * I = 1 on, and at 1 there is no fixed point: take another "
-    "eta, or more memory for the acceleration (odeadv.Converge(memory=20)), or pass throw=False to get the last sweep",
+    Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 there is no fixed point: take "
+    "another eta, or more memory for the acceleration (odeadv.Converge(memory=20)); throw=False returns the last sweep",
     Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",
     Status.TOO_MANY_STEPS: "loosen rtol or atol, or allow more (odeadv.Adaptive(most=...)); throw=False returns the "
     "part solved",
@@ -52,7 +52,11 @@ HINTS = {
 
 
 class SolveError(RuntimeError):
-    """A solve that did not succeed; ``solution`` holds what it had come to."""
+    """Raised if a solve does not succeed.
+
+    Attributes:
+        solution: the solution as far as it was computed.
+    """
 
     def __init__(self, solution: Solution) -> None:
         stats = solution.stats
@@ -74,13 +78,14 @@ class Solution:
     It can be pickled and copied, without graphs and without the costate, which holds the field.
 
     Attributes:
-        ts: the saved times, shape ``(K,)``.
-        xs: the saved states: one tensor ``(K, *state)``, or a tuple of K tensors where the state changes its shape.
+        ts: the saved times, float64, shape ``(K,)``.
+        xs: the saved states: one tensor ``(K, *state)``, or a tuple of K tensors if the state changes its shape.
         status: a `Status`.
         stats: a `Stats`.
         scheme: name of the scheme used.
-        output: read-out of the final state (logits of a network), for an `AdversarialField`; otherwise None.
-        loss: the field's loss of it, a scalar with its graph, for an `AdversarialField`; otherwise None.
+        order: the order to be expected: the lowest of scheme, sub-steps and costate; infinite for exact flows.
+        output: for an `AdversarialField`, the read-out of the final state (logits of a network); otherwise None.
+        loss: for an `AdversarialField`, the loss of the output, a scalar with its graph; otherwise None.
     """
 
     def __init__(
@@ -91,77 +96,64 @@ class Solution:
         status: Status,
         stats: Stats,
         scheme: str,
+        order: float,
         output: Tensor | None = None,
         loss: Tensor | None = None,
         costate: Costate | None = None,
-        record: Callable[[], Costate] | None = None,
-        last_good: Callable[[], tuple[float, Tensor]] | None = None,
+        record: Callable[[], Costate | None] | None = None,
     ) -> None:
         self.ts = ts
         self.xs = xs
         self.status = status
         self.stats = stats
         self.scheme = scheme
+        self.order = order
         self.output = output
         self.loss = loss
         self._costate = costate
         self._record = record
-        self._last_good = last_good
         self._copied = False
 
     def __getstate__(self) -> dict[str, Any]:
-        t, x = self.last_good
         values: dict[str, Any] = {name: _detached(getattr(self, name)) for name in ("ts", "xs", "output", "loss")}
-        values |= {"status": self.status, "stats": self.stats, "scheme": self.scheme}
-        return {**values, "_costate": None, "_record": None, "_last_good": (t, x.detach()), "_copied": True}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        good = state["_last_good"]
-        self.__dict__.update({**state, "_last_good": lambda: good})
+        values |= {"status": self.status, "stats": self.stats, "scheme": self.scheme, "order": self.order}
+        return {**values, "_costate": None, "_record": None, "_copied": True}
 
     @property
     def costate(self) -> Costate:
         """a(t) = dL/dx(t) as recorded: call it with a time, or use it in ``field.driven_by``.
 
-        With eta = 0 nothing is recorded by the solve, and the recording is made when first asked for, with the
-        weights of that moment.
+        With eta = 0 the solve records nothing. The recording is then made when it is first asked for, with the weights
+        of that moment.
 
         Raises:
-            AttributeError: if the field has no loss, and so no costate.
+            AttributeError: if the field has no loss and so no costate, or if the first recording failed.
         """
         if self._costate is None:
             if self._record is None and self._copied:
                 raise AttributeError(
-                    "costate: is not kept in copies and files of a solution; keep sol.costate.nodes and "
-                    "sol.costate.grid.times beside it"
+                    "costate: not kept in copies and files of a solution; keep sol.costate.nodes and "
+                    "sol.costate.grid.times together with it"
                 )
             if self._record is None:
                 raise AttributeError("costate: the field has no loss; solve an odeadv.AdversarialField to get one")
             self._costate = self._record()
+        if self._costate is None:
+            raise AttributeError(f"costate: not recorded, since {self.status.message}")
         return self._costate
 
-    @property
-    def last_good(self) -> tuple[float, Tensor]:
-        """The last time that a step ended on, and its state, at which everything was still finite.
-
-        The final ones after a success. After a failure the steps between the last saved state that is finite and the
-        first that is not are run again, without effect and with the weights of this moment; with ``save_at="steps"``
-        there are none, and what is returned is the failed run's own.
-        """
-        assert self._last_good is not None
-        return self._last_good()
-
     def plot(self, most: int = 8) -> Figure:
-        """Draw the saved states against time, and the costate at those times below, a few components of each.
+        """Draw a few components of the saved states against time, and of the costate at the same times below.
 
         Args:
-            most: components drawn at the most, the first ones of the flattened state.
+            most: largest number of components, the first ones of the flattened state.
 
         Returns:
-            A `matplotlib.figure.Figure`, not shown and not known to pyplot: ``figure.savefig("solution.png")``.
+            A `matplotlib.figure.Figure` that pyplot does not know and does not show; ``figure.savefig("solution.png")``
+            writes it.
 
         Raises:
-            ValueError: if the state changes its shape, as a network's does.
+            ValueError: if the state changes its shape, as the state of a network does.
         """
         with extra("plot"):
             from matplotlib.figure import Figure
@@ -187,7 +179,8 @@ class Solution:
         cost = ", ".join(f"{name} {count}" for name, count in self.stats.evaluations.items())
         loss = "" if self.loss is None or self.status is Status.UNKNOWN else f", loss={self.loss.item():.6g}"
         return (
-            f"Solution({self.scheme}: t {self.ts[0].item():g} to {self.ts[-1].item():g}, {self.stats.steps} steps, "
+            f"Solution({self.scheme}, order {self.order:g}: t {self.ts[0].item():g} to {self.ts[-1].item():g}, "
+            f"{self.stats.steps} steps, "
             f"xs {shape}{loss}, evaluations: {cost}, vjps {self.stats.vjps}, {self.status.name})"
         )
 

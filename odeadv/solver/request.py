@@ -1,36 +1,140 @@
-"""What `solve` was asked for, checked and made into objects before any work is done."""
+"""From the arguments of `solve` to one `Request`, checked before any work is done."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from odeadv.costate import Converge, Recordings
-from odeadv.fields import AdversarialField, VectorField
-from odeadv.splitting import (
-    Adaptive,
-    Grid,
-    make_grid,
-)
-from odeadv.splitting.method import AccuracyWarning, Discretisation, _jumps
-from odeadv.support.checks import integer, number
+from odeadv.fields import AdversarialField, Operator, VectorField, as_field
+from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
+from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, Scheme, make_grid
+from odeadv.splitting.method import AccuracyWarning, Discretisation, SubSteps, read_discretisation
+from odeadv.support.checks import integer, number, shown
 from odeadv.support.isolation import read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 
 
-def read_recordings(field: VectorField, sweeps: int | str | Converge | None, ascent: int | None) -> Recordings:
-    """How often to record.
+@dataclass(frozen=True)
+class Times:
+    """The steps: a grid, or a span and the tolerances by which to find one.
+
+    Attributes:
+        span: start and end.
+        grid: the steps, if they are fixed.
+        adaptive: the tolerances, if they are not.
+    """
+
+    span: tuple[float, float]
+    grid: Grid | None = None
+    adaptive: Adaptive | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `solve`, with checked arguments.
+
+    Attributes:
+        field: the field, for a state of the dtype of ``x0``.
+        x0: the initial state; float32 instead of 16 bits, see ``narrow``.
+        discretisation: composition, sub-steps and costate evaluation.
+        times: the steps.
+        recordings: how often the costate is recorded.
+        save_at: the times to save; None for the ends, ``"steps"`` for every step.
+        differentiate: let gradients through the costate.
+        checkpoints: segments of a recording, or None.
+        narrow: the 16-bit dtype that states are returned in, if steps are added up in float32.
+    """
+
+    field: VectorField
+    x0: Tensor
+    discretisation: Discretisation
+    times: Times
+    recordings: Recordings
+    save_at: tuple[float, ...] | Literal["steps"] | None
+    differentiate: bool
+    checkpoints: int | None
+    narrow: torch.dtype | None
+
+
+def read_request(
+    field: VectorField | Operator | VectorFunction,
+    x0: Tensor | None,
+    t_span: tuple[float, float] | None,
+    *,
+    scheme: str | Scheme | None,
+    dt: float | str | Adaptive | None,
+    steps: int | None,
+    rtol: float | Tensor | None,
+    atol: float | Tensor | None,
+    substep: SubSteps | None,
+    costate: CostateKind | None,
+    sweeps: int | str | Converge | None,
+    ascent: int | None,
+    checkpoints: int | None,
+    differentiate_costate: bool,
+    time_dtype: torch.dtype | None,
+    within_span: bool,
+    save_at: SaveAt = None,
+) -> Request:
+    """Return the arguments of `solve` as one object.
 
     Raises:
-        TypeError, ValueError: naming ``sweeps`` or ``ascent``.
+        TypeError, ValueError: naming the argument that does not fit.
+
+    Warns:
+        AccuracyWarning: see `solve`.
     """
+    field = as_field(field)
+    discretisation = read_discretisation(field, scheme, substep, costate)
+    recordings = _read_recordings(field, sweeps, ascent)
+    times = read_times(field, t_span, dt, steps, rtol, atol)
+    if times.adaptive is not None and costate is None:
+        discretisation = _smooth_costate(field, discretisation)
+    segments = _read_checkpoints(field, checkpoints, differentiate_costate, recordings)
+    _check_estimate(field, discretisation, times)
+    if within_span:
+        _check_reach(discretisation)
+    x = read_initial_state(field, x0)
+    _check_readable(x, recordings, times)
+    saved = _read_save_times(field, save_at, times.span)
+    if time_dtype is not None:
+        if not isinstance(time_dtype, torch.dtype) or not time_dtype.is_floating_point:
+            raise TypeError(f"time_dtype: got {shown(time_dtype)}, expected a floating dtype such as torch.float64")
+        field = field.with_time_dtype(time_dtype)
+    if times.grid is not None:
+        warn_of_coarse_clock(times.grid, time_dtype or clock_dtype(x.dtype))
+    narrow = x.dtype if x.dtype in NARROW and not field.edges else None
+    if narrow is not None:
+        # In 16 bits a step smaller than a few thousandths of the state would be lost.
+        field, x = field.widened(narrow), x.float()
+    return Request(field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow)
+
+
+def _smooth_costate(field: VectorField, discretisation: Discretisation) -> Discretisation:
+    """Return the discretisation for adaptive steps: a cubic costate, unless a choice or the field speaks against it.
+
+    The error control sees a linear costate as a function with kinks, of second order. The slopes of a cubic one are
+    those of f, so it is not for f that is stiff and advanced by its exact flow.
+    """
+    scheme = discretisation.scheme
+    given = scheme is not None and scheme.costate is not None
+    if not isinstance(field, AdversarialField) or field.transforms or given:
+        return discretisation
+    if isinstance(discretisation.substeps["f"], Exact):
+        return discretisation
+    return replace(discretisation, costate="hermite")
+
+
+def _read_recordings(field: VectorField, sweeps: int | str | Converge | None, ascent: int | None) -> Recordings:
     if sweeps is not None and ascent is not None:
         raise ValueError(f"sweeps, ascent: got {sweeps!r} and {ascent!r}, expected one of the two")
     for name, value in (("sweeps", sweeps), ("ascent", ascent)):
@@ -40,25 +144,10 @@ def read_recordings(field: VectorField, sweeps: int | str | Converge | None, asc
             raise ValueError(f"{name}: got {value!r} for a field without a loss, expected an AdversarialField")
         if name == "sweeps" and isinstance(value, str | Converge):
             if isinstance(value, str) and value != "converge":
-                raise ValueError(f"sweeps: got {value!r}, expected a number, 'converge' or odeadv.Converge(...)")
+                raise ValueError(f"sweeps: got {value!r}, expected an integer, 'converge' or odeadv.Converge(...)")
             return Recordings(converge=Converge() if isinstance(value, str) else value)
         return Recordings(integer(name, value), adding=name == "ascent")
     return Recordings()
-
-
-@dataclass(frozen=True)
-class Times:
-    """When to step: a grid, or a span and the tolerances by which to find one.
-
-    Attributes:
-        span: start and end.
-        grid: the steps, if they are fixed.
-        adaptive: how to find them, if not.
-    """
-
-    span: tuple[float, float]
-    grid: Grid | None = None
-    adaptive: Adaptive | None = None
 
 
 def read_times(
@@ -66,15 +155,15 @@ def read_times(
     t_span: tuple[float, float] | None,
     dt: float | str | Adaptive | None,
     steps: int | None,
-    rtol: float | None,
-    atol: float | None,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
 ) -> Times:
-    """The steps to take.
+    """Return the steps to take.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    span = _span(field.problem.t_span if t_span is None else t_span)
+    span = _read_span(field.problem.t_span if t_span is None else t_span)
     fixed = [name for name, operator in field.operators.items() if not operator.reversible]
     if fixed and span[1] < span[0]:
         warnings.warn(
@@ -94,7 +183,9 @@ def read_times(
     if isinstance(dt, Adaptive) or (isinstance(dt, str) and dt == "adaptive"):
         return _adaptive_times(field, span, dt, rtol, atol)
     if rtol is not None or atol is not None:
-        raise ValueError(f"rtol, atol: got {rtol!r} and {atol!r} for fixed steps, expected dt='adaptive' with them")
+        raise ValueError(
+            f"rtol, atol: got {shown(rtol)} and {shown(atol)} for fixed steps, expected dt='adaptive' with them"
+        )
     if dt is not None:
         dt = number("dt", dt)
         if dt == 0.0:
@@ -103,7 +194,7 @@ def read_times(
             raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
     else:
         steps = integer("steps", steps)
-    inside = [(start, stop) for start, stop in _jumps(field) if start < max(span) and stop > min(span)]
+    inside = [(start, stop) for start, stop in field.jumps if start < max(span) and stop > min(span)]
     grid = make_grid(span, dt, steps, inside)
     for term in field.operators.values():
         if term.edges:
@@ -112,67 +203,87 @@ def read_times(
     return Times(span, grid)
 
 
-def _adaptive_times(
-    field: VectorField, span: tuple[float, float], dt: str | Adaptive, rtol: float | None, atol: float | None
-) -> Times:
-    if _jumps(field):
+def _adaptive_times(field: VectorField, span: tuple[float, float], dt: str | Adaptive, rtol: Any, atol: Any) -> Times:
+    if field.jumps:
         raise ValueError("dt: adaptive steps need a field without jumps; a network is solved with dt = 1 or 1/k")
     if isinstance(dt, Adaptive):
         if rtol is not None or atol is not None:
-            raise ValueError("rtol, atol: given beside dt=odeadv.Adaptive(...), expected them within it")
+            raise ValueError("rtol, atol: given next to dt=odeadv.Adaptive(...), expected them inside it")
         return Times(span, adaptive=dt)
-    default = Adaptive()
-    return Times(
-        span,
-        adaptive=Adaptive(
-            rtol=default.rtol if rtol is None else number("rtol", rtol),
-            atol=default.atol if atol is None else number("atol", atol),
-        ),
-    )
+    given = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
+    return Times(span, adaptive=Adaptive(**given))
 
 
-def check_estimate(field: VectorField, method: Discretisation, times: Times) -> None:
-    """Refuse an estimate of errors that the method does not allow, before a recording is made under it.
+def _check_estimate(field: VectorField, discretisation: Discretisation, times: Times) -> None:
+    """Check that the method allows the estimate of its error.
 
     Raises:
         ValueError: naming ``estimate``.
     """
     idle = isinstance(field, AdversarialField) and field.eta == 0.0
-    scheme = method.scheme
-    if times.adaptive is None or scheme is None or len(field.operators) == 1 or idle:
+    scheme = discretisation.scheme
+    if times.adaptive is None or times.adaptive.estimate != "palindromic" or scheme is None:
         return
-    if times.adaptive.estimate == "embedded" and not scheme.embedded:
+    if len(field.operators) == 1 or idle:
+        return
+    if scheme.order % 2 == 0 or scheme.mixture:
         raise ValueError(
-            "estimate: 'embedded' needs a scheme with an embedded one, such as 'averaged-lie' or "
-            f"'extrapolated-strang4', and {method.name!r} has none; take 'doubling'"
+            "estimate: 'palindromic' needs a scheme of odd order, such as 'lie', 'ruth3' or 'aks3', and "
+            f"{discretisation.name!r} has order {scheme.order}; take 'doubling'"
         )
-    if times.adaptive.estimate == "palindromic":
-        if scheme.order % 2 == 0 or scheme.mixture:
-            raise ValueError(
-                "estimate: 'palindromic' needs a scheme of odd order, such as 'lie', 'ruth3' or 'aks3', and "
-                f"{method.name!r} has order {scheme.order}; take 'doubling'"
-            )
-        low = [substep.name for substep in method.substeps.values() if substep.order <= scheme.order]
-        if low:
-            raise ValueError(
-                f"estimate: 'palindromic' does not see the error of sub-steps, so they must be of a higher order than "
-                f"{method.name!r}, and {low[0]!r} is not; give substep=, or take 'doubling'"
-            )
+    low = [substep.name for substep in discretisation.substeps.values() if substep.order <= scheme.order]
+    if low:
+        raise ValueError(
+            f"estimate: 'palindromic' does not see the error of sub-steps, so they must be of a higher order than "
+            f"{discretisation.name!r}, and {low[0]!r} is not; give substep=, or take 'doubling'"
+        )
 
 
-def check_decisions(x0: Tensor, plan: Recordings, times: Times) -> None:
-    """Refuse what goes on as the values of states decide, where they cannot be looked at.
+def _check_reach(discretisation: Discretisation) -> None:
+    """Check that f is evaluated within the span only.
+
+    Raises:
+        ValueError: naming ``within_span``.
+    """
+    low, high = (0.0, 1.0) if discretisation.scheme is None else discretisation.scheme.reach
+    if low < -1e-12 or high > 1.0 + 1e-12:
+        raise ValueError(
+            f"within_span: scheme {discretisation.name!r} evaluates f up to {max(-low, high - 1.0):.3g} steps outside "
+            "the span; take a scheme without negative weights, such as 'strang' or 'extrapolated-strang4'"
+        )
+
+
+def _check_readable(x0: Tensor, recordings: Recordings, times: Times) -> None:
+    """Check that values of states can be read if the solve depends on them.
 
     Raises:
         ValueError: naming ``dt`` or ``sweeps``, inside torch.func.vmap.
     """
     if times.adaptive is not None:
         read_value(x0.isfinite().all(), "dt: adaptive")
-    if plan.converge is not None:
+    if recordings.converge is not None:
         read_value(x0.isfinite().all(), "sweeps: 'converge'")
 
 
-def _span(t_span: Any) -> tuple[float, float]:
+def warn_of_coarse_clock(grid: Grid, dtype: torch.dtype) -> None:
+    """Warn if the times of a step differ by a few units in the last place of ``dtype`` only.
+
+    Below 8 units the times of the stages of a Runge-Kutta step are off by more than a tenth of the step.
+    """
+    latest = max(abs(grid.times[0]), abs(grid.times[-1]))
+    h = min((abs(size) for size in ((grid.h,) if grid.h else grid.sizes)), default=math.inf)
+    spacing = torch.finfo(dtype).eps * latest
+    if h < 8 * spacing:
+        remedy = "time_dtype=torch.float64" if dtype != torch.float64 else "a time that is counted from the start"
+        warnings.warn(
+            f"t_span: steps of {h:.3g} near t = {latest:.3g} are less than 8 units in the last place of {dtype}, in "
+            f"which f is given its times, so it is evaluated at wrong ones; give {remedy} if f depends on time",
+            AccuracyWarning,
+            stacklevel=4,
+        )
+
+
+def _read_span(t_span: Any) -> tuple[float, float]:
     if t_span is None:
         raise ValueError("t_span: not given, and the field carries none; give (t0, t1)")
     try:
@@ -187,21 +298,18 @@ def _span(t_span: Any) -> tuple[float, float]:
     return t0, t1
 
 
-def read_save_times(field: VectorField, save_at: SaveAt, span: tuple[float, float]) -> tuple[float, ...] | None:
-    """The times to save at; None for the two ends or every step.
-
-    Raises:
-        TypeError, ValueError: naming ``save_at``.
-    """
+def _read_save_times(
+    field: VectorField, save_at: SaveAt, span: tuple[float, float]
+) -> tuple[float, ...] | Literal["steps"] | None:
     if save_at is None:
         return None
     if isinstance(save_at, str):
         if save_at != "steps":
             raise ValueError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times")
-        return None
+        return "steps"
     whole = Grid(span)
     try:
-        times = tuple(whole.snap(number("save_at", t)) for t in save_at)
+        times = tuple(whole.clamped(number("save_at", t)) for t in save_at)
     except TypeError:
         raise TypeError(f"save_at: got {save_at!r}, expected None, 'steps' or a sequence of times") from None
     if not times:
@@ -210,7 +318,7 @@ def read_save_times(field: VectorField, save_at: SaveAt, span: tuple[float, floa
         raise ValueError(f"save_at: the times must be in the order of the solve, {span[0]:g} to {span[1]:g}")
     for t in times:
         whole.locate(t, "save_at")
-        for start, stop in _jumps(field):
+        for start, stop in field.jumps:
             if start < t < stop:
                 raise ValueError(
                     f"save_at: got {t:g}, but the field jumps from {start:g} to {stop:g} and has no state in between"
@@ -218,13 +326,10 @@ def read_save_times(field: VectorField, save_at: SaveAt, span: tuple[float, floa
     return times
 
 
-def read_checkpoints(field: VectorField, checkpoints: int | None, differentiate: bool, plan: Recordings) -> int | None:
-    """The number of segments of a recording.
-
-    Raises:
-        TypeError, ValueError: naming ``checkpoints`` or ``differentiate_costate``.
-    """
-    if differentiate and plan.converge is not None:
+def _read_checkpoints(
+    field: VectorField, checkpoints: int | None, differentiate: bool, recordings: Recordings
+) -> int | None:
+    if differentiate and recordings.converge is not None:
         raise ValueError(
             "differentiate_costate: cannot be combined with sweeps='converge', whose iterations are not in the graph; "
             "give a number of sweeps"
@@ -241,7 +346,7 @@ def read_checkpoints(field: VectorField, checkpoints: int | None, differentiate:
 
 
 def read_initial_state(field: VectorField, x0: Any) -> Tensor:
-    """The initial state; a copy, if it is a tensor of the user's, which a field might write to.
+    """Return the initial state. A tensor of the user's is copied, since a field might write to it.
 
     Raises:
         TypeError, ValueError: naming ``x0``.

@@ -11,172 +11,201 @@ from torch import Tensor
 
 from odeadv.splitting._grid import Grid, TimeStep
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting.status import Outcome
-from odeadv.support.checks import integer
+from odeadv.splitting.status import Status
+from odeadv.support.checks import choice, integer, number, shown
 from odeadv.support.isolation import read_value
 
+# Hairer, Norsett & Wanner (1993), Solving ODEs I, II.4: a step is a little smaller than the estimate allows, and never
+# shrinks or grows by more than a factor of 5 at once.
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
+_HIGHEST = 20.0  # exact flows have infinite order; beyond 20 the exponent of the controller changes nothing
 
-# The ends of the steps that a trial consists of, the state they lead to, and the estimate of its error.
+# The ends of the steps that a trial consists of, the state at the end, and the estimate of its error.
 Tried = tuple[list[float], Tensor, Tensor]
 Trial = Callable[[Tensor, float, float], Tried]
+Norm = Literal["batch", "rms", "max"] | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Tolerances of adaptive steps, in the weighted root-mean-square norm of Hairer, Norsett & Wanner (II.4).
+    """Settings of adaptive steps (Hairer, Norsett & Wanner 1993, II.4).
 
-    By ``"doubling"``, a trial step of size h is compared with two of size h/2; the two are kept, so the error that is
-    controlled is theirs. By ``"palindromic"`` pairs, a step of a scheme of odd order is compared with one of its
-    adjoint, whose leading error has the opposite sign (Auzinger, Hofstaetter, Ketcheson & Koch 2017, BIT 57): two steps
-    a trial instead of three, blind to the errors of sub-steps, which must therefore be of higher order. By
-    ``"embedded"`` pairs, the result of an averaged or extrapolated scheme is compared with that of lower order which
-    the same tables make with other factors (Hairer, Norsett & Wanner II.9): one step a trial, and the error that is
-    controlled is that of the lower order. A PI controller chooses the next h. Errors are controlled step by step, not
-    over the span.
+    A step is accepted if ``norm(error / (atol + rtol * |x|))`` is at most 1. The error of a trial step of size h is
+    estimated by ``"doubling"``, a comparison with two steps of size h/2, which are the ones that are kept; or by
+    ``"palindromic"`` pairs, a comparison of a scheme of odd order with its adjoint, whose leading error has the
+    opposite sign (Auzinger, Hofstaetter, Ketcheson & Koch 2017, BIT 57). The pair costs two steps per trial instead of
+    three. It does not see the errors of sub-steps, which must therefore be of higher order. A PI controller chooses the
+    next h. The error is controlled per step, not over the span.
 
     Attributes:
-        rtol: relative tolerance of a step.
-        atol: absolute tolerance of a step.
-        first: size of the first trial; by default a hundredth of the span, or ``smallest`` if that is more.
-        smallest: give up where a step of this size is rejected; by default 1e-13 of the largest time. A step that is
-            cut short by the end of the span may be smaller.
-        most: trial steps at the most, rejected ones included.
-        estimate: how the error of a step is estimated.
+        rtol: relative tolerance of a step: a number, or a tensor that broadcasts with the state.
+        atol: absolute tolerance of a step: a number, or a tensor that broadcasts with the state.
+        norm: ``"batch"`` is the root mean square within each sample and the largest over the samples (the leading axis)
+            if the state has two axes or more, so that a fast sample is not hidden by slow ones. ``"rms"`` is the root
+            mean square over the whole state, ``"max"`` the largest entry. Or a function from a tensor like the state,
+            real and at least 0, to a 0-d tensor.
+        first: size of the first trial step; by default a hundredth of the span. smallest: the solve ends if a step of
+        this size is rejected; by default 1e-13 times the largest time. A step that
+            the end of the span cuts short may be smaller.
+        largest: no step is larger. Give the duration of a short pulse of the field, which longer steps would miss.
+        stops: times that steps must end on, such as discontinuities of a forcing.
+        most: largest number of trial steps, rejected ones included.
+        estimate: ``"doubling"`` or ``"palindromic"``.
 
     Raises:
-        ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: naming the attribute that does not fit.
+
+    Example:
+        >>> odeadv.solve(f, x0, (0.0, 10.0), dt=odeadv.Adaptive(rtol=1e-6, atol=1e-8, largest=0.1), substep="rk4")
     """
 
-    rtol: float = 1e-4
-    atol: float = 1e-6
+    rtol: float | Tensor = 1e-4
+    atol: float | Tensor = 1e-6
+    norm: Norm = "batch"
     first: float | None = None
     smallest: float | None = None
+    largest: float | None = None
+    stops: Sequence[float] = ()
     most: int = 100_000
-    estimate: Literal["doubling", "palindromic", "embedded"] = "doubling"
+    estimate: Literal["doubling", "palindromic"] = "doubling"
 
     def __post_init__(self) -> None:
-        if self.estimate not in ("doubling", "palindromic", "embedded"):
-            raise ValueError(f"estimate: got {self.estimate!r}, expected 'doubling', 'palindromic' or 'embedded'")
-        for name in ("rtol", "atol"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number, at least 0")
-        if self.rtol == 0 and self.atol == 0:
+        choice("estimate", self.estimate, ("doubling", "palindromic"))
+        if not callable(self.norm):
+            choice("norm", self.norm, ("batch", "rms", "max"))
+        smallest_tolerances = [_checked_tolerance(name, getattr(self, name)) for name in ("rtol", "atol")]
+        if max(smallest_tolerances) == 0:
             raise ValueError("rtol, atol: got 0 and 0, expected one of them above 0")
-        for name in ("first", "smallest"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}: got {value!r}, expected a number above 0, or None")
-        if self.first and self.smallest and self.first < self.smallest:
-            raise ValueError(f"first: got {self.first!r}, expected at least smallest, {self.smallest!r}")
+        sizes = {name: getattr(self, name) for name in ("first", "smallest", "largest")}
+        for name, value in sizes.items():
+            if value is not None:
+                object.__setattr__(self, name, number(name, value, above=0))
+        for name in ("first", "largest"):
+            value, bound = sizes[name], self.smallest
+            if value is not None and bound is not None and value < bound:
+                raise ValueError(f"{name}: got {value!r}, expected at least smallest, {bound!r}")
+        object.__setattr__(self, "stops", tuple(number("stops", stop) for stop in self.stops))
         integer("most", self.most)
+
+    def error(self, difference: Tensor, x: Tensor, y: Tensor) -> float:
+        """Return the norm of ``difference`` in units of the tolerances, for a step from ``x`` to ``y``; NaN is inf."""
+        if not difference.numel():
+            return 0.0
+        atol, rtol = (_on(value, x) for value in (self.atol, self.rtol))
+        scale = atol + rtol * torch.maximum(x.abs(), y.abs())
+        ratio = torch.where(difference == 0, torch.zeros_like(scale), difference.abs() / scale)
+        if callable(self.norm):
+            value = self.norm(ratio)
+        elif self.norm == "max":
+            value = ratio.max()
+        elif self.norm == "rms" or ratio.ndim < 2:
+            value = ratio.square().mean().sqrt()
+        else:
+            value = ratio.square().flatten(1).mean(dim=1).max().sqrt()
+        found = read_value(value, "dt: adaptive")
+        return found if found == found else float("inf")
+
+
+def _checked_tolerance(name: str, value: float | Tensor) -> float:
+    """Return the largest entry of a tolerance."""
+    if isinstance(value, Tensor) and value.ndim:
+        if not (value.is_floating_point() and bool(value.isfinite().all()) and bool((value >= 0).all())):
+            raise ValueError(f"{name}: got {shown(value)}, expected finite floating entries of at least 0")
+        return float(value.max())
+    return number(name, value, least=0)
+
+
+def _on(value: float | Tensor, x: Tensor) -> float | Tensor:
+    return value.to(x.device) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
 class Search:
-    """A grid, and how it was found."""
+    """The grid that a search for steps found, and how it ended.
+
+    Attributes:
+        grid: the steps; it ends early if the search failed.
+        status: ``SUCCESS``, ``STEP_TOO_SMALL`` or ``TOO_MANY_STEPS``.
+        rejected: number of rejected trial steps.
+    """
 
     grid: Grid
-    outcome: Outcome
+    status: Status
     rejected: int
 
 
 def choose_grid(
-    stepper: Stepper,
-    x0: Tensor,
-    t_span: tuple[float, float],
-    settings: Adaptive,
-    order: float,
-    edges: Sequence[float] = (),
-    trial: Trial | None = None,
+    x0: Tensor, t_span: tuple[float, float], settings: Adaptive, trial: Trial, order: float, edges: Sequence[float] = ()
 ) -> Search:
-    """Find steps over ``t_span`` with which ``stepper`` meets the tolerances; they end on ``edges``.
+    """Find steps over ``t_span`` that meet the tolerances.
 
     Args:
-        stepper: advances the state; its costs count the trials.
         x0: initial state.
         t_span: start and end, in either direction.
-        settings: tolerances.
-        order: of what is estimated, so that it goes as h to the power order + 1; infinite for exact flows.
-        edges: times inside the span where a step must end.
-        trial: how a step is tried, `doubling` if not given.
-
-    Returns:
-        The grid, which ends early if the search failed.
+        settings: the tolerances.
+        trial: tries one step, see `doubling` and `palindromic`.
+        order: the estimated error goes as h to the power order + 1; infinite for exact flows.
+        edges: times inside the span that steps must end on, besides ``settings.stops``.
     """
     t, end = t_span
     sign = 1.0 if end > t else -1.0
-    stops = [*sorted((e for e in edges if sign * t < sign * e < sign * end), key=lambda e: sign * e), end]
+    inside = {stop for stop in (*edges, *settings.stops) if sign * t < sign * stop < sign * end}
+    stops = [*sorted(inside, key=lambda stop: sign * stop), end]
     smallest = settings.smallest or 1e-13 * max(abs(t), abs(end))
-    size = max(settings.first or abs(end - t) / 100, smallest)
-    times, x, rejected, previous = [t], x0, 0, 1.0
-    order = min(order, 20.0)
-    attempt = trial or doubling(stepper, order)
-    power = 1.0 / (order + 1.0)
-    with torch.no_grad():
-        for _ in range(settings.most):
-            left = abs(stops[0] - t)
-            # A step that nearly reaches the stop takes it; one that would leave less than itself takes half.
-            tried = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
-            target = stops[0] if tried == left else t + sign * tried
-            ends, y, difference = attempt(x, t, target)
-            error = _norm(difference, x, y, settings)
-            if error <= 1.0:
-                times += ends
-                t, x = target, y
-                factor = SAFETY * max(error, 1e-10) ** (-0.7 * power) * previous ** (0.4 * power)
-                grown = tried * min(GROW, max(SHRINK, factor))
-                size = max(size if tried == left else smallest, grown)
-                previous = max(error, 1e-4)
-                if tried == left:
-                    stops.pop(0)
-                if not stops:
-                    return Search(Grid(tuple(times)), Outcome.DONE, rejected)
-            else:
-                rejected += 1
-                factor = SAFETY * error**-power if error < float("inf") else SHRINK
-                size = tried * min(1.0, max(SHRINK, factor))
-            if size < smallest:
-                return Search(Grid(tuple(times)), Outcome.TOO_SMALL, rejected)
-    return Search(Grid(tuple(times)), Outcome.TOO_MANY, rejected)
+    largest = settings.largest or float("inf")
+    size = min(max(settings.first or abs(end - t) / 100, smallest), largest)
+    times, x, rejected, previous = [t], x0.detach(), 0, 1.0
+    power = 1.0 / (min(order, _HIGHEST) + 1.0)
+    for _ in range(settings.most):
+        left = abs(stops[0] - t)
+        # A step that nearly reaches the stop takes it; a step that would leave less than itself takes half.
+        tried = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
+        target = stops[0] if tried == left else t + sign * tried
+        ends, y, difference = trial(x, t, target)
+        error = settings.error(difference, x, y)
+        if error <= 1.0:
+            times += ends
+            t, x = target, y
+            factor = SAFETY * max(error, 1e-10) ** (-0.7 * power) * previous ** (0.4 * power)
+            grown = tried * min(GROW, max(SHRINK, factor))
+            size = min(max(size if tried == left else smallest, grown), largest)
+            previous = max(error, 1e-4)
+            if tried == left:
+                stops.pop(0)
+            if not stops:
+                return Search(Grid(tuple(times)), Status.SUCCESS, rejected)
+        else:
+            rejected += 1
+            factor = SAFETY * error**-power if error < float("inf") else SHRINK
+            size = tried * min(1.0, max(SHRINK, factor))
+        if size < smallest:
+            return Search(Grid(tuple(times)), Status.STEP_TOO_SMALL, rejected)
+    return Search(Grid(tuple(times)), Status.TOO_MANY_STEPS, rejected)
 
 
 def doubling(stepper: Stepper, order: float) -> Trial:
-    """One step compared with two of half the size, which are kept."""
+    """Return the trial that compares one step with two of half the size, which are kept."""
+    scale = 2.0 ** min(order, _HIGHEST) - 1.0
 
     def trial(x: Tensor, t: float, target: float) -> Tried:
-        whole = stepper.advance(x, _step(t, target))
         middle = t + 0.5 * (target - t)
-        halves = stepper.advance(stepper.advance(x, _step(t, middle)), _step(middle, target))
-        return [middle, target], halves, (halves - whole) / (2.0**order - 1.0)
+        # Detached, not under no_grad: f may itself call torch.autograd.grad.
+        whole = stepper.advance(x, _step(t, target)).detach()
+        half = stepper.advance(x, _step(t, middle)).detach()
+        halves = stepper.advance(half, _step(middle, target)).detach()
+        return [middle, target], halves, (halves - whole) / scale
 
     return trial
 
 
 def palindromic(stepper: Stepper, mirror: Stepper) -> Trial:
-    """A step compared with one by the adjoint scheme, ``mirror``."""
+    """Return the trial that compares a step with a step of the adjoint scheme, ``mirror``."""
 
     def trial(x: Tensor, t: float, target: float) -> Tried:
-        whole = stepper.advance(x, _step(t, target))
-        return [target], whole, 0.5 * (whole - mirror.advance(x, _step(t, target)))
+        whole = stepper.advance(x, _step(t, target)).detach()
+        return [target], whole, 0.5 * (whole - mirror.advance(x, _step(t, target)).detach())
 
     return trial
-
-
-def embedded(stepper: Stepper, others: Sequence[float]) -> Trial:
-    """A step compared with what the same tables make with the factors ``others``."""
-
-    def trial(x: Tensor, t: float, target: float) -> Tried:
-        return [target], *stepper.advance_with(others, x, _step(t, target))
-
-    return trial
-
-
-def _norm(error: Tensor, x: Tensor, y: Tensor, settings: Adaptive) -> float:
-    scale = settings.atol + settings.rtol * torch.maximum(x.abs(), y.abs())
-    ratio = torch.where(error == 0, torch.zeros_like(scale), error.abs() / scale)
-    value = read_value(ratio.square().mean().sqrt(), "dt: adaptive") if ratio.numel() else 0.0
-    return value if value == value else float("inf")
 
 
 def _step(t0: float, t1: float) -> TimeStep:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
 
-MOST_STEPS = 1e8
+MOST_STEPS = 1e8  # a grid is a tuple of floats: 3 GB of them
 
 
 class TimeStep(NamedTuple):
-    """One step of signed length ``h`` from ``t0`` to ``t1`` (``h`` is free of the rounding of their difference).
+    """One step of signed length ``h`` from ``t0`` to ``t1``. ``h`` is free of the rounding of their difference.
 
-    ``own`` is where the operators' own clocks begin, if not at ``t0``: within a stage whose clock is frozen.
+    ``own`` is the start of the operators' own clocks if that is not ``t0``: within a stage whose clock is frozen.
     """
 
     t0: float
@@ -24,13 +24,13 @@ class TimeStep(NamedTuple):
     own: float | None = None
 
     def time(self, fraction: float) -> float:
-        """The time at ``fraction`` of the step; the ends exactly."""
+        """Return the time at ``fraction`` of the step; the ends exactly."""
         if fraction == 0.0:
             return self.t0
         return self.t1 if fraction == 1.0 else self.t0 + fraction * (self.t1 - self.t0)
 
     def own_time(self, fraction: float) -> float:
-        """The time at ``fraction`` of the step on the operators' own clocks."""
+        """Return the time at ``fraction`` of the step on the operators' own clocks."""
         return self.time(fraction) if self.own is None else self.own + fraction * self.h
 
 
@@ -40,7 +40,7 @@ class Grid:
 
     Attributes:
         times: the nodes.
-        h: their signed distance where the steps are equal (but for jumps); None where they are not.
+        h: their signed distance if all steps except jumps are equal; otherwise None.
     """
 
     times: tuple[float, ...]
@@ -70,29 +70,41 @@ class Grid:
         return TimeStep(t0, t1, self.h if equal and self.h is not None else t1 - t0)
 
     def part(self, first: int, last: int) -> Grid:
-        """The steps from the node numbered ``first`` to ``last``."""
+        """Return the steps from node number ``first`` to node number ``last``."""
         return Grid(self.times[first : last + 1], self.h)
 
-    def snap(self, t: float) -> float:
-        """``t``, or the node it misses by rounding only (to float32, as times that went through a tensor do).
+    def halved(self) -> Grid:
+        """Return the grid with every step divided in two."""
+        middles = [step.time(0.5) for step in self]
+        times = [t for pair in zip(self.times, middles, strict=False) for t in pair]
+        return Grid((*times, self.times[-1]), None if self.h is None else 0.5 * self.h)
 
-        Rounding is in proportion to the time itself, so that a small time of a long span is not taken for its start.
-        Only times beyond an end, which mean nothing else, may miss it by a rounding in proportion to the span.
-        """
+    def clamped(self, t: float) -> float:
+        """Return ``t``, or the end that it lies beyond only by rounding (to float32, as times in a tensor are)."""
         first, last, sign = self.times[0], self.times[-1], self.sign
-        largest = max(abs(first), abs(last))
         beyond = max(sign * first - sign * t, sign * t - sign * last)
-        if 0.0 < beyond <= 2.0**-22 * largest:
+        if 0.0 < beyond <= 2.0**-22 * max(abs(first), abs(last)):
             return first if sign * t < sign * first else last
+        return t
+
+    def snap(self, t: float) -> float:
+        """Return ``t``, or the node it misses only by rounding (to float32, as times in a tensor are).
+
+        The rounding is in proportion to the time itself, so that a small time of a long span is not taken for its
+        start, and at most a tenth of the step. Only a time beyond an end, which has no other meaning, may miss it by a
+        rounding in proportion to the span.
+        """
+        t, sign = self.clamped(t), self.sign
         after = bisect_right(self.times, sign * t, key=lambda time: sign * time)
         n = min(max(after - 1, 0), len(self) - 1)
         step = abs(self.times[n + 1] - self.times[n]) if len(self) else 1.0
+        largest = max(abs(self.times[0]), abs(self.times[-1]))
         tolerance = min(2.0**-22 * abs(t) + 2.0**-50 * largest, 0.1 * step)
         near = [node for node in self.times[max(after - 1, 0) : after + 1] if abs(node - t) <= tolerance]
         return min(near, key=lambda node: abs(node - t)) if near else t
 
     def locate(self, t: float, name: str = "t") -> int:
-        """The number of the step that contains ``t`` (the later one at an inner node).
+        """Return the number of the step that contains ``t`` (the later one at an inner node).
 
         Raises:
             ValueError: naming ``name``, if ``t`` is outside the grid.
@@ -107,13 +119,13 @@ class Grid:
 def make_grid(
     t_span: tuple[float, float], dt: float | None, steps: int | None, jumps: Sequence[tuple[float, float]] = ()
 ) -> Grid:
-    """Equal steps over ``t_span``: of size ``dt``, or ``steps`` of them; exactly one of the two is given.
+    """Return equal steps over ``t_span``: of size ``dt``, or ``steps`` of them. Exactly one of the two is given.
 
     Args:
         t_span: start and end; the end may lie before the start.
         dt: size of a step, without the sign of the span.
         steps: number of steps.
-        jumps: intervals that are one step each whatever ``dt`` is.
+        jumps: intervals that are one step each for any ``dt``.
 
     Raises:
         ValueError: if ``dt`` does not divide the span (a shorter last step is never taken silently), or a jump's

@@ -19,12 +19,12 @@ from odeadv.support.checks import integer
 
 @dataclass(frozen=True)
 class Nested:
-    """Advances an operator that is a `SplitField` by splitting it in turn.
+    """A sub-step for an operator that is itself a `SplitField`: it is split in turn.
 
     Attributes:
         scheme: name or `Scheme` for the inner operators.
-        substep: how each of them is advanced: one for all, or a dict by their names.
-        steps: equal inner steps a stage.
+        substep: one sub-step for all inner operators, or a dict by their names.
+        steps: number of equal inner steps per stage.
 
     Raises:
         TypeError: if ``steps`` is not an integer.
@@ -42,7 +42,7 @@ class Nested:
 
     @property
     def name(self) -> str:
-        """What the sub-step is called."""
+        """The name shown in messages."""
         return f"nested {self.scheme if isinstance(self.scheme, str) else self.scheme.name}"
 
     @property
@@ -53,7 +53,7 @@ class Nested:
         return min([order, *(get_substep(substep).order for substep in inner)])
 
     def of(self, operator: Operator) -> Nested:
-        """The same with a sub-step for every term of ``operator``: ``"midpoint"`` for those that have none.
+        """Return the same with a sub-step for every term of ``operator``; the default is ``"midpoint"``.
 
         Raises:
             ValueError: if the operator is not a sum, or ``substep`` names an operator that it does not have.
@@ -68,7 +68,7 @@ class Nested:
         )
 
     def _chosen(self, operator: Operator) -> tuple[Sum, dict[str, SubStep]]:
-        """The operator as the sum that it is, and the sub-step of each of its terms; raises as `of`."""
+        """Return the operator as a sum, and the sub-step of each of its terms; raises as `of`."""
         if not isinstance(operator, Sum):
             raise ValueError("substep: Nested is for an operator that is a SplitField of at least two operators")
         names = operator.names
@@ -81,7 +81,7 @@ class Nested:
         return operator, {name: get_substep(given.get(name, "midpoint")) for name in names}
 
     def runs_back(self, operator: Sum) -> list[str]:
-        """The irreversible terms of ``operator`` that run backward, by their names."""
+        """Return the names of the irreversible terms of ``operator`` that run backward."""
         back = {int(i) for i in self._table(operator).goes_back}
         found = []
         for i, (name, term) in enumerate(zip(operator.names, operator.operators, strict=True)):
@@ -99,11 +99,14 @@ class Nested:
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`; raises as `of`."""
         terms, chosen = self._chosen(operator)
-        methods = list(chosen.values())
-        stepper = Stepper(terms.operators, methods, self._table(terms).compositions, [cost] * len(methods))
+        inner = [Cost() for _ in chosen]
+        for own in inner:
+            own.watch = cost.watch
+        stepper = Stepper(terms.operators, list(chosen.values()), self._table(terms).compositions, inner)
         running = clock.stop - clock.start
         for k in range(self.steps):
             begin = clock.start + running * (k / self.steps)
             end = clock.stop if k == self.steps - 1 else clock.start + running * ((k + 1) / self.steps)
             x = stepper.advance(x, TimeStep(begin, end, h / self.steps, clock.own + k * h / self.steps))
+        cost.evaluations += sum(own.evaluations for own in inner)
         return x

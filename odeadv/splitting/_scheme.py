@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Literal
 
 from odeadv.fields import VectorField
+from odeadv.splitting._order import measured_order
 from odeadv.support.checks import did_you_mean
 
 CostateKind = Literal["linear", "hermite", "exact"]
@@ -16,15 +17,15 @@ CostateKind = Literal["linear", "hermite", "exact"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of a composition: ``operator`` acts for ``weight`` steps, its clock starting at ``start``.
+    """One row of a composition: ``operator`` acts for ``weight`` steps, and its clock starts at ``start``.
 
     Attributes:
         operator: name of the operator, or its number in the field's order.
-        weight: how long it acts, in units of the step; negative means backward.
-        start: where its clock starts, in units of the step from the step's beginning; if not given, where the
-            operator's earlier stages left it (NaN until a `Scheme` fills it in).
+        weight: duration in units of the step; negative means backward.
+        start: the clock's start, in units of the step from the step's beginning. If it is not given, the clock starts
+            where the operator's earlier stages left it (NaN until a `Scheme` fills it in).
         frozen: the clock stands still at ``start`` instead of running with the operator. Time is then carried by the
-            other operators, as when dt/dt = 1 is split along with them; a sub-step evaluates at ``start`` only.
+            other operators, as if dt/dt = 1 were split along with them, and a sub-step evaluates at ``start`` only.
 
     Raises:
         TypeError: if ``weight`` or ``start`` is not a real number, as in compositions with complex steps.
@@ -46,7 +47,7 @@ class Stage:
 
     @property
     def stop(self) -> float:
-        """Where the clock stands at the end of the stage."""
+        """The clock at the end of the stage."""
         return self.start if self.frozen else self.start + self.weight
 
 
@@ -55,28 +56,26 @@ Composition = tuple[Stage, ...]
 
 @dataclass(frozen=True, repr=False)
 class Scheme:
-    """A splitting scheme: which operator acts, for how long, at what time. How it is advanced is the sub-step's.
+    """A splitting scheme: which operator acts, for how long, at what time. The sub-step says how it is advanced.
 
     ``Scheme("mine", (Stage("reaction", 0.5), Stage("diffusion", 1.0), Stage("reaction", 0.5)), 2, "notes")`` is for
-    fields with operators of these names; with numbers instead of names, a scheme is for any field of so many.
+    fields with operators of these names. A scheme with numbers instead of names is for any field with as many
+    operators.
 
     Attributes:
-        name: what it is called.
-        stages: the table, in the order in which the stages act on the state. A mixture has none of its own:
-            ``compositions`` are the tables of either kind.
-        order: order of the composition with exact sub-flows; sub-steps of lower order lower it.
-        source: where it is from.
-        costate: the costate evaluation the scheme is defined with, if it is part of its definition.
-        mixture: for averaged and extrapolated schemes, pairs of a factor and a table: the step's result is the sum
-            of the factors times what the tables come to, each from the same state.
-        embedded: other factors for the tables of a mixture, with which they come to a result of ``embedded_order``:
-            the difference of the two estimates the error of a step at no cost. A table of factor 0 that only serves
-            the estimate is not run in fixed steps.
-        embedded_order: order of that other result.
+        name: the scheme's name.
+        stages: the table, in the order in which the stages act on the state; empty for a mixture. ``compositions``
+            holds the tables of both kinds.
+        order: order of the composition with exact sub-flows. Sub-steps of lower order lower it. `measure_order`
+            measures it.
+        source: its reference.
+        costate: the costate evaluation, if it is part of the scheme's definition.
+        mixture: for averaged and extrapolated schemes, pairs of a factor and a table. The step's result is the sum of
+            the factors times the results of the tables, each from the same state.
 
     Raises:
-        ValueError: with both stages and a mixture, or neither; with names for some operators and numbers for others;
-            for a frozen stage without a start; or if ``embedded`` has not one factor a table.
+        ValueError: if there are both stages and a mixture, or neither; names for some operators and numbers for
+            others; or a frozen stage without a start.
     """
 
     name: str
@@ -85,8 +84,6 @@ class Scheme:
     source: str
     costate: CostateKind | None = None
     mixture: tuple[tuple[float, Composition], ...] = ()
-    embedded: tuple[float, ...] = ()
-    embedded_order: int = 0
 
     def __post_init__(self) -> None:
         if bool(self.stages) == bool(self.mixture):
@@ -94,12 +91,6 @@ class Scheme:
         object.__setattr__(self, "stages", _timed(self.name, self.stages))
         mixture = tuple((factor, _timed(self.name, stages)) for factor, stages in self.mixture)
         object.__setattr__(self, "mixture", mixture)
-        object.__setattr__(self, "embedded", tuple(self.embedded))
-        if self.embedded and (len(self.embedded) != len(mixture) or self.embedded_order < 1):
-            raise ValueError(
-                f"embedded, embedded_order: got {len(self.embedded)} factors of order {self.embedded_order} for the "
-                f"{len(mixture)} tables of the mixture {self.name!r}, expected one a table, and an order above 0"
-            )
         if len({isinstance(operator, str) for operator in self._keys()}) > 1:
             raise ValueError(f"stages: {self.name!r} has names for some operators and numbers for others, expected one")
 
@@ -110,7 +101,7 @@ class Scheme:
 
     @property
     def operators(self) -> int:
-        """How many operators it splits."""
+        """The number of operators that it splits."""
         keys = self._keys()
         return len(keys) if isinstance(keys[0], str) else 1 + max(int(key) for key in keys)
 
@@ -127,33 +118,41 @@ class Scheme:
 
     @property
     def goes_back(self) -> tuple[int | str, ...]:
-        """The operators that some stage runs backward, which diffusion and other irreversible ones do not stand."""
+        """The operators that some stage runs backward. An irreversible operator must not be among them."""
         back = {stage.operator for _, stages in self.compositions for stage in stages if stage.weight < 0}
         return tuple(sorted(back))  # all names, or all numbers
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The earliest and latest clock of a stage, in units of the step: (0, 1) if f is evaluated inside the step.
+
+        Schemes with negative weights go beyond it: the first and last steps of a solve then evaluate f outside the
+        span, at ``t0 + reach[0] * h`` and ``t1 + (reach[1] - 1) * h``.
+        """
+        clocks = [clock for _, stages in self.compositions for s in stages for clock in (s.start, s.stop)]
+        return min(0.0, *clocks), max(1.0, *clocks)
+
     def freezes(self, operator: int | str) -> bool:
-        """Whether the clock of ``operator`` stands still in all of its stages."""
+        """Return whether the clock of ``operator`` stands still in all of its stages."""
         return all(s.frozen for _, stages in self.compositions for s in stages if s.operator == operator)
 
     def adjoint(self) -> Scheme:
-        """The adjoint Phi*(h) = Phi(-h)^{-1}: the stages in reverse, their clocks reflected in the step.
+        """Return the adjoint Phi*(h) = Phi(-h)^{-1}: the stages in reverse, their clocks reflected in the step.
 
-        For a mixture, the mixture of the tables' adjoints, which has the same order but is not the inverse.
+        For a mixture it is the mixture of the tables' adjoints, which has the same order but is not the inverse.
         """
         name = self.name.removesuffix("*") if self.name.endswith("*") else self.name + "*"
         mixture = tuple((factor, _reflected(stages)) for factor, stages in self.mixture)
         return replace(self, name=name, stages=_reflected(self.stages), mixture=mixture)
 
     def check(self) -> None:
-        """Verify that every operator acts for one step in all, and that factors sum to 1.
+        """Check that the weights of every operator sum to 1, and so do the factors.
 
         Raises:
             ValueError: naming the operator whose weights do not sum to 1.
         """
         if not math.isclose(math.fsum(factor for factor, _ in self.compositions), 1.0, abs_tol=1e-12):
             raise ValueError(f"scheme: the factors of the mixture {self.name!r} do not sum to 1")
-        if self.embedded and not math.isclose(math.fsum(self.embedded), 1.0, abs_tol=1e-12):
-            raise ValueError(f"scheme: the embedded factors of {self.name!r} do not sum to 1")
         if any(isinstance(key, int) and key < 0 for key in self._keys()):
             raise ValueError(f"scheme: {self.name!r} has a stage of a negative operator, expected 0 or more")
         named = isinstance(self._keys()[0], str)
@@ -166,13 +165,13 @@ class Scheme:
                     )
 
     def numbered(self, names: Sequence[str]) -> Scheme:
-        """The same scheme with its operators numbered as in ``names``, if it has names for them.
+        """Return the same scheme with its operators numbered as in ``names``, if it has names for them.
 
         Args:
             names: the operators of a field, in its order.
 
         Raises:
-            ValueError: if the two do not have the same operators.
+            ValueError: if the scheme and the field do not have the same operators.
         """
         keys = self._keys()
         if isinstance(keys[0], int):
@@ -200,10 +199,10 @@ class Scheme:
         return replace(self, stages=tables[0])
 
     def table(self, field: VectorField | Sequence[str] | None = None) -> str:
-        """The scheme as a table of text, as `print` shows it.
+        """Return the scheme as a table of text, as `print` shows it.
 
         Args:
-            field: the field it is to split, or names of operators, for the names to stand in place of numbers.
+            field: the field to be split, or names of operators, which are shown instead of numbers.
 
         Raises:
             ValueError: if the scheme is not for such a field.
@@ -220,6 +219,22 @@ class Scheme:
                 rows.append(f"{operator!s:<{width}} {stage.weight:>13.10g}   {clock}")
         return "\n".join(row for row in rows if row)
 
+    def measure_order(self, digits: int = 40) -> float:
+        """Measure the order of the composition with exact sub-flows, in ``digits`` decimal digits.
+
+        One step of sizes h and h/2 is compared with the exact solution of a linear problem with non-commuting random
+        operators that depend on time, so that the clocks count too: dx/dt = sum_p M_p x and dt/dt = 1 carried by the
+        operators whose clock runs. The order is log2 of the ratio of the errors, minus 1.
+
+        Returns:
+            The order; infinity if the scheme is exact.
+
+        Example:
+            >>> round(odeadv.schemes.get("yoshida4").measure_order())
+            4
+        """
+        return measured_order(self.compositions, digits)
+
     def __str__(self) -> str:
         return self.table()
 
@@ -232,12 +247,12 @@ class Scheme:
         return f"Scheme({self.name!r}, order {self.order}, {self.operators} operators, {tables})"
 
     def _keys(self) -> list[int | str]:
-        """The operators that have stages, in the order in which they first act."""
+        """Return the operators that have stages, in the order in which they first act."""
         return list(dict.fromkeys(stage.operator for _, stages in self.compositions for stage in stages))
 
 
 def _timed(name: str, stages: Iterable[Stage]) -> Composition:
-    """``stages`` with the starts that are not given: on each operator's own clock."""
+    """Return ``stages`` with every start filled in: a start that is not given continues the operator's own clock."""
     acted: dict[int | str, float] = {}
     result = []
     for stage in stages:
@@ -251,7 +266,7 @@ def _timed(name: str, stages: Iterable[Stage]) -> Composition:
 
 
 def merged(stages: Iterable[Stage]) -> Composition:
-    """The stages with neighbours of the same operator made one, where the clock runs on from one to the other."""
+    """Return the stages with neighbours merged that have the same operator and a clock that runs on."""
     result: list[Stage] = []
     for stage in stages:
         last = result[-1] if result else None
@@ -275,7 +290,7 @@ def _reflected(stages: Composition) -> Composition:
 
 
 def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
-    """``stages`` several times over, for ``weights`` parts of the step one after the other, neighbours merged."""
+    """Return ``stages`` repeated for parts of the step of sizes ``weights``, with neighbours merged."""
     result: list[Stage] = []
     begin = 0.0
     for weight in weights:
@@ -285,7 +300,7 @@ def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
 
 
 def alternating(first: int, weights: Sequence[float]) -> Composition:
-    """Operators 0 and 1 in turn, from ``first`` on, for ``weights``, each on its own clock."""
+    """Return stages of operators 0 and 1 in turn, starting with ``first``, for ``weights``, each on its own clock."""
     acted = [0.0, 0.0]
     result: list[Stage] = []
     for i, weight in enumerate(weights):

@@ -1,29 +1,32 @@
-"""The loop: a composition of sub-steps over a grid."""
+"""The loop: a composition of sub-steps over a grid, in its readable form. `_flat` has the fast form."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Cost, Jump, Operator, VectorFunction, clock_dtype, returned
+from odeadv.fields.operator import Cost, Jump, Operator, Slopes
 from odeadv.fields.terms import Sum
+from odeadv.splitting._flat import FlatLoop
 from odeadv.splitting._grid import Grid, TimeStep
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
-from odeadv.support.isolation import inside_transform, version
+from odeadv.support.isolation import inside_transform
 
-BATCH = 256  # steps whose evaluation times are made at once
+# One step in so many is watched: the state is compared before and after each evaluation. More would cost time, and a
+# field that writes to its state does so on most steps.
+WATCHED = 256
 WHOLE: tuple[tuple[float, Composition], ...] = ((1.0, (Stage(0, 1.0, 0.0),)),)
 
 
-class Row(NamedTuple):
-    """A `Stage` as the loop needs it; ``own`` is the time on its operator's own clock, where it begins."""
+class ClockedStage(NamedTuple):
+    """A `Stage` as the loop needs it: ``own`` is the start on the operator's own clock, the sum of earlier weights."""
 
     operator: int
     weight: float
@@ -35,13 +38,13 @@ class Row(NamedTuple):
 
 @dataclass
 class Stepper:
-    """Advances a sum of operators by one step of a scheme.
+    """Advances a sum of operators by steps of a scheme.
 
     Attributes:
         operators: the terms of the field.
-        substeps: how each is advanced.
-        compositions: the scheme's tables with their factors, numbering ``operators``.
-        costs: what each operator cost so far.
+        substeps: one sub-step per operator.
+        compositions: the scheme's tables with their factors, whose stages number ``operators``.
+        costs: the cost of each operator so far.
     """
 
     operators: Sequence[Operator]
@@ -52,10 +55,11 @@ class Stepper:
     def __post_init__(self) -> None:
         if not self.costs:
             self.costs = [Cost() for _ in self.operators]
-        self._rows = [(factor, _rows(stages)) for factor, stages in self.compositions]
-        # Operators that are the same on every step need not be asked for each of them.
+        self._tables = [(factor, _clocked(stages)) for factor, stages in self.compositions]
+        # Constant operators are not asked again on every step.
         self._constant = all(operator.constant for operator in self.operators)
-        self._prepared = self._methods_to_prepare()
+        # A residual network is not watched: on a GPU each comparison waits for the device in every training step.
+        self._watches = not any(operator.edges for operator in self.operators)
 
     @property
     def counted(self) -> Sequence[Cost]:
@@ -64,137 +68,110 @@ class Stepper:
         return first.costs if isinstance(first, Sum) and first.costs is not None else self.costs
 
     def advance(self, x: Tensor, step: TimeStep) -> Tensor:
-        """The state at the end of ``step`` from the state ``x`` at its beginning."""
-        if self._constant and len(self._rows) == 1:
-            return self._through(x, step, self.operators, self._rows[0][1])
-        return self._mixed([factor for factor, _ in self._rows], self._ends(x, step))
-
-    def advance_with(self, others: Sequence[float], x: Tensor, step: TimeStep) -> tuple[Tensor, Tensor]:
-        """What `advance` gives, and its difference from the result with the factors ``others`` for the tables."""
-        factors = [factor for factor, _ in self._rows]
-        ends = self._ends(x, step, every=True)
-        differences = [factor - other for factor, other in zip(factors, others, strict=True)]
-        return self._mixed(factors, ends), self._mixed(differences, ends)
-
-    def _ends(self, x: Tensor, step: TimeStep, *, every: bool = False) -> list[Tensor | None]:
-        """What each table comes to; None for those with factor 0, unless ``every`` one is asked for."""
+        """Return the state at the end of ``step`` from the state ``x`` at its beginning."""
+        if self._constant and len(self._tables) == 1:
+            return self._through(x, step, self.operators, self._tables[0][1])
         local = [operator.on(step.t0, step.t1) for operator in self.operators]
         flowing = [operator for operator in local if not isinstance(operator, Jump)]
-        rows = [rows if factor or every else None for factor, rows in self._rows]
-        if len(flowing) == len(local):
-            return [None if table is None else self._through(x, step, flowing, table) for table in rows]
-        return [None if table is None else self._across_jump(x, step, local, table) for table in rows]
-
-    @staticmethod
-    def _mixed(factors: Sequence[float], ends: Sequence[Tensor | None]) -> Tensor:
-        """The sum of the ``factors`` times ``ends``."""
-        acting = [(factor, end) for factor, end in zip(factors, ends, strict=True) if factor and end is not None]
-        (factor, end), *others = acting
-        total = end if factor == 1.0 else end * factor
-        for factor, end in others:
-            total = torch.add(total, end, alpha=factor)
+        total: Tensor | None = None
+        for factor, stages in self._tables:
+            if len(flowing) == len(local):
+                end = self._through(x, step, flowing, stages)
+            else:
+                end = self._across_jump(x, step, local, stages)
+            scaled = end if factor == 1.0 else end * factor
+            total = scaled if total is None else total + scaled
+        assert total is not None
         return total
 
     def states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
-        """The states at ``t_1 ... t_N`` from ``x`` at ``t_0``, one at a time."""
-        if not self._prepared or torch.compiler.is_compiling() or inside_transform():
-            for step in grid:
+        """Yield the states at ``t_1 ... t_N`` from ``x`` at ``t_0``."""
+        hidden = torch.compiler.is_compiling() or inside_transform()  # values and memory cannot be looked at
+        flat = None if hidden else self._flat_loop()
+        for first in range(0, len(grid), WATCHED):
+            part = grid.part(first, min(first + WATCHED, len(grid)))
+            for number, step in enumerate(part):
+                if number == 1 and flat is not None and not any(cost.reuses for cost in self.costs):
+                    for end in flat.states(x, part.part(1, len(part))):
+                        x = end
+                        yield x
+                    break
+                self._watch(number == 0 and self._watches and not hidden)
                 x = self.advance(x, step)
                 yield x
-            return
-        ((_, rows),) = self._rows
-        methods = [self._prepared[row.operator] for row in rows]
-        functions = [self.operators[row.operator].f for row in rows]
-        weights = [row.weight for row in rows]
-        versioned = not torch.is_inference_mode_enabled()
-        if versioned and x.is_inference():
-            x = x.clone()  # which counts what is written to it, as all states after it do
-        euler = versioned and all(method.is_euler for method in methods)
-        bound = [
-            (method.bound(f, versioned=versioned), w) for method, f, w in zip(methods, functions, weights, strict=True)
-        ]
-        sizes = iter(grid.sizes)
-        for first in range(0, len(grid), BATCH):
-            ends = grid.times[first : first + BATCH + 1]
-            times, table = _evaluation_times(ends, rows, methods, x)
-            before = version(table)
-            for row, method in zip(rows, methods, strict=True):
-                self.costs[row.operator].evaluations += (len(ends) - 1) * len(method.nodes)
-            steps = islice(sizes, len(ends) - 1)
-            if euler:
-                for end in _euler_states(x, zip(steps, times, strict=True), functions, weights):
-                    x = end
-                    yield x
-            else:
-                each = chain.from_iterable(times)
-                for h in steps:
-                    for advance, weight in bound:
-                        x = advance(x, h * weight, each)
-                    yield x
-            _check_times(table, before)
+            self._watch(False)
 
     def march(self, x: Tensor, grid: Grid) -> Tensor:
-        """The state at the end of ``grid``; stages that continue one another across steps are made one.
+        """Return the state at the end of ``grid``. Exact flows that continue one another across steps are merged.
 
-        Joining is done for exact flows only, where it changes the result by rounding alone: Strang then costs one flow
-        of the outer operator a step instead of two.
+        Merging changes the result by rounding alone. Strang then costs one flow of the outer operator per step instead
+        of two.
         """
-        if len(grid) < 2 or not self.joins:
+        if len(grid) < 2 or not self.merges:
             for end in self.states(x, grid):
                 x = end
             return x
-        ((_, rows),) = self._rows
-        outer, head, tail = rows[0].operator, rows[0].weight, rows[-1].weight
+        ((_, stages),) = self._tables
+        outer, head, tail = stages[0].operator, stages[0].weight, stages[-1].weight
         step = grid[0]
+        self._watch(self._watches and not inside_transform())
         x = self._outer(outer, x, step.t0, step.h * head)
         for step, following in pairwise(grid):
-            x = self._through(x, step, self._flowing(step), rows[1:-1])
+            x = self._through(x, step, self._flowing(step), stages[1:-1])
             x = self._outer(outer, x, step.time(1.0 - tail), step.h * tail + following.h * head)
+            self._watch(False)
         step = grid[len(grid) - 1]
-        x = self._through(x, step, self._flowing(step), rows[1:-1])
+        x = self._through(x, step, self._flowing(step), stages[1:-1])
         return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
 
     @property
-    def joins(self) -> bool:
-        """Whether the last stage of a step and the first of the next are the same exact flow."""
-        if len(self._rows) > 1 or any(operator.edges for operator in self.operators):
+    def merges(self) -> bool:
+        """Whether the last stage of a step and the first stage of the next step are the same exact flow."""
+        if len(self._tables) > 1 or any(operator.edges for operator in self.operators):
             return False
-        ((_, rows),) = self._rows
-        first, last = rows[0], rows[-1]
+        ((_, stages),) = self._tables
+        first, last = stages[0], stages[-1]
         contiguous = not (first.frozen or last.frozen) and abs(last.own + last.weight - 1.0) < 1e-12
         exact = isinstance(self.substeps[first.operator], Exact) and self.operators[first.operator].flow is not None
-        return len(rows) > 1 and first.operator == last.operator and contiguous and exact
+        return len(stages) > 1 and first.operator == last.operator and contiguous and exact
 
     @property
     def explicit(self) -> bool:
-        """Whether all sub-steps are explicit Runge-Kutta methods, which are accurate for slopes that are not steep."""
-        return all(isinstance(method, RungeKutta) for method in self.substeps)
-
-    def refuse_jump(self, step: TimeStep) -> None:
-        """Refuse a step between whose ends there are no states.
-
-        Raises:
-            ValueError: if the field jumps there.
-        """
-        if any(isinstance(operator.on(step.t0, step.t1), Jump) for operator in self.operators):
-            raise ValueError(
-                f"save_at: the field jumps from {step.t0:g} to {step.t1:g}, where no state is defined in between"
-            )
+        """Whether all sub-steps are explicit Runge-Kutta methods, which need slopes that are not steep."""
+        return all(isinstance(substep, RungeKutta) for substep in self.substeps)
 
     def velocity(self, x: Tensor, t: float, step: TimeStep) -> Tensor:
-        """dx/dt at the time ``t`` of ``step``, on which there is no jump, all operators added up."""
-        values = []
+        """Return dx/dt at the time ``t`` of ``step``, the sum of all operators.
+
+        Raises:
+            ValueError: if the field jumps on the step.
+        """
+        held = Slopes(Cost())
         for operator, cost in zip(self.operators, self.costs, strict=True):
             local = operator.on(step.t0, step.t1)
-            assert isinstance(local, Operator)
-            values.append(local.velocity(t, x, cost))
+            if isinstance(local, Jump):
+                raise ValueError(
+                    f"save_at: the field jumps from {step.t0:g} to {step.t1:g}, where no state is defined in between"
+                )
+            held.add(local.velocity(t, x, cost))
+        values = held.done()
         return sum(values[1:], start=values[0])
 
-    def _methods_to_prepare(self) -> list[RungeKutta]:
-        """The sub-steps, if all that they do on a step but its times and states is known beforehand; none if not."""
-        plain = self._constant and all(type(operator).velocity is Operator.velocity for operator in self.operators)
-        methods = [method for method in self.substeps if type(method) is RungeKutta]
-        return methods if plain and len(self._rows) == 1 and len(methods) == len(self.substeps) else []
+    def _flat_loop(self) -> FlatLoop | None:
+        """Return the fast loop if it gives the same result: constant operators, one table, Runge-Kutta sub-steps."""
+        plain = self._constant and all(
+            type(operator).velocity is Operator.velocity and type(operator).euler is Operator.euler
+            for operator in self.operators
+        )
+        methods = [substep for substep in self.substeps if type(substep) is RungeKutta]
+        if not plain or len(self._tables) > 1 or len(methods) < len(self.substeps):
+            return None
+        ((_, stages),) = self._tables
+        return FlatLoop(self.operators, methods, stages, self.costs)
+
+    def _watch(self, on: bool) -> None:
+        for cost in self.costs:
+            cost.watch = on
 
     def _flowing(self, step: TimeStep) -> list[Operator]:
         local = [operator.on(step.t0, step.t1) for operator in self.operators]
@@ -203,9 +180,9 @@ class Stepper:
     def _outer(self, i: int, x: Tensor, t: float, h: float) -> Tensor:
         return self.substeps[i].advance(self.operators[i], Clock(t, t + h, t), h, x, self.costs[i])
 
-    def _through(self, x: Tensor, step: TimeStep, local: Sequence[Operator], rows: Sequence[Row]) -> Tensor:
-        """A step on which every operator is an ODE."""
-        for i, weight, begin, end, frozen, own in rows:
+    def _through(self, x: Tensor, step: TimeStep, local: Sequence[Operator], stages: Sequence[ClockedStage]) -> Tensor:
+        """Advance ``x`` over a step on which every operator is an ODE."""
+        for i, weight, begin, end, frozen, own in stages:
             start = step.time(begin)
             stop = start if frozen else step.time(end)
             origin = start if own == begin and step.own is None else step.own_time(own)
@@ -213,26 +190,28 @@ class Stepper:
             x = self.substeps[i].advance(local[i], Clock(start, stop, origin), h, x, self.costs[i])
         return x
 
-    def _across_jump(self, x: Tensor, step: TimeStep, local: Sequence[Operator | Jump], rows: Sequence[Row]) -> Tensor:
-        """A jump takes the place of its operator's stages; the others act before it at t0, after it at t1.
+    def _across_jump(
+        self, x: Tensor, step: TimeStep, local: Sequence[Operator | Jump], stages: Sequence[ClockedStage]
+    ) -> Tensor:
+        """Advance ``x`` over a jump, which replaces its operator's stages; the others act at t0 before it, at t1 after.
 
-        It takes place where its operator would have passed the middle of the step.
+        The jump takes place where its operator would have passed the middle of the step.
         """
         jumped, passed = False, 0.0
-        for row in rows:
-            operator = local[row.operator]
-            cost = self.costs[row.operator]
+        for stage in stages:
+            operator = local[stage.operator]
+            cost = self.costs[stage.operator]
             if isinstance(operator, Jump):
-                passed += row.weight
-                if not jumped and passed >= 0.5 - 1e-12:
+                passed += stage.weight
+                if not jumped and passed >= 0.5 - 1e-12:  # the weights of a scheme sum to 1 up to rounding
                     before, jumped = x, True
                     x = operator.across(before, cost)
                     if len(local) > 1:
                         _warn_if_kept(before, x)
             else:
                 end = step.t1 if jumped else step.t0
-                clock = Clock(end, end, step.own_time(row.own))
-                x = self.substeps[row.operator].advance(operator, clock, step.h * row.weight, x, cost)
+                clock = Clock(end, end, step.own_time(stage.own))
+                x = self.substeps[stage.operator].advance(operator, clock, step.h * stage.weight, x, cost)
         return x
 
 
@@ -247,79 +226,15 @@ def _warn_if_kept(before: Tensor, after: Tensor) -> None:
         )
 
 
-def _euler_states(
-    x: Tensor,
-    steps: Iterable[tuple[float, tuple[Tensor, ...]]],
-    functions: Sequence[VectorFunction],
-    weights: Sequence[float],
-) -> Iterator[Tensor]:
-    """The states after each of ``steps`` (its size, the times of its evaluations), every stage one step of Euler.
-
-    What `RungeKutta.bound` does, with nothing looked up or called that the result does not need.
-    """
-    parts = list(zip(functions, weights, strict=True))
-    dtype, shape = x.dtype, x.shape
-    for h, moments in steps:
-        for (f, weight), t in zip(parts, moments):  # noqa: B905  # strict costs a fifth of a microsecond
-            before = x._version
-            value = f(t, x)
-            if not (
-                isinstance(value, Tensor) and x._version == before and value.dtype is dtype and value.shape == shape
-            ):
-                value = returned(value, x, before)
-            x = x.add(value, alpha=h * weight)
-        yield x
-
-
-def _evaluation_times(
-    ends: Sequence[float], rows: Sequence[Row], methods: Sequence[RungeKutta], x: Tensor
-) -> tuple[Iterator[tuple[Tensor, ...]], Tensor]:
-    """For each step between ``ends`` the times at which ``methods`` evaluate, in their order; the tensor they are of.
-
-    A tensor for a time costs a microsecond: evaluations at the same times share theirs.
-    """
-    nodes = torch.tensor(ends, dtype=torch.float64, device="cpu")
-    step = TimeStep(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # all steps as one, by the same arithmetic
-    columns: dict[tuple[float, ...], Tensor] = {}
-    order: list[tuple[float, ...]] = []
-    for row, method in zip(rows, methods, strict=True):
-        start = step.time(row.start)
-        stop = row.start if row.frozen else row.stop
-        clock = Clock(start, start if row.frozen else step.time(row.stop), start)
-        for node in method.nodes:
-            key = (
-                (row.start,)
-                if node == 0.0 or stop == row.start
-                else (stop,)
-                if node == 1.0
-                else (row.start, stop, node)
-            )
-            columns.setdefault(key, clock.at(node))  # type: ignore[arg-type]
-            order.append(key)
-    table = torch.stack(list(columns.values())).to(x.device, clock_dtype(x.dtype))
-    distinct = dict(zip(columns, (column.unbind() for column in table), strict=True))
-    return zip(*(distinct[key] for key in order)), table  # noqa: B905  # of one length, all of them
-
-
-def _check_times(table: Tensor, before: int) -> None:
-    """Refuse a field that has written to a time: other evaluations, of other operators too, are given the same tensor.
-
-    Raises:
-        ValueError: if the `version` of ``table`` is not ``before`` any more.
-    """
-    if before >= 0 and table._version != before:
-        raise ValueError("f: modifies the time t in place; return a new tensor and leave t as it is")
-
-
-def _rows(stages: Composition) -> list[Row]:
-    """The stages with the time on each operator's own clock, the sum of its earlier weights."""
+def _clocked(stages: Composition) -> list[ClockedStage]:
+    """Return the stages with the start on each operator's own clock, the sum of its earlier weights."""
     acted: dict[int, float] = {}
-    rows = []
+    clocked = []
     for stage in stages:
         i = stage.operator
         if isinstance(i, str):
             raise TypeError(f"compositions: got a stage of {i!r}, expected numbers; see Scheme.numbered")
         own = acted.get(i, 0.0)
-        rows.append(Row(i, stage.weight, stage.start, stage.stop, stage.frozen, own))
+        clocked.append(ClockedStage(i, stage.weight, stage.start, stage.stop, stage.frozen, own))
         acted[i] = own + stage.weight
-    return rows
+    return clocked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +10,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Cost, Operator, VectorFunction, as_time, returned, same_shape
+from odeadv.fields.operator import (
+    Cost,
+    Operator,
+    Slopes,
+    VectorFunction,
+    as_time,
+    returned,
+    same_shape,
+    watched,
+)
 from odeadv.fields.terms import Forcing
 from odeadv.support.checks import did_you_mean
 from odeadv.support.extras import extra
@@ -19,12 +29,12 @@ Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
 
 
 class Clock(NamedTuple):
-    """The times an operator sees during a stage.
+    """The times that an operator sees during a stage.
 
     Attributes:
         start: the clock when the stage begins.
-        stop: the clock when it ends; equal to ``start`` where the scheme freezes it.
-        own: where the operator's own clock begins, the sum of its earlier weights: what an exact flow goes by.
+        stop: the clock when it ends; equal to ``start`` if the scheme freezes the clock.
+        own: the start of the operator's own clock, the sum of its earlier weights. An exact flow uses this clock.
     """
 
     start: float
@@ -32,21 +42,21 @@ class Clock(NamedTuple):
     own: float
 
     def at(self, node: float) -> float:
-        """The time at the fraction ``node`` of the stage; the ends exactly."""
+        """Return the time at the fraction ``node`` of the stage; the ends exactly."""
         return self.stop if node == 1.0 else self.start + node * (self.stop - self.start)
 
 
 class SubStep(Protocol):
-    """Advances one operator.
+    """Advances one operator. Any object with these three members can be given as ``substep=``.
 
     Attributes:
-        name: what it is called.
-        order: its order of accuracy.
+        name: shown in messages.
+        order: order of accuracy.
     """
 
     @property
     def name(self) -> str:
-        """What the sub-step is called."""
+        """The name shown in messages."""
         ...
 
     @property
@@ -55,13 +65,17 @@ class SubStep(Protocol):
         ...
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """Move ``x`` for the duration ``h`` along ``operator`` while its clock goes as ``clock`` says."""
+        """Return ``x`` after the duration ``h`` along ``operator``, whose clock runs from ``clock.start`` to ``stop``.
+
+        Evaluate the operator by ``operator.velocity(time, x, cost)``, which counts and checks. The result must stay in
+        the autograd graph of ``x``.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class RungeKutta:
-    """An explicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, the quadrature with its weights."""
+    """An explicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, the quadrature rule with its weights."""
 
     name: str
     order: float
@@ -77,7 +91,7 @@ class RungeKutta:
 
     @property
     def is_euler(self) -> bool:
-        """Whether it is Euler's method under any name: one evaluation, at the start, taken whole."""
+        """Whether it is Euler's method under any name: one evaluation, at the start, with weight one."""
         return self.nodes == (0.0,) and self.weights == (1.0,)
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
@@ -85,26 +99,22 @@ class RungeKutta:
         if isinstance(operator, Forcing):
             return _quadrature(operator, self.nodes, self.weights, clock, h, x, cost)
         if self.is_euler:
-            return operator.euler(clock.start, h, x, cost)  # which a residual block knows without rounding
+            return operator.euler(clock.start, h, x, cost)  # a residual block has a form of it without rounding
         stages: list[tuple[float, list[tuple[int, float]]]]
         weights: list[tuple[int, float]]
         stages, weights = self._nonzero  # type: ignore[attr-defined]
         start, length = clock.start, clock.stop - clock.start
-        slopes: list[Tensor] = []
+        held = Slopes(cost)
         for node, row in stages:
-            y = x
-            for j, coefficient in row:
-                y = torch.add(y, slopes[j], alpha=h * coefficient)
-            slopes.append(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, cost))
-        for j, weight in weights:
-            x = torch.add(x, slopes[j], alpha=h * weight)
-        return x
+            y = combined(x, held.values, row, h)
+            held.add(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, cost))
+        return combined(x, held.done(), weights, h)
 
     def bound(self, f: VectorFunction, *, versioned: bool) -> Bound:
-        """`advance` along ``f``, with what is the same on every step looked up: ``bound(x, h, times)``.
+        """Return `advance` along ``f`` as ``bound(x, h, times)``, with everything constant looked up beforehand.
 
-        ``times`` gives the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau;
-        ``versioned`` says whether tensors count what is written to them, as they do outside inference mode.
+        ``times`` yields the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau.
+        ``versioned`` says whether tensors count writes to them, as they do outside inference mode.
         """
         stages: list[tuple[float, list[tuple[int, float]]]]
         weights: list[tuple[int, float]]
@@ -114,9 +124,7 @@ class RungeKutta:
             slopes: list[Tensor] = []
             dtype, shape = x.dtype, x.shape
             for _, row in stages:
-                y = x
-                for j, coefficient in row:
-                    y = y.add(slopes[j], alpha=h * coefficient)
+                y = combined(x, slopes, row, h)
                 before = y._version if versioned else -1
                 value = f(next(times), y)
                 if not (isinstance(value, Tensor) and value.dtype is dtype and value.shape == shape) or (
@@ -124,51 +132,68 @@ class RungeKutta:
                 ):
                     value = returned(value, y, before)
                 slopes.append(value)
-            for j, weight in weights:
-                x = x.add(slopes[j], alpha=h * weight)
-            return x
+            return combined(x, slopes, weights, h)
 
         return advance
+
+
+def combined(x: Tensor, slopes: list[Tensor], coefficients: list[tuple[int, float]], h: float) -> Tensor:
+    """Return x + h * sum of the coefficients times their slopes.
+
+    The slopes are summed first. Added to x one by one, each would be rounded to the last place of x.
+    """
+    if not coefficients:
+        return x
+    (j, c), *others = coefficients
+    if not others:
+        return x.add(slopes[j], alpha=h * c)
+    total = slopes[j] * c
+    for j, c in others:
+        total = total.add(slopes[j], alpha=c)
+    return x.add(total, alpha=h)
 
 
 @dataclass(frozen=True)
 class Exact:
     """The operator's own exact flow; for a `Forcing`, Simpson's rule, exact for linear and Hermite costates.
 
-    A flow brings its own clock: it is called on the interval of length ``h`` that follows its earlier ones.
+    A flow has its own clock: it is called on the interval of length ``h`` that follows its earlier ones.
     """
 
     name: str = "exact"
-    order: float = float("inf")
+    order: float = math.inf
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`.
 
         Raises:
-            ValueError: if the operator has no flow.
+            ValueError: if the operator has no flow, or the flow returns a tensor without the gradient of its state.
         """
         if isinstance(operator, Forcing):
             return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, cost)
-        if operator.flow is None:
+        flow = operator.flow
+        if flow is None:
             raise ValueError("substep: 'exact' needs the operator's flow; give Operator(f, flow=...) or another method")
         cost.evaluated()
+        t, dt = as_time(clock.own, x, operator.time_dtype), as_time(h, x, operator.time_dtype)
         before = version(x)
-        moved = operator.flow(as_time(clock.own, x), as_time(h, x), x)
+        moved = watched("flow", lambda: flow(t, dt, x), x) if cost.watch else flow(t, dt, x)
         check_unmodified("flow", x, before)
-        return same_shape("flow", moved, x)
+        return in_graph("flow", same_shape("flow", moved, x), x)
 
 
 @dataclass(frozen=True)
 class TorchDiffEq:
-    """Any method of `torchdiffeq.odeint`, adaptive ones included, which are told to step to the end of the stage.
+    """Any method of `torchdiffeq.odeint`. Adaptive methods are told to step to the end of the stage.
 
-    (Otherwise they step beyond and interpolate, which costs digits and shows them times outside the stage.)
+    (Otherwise they step beyond the end and interpolate, which costs digits and shows f times outside the stage.)
 
     Attributes:
-        method: torchdiffeq's name of it.
+        method: torchdiffeq's name of it. ``"scipy_solver"`` gives no gradients, so it is refused if one is needed.
         rtol, atol: tolerances of adaptive methods.
-        options: passed on; ``"step_t"`` goes on the fraction of the stage, from 0 to 1.
-        order: what the method's order is taken to be, for warnings.
+        options: passed on; ``"step_t"`` is in fractions of the stage, from 0 to 1.
+        order: the method's order, for warnings and for the step control. If it is not given, fixed-step methods have
+            torchdiffeq's own number, and adaptive methods, which follow their tolerances, have infinity.
 
     Raises:
         ValueError: if torchdiffeq has no such method.
@@ -178,25 +203,34 @@ class TorchDiffEq:
     rtol: float = 1e-7
     atol: float = 1e-9
     options: Mapping[str, Any] = field(default_factory=dict)
-    order: float = float("inf")
+    order: float = math.nan
 
     def __post_init__(self) -> None:
         with extra("torchdiffeq"):
             from torchdiffeq._impl.odeint import SOLVERS
+            from torchdiffeq._impl.solvers import FixedGridODESolver
 
         if self.method not in SOLVERS:
-            raise ValueError(f"substep: torchdiffeq has no method {self.method!r}; it has {', '.join(SOLVERS)}")
+            raise ValueError(
+                f"substep: torchdiffeq has no method {self.method!r}; it has {', '.join(SOLVERS)}"
+                f"{did_you_mean(self.method, SOLVERS)}"
+            )
+        if math.isnan(self.order):
+            solver = SOLVERS[self.method]
+            fixed = issubclass(solver, FixedGridODESolver)
+            object.__setattr__(self, "order", float(solver.order) if fixed else math.inf)
 
     @property
     def name(self) -> str:
-        """What the sub-step is called."""
+        """The name shown in messages."""
         return f"torchdiffeq:{self.method}"
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """See `SubStep.advance`; all NaN where the method's steps shrink to nothing.
+        """See `SubStep.advance`; all NaN if the steps of the method shrink to nothing.
 
         Raises:
-            ValueError: if it needs more steps than ``options["max_num_steps"]``.
+            ValueError: if it needs more steps than ``options["max_num_steps"]``, or gives no gradient where one is
+                needed.
         """
         with extra("torchdiffeq"):
             from torchdiffeq import odeint
@@ -206,9 +240,13 @@ class TorchDiffEq:
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
         options = ({"step_t": span[1:]} if _is_adaptive(self.method) else {}) | dict(self.options)
+        # torchdiffeq keeps its first step size in the graph, through this norm alone. The size is no part of the
+        # solution, and its gradient would be wrong, for the times that f is given here are not in the graph.
+        norm = self.options.get("norm", _root_mean_square)
+        options["norm"] = lambda error: norm(error.detach())
         try:
             path: Tensor = odeint(scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
-        except AssertionError as error:  # torchdiffeq's way to give up; others are the field's own
+        except AssertionError as error:  # torchdiffeq gives up with this type; other assertions are the field's own
             reason = str(error)
             if reason.startswith("max_num_steps exceeded"):
                 raise ValueError(
@@ -218,11 +256,34 @@ class TorchDiffEq:
             if not reason.startswith(("underflow in dt", "non-finite values in state")):
                 raise
             return torch.full_like(x, torch.nan)
-        return path[-1]
+        if self.method == "scipy_solver" and torch.is_grad_enabled() and not x.requires_grad:
+            # The state needs no gradient, but parameters may: an evaluation that is not counted shows it.
+            in_graph(f"substep {self.name!r}", path[-1], operator.velocity(clock.start, x, Cost()))
+        return in_graph(f"substep {self.name!r}", path[-1], x)
+
+
+def in_graph(name: str, end: Tensor, x: Tensor) -> Tensor:
+    """Return ``end`` if a gradient that ``x`` needs can pass through it.
+
+    Raises:
+        ValueError: if ``end`` was cut from the autograd graph, as results of SciPy and NumPy are. Within a splitting
+            the rest of the gradient would come out wrong without a word.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not end.requires_grad:
+        raise ValueError(
+            f"{name}: returned a tensor without a gradient, but the state or the parameters need one (the recording of "
+            "a costate does); use a differentiable method, or torch.no_grad() if no gradient is wanted"
+        )
+    return end
+
+
+def _root_mean_square(error: Tensor) -> Tensor:
+    """Return torchdiffeq's default norm."""
+    return error.abs().pow(2).mean().sqrt()
 
 
 def _is_adaptive(method: str) -> bool:
-    """Whether torchdiffeq chooses the steps of ``method`` itself and can be told where one has to end."""
+    """Return whether torchdiffeq chooses the steps of ``method`` itself and can be told where one has to end."""
     with extra("torchdiffeq"):
         from torchdiffeq._impl.odeint import SOLVERS
         from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
@@ -239,20 +300,20 @@ def _quadrature(
     x: Tensor,
     cost: Cost,
 ) -> Tensor:
-    totals: dict[float, float] = {}  # nodes that fall on the same time are one, as all do where the clock is frozen
+    """Return x + h * scale * sum of the weights times the values at the nodes."""
+    totals: dict[float, float] = {}  # nodes at the same time are one node, as all are if the clock is frozen
     for node, weight in zip(nodes, weights, strict=True):
         time = clock.at(node)
         totals[time] = totals.get(time, 0.0) + weight
+    values: list[Tensor] = []
+    factors: list[tuple[int, float]] = []
     for time, weight in totals.items():
         if weight:
             cost.evaluated()
-            x = torch.add(x, same_shape("costate", operator.value(time), x), alpha=operator.scale * h * weight)
-    return x
+            factors.append((len(values), weight))
+            values.append(same_shape("costate", operator.value(time), x))
+    return combined(x, values, factors, operator.scale * h)
 
-
-# Adaptive methods follow their tolerances instead. A stage is one step of those of Adams, and their first is by rk4.
-_FIXED_ORDERS = {"euler": 1.0, "midpoint": 2.0, "heun2": 2.0, "heun3": 3.0, "rk4": 4.0}
-_FIXED_ORDERS |= dict.fromkeys(("explicit_adams", "implicit_adams", "fixed_adams"), 4.0)
 
 _NAMED: dict[str, SubStep] = {
     method.name: method
@@ -269,22 +330,26 @@ _NAMED: dict[str, SubStep] = {
 
 
 def substep_names() -> tuple[str, ...]:
-    """The sub-steps known by name; ``"torchdiffeq:METHOD"`` names the methods of torchdiffeq."""
+    """Return the sub-steps known by name; ``"torchdiffeq:METHOD"`` names the methods of torchdiffeq."""
     return tuple(_NAMED)
 
 
+def cheapest_of_order(order: float) -> str:
+    """Return the sub-step with the fewest evaluations that has at least ``order``; ``"rk4"`` above order four."""
+    return next((name for name in ("euler", "midpoint", "rk4") if _NAMED[name].order >= order), "rk4")
+
+
 def get_substep(substep: str | SubStep) -> SubStep:
-    """The sub-step called ``substep``, or ``substep`` itself if it is one.
+    """Return the sub-step called ``substep``, or ``substep`` itself if it is one.
 
     Raises:
-        TypeError: if it is neither a name nor has a method ``advance``.
-        ValueError: for an unknown name, listing near matches.
+        TypeError: if it is neither a name nor an object with a method ``advance``.
+        ValueError: if the name is unknown; the message lists near matches.
     """
     if isinstance(substep, str):
         key = substep.strip().lower()
         if key.startswith("torchdiffeq:"):
-            method = key.removeprefix("torchdiffeq:")
-            return TorchDiffEq(method, order=_FIXED_ORDERS.get(method, float("inf")))
+            return TorchDiffEq(key.removeprefix("torchdiffeq:"))
         if key not in _NAMED:
             known = f"{', '.join(_NAMED)}, or torchdiffeq:METHOD"
             raise ValueError(f"substep: got {substep!r}, expected one of {known}{did_you_mean(key, _NAMED, most=2)}")

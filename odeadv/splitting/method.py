@@ -1,4 +1,4 @@
-"""The method of a solve: composition, sub-steps and costate evaluation, checked against a field."""
+"""A discretisation: the composition, the sub-steps and the costate evaluation, checked against a field."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ from odeadv.splitting import schemes
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import CostateKind, Scheme
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting._substep import Exact, SubStep, get_substep, substep_names
+from odeadv.splitting._substep import Exact, SubStep, cheapest_of_order, get_substep, substep_names
+from odeadv.support.checks import choice
 
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
 
+# Orders of the interpolation between recorded nodes: linear; Eq. 9 by the midpoint rule, of third order locally; cubic.
+COSTATE_ORDERS: Mapping[CostateKind, int] = {"linear": 2, "exact": 3, "hermite": 4}
+
 
 class AccuracyWarning(UserWarning):
-    """A choice of `solve` keeps the scheme from its order, or may not be stable."""
+    """A choice of `solve` lowers the order of the scheme, may be unstable, or loses digits."""
 
 
 @dataclass(frozen=True)
 class Discretisation:
-    """The three orthogonal choices, checked against the field: composition, sub-steps, costate evaluation."""
+    """The three independent choices: composition, sub-steps, costate evaluation.
+
+    Attributes:
+        name: of the scheme, or of the sub-step if the field is not split.
+        scheme: the composition; None if the field is not split.
+        substeps: by the names of the operators.
+        costate: evaluation of a(t) between recorded nodes.
+    """
 
     name: str
     scheme: Scheme | None
@@ -32,44 +43,54 @@ class Discretisation:
     costate: CostateKind
 
     def order(self, field: VectorField) -> float:
-        """The order to be expected on ``field``: the lowest of sub-steps and, if it is split, composition."""
-        orders = [self.substeps[name].order for name, term in field.operators.items() if term.acts]
-        return min(orders if self.scheme is None or len(orders) == 1 else [self.scheme.order, *orders])
+        """Return the order to be expected on ``field``: the lowest of composition, sub-steps and costate."""
+        acting = [(i, name, term) for i, (name, term) in enumerate(field.operators.items()) if term.acts]
+        orders = [float(self.scheme.order)] if self.scheme is not None and len(acting) > 1 else []
+        for i, name, term in acting:
+            if isinstance(term, Forcing) and len(acting) > 1 and self.scheme is not None and self.scheme.freezes(i):
+                continue  # with its clock frozen it is a constant on the stage, and taken at nodes only
+            orders.append(self.substeps[name].order)
+            if isinstance(term, Forcing) and name == "costate":
+                orders.append(COSTATE_ORDERS[self.costate])
+        return min(orders)
 
     def splits(self, field: VectorField) -> bool:
-        """Whether ``field`` is solved by the composition: not where a single operator acts."""
+        """Return whether ``field`` is solved by the composition: two of its operators or more act."""
         return self.scheme is not None and sum(term.acts for term in field.operators.values()) > 1
 
     def mirror(self, field: VectorField) -> Stepper:
-        """What advances ``field`` by the adjoint scheme."""
+        """Return the stepper of ``field`` by the adjoint scheme."""
         assert self.scheme is not None
         return replace(self, scheme=self.scheme.adjoint()).stepper(field)
 
     def stepper(self, field: VectorField) -> Stepper:
-        """What advances those operators of ``field`` that act; one that is left alone acts in a single stage."""
-        active = [i for i, term in enumerate(field.operators.values()) if term.acts]
-        names = [list(field.operators)[i] for i in active]
-        operators = [field.operators[name] for name in names]
-        substeps = [self.substeps[name] for name in names]
-        if len(active) == 1:
+        """Return the stepper of those operators of ``field`` that act; a single one acts in a single stage."""
+        acting = {name: term for name, term in field.operators.items() if term.acts}
+        operators = list(acting.values())
+        substeps = [self.substeps[name] for name in acting]
+        if len(acting) == 1:
             return Stepper(operators, substeps)
         if self.scheme is None:
-            return Stepper([Sum(operators, names, [Cost() for _ in operators])], substeps[:1])
+            return Stepper([Sum(operators, list(acting), [Cost() for _ in operators])], substeps[:1])
         return Stepper(operators, substeps, self.scheme.compositions)
 
 
 def read_discretisation(
-    field: VectorField, scheme: str | Scheme, substep: SubSteps | None, costate: CostateKind | None
+    field: VectorField, scheme: str | Scheme | None, substep: SubSteps | None, costate: CostateKind | None
 ) -> Discretisation:
-    """The three orthogonal choices, as objects.
+    """Return the three choices as objects, with their defaults.
 
     Raises:
         TypeError, ValueError: naming ``scheme``, ``substep`` or ``costate``.
+
+    Warns:
+        AccuracyWarning: see `odeadv.solve`.
     """
     count = len(field.operators)
     table: Scheme | None
     if isinstance(scheme, Scheme):
         scheme.check()
+        _check_declared_order(scheme)
         name, table = scheme.name, scheme.numbered(list(field.operators)) if count > 1 else scheme
     elif isinstance(scheme, str) and (scheme in substep_names() or scheme.startswith("torchdiffeq:")):
         if substep not in (None, scheme):
@@ -78,74 +99,122 @@ def read_discretisation(
             )
         name, table, substep = scheme, None, scheme
     else:
-        table = schemes.get(scheme, max(2, count))
+        table = schemes.get("strang" if scheme is None else scheme, max(2, count))
         name = table.name
-    acting = 1 if isinstance(field, AdversarialField) and field.eta == 0.0 else count
-    if table is None and acting > 1:
-        if name == "exact":
-            raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
-        if _jumps(field):
-            raise ValueError(
-                f"scheme: {name!r} does not split, but the field jumps from {_jumps(field)[0][0]:g} to "
-                f"{_jumps(field)[0][1]:g}; use a splitting scheme such as 'lie' or 'strang'"
-            )
+    if table is None:
+        _check_unsplit(field, name)
+    kind = _read_costate(field, name, table, costate)
+    default = "euler"  # the paper's
+    if table is not None and not isinstance(field, AdversarialField) and (count > 1 or scheme is not None):
+        default = cheapest_of_order(table.order)
+    substeps = _read_substeps(field, default if substep is None else substep, default)
+    if table is not None and count > 1:
+        _warn(field, table, substeps, kind, chosen=substep is not None)
+    elif table is not None and scheme is not None:
+        _warn_unsplit(name, next(iter(substeps.values())))
+    return Discretisation(name, table, substeps, kind)
+
+
+def _check_declared_order(scheme: Scheme) -> None:
+    """Warn if a user's scheme does not have the order it declares."""
+    known = scheme.name in schemes.names(scheme.operators) and scheme == schemes.get(scheme.name, scheme.operators)
+    if known or scheme.name.endswith("*"):  # the adjoint of a scheme has its order
+        return
+    measured = scheme.measure_order()
+    if measured < scheme.order - 0.5:
+        warnings.warn(
+            f"scheme: {scheme.name!r} declares order {scheme.order}, but its order is {measured:.2g}, as "
+            "Scheme.measure_order() measures it; correct the table or the declared order",
+            AccuracyWarning,
+            stacklevel=5,
+        )
+
+
+def _check_unsplit(field: VectorField, name: str) -> None:
+    """Check that a field can be solved without splitting it."""
+    idle = isinstance(field, AdversarialField) and field.eta == 0.0
+    if len(field.operators) == 1 or idle:
+        return
+    if name == "exact":
+        raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
+    if field.jumps:
+        raise ValueError(
+            f"scheme: {name!r} does not split, but the field jumps from {field.jumps[0][0]:g} to "
+            f"{field.jumps[0][1]:g}; use a splitting scheme such as 'lie' or 'strang'"
+        )
+
+
+def _read_costate(field: VectorField, name: str, table: Scheme | None, costate: CostateKind | None) -> CostateKind:
     kind = costate if costate is not None else (table.costate if table else None) or "linear"
-    if kind not in ("linear", "hermite", "exact"):
-        raise ValueError(f"costate: got {kind!r}, expected 'linear', 'hermite' or 'exact'")
+    choice("costate", kind, COSTATE_ORDERS)
     if kind != "linear" and isinstance(field, AdversarialField) and field.transforms:
         asked = repr(kind) if costate is not None else f"{kind!r} by scheme {name!r}"
         raise ValueError(
             f"costate: got {asked} for a transformed field, whose costate does not follow Eq. 9 between nodes; "
             "expected costate='linear'"
         )
-    substeps = _substeps(field, "euler" if substep is None else substep)
-    if table is not None and count > 1:
-        _warn(field, table, substeps, chosen=substep is not None)
-    return Discretisation(name, table, substeps, kind)
+    return kind
 
 
-def _warn(field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], *, chosen: bool) -> None:
-    """Say where the sub-steps or the operators do not allow what the scheme promises."""
-    still = {
+def _warn_unsplit(name: str, substep: SubStep) -> None:
+    warnings.warn(
+        f"scheme: {name!r} splits a field into operators, but this field has one, so it is advanced un-split by "
+        f"{substep.name!r}, of order {substep.order:g}; leave scheme out, or pass an odeadv.SplitField",
+        AccuracyWarning,
+        stacklevel=5,
+    )
+
+
+def _warn(
+    field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], costate: CostateKind, *, chosen: bool
+) -> None:
+    """Warn if the sub-steps, the costate or the operators do not allow the scheme's order."""
+    names = list(field.operators)
+    frozen = {
         name
         for i, (name, term) in enumerate(field.operators.items())
         if isinstance(term, Forcing | Unrecorded) and scheme.freezes(i)
     }
     low = [
-        f"{name!r} by {method.name!r}"
-        for name, method in substeps.items()
-        if method.order < scheme.order and name not in still  # with its clock frozen, a costate is a constant
+        f"{name!r} by {substep.name!r}"
+        for name, substep in substeps.items()
+        if substep.order < scheme.order and name not in frozen  # a frozen costate is a constant on its stage
     ]
     if low and (chosen or scheme.order > 2):
-        warnings.warn(
+        _warn_accuracy(
             f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), and lowers "
-            "the order of the whole; give substep=",
-            AccuracyWarning,
-            stacklevel=5,
+            "the order of the whole; give substep="
         )
-    names = list(field.operators)
+    if isinstance(field, AdversarialField) and COSTATE_ORDERS[costate] < scheme.order and "costate" not in frozen:
+        better = "" if costate == "hermite" else "; give costate='hermite', which has 4"
+        _warn_accuracy(
+            f"scheme: {scheme.name!r} has order {scheme.order}, but the costate is {costate} between its nodes, which "
+            f"has order {COSTATE_ORDERS[costate]} and lowers the order of the whole{better}"
+        )
     back = [names[int(i)] for i in scheme.goes_back if not field.operators[names[int(i)]].reversible]
-    for name, method in substeps.items():
+    for name, substep in substeps.items():
         operator = field.operators[name]
-        if isinstance(method, Nested) and isinstance(operator, Sum):
-            back += method.runs_back(operator)
+        if isinstance(substep, Nested) and isinstance(operator, Sum):
+            back += substep.runs_back(operator)
     if back:
-        warnings.warn(
+        _warn_accuracy(
             f"scheme: {scheme.name!r} runs the irreversible operator {back[0]!r} backward; take one without negative "
-            "weights, such as 'strang' or 'extrapolated-strang4'",
-            AccuracyWarning,
-            stacklevel=5,
+            "weights, such as 'strang' or 'extrapolated-strang4'"
         )
 
 
-def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
+def _warn_accuracy(message: str) -> None:
+    warnings.warn(message, AccuracyWarning, stacklevel=6)
+
+
+def _read_substeps(field: VectorField, substep: SubSteps, default: str) -> dict[str, SubStep]:
     if isinstance(substep, Mapping):
         unknown = [name for name in substep if name not in field.operators]
         if unknown:
             raise ValueError(
                 f"substep: no operator is called {unknown[0]!r}; the field has {', '.join(map(repr, field.operators))}"
             )
-        chosen = {name: get_substep(substep.get(name, "euler")) for name in field.operators}
+        chosen = {name: get_substep(substep.get(name, default)) for name in field.operators}
     else:
         chosen = dict.fromkeys(field.operators, get_substep(substep))
     for name, method in chosen.items():
@@ -161,7 +230,3 @@ def _substeps(field: VectorField, substep: SubSteps) -> dict[str, SubStep]:
                 f"odeadv.Operator(f, flow=...) or another sub-step ({', '.join(substep_names())})"
             )
     return chosen
-
-
-def _jumps(field: VectorField) -> list[tuple[float, float]]:
-    return [jump for term in field.operators.values() for jump in term.jumps]

@@ -1,4 +1,8 @@
-"""The schemes by name, as ``odeadv.schemes``: ``names()``, ``get(name, operators=2)``, and the generators."""
+"""Every scheme by name, as ``odeadv.schemes``: ``names()``, ``get(name, operators=2)``, and the generators.
+
+Coefficients are those of the sources. A coefficient that a consistency condition determines (the centre of a
+palindrome, the last one of a sum) is computed from it. The tests measure all orders in 40 digits.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ STRANG = "Strang (1968), SIAM J. Numer. Anal. 5; Marchuk (1968)"
 
 
 def lie(operators: int = 2) -> Scheme:
-    """Lie-Trotter: every operator for a full step, in turn; the first carries time, the others see its end.
+    """Return Lie-Trotter: every operator for a full step, in turn. The first one carries time, the others see its end.
 
     With Euler sub-steps and the operators (f, costate) this is Eq. 18-19, the paper's LAD (Eq. 5): the costate acts
     with its value at the end of the step.
@@ -35,7 +39,7 @@ def lie(operators: int = 2) -> Scheme:
 
 
 def strang(operators: int = 2) -> Scheme:
-    """Strang-Marchuk: halves of the later operators around a full step of the first, each on its own clock.
+    """Return Strang-Marchuk: halves of the later operators around a full step of the first, each on its own clock.
 
     With Euler sub-steps, a linear costate and the operators (f, costate) this is the paper's LAD-SM (Eq. 8, 20):
     order one, since both halves of the costate take the value at their beginning.
@@ -44,14 +48,14 @@ def strang(operators: int = 2) -> Scheme:
 
 
 def strang_midpoint(operators: int = 2) -> Scheme:
-    """Strang-Marchuk with a(t + dt/2) from the costate equation itself (Eq. 21 with Eq. 9), not from a mean."""
+    """Return Strang-Marchuk with a(t + dt/2) from the costate equation itself (Eq. 21 with Eq. 9), not from a mean."""
     return Scheme(
         "strang-midpoint", _palindrome(range(operators)), 2, "Eq. 21, a(t + dt/2) from Eq. 9", costate="exact"
     )
 
 
 def strang_symmetric(operators: int = 2) -> Scheme:
-    """Palindromic Strang: time is carried by the first operator, so the costate acts with a(t), then a(t + dt).
+    """Return the palindromic Strang scheme: the first operator carries time, so the costate acts by a(t) and a(t + dt).
 
     Symmetric, and second order with a second-order sub-step for the first operator, even with Euler for the costate.
     """
@@ -62,24 +66,21 @@ def strang_symmetric(operators: int = 2) -> Scheme:
 
 
 def averaged_lie(operators: int = 2) -> Scheme:
-    """The mean of Lie-Trotter and its reverse, each operator on its own clock; the two can run in parallel.
-
-    Lie-Trotter itself, of order one, is embedded.
-    """
+    """Return the mean of Lie-Trotter and its reverse, each operator on its own clock; the two can run in parallel."""
     forward = tuple(Stage(operator, 1.0, 0.0) for operator in range(operators))
     source = "Strang (1963), Arch. Rational Mech. Anal. 12 (symmetrically weighted sequential splitting)"
     mixture = ((0.5, forward), (0.5, forward[::-1]))
-    return Scheme("averaged-lie", (), 2, source, mixture=mixture, embedded=(1.0, 0.0), embedded_order=1)
+    return Scheme("averaged-lie", (), 2, source, mixture=mixture)
 
 
 def averaged_strang(operators: int = 2) -> Scheme:
-    """The mean of Strang's splitting and the one with the operators in reverse; the two can run in parallel."""
+    """Return the mean of Strang's splitting and the one with reversed operators; the two can run in parallel."""
     mixture = ((0.5, _palindrome(range(operators))), (0.5, _palindrome(range(operators - 1, -1, -1))))
     return Scheme("averaged-strang", (), 2, f"{STRANG}; averaged over the order of the operators", mixture=mixture)
 
 
 def _palindrome(operators: range) -> Composition:
-    """A full step of the first operator with halves of the others around it, the last outermost."""
+    """Return a full step of the first operator with halves of the others around it, the last one outermost."""
     centre, *others = operators
     before = tuple(Stage(operator, 0.5, 0.0) for operator in reversed(others))
     after = tuple(Stage(operator, 0.5, 0.5) for operator in others)
@@ -87,7 +88,7 @@ def _palindrome(operators: range) -> Composition:
 
 
 def triple_jump(order: int, operators: int = 2) -> Scheme:
-    """Strang's splitting raised to an even ``order`` by triple jumps; ``yoshida4`` is the one of order 4.
+    """Return Strang's splitting raised to an even ``order`` by triple jumps; ``yoshida4`` is the one of order 4.
 
     Raises:
         ValueError: if ``order`` is not an even number from 4 on.
@@ -101,7 +102,7 @@ def triple_jump(order: int, operators: int = 2) -> Scheme:
 
 
 def suzuki(order: int, operators: int = 2) -> Scheme:
-    """Strang's splitting raised to an even ``order`` by Suzuki's fractal: five copies, the middle one backward.
+    """Return Strang's splitting raised to an even ``order`` by Suzuki's fractal: five copies, the middle one backward.
 
     Raises:
         ValueError: if ``order`` is not an even number from 4 on.
@@ -114,9 +115,7 @@ def suzuki(order: int, operators: int = 2) -> Scheme:
 
 
 def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
-    """Richardson extrapolation of Strang's splitting with 1, 2, ... sub-steps: no operator ever runs backward.
-
-    Embedded is the extrapolation without the step of one sub-step, of order ``order - 2``.
+    """Return the Richardson extrapolation of Strang's splitting with 1, 2, ... sub-steps; no operator runs backward.
 
     Raises:
         ValueError: if ``order`` is not an even number from 4 on.
@@ -125,31 +124,28 @@ def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
     tables = (repeated(strang(operators).stages, (1.0 / count,) * count) for count in counts)
     mixture = tuple(zip(_extrapolating(counts), tables, strict=True))
     source = "Hairer, Norsett & Wanner (1993), Solving ODEs I, II.9; Chin (2010), Celest. Mech. Dyn. Astr. 106"
-    embedded = (0.0, *_extrapolating(counts[1:]))
-    return Scheme(
-        f"extrapolated-strang{order}", (), order, source, mixture=mixture, embedded=embedded, embedded_order=order - 2
-    )
+    return Scheme(f"extrapolated-strang{order}", (), order, source, mixture=mixture)
 
 
 def _extrapolating(counts: Sequence[int]) -> list[float]:
-    """Factors with which results of so many sub-steps each add up to one without their leading even errors."""
+    """Return the factors that cancel the leading even errors of results with these numbers of sub-steps."""
     return [math.prod(n**2 / (n**2 - other**2) for other in counts if other != n) for n in counts]
 
 
 def yoshida6(operators: int = 2) -> Scheme:
-    """Yoshida's sixth-order composition of seven Strang steps, solution A."""
+    """Return Yoshida's sixth-order composition of seven Strang steps, solution A."""
     half = (0.784513610477560, 0.235573213359357, -1.17767998417887)
     return _palindromic_strang("yoshida6", half, 6, "Yoshida (1990), Phys. Lett. A 150, solution A", operators)
 
 
 def kahan_li6(operators: int = 2) -> Scheme:
-    """Kahan and Li's sixth-order composition of nine Strang steps."""
+    """Return Kahan and Li's sixth-order composition of nine Strang steps."""
     half = (0.39216144400731413928, 0.33259913678935943860, -0.70624617255763935981, 0.082213596293550800230)
     return _palindromic_strang("kahan-li6", half, 6, "Kahan & Li (1997), Math. Comp. 66, s9odr6a", operators)
 
 
 def kahan_li8(operators: int = 2) -> Scheme:
-    """Kahan and Li's eighth-order composition of seventeen Strang steps."""
+    """Return Kahan and Li's eighth-order composition of seventeen Strang steps."""
     half = (
         0.13020248308889008088,
         0.56116298177510838456,
@@ -275,13 +271,13 @@ _ALIASES = {
 
 
 def names(operators: int = 2) -> tuple[str, ...]:
-    """The names `get` knows for so many operators, without their aliases."""
+    """Return the names that `get` knows for a number of operators, without their aliases."""
     tables = {"best22", "mclachlan2", "ruth3", "aks3", "blanes-moan4", "blanes-moan6"}
     return tuple(name for name in _BUILDERS if operators == 2 or name not in tables)
 
 
 def get(name: str, operators: int = 2) -> Scheme:
-    """The scheme called ``name`` (or by an alias of it), for a number of operators.
+    """Return the scheme called ``name`` (or by an alias of it), for a number of operators.
 
     Raises:
         TypeError: if ``name`` is not a string.

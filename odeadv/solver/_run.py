@@ -1,0 +1,213 @@
+"""One call of `solve` at work: steps are found, the costate is recorded, the driven field is solved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from odeadv.costate import Costate, RecordedCostate, SummedCostate, record, sweep
+from odeadv.fields import AdversarialField, VectorField
+from odeadv.fields.operator import Cost, clock_dtype
+from odeadv.solver._saving import states_at
+from odeadv.solver._solution import Solution, Stats
+from odeadv.solver.request import Request, warn_of_coarse_clock
+from odeadv.splitting import Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
+from odeadv.splitting.method import AccuracyWarning
+from odeadv.support.isolation import without_effects
+
+
+class Run:
+    """Does what a request asks for.
+
+    Attributes:
+        request: the arguments.
+        stats: the cost so far.
+        status: ``SUCCESS`` as long as nothing has failed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.stats = Stats(evaluations=dict.fromkeys(request.field.operators, 0))
+        self.status = Status.SUCCESS
+
+    def solution(self) -> Solution:
+        """Record the costate if there is one, solve, and return the result, failed or not."""
+        request, driven, costate = self.request, self.request.field, None
+        if isinstance(driven, AdversarialField) and driven.eta != 0.0:
+            costate = self.recorded_costate()
+            driven = driven if costate is None else driven.driven_by(costate)
+        grid = self.first_grid if driven is request.field else self._find_grid(driven, costate)
+        stepper = request.discretisation.stepper(driven)
+        order = request.discretisation.order(driven)
+        final, ts, xs = states_at(stepper, request.x0, grid, request.save_at, order, driven)
+        output, loss = request.field.evaluate(final) if isinstance(request.field, AdversarialField) else (None, None)
+        self._count(costate, stepper)
+        self.stats.steps = len(grid)
+        self.stats.states_held = max(self.stats.states_held, _held(costate) + len(xs))
+        saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
+        status = status_of(self.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
+        if status is Status.SUCCESS:
+            self._warn_if_still(final, grid, driven)
+        if request.narrow is not None and isinstance(saved, Tensor):
+            saved = saved.to(request.narrow)
+        return Solution(
+            torch.tensor(ts, dtype=torch.float64, device=request.x0.device),
+            saved,
+            status=status,
+            stats=self.stats,
+            scheme=request.discretisation.name,
+            order=order,
+            output=output,
+            loss=loss,
+            costate=costate,
+            record=self.recorded_costate if isinstance(request.field, AdversarialField) else None,
+        )
+
+    @cached_property
+    def first_grid(self) -> Grid:
+        """The steps for the field without a costate, on which a solve or the first recording runs."""
+        return self._find_grid(self.request.field, None)
+
+    def recorded_costate(self) -> Costate | None:
+        """Make all recordings; return None if the steps of the first one do not reach the end of the span."""
+        if not len(self.first_grid) or self.status is not Status.SUCCESS:
+            return None
+        swept = sweep(self.record, self.request.recordings)
+        self.stats.residuals += swept.residuals
+        if not swept.converged:
+            self.status = Status.NOT_CONVERGED
+        return swept.costate
+
+    def record(self, drive: Costate | None, grid: Grid | None = None) -> RecordedCostate:
+        """Make one recording along the trajectory that ``drive`` drives, on ``grid`` or on steps found for it."""
+        field = self.request.field
+        assert isinstance(field, AdversarialField)
+        along: VectorField = field if drive is None else field.driven_by(drive)
+        if grid is not None:
+            return self._record_on(grid, along, drive)
+        grid = self.first_grid if drive is None else self._find_grid(along, drive)
+        found = self._record_on(grid, along, drive)
+        adaptive = self.request.times.adaptive
+        while adaptive is not None and self.status is Status.SUCCESS:
+            # The steps were found for the state. They are halved until the costate is as accurate as a step of the
+            # state: the costate between the nodes is compared with the costate of the halved steps.
+            if 2 * len(grid) > adaptive.most:
+                self.status = Status.TOO_MANY_STEPS
+                break
+            grid = grid.halved()
+            finer = self._record_on(grid, along, drive)
+            error, largest = found.difference(finer)
+            self._count(found)
+            found = finer
+            if adaptive.error(error * abs(field.eta), largest, largest) <= 1.0:
+                break
+        return found
+
+    def _record_on(self, grid: Grid, along: VectorField, drive: Costate | None) -> RecordedCostate:
+        request = self.request
+        assert isinstance(request.field, AdversarialField)
+        stepper = request.discretisation.stepper(along)
+        found = record(
+            request.field,
+            request.x0,
+            grid,
+            stepper,
+            kind=request.discretisation.costate,
+            differentiate=request.differentiate,
+            checkpoints=request.checkpoints,
+            keep_states=request.times.adaptive is not None,
+        )
+        self.stats.recordings += 1
+        self.stats.states_held = max(self.stats.states_held, _held(drive) + 2 * len(grid.times))
+        self._count(drive, stepper)
+        return found
+
+    def _find_grid(self, field: VectorField, drive: Costate | None) -> Grid:
+        """Return the given steps, or find steps for ``field`` that meet the tolerances; a failure is the status."""
+        request = self.request
+        if request.times.grid is not None:
+            return request.times.grid
+        search, steppers = self._search(field, drive)
+        for stepper in steppers:
+            self._count(None, stepper)
+        self.stats.rejected += search.rejected
+        if search.status is not Status.SUCCESS:
+            self.status = search.status
+        elif len(search.grid):
+            dtype = next(iter(field.operators.values())).time_dtype or clock_dtype(request.x0.dtype)
+            warn_of_coarse_clock(search.grid, dtype)
+        return search.grid
+
+    def _search(self, field: VectorField, drive: Costate | None) -> tuple[Search, Sequence[Stepper]]:
+        request = self.request
+        settings = request.times.adaptive
+        assert settings is not None
+        stepper = request.discretisation.stepper(field)
+        order = request.discretisation.order(field)
+        steppers = [stepper]
+        if settings.estimate == "palindromic" and request.discretisation.splits(field):
+            steppers.append(request.discretisation.mirror(field))
+            trial = palindromic(*steppers)
+        else:
+            trial = doubling(stepper, order)
+        edges = list(field.edges)
+        if request.discretisation.costate == "linear":
+            # A step across a kink of the costate would be rejected until it is tiny.
+            edges += [t for part in _parts(drive) for t in part.grid.times]
+        with without_effects(field.modules, request.x0.device):
+            search = choose_grid(request.x0, request.times.span, settings, trial, order, edges)
+        return search, steppers
+
+    def _count(self, costate: Costate | None, stepper: Stepper | None = None) -> None:
+        """Move the costs of ``stepper``, and of evaluations of ``costate`` between nodes, into the statistics."""
+        names = list(self.stats.evaluations)
+        counted: list[tuple[str, Cost]] = list(zip(names, stepper.counted if stepper else (), strict=False))
+        counted += [(names[0], part.cost) for part in _parts(costate)]
+        for name, cost in counted:
+            self.stats.evaluations[name] += cost.evaluations
+            self.stats.vjps += cost.vjps
+            cost.evaluations = cost.vjps = 0
+
+    def _warn_if_still(self, final: Tensor, grid: Grid, driven: VectorField) -> None:
+        """Warn if rounding has kept the whole state where it was, although the field is not zero."""
+        x = self.request.x0
+        if not len(grid) or driven.edges or final.shape != x.shape or not torch.equal(final, x):
+            return
+        stepper, step = self.request.discretisation.stepper(driven), grid[0]
+        with without_effects(driven.modules, x.device), torch.no_grad():
+            moved = (step.h * stepper.velocity(x, step.t0, step)).abs()
+        spacing = torch.finfo(x.dtype).eps * x.abs()
+        if bool((moved > 0).any()) and bool((moved <= 0.5 * spacing).all()):
+            warnings.warn(
+                f"dt: the state does not move, since a step of {step.h:.3g} changes it by less than half a unit in the "
+                f"last place of {x.dtype}; take larger steps or x0.double()",
+                AccuracyWarning,
+                stacklevel=4,
+            )
+
+
+def _parts(costate: Costate | None) -> Sequence[RecordedCostate]:
+    """Return the recordings that ``costate`` is made of."""
+    if isinstance(costate, SummedCostate):
+        return costate.parts
+    return (costate,) if isinstance(costate, RecordedCostate) else ()
+
+
+def _held(costate: Costate | None) -> int:
+    """Return the number of states and costates that ``costate`` keeps."""
+    return sum(len(part.nodes) + len(part.states) for part in _parts(costate))
+
+
+def status_of(so_far: Status, *values: Tensor | None) -> Status:
+    """Return ``so_far``, unless a value is not finite, or cannot be read."""
+    finite = [(value.detach() * 0).sum() == 0 for value in values if value is not None]  # cheaper than isfinite().all()
+    try:
+        if not bool(torch.stack(finite).all()):
+            return Status.NON_FINITE
+    except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
+        return Status.UNKNOWN if so_far is Status.SUCCESS else so_far
+    return so_far
