@@ -43,14 +43,15 @@ class Schemes(Directive):
         """Return the table."""
         any_number = odeadv.schemes.names(operators=3)
         lines = [
-            "| name | order | operators | compositions | stages | source |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| name | order | operators | compositions | stages | clocks (in steps) | source |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name in odeadv.schemes.names():
             scheme = odeadv.schemes.get(name)
             operators = "any" if name in any_number else 2
             stages = sum(len(stages) for _, stages in scheme.compositions)
-            row = (f"`{name}`", scheme.order, operators, len(scheme.compositions), stages, scheme.source)
+            clocks = "{:.3g} to {:.3g}".format(*scheme.reach)
+            row = (f"`{name}`", scheme.order, operators, len(scheme.compositions), stages, clocks, scheme.source)
             lines.append(f"| {' | '.join(map(str, row))} |")
         content = nodes.Element()
         self.state.nested_parse(StringList(lines, source="schemes"), self.content_offset, content)

@@ -13,7 +13,7 @@ from odeadv import attacks, diagnostics, models
 from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
-from odeadv.fields import AdversarialField, Operator, SplitField, VectorField
+from odeadv.fields import AdversarialField, Operator, Piecewise, SplitField, VectorField
 from odeadv.solver import Solution, SolveError, Stats, compile_solver, driven, solve
 from odeadv.splitting import Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
 from odeadv.splitting.method import AccuracyWarning
@@ -26,6 +26,7 @@ __all__ = [
     "Converge",
     "Nested",
     "Operator",
+    "Piecewise",
     "Scheme",
     "Solution",
     "SolveError",
