@@ -20,6 +20,7 @@ NAMES = (
     "overhead",
     "compiled",
     "orders",
+    "adaptive",
     "work_precision",
     "fisher_kpp",
     "recording",

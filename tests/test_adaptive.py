@@ -244,7 +244,7 @@ def test_bad_tolerances(arguments, message):
         odeadv.Adaptive(first=0.01, smallest=0.1)
     with pytest.raises(ValueError, match=r"^most: got 0"):
         odeadv.Adaptive(most=0)
-    with pytest.raises(ValueError, match=r"^rtol, atol: given beside dt=odeadv.Adaptive"):
+    with pytest.raises(ValueError, match=r"^rtol, atol: given next to dt=odeadv.Adaptive"):
         odeadv.solve(split(), X0, (0.0, 1.0), dt=odeadv.Adaptive(), rtol=1e-3)
     net = odeadv.models.preact_resnet(8, 2)
     with pytest.raises(ValueError, match=r"^dt: adaptive steps need a field without jumps"):

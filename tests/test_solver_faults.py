@@ -333,6 +333,6 @@ class TestTraining:
         images, labels = torch.rand(4, 3, 8, 8, generator=seeded()), torch.arange(4)
         defence = Layerwise(eta=1.0) if defended else Undefended()
         step = Step(net, images, labels, defence, Draws(0, 0, slice(0, 4), 4))
-        Trades(steps=2)(step)
-        assert step.seen is not None
-        assert 0.0 < float((step.seen - images).abs().max()) <= 8 / 255 + 1e-6
+        seen = Trades(steps=2)(step).images
+        assert seen is not None
+        assert 0.0 < float((seen - images).abs().max()) <= 8 / 255 + 1e-6
