@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import odeadv
 from odeadv.attacks import apgd, ifgsm, pgd, square
 from odeadv.evaluation import AttackSpec, Evaluation, ProgressLine, Protocol, evaluate, mcnemar
-from odeadv.evaluation._evaluation import pack, unpack
 from odeadv.evaluation._prepare import fold
+from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import exact_p_value
 
 EPS, ALPHA, N = 0.1, 0.025, 60

@@ -270,8 +270,6 @@ def test_bad_noise_is_named():
     with pytest.raises(
         ValueError, match=r"^net: got a network without noise, expected one with it; make it with noise=0.1"
     ):
-        averaged(preact_resnet(8, 4))
-    with pytest.raises(ValueError, match=r"^net: got a network without noise"):
         preact_resnet(8, 4).noisy_inference()
     net = preact_resnet(8, 4, noise=0.1)
     with pytest.raises(ValueError, match=r"^passes: got 0, expected an integer, at least 1"):
@@ -280,3 +278,42 @@ def test_bad_noise_is_named():
         averaged(net, 2.0)
     with pytest.raises(TypeError, match=r"^generator: got str, expected a torch.Generator, a seed or None"):
         averaged(net, 2, "0")
+
+
+class Jittered(torch.nn.Module):
+    """A module without odeadv's noise: it draws from the global random state in evaluation mode."""
+
+    def __init__(self, branches: bool = False) -> None:
+        super().__init__()
+        self.net, self.branches = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)), branches
+
+    def forward(self, x):
+        x = x + 0.3 * torch.randn_like(x)
+        return self.net(x if not self.branches or x.sum() < 1e9 else -x)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_any_module_can_be_averaged(branches):
+    """With a seed the mean is a function of the image: the same alone, at another place, and differentiable."""
+    torch.manual_seed(0)
+    net, images = Jittered(branches), torch.rand(6, 3, 4, 4)
+    model = averaged(net, 8)
+    state = torch.get_rng_state()
+    logits = model(images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(logits, torch.cat([model(image[None]) for image in images]), atol=1e-5)
+    assert torch.allclose(logits, model(images.flip(0)).flip(0), atol=1e-5)
+    expected = []
+    for seed in torch.randint(2**62, (8,), generator=torch.Generator().manual_seed(0)).tolist():
+        noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        expected.append(net.net(images + 0.3 * noise))
+    assert torch.allclose(logits, torch.stack(expected).mean(dim=0), atol=1e-5)
+    leaf = images.clone().requires_grad_()
+    gradient = torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0]
+    assert torch.allclose(gradient.flatten(1), net.net[1].weight[0].expand(6, -1), atol=1e-5)
+
+
+def test_a_generator_draws_anew_for_every_image_of_any_module():
+    net, same = Jittered(), torch.rand(1, 3, 4, 4).expand(4, -1, -1, -1)
+    logits = averaged(net, 2, torch.Generator().manual_seed(0))(same)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)

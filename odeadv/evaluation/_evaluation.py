@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odeadv.evaluation.protocols import AttackSpec, in_255ths, radius_text, unique_names
-from odeadv.support.extras import extra
+from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import wilson_interval
 
 SCHEMA = "odeadv.evaluation/3"
@@ -334,32 +332,6 @@ def by_pass(outcomes: Tensor) -> tuple[float, ...]:
 def majority(outcomes: Tensor) -> Tensor:
     """Return (n,) bool: True if more than half of the passes of outcomes (passes, n) are right."""
     return outcomes.double().mean(dim=0) > 0.5
-
-
-def pack(outcomes: Tensor) -> str:
-    """Return base64 of ``outcomes``, bool of any shape in row-major order: eight per byte, first in the highest bit."""
-    with extra("evaluate"):
-        import numpy
-
-    bits = numpy.packbits(outcomes.detach().cpu().reshape(-1).numpy())
-    return base64.b64encode(bits.tobytes()).decode("ascii")
-
-
-def unpack(text: object, *shape: int) -> Tensor:
-    """Return the bool tensor of ``shape`` that `pack` made ``text`` from; ValueError if the size is another."""
-    with extra("evaluate"):
-        import numpy
-
-    count = math.prod(shape)
-    try:
-        if not isinstance(text, str):
-            raise TypeError(f"got {type(text).__name__}")
-        raw = numpy.frombuffer(base64.b64decode(text, validate=True), dtype=numpy.uint8)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise ValueError(f"outcomes: {error}, expected base64 of packed bits") from None
-    if len(raw) != (count + 7) // 8:
-        raise ValueError(f"outcomes: got {len(raw)} bytes, expected {(count + 7) // 8} for {count} outcomes")
-    return torch.from_numpy(numpy.unpackbits(raw, count=count).astype(bool)).reshape(shape)
 
 
 def _accuracy(name: str, correct: int | None, n: int, passes: tuple[float, ...] = ()) -> dict[str, Any]:

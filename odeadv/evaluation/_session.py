@@ -12,12 +12,13 @@ from torch import Tensor
 
 from odeadv.evaluation._attack import BatchOutcomes, Rules, batch_outcomes
 from odeadv.evaluation._data import Examples
-from odeadv.evaluation._evaluation import AttackResult, Evaluation, by_pass, majority, pack, result_of, unpack
+from odeadv.evaluation._evaluation import AttackResult, Evaluation, by_pass, majority, result_of
 from odeadv.evaluation._ifgsm import Run, WorstSoFar, queues_of, run_of
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
 from odeadv.support.digests import derived_seed
 from odeadv.support.files import write_tensors
+from odeadv.support.plain import pack, unpack
 
 SIGNS = ("no gradient", "saturated", "probabilities")
 

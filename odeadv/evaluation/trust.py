@@ -249,7 +249,7 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
         )
     for name, attack in zip(result.names, result.attacks, strict=True):
         if attack.outcomes is not None:
-            more = _excess(attack.outcomes, result.clean_outcomes, limit)
+            more = _excess(attack.outcomes, result.clean_outcomes, limit, 3 if result.clean_pass_accuracies else 0)
             if more:
                 notes.append(
                     f"{more} more images are right after {name} than before it, so its gradient does not lead to errors"
@@ -265,7 +265,7 @@ def _one_step_beats_many(result: Evaluation, limit: float) -> list[str]:
         for many_name, many in scored:
             if not _one_step_of(one, many) or one.outcomes is None or many.outcomes is None:
                 continue
-            more = _excess(many.outcomes, one.outcomes, 2 * limit)
+            more = _excess(many.outcomes, one.outcomes, 2 * limit, 3)
             if more:
                 notes.append(
                     f"{many_name} leaves {more} more images right than {one_name}: many steps should do more than one, "
@@ -279,13 +279,13 @@ def _one_step_of(one: AttackResult, many: AttackResult) -> bool:
     return alike and one.name == "fgsm" and many.name == "ifgsm" and (many.steps or 1) > 1
 
 
-def _excess(a: Tensor, b: Tensor, limit: float) -> int:
+def _excess(a: Tensor, b: Tensor, limit: float, deviations: int) -> int:
     """Return how many more outcomes are true in ``a`` than in ``b``; 0 if this may be chance.
 
-    Chance is excluded above three standard deviations of a fair coin, tossed for each example that differs.
+    It may be chance up to this many standard ``deviations`` of a fair coin, tossed for each example that differs.
     """
     more, differing = int(a.sum()) - int(b.sum()), int((a != b).sum())
-    return more if more > limit and more > 3 * math.sqrt(differing) else 0
+    return more if more > limit and more > deviations * math.sqrt(differing) else 0
 
 
 def differs(a: Tensor, b: Tensor, *, units: float = _UNITS) -> bool:

@@ -104,29 +104,33 @@ def averaged(
     *,
     recompute: bool = True,
 ) -> Averaged:
-    """Return ``net`` with noise at inference: logits averaged over ``passes`` noisy forward passes. See `Averaged`."""
+    """Return the mean of ``passes`` forward passes of a random network as a network. See `Averaged`."""
     return Averaged(net, passes, generator, recompute=recompute)
 
 
 class Averaged(nn.Module):
-    """Logits averaged over noisy forward passes of ``net`` in evaluation mode.
+    """Logits averaged over forward passes of a random network in evaluation mode.
+
+    ``net`` is a network made with ``noise``, whose noise is switched on, or any other module that draws from torch's
+    global random state in evaluation mode (random transformations, noise, ``dropout(x, training=True)``).
 
     The mean is differentiable, so an attack sees the mean over the noise (EOT, Athalye et al. 2018, arXiv:1707.07397).
     A call leaves modes, statistics and the global random state as they were. The weights are shared with ``net``.
 
     Args:
-        net: a network made with ``noise``.
+        net: any module from images to logits.
         passes: number of forward passes.
         generator: a seed (None means 0) or a CPU generator. With a seed every call draws the same noise, one draw per
             pass and block, shared by all images of the batch (relative noise follows each image's own sum). The
-            logits are then a function of the image, which an attack can follow. With a generator every call draws
-            new noise for every image, and an equal generator repeats the same sequence of calls.
+            logits are then a function of the image, which an attack can follow. A module without `Noise` is run by
+            ``torch.func.vmap``, or image by image, which is slow, if vmap cannot run it. With a generator every call
+            draws new noise for every image, and an equal generator repeats the same sequence of calls.
         recompute: if gradients are needed, keep the graph of one pass at a time and run each pass again in the
             backward pass. It takes the memory of one pass, and a third more time. Logits and gradients are the same.
 
     Raises:
         TypeError: if ``passes`` is not an integer, or ``generator`` is none of these.
-        ValueError: if ``net`` has no noise, or ``passes`` is below 1.
+        ValueError: if ``passes`` is below 1.
     """
 
     def __init__(
@@ -138,7 +142,6 @@ class Averaged(nn.Module):
         recompute: bool = True,
     ) -> None:
         super().__init__()
-        noises_of(net)
         passes = integer("passes", passes)
         if not isinstance(generator, torch.Generator | int | None) or isinstance(generator, bool):
             raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator, a seed or None")
@@ -168,9 +171,27 @@ class Averaged(nn.Module):
 
     def _once(self, images: Tensor, seed: int) -> Tensor:
         shared = not isinstance(self.generator, torch.Generator)
-        with untouched(self.net, mode="eval"), noisy(self.net, shared=shared), _seeded(seed, images.device):
+        with untouched(self.net, mode="eval"):
+            if any(isinstance(module, Noise) for module in self.net.modules()):
+                with noisy(self.net, shared=shared), _seeded(seed, images.device):
+                    logits: Tensor = self.net(images)
+                    return logits
+            return self._one_draw(images, seed) if shared else self._drawn(images, seed)
+
+    def _drawn(self, images: Tensor, seed: int) -> Tensor:
+        with _seeded(seed, images.device):
             logits: Tensor = self.net(images)
         return logits
+
+    def _one_draw(self, images: Tensor, seed: int) -> Tensor:
+        """Return logits with the same random numbers for every image, whatever its place in the batch."""
+        run = torch.func.vmap(lambda image: self.net(image[None])[0], randomness="same")
+        try:
+            with _seeded(seed, images.device):
+                logits: Tensor = run(images)
+            return logits
+        except RuntimeError:  # vmap does not run every module, for example one that branches on values
+            return torch.cat([self._drawn(image, seed) for image in torch.split(images, 1)])
 
     def extra_repr(self) -> str:
         """Return the arguments that made it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import difflib
 import hashlib
@@ -14,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
 
 from odeadv.support.extras import extra
 
@@ -311,3 +316,29 @@ def _read_scalar(kind: Any, data: Any, path: str) -> Any:
 def _near(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     found = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def pack(outcomes: Tensor) -> str:
+    """Return base64 of ``outcomes``, bool of any shape in row-major order: eight per byte, first in the highest bit."""
+    with extra("evaluate"):
+        import numpy
+
+    bits = numpy.packbits(outcomes.detach().cpu().reshape(-1).numpy())
+    return base64.b64encode(bits.tobytes()).decode("ascii")
+
+
+def unpack(text: object, *shape: int) -> Tensor:
+    """Return the bool tensor of ``shape`` that `pack` made ``text`` from; ValueError if the size is another."""
+    with extra("evaluate"):
+        import numpy
+
+    count = math.prod(shape)
+    try:
+        if not isinstance(text, str):
+            raise TypeError(f"got {type(text).__name__}")
+        raw = numpy.frombuffer(base64.b64decode(text, validate=True), dtype=numpy.uint8)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise ValueError(f"outcomes: {error}, expected base64 of packed bits") from None
+    if len(raw) != (count + 7) // 8:
+        raise ValueError(f"outcomes: got {len(raw)} bytes, expected {(count + 7) // 8} for {count} outcomes")
+    return torch.from_numpy(numpy.unpackbits(raw, count=count).astype(bool)).reshape(shape)
