@@ -392,3 +392,49 @@ def test_autocast_runs_both_passes():
     sol.loss.backward()
     assert sol.loss.dtype == torch.float32
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_masks_that_depend_on_the_inputs():
+    """Padding: what stands behind the end of a sentence changes nothing, in blocks and in a head that averages."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            kept = (~padding).unsqueeze(-1).to(x)
+            return self.out((x * kept).sum(1) / kept.sum(1))
+
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)]
+
+    def padded(tokens: Tensor) -> Tensor:
+        return tokens == 0
+
+    blocks = [models.bind(layer, src_key_padding_mask=padded) for layer in layers]
+    net = models.from_blocks(nn.Embedding(9, 8), blocks, models.bind(Mean(), padding=padded))
+    short, labels = torch.randint(1, 9, (4, 5), generator=generator()), torch.arange(4) % 3
+    long = F.pad(short, (0, 3))
+    one, two = (odeadv.solve(net.field(x, labels, eta=2.0), scheme="strang") for x in (short, long))
+    assert torch.allclose(one.output, two.output, atol=1e-5)
+    assert torch.allclose(net(short), net(long), atol=1e-5)
+    assert not torch.allclose(one.output, net(short), atol=1e-3)
+    assert torch.equal(odeadv.solve(net.field(long, labels), scheme="lie").output, net(long))
+    one.loss.backward()
+    assert all(p.grad is not None for p in net.parameters())
+    with pytest.raises(TypeError, match=r"^bind: got a function of the network's inputs"):
+        blocks[0](torch.rand(4, 5, 8))
+
+
+def test_bound_arguments_by_position():
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: Tensor, power: int) -> Tensor:
+            return x + 0.1 * (factor * x) ** power
+
+    block = models.bind(Scaled(), torch.tensor([1.0, 2.0]), 2)
+    x = torch.rand(3, 2)
+    assert torch.equal(block(x), Scaled()(x, torch.tensor([1.0, 2.0]), 2))
+    assert dict(block.named_buffers()).keys() == {"argument1"}
+    net = models.from_blocks(nn.Identity(), [block], nn.Linear(2, 2))
+    assert torch.equal(odeadv.solve(net.field(x, torch.tensor([0, 1, 1])), scheme="lie").output, net(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,14 +121,17 @@ class BlockNetwork(FieldNetwork):
         """Return the output of the plain network."""
         x = self.stem(inputs)
         for block in self.blocks:
-            x = block(x)
-        output: Tensor = self.head(x)
-        return output
+            x = _on(block, inputs)(x)
+        return self.readout(inputs)(x)
+
+    def readout(self, inputs: Any) -> Callable[[Tensor], Tensor]:
+        """Return the head as it is on ``inputs``."""
+        return _on(self.head, inputs)
 
     def dynamics(self, dt: float, inputs: Any) -> Operator:
         """Return the field of which block k acts on [k, k + 1]."""
         pieces = [
-            Jump(block) if jumps else Residual(block, name=name)
+            Jump(_on(block, inputs)) if jumps else Residual(_on(block, inputs), name=name)
             for block, jumps, name in zip(self.blocks, self._layout(inputs).jumps, self.names, strict=True)
         ]
         return Piecewise(pieces, range(len(pieces) + 1))
@@ -177,7 +181,7 @@ class BlockNetwork(FieldNetwork):
             for block, name in zip(self.blocks, self.names, strict=True):
                 state = x.clone()  # a block that writes to its state must not write to the caller's inputs
                 before = version(state)
-                x = block(state)
+                x = _on(block, inputs)(state)
                 check_unmodified(name, state, before)
                 if not isinstance(x, Tensor):
                     raise TypeError(
@@ -185,7 +189,7 @@ class BlockNetwork(FieldNetwork):
                         "returns the state alone"
                     )
                 jumps.append((x.shape, x.dtype) != (state.shape, state.dtype))
-            output = self.head(x)
+            output = self.readout(inputs)(x)
             if not isinstance(output, Tensor):
                 raise TypeError(f"head: returned {type(output).__name__}, expected a tensor")
         return _Layout(tuple(jumps), output.shape)
@@ -201,7 +205,9 @@ def bind(module: nn.Module, /, *args: Any, **kwargs: Any) -> Bound:
     Args:
         module: a layer, called as ``module(x, *args, **kwargs)``.
         args: arguments after the state.
-        kwargs: arguments by name. Tensors become buffers: they move with the network, but are no part of its weights.
+        kwargs: arguments by name. A tensor becomes a buffer: it moves with the network, but is no part of its weights.
+            A function is called with the inputs of the network in every pass, for a mask that depends on them:
+            ``bind(layer, src_key_padding_mask=lambda tokens: tokens == 0)``. It works for blocks and heads.
 
     Raises:
         TypeError: if ``module`` is not a module.
@@ -228,14 +234,32 @@ class Bound(nn.Module):
         self.register_buffer(name, value, persistent=False)
         return name, None
 
-    def _value(self, kept: tuple[str, Any]) -> Any:
+    def _value(self, kept: tuple[str, Any], inputs: tuple[Any, ...]) -> Any:
         name, value = kept
-        return getattr(self, name) if name else value
+        if name:
+            return getattr(self, name)
+        if callable(value) and not isinstance(value, nn.Module):
+            if not inputs:
+                raise TypeError("bind: got a function of the network's inputs, expected a call within from_blocks")
+            return value(*inputs)
+        return value
+
+    def on(self, *inputs: Any) -> Callable[[Tensor], Any]:
+        """Return the module with its fixed arguments, of which functions are evaluated on ``inputs``."""
+        args = [self._value(kept, inputs) for kept in self._positions]
+        kwargs = {name: self._value(kept, inputs) for name, kept in self._names.items()}
+        if not args:
+            return functools.partial(self.module, **kwargs)
+        return lambda x: self.module(x, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Any:
         """Return ``module(x, ...)`` with the fixed arguments."""
-        args = [self._value(kept) for kept in self._positions]
-        return self.module(x, *args, **{name: self._value(kept) for name, kept in self._names.items()})
+        return self.on()(x)
+
+
+def _on(module: nn.Module, inputs: Any) -> Callable[[Tensor], Any]:
+    """Return ``module`` as a function of the state, on these inputs of the network."""
+    return module.on(inputs) if isinstance(module, Bound) else module
 
 
 def _signature(inputs: Any) -> object:

@@ -104,6 +104,10 @@ class FieldNetwork(nn.Module):
         """
         raise NotImplementedError
 
+    def readout(self, inputs: Any) -> Callable[[Tensor], Tensor]:
+        """Return the map from the last state to the output on ``inputs``: the head."""
+        return self.head
+
     def check_inputs(self, inputs: Any) -> None:
         """Reject inputs that the stem cannot take, naming the argument. Here every input is accepted."""
 
@@ -163,7 +167,7 @@ def adversarial_field(
         net.dynamics(dt, inputs),
         net.default_loss(targets, inputs) if loss is None else loss,
         eta,
-        readout=net.head,
+        readout=net.readout(inputs),
         x0=lambda: net.stem(inputs),
         t_span=net.t_span,
         dt=dt,

@@ -70,7 +70,7 @@ class Refined(FieldNetwork):
         Raises:
             odeadv.SolveError: if the state becomes NaN or infinite.
         """
-        logits: Tensor = self.net.head(final_state(self.net, images, self.dt, self.substep))
+        logits: Tensor = self.net.readout(images)(final_state(self.net, images, self.dt, self.substep))
         return logits
 
     def dynamics(self, dt: float, inputs: Any) -> Operator:
