@@ -8,9 +8,9 @@ for every example, so that `mcnemar` and `compare` can compare two models in pai
 """
 
 from odeadv.evaluation._compare import McNemar, compare, mcnemar
-from odeadv.evaluation._data import saved_images
 from odeadv.evaluation._evaluate import evaluate
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
+from odeadv.evaluation.data import saved_images
 from odeadv.evaluation.protocols import PROTOCOLS, AttackSpec, Protocol
 from odeadv.support.progress import ProgressLine
 

@@ -18,12 +18,12 @@ from odeadv._version import __version__
 from odeadv.attacks.checks import check_logits, check_model, own_dtype
 from odeadv.attacks.objective import attacking
 from odeadv.evaluation._attack import Rules
-from odeadv.evaluation._data import Examples, read_data
 from odeadv.evaluation._evaluation import Evaluation
 from odeadv.evaluation._ifgsm import SHORT
 from odeadv.evaluation._journal import Journal, probe_logits
 from odeadv.evaluation._prepare import Output, Prepared, prepare
 from odeadv.evaluation._session import Session
+from odeadv.evaluation.data import Examples, read_data
 from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, resolve_protocol
 from odeadv.evaluation.trust import (
     ACCEPTABLE,

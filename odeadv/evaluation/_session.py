@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from odeadv.evaluation._attack import BatchOutcomes, Rules, batch_outcomes
-from odeadv.evaluation._data import Examples
 from odeadv.evaluation._evaluation import AttackResult, Evaluation, by_pass, majority, result_of
 from odeadv.evaluation._ifgsm import Run, WorstSoFar, queues_of, run_of
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
+from odeadv.evaluation.data import Examples
 from odeadv.support.digests import derived_seed
 from odeadv.support.files import write_tensors
 from odeadv.support.plain import pack, unpack
