@@ -167,7 +167,9 @@ class Probabilities(Wrapped):
 
 
 def run(model: nn.Module, **changes: object) -> Audit:
-    return audit(model, held_out(N), **{"eps": EPS, "generator": torch.Generator().manual_seed(0), **QUICK, **changes})
+    return audit(
+        model, **{"data": held_out(N), "eps": EPS, "generator": torch.Generator().manual_seed(0), **QUICK, **changes}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -245,6 +247,13 @@ def test_noise_is_not_counted_as_an_attack() -> None:
     for name in ("another loss", "restarts", "gradient-free does not beat gradients", "planted examples are found"):
         assert found[name].status == "not applicable"
         assert "random" in found[name].found
+
+
+def test_a_loader_gives_the_lines_of_its_tensors() -> None:
+    images, labels = held_out(30)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=7)
+    expected, found = (audit(trained(), data, eps=EPS, **QUICK) for data in ((images, labels), loader))
+    assert repr(found) == repr(expected)  # the strides of one channel differ, and so the last bits of figures
 
 
 class TestL2:
@@ -458,6 +467,7 @@ def test_write_of_an_unusable_model(tmp_path: Path) -> None:
         ({"eps": 0.0}, ValueError, "eps: got 0, expected a finite number, above 0, at most 0.5"),
         ({"generator": 0}, TypeError, "generator: got 0, expected e.g. torch.Generator"),
         ({"steps": 0}, ValueError, "steps: got 0, expected an integer, at least 1"),
+        ({"data": 3}, TypeError, r"data: got int, expected a pair \(images, labels\), a Dataset, a DataLoader"),
         ({"norm": "l1"}, ValueError, "norm: got 'l1', expected one of 'linf', 'l2'"),
         ({"eps": 0.6}, ValueError, "eps: got 0.6, expected a finite number, above 0, at most 0.5"),
         ({"num_classes": 2.0}, TypeError, "num_classes: got 2.0, expected an integer, at least 1"),

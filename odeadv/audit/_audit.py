@@ -13,8 +13,6 @@ from odeadv.attacks.balls import BALLS, Norm
 from odeadv.attacks.checks import (
     answered,
     check_generator,
-    check_images,
-    check_labels,
     check_model,
     own_dtype,
 )
@@ -25,6 +23,7 @@ from odeadv.audit._gradients import GRADIENTS
 from odeadv.audit._report import Audit, Check
 from odeadv.audit._subject import Counts, Subject
 from odeadv.data import as_model_input
+from odeadv.evaluation.data import read_data
 from odeadv.evaluation.trust import PROBES
 from odeadv.support.checks import choice, integer, number, shown
 
@@ -34,7 +33,7 @@ _LARGEST_LINF = 0.5
 
 def audit(
     model: nn.Module,
-    data: tuple[Tensor, Tensor],
+    data: object,
     *,
     eps: float = 8 / 255,
     norm: Norm = "linf",
@@ -56,8 +55,8 @@ def audit(
 
     Args:
         model: images to logits (n, classes); its normalisation inside.
-        data: (images, labels); a few hundred examples are enough. Images are floating in [0, 1], or uint8 (n, h, w,
-            channels).
+        data: (images, labels), a Dataset, a DataLoader or an `ImageDataset`, as for `evaluate`; a few hundred examples
+            are enough. Images are floating in [0, 1], or uint8 (n, h, w, channels).
         eps: radius of the ball whose robust accuracy is in question, in pixel units of [0, 1].
         norm: of the ball, ``"linf"`` or ``"l2"``.
         generator: the only source of randomness; None means ``torch.Generator().manual_seed(0)``.
@@ -146,15 +145,11 @@ def _headline(subject: Subject) -> tuple[int | None, int | None]:
 
 
 def _inputs(model: nn.Module, data: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        raise TypeError(f"data: got {type(data).__name__}, expected a pair (images, labels)")
-    images, labels = data
+    images, labels = read_data(data)
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:
+    if images.dtype == torch.uint8:
         dtype = torch.get_default_dtype() if own is None else own.dtype
         images = as_model_input(images, device=images.device, dtype=dtype, channels_last=False)
-    check_images(images)
-    check_labels(labels, len(images))
     return images if own is None else images.to(own.device), labels
 
 
