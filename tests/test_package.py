@@ -167,3 +167,14 @@ def test_every_extra_that_an_error_names_exists_and_is_explained():
 def test_the_citation_has_the_version():
     citation = (ROOT.parent / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.*)$", citation, re.M).group(1) == odeadv.__version__
+
+
+def test_no_function_takes_more_than_eight_positional_parameters():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+                if len([name for name in names if name not in ("self", "cls")]) > 8:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not wrong

@@ -19,13 +19,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def integer(name: str, value: Any, *, least: int = 1) -> int:
+def integer(name: str, value: Any, *, least: int | None = 1) -> int:
     """Return ``value`` as an int. Python and NumPy integers are accepted.
 
     Args:
         name: the argument's name, for the message.
         value: what the caller gave.
-        least: the smallest value allowed.
+        least: the smallest value allowed; None allows every integer.
 
     Raises:
         TypeError: if ``value`` is not an integer; bool and float are not.
@@ -35,10 +35,11 @@ def integer(name: str, value: Any, *, least: int = 1) -> int:
         found = None if isinstance(value, bool | Tensor) else index(value)
     except TypeError:
         found = None
+    expected = "an integer" if least is None else f"an integer, at least {least}"
     if found is None:
-        raise TypeError(f"{name}: got {shown(value)}, expected an integer, at least {least}")
-    if found < least:
-        raise ValueError(f"{name}: got {found}, expected an integer, at least {least}")
+        raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
+    if least is not None and found < least:
+        raise ValueError(f"{name}: got {found}, expected {expected}")
     return found
 
 

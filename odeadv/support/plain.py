@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 import torch
 from torch import Tensor
 
+from odeadv.support.checks import integer
 from odeadv.support.extras import extra
 
 T = TypeVar("T")
@@ -181,7 +182,7 @@ def _name(choice: Choice) -> str:
 
 
 def with_floats(config: Any) -> None:
-    """Make every field of the frozen dataclass ``config`` that is declared a float one, so that equal runs are equal.
+    """Convert the fields of the frozen dataclass ``config`` declared float or int, so that equal runs are equal.
 
     Raises:
         TypeError: naming a field that is declared as a number and holds something else.
@@ -190,8 +191,8 @@ def with_floats(config: Any) -> None:
         value = getattr(config, name, None)
         if hint is float and not isinstance(value, float):
             object.__setattr__(config, name, _read_scalar(float, value, name))
-        elif hint is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name}: got {value!r}, expected an integer")
+        elif hint is int and type(value) is not int:
+            object.__setattr__(config, name, integer(name, value, least=None))
 
 
 def identity(config: Any) -> Any:
