@@ -318,7 +318,7 @@ class TestData:
         x, y = problem()
         numpy.save(tmp_path / "x.npy", x.numpy())
         mapped = numpy.load(tmp_path / "x.npy", mmap_mode="r")
-        from odeadv.evaluation._data import read_data
+        from odeadv.evaluation.data import read_data
 
         images, _ = read_data((mapped, y))
         assert images.data_ptr() == mapped.ctypes.data
