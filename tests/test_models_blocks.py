@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import odeadv
 from odeadv import models
-from odeadv.fields import Jump, Operator, Piecewise
+from odeadv.fields import Jump, Operator, Piecewise, Residual
 
 torchvision = pytest.importorskip("torchvision")
 ETA = 5.0
@@ -438,3 +438,28 @@ def test_bound_arguments_by_position():
     assert dict(block.named_buffers()).keys() == {"argument1"}
     net = models.from_blocks(nn.Identity(), [block], nn.Linear(2, 2))
     assert torch.equal(odeadv.solve(net.field(x, torch.tensor([0, 1, 1])), scheme="lie").output, net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_residual_block_as_a_field_of_its_own(dtype):
+    """One step of length 1 is the block, also for 16-bit states, which the solver keeps in float32."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).to(dtype)
+    x = torch.rand(4, 6).to(dtype)
+    end = odeadv.solve(Residual(block), x, (0.0, 3.0), steps=3).xs[-1]
+    assert end.dtype == dtype
+    assert torch.equal(end, block(block(block(x))))
+    half = odeadv.solve(Residual(block), x, (0.0, 1.0), steps=2, save_at="steps").xs[1]
+    assert torch.allclose(half.float(), (x + 0.5 * (block(x) - x)).float(), atol=0.02)
+    with pytest.raises(TypeError, match=r"^block: got int, expected a callable block"):
+        Residual(3)
+
+
+def test_a_block_that_writes_through_numpy_is_refused():
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x.detach().numpy()[:] = 0.0
+            return x + 1.0
+
+    with pytest.raises(ValueError, match=r"^own: modifies the state in place"):
+        odeadv.solve(Residual(Hidden(), name="own"), torch.ones(2, 3), (0.0, 1.0), steps=1)

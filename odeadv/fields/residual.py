@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Cost, Operator, same_shape
+from odeadv.fields.operator import Cost, Operator, same_shape, watched
 from odeadv.support.isolation import check_unmodified, version
 
 
@@ -37,6 +38,13 @@ class Residual(Operator):
             return super().euler(t, h, x, cost)
         cost.evaluated()
         before = version(x)
-        end = self.block(x)
+        end = watched(self.name, lambda: self.block(x), x) if cost.watch else self.block(x)
         check_unmodified(self.name, x, before)
         return same_shape(self.name, end, x)
+
+    def widened(self, narrow: torch.dtype) -> Residual:
+        """See `Operator.widened`; a step of length 1 is still the block, for ``narrow`` fits into float32 exactly."""
+        block = self.block
+        other = Residual(lambda x: block(x.to(narrow)).to(x.dtype), name=self.name)
+        other.time_dtype = self.time_dtype
+        return other
