@@ -182,7 +182,7 @@ def _padded(images: Tensor, pad: int) -> Tensor:
 
 
 class Moves(NamedTuple):
-    """How each image is moved: first row and column of the cut, and whether it is mirrored; (n, 1) each."""
+    """The move of each image: first row and column of the cut, and whether it is mirrored; (n, 1) each."""
 
     top: Tensor
     left: Tensor

@@ -1,4 +1,4 @@
-"""How a network is trained, as plain data."""
+"""The configuration of a training, as plain data."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class TrainConfig:
         decay: ``"all"`` decays all parameters, ``"weights"`` leaves out biases and norms (fewer than two dimensions).
         clip: largest norm of the gradient of a step; None for no limit.
         label_smoothing: of the training loss, in [0, 1]. Attacks are made on the labels themselves.
-        ema: decay of an exponential moving average of the weights; 0 for none. The average is what is validated, and
-            what the network has after training.
-        patience: stop after so many epochs without a higher validation accuracy (robust, for adversarial objectives);
-            None trains all epochs.
+        ema: decay of an exponential moving average of the weights; 0 for none. The average is validated, and the
+            network has it after training.
+        patience: stop after this number of epochs without a higher validation accuracy (robust accuracy, for
+            adversarial objectives); None trains all epochs.
 
     Raises:
         TypeError, ValueError: naming the first attribute that is out of range.

@@ -121,7 +121,7 @@ class Source(Protocol):
         ...
 
     def pass_over(self, batches: int) -> None:
-        """Let the next iteration begin after so many batches."""
+        """Let the next iteration begin after ``batches`` batches."""
         ...
 
 
@@ -375,7 +375,7 @@ class Run:
         share = 1.0 / (self.config.accumulate * self.fabric.world_size)
         with self._watching(epoch, images, labels):
             loss, logits = self.module(images, labels, draws, share)
-        # Reading the loss waits for the device once a step; a run that trains on after a NaN costs more.
+        # Reading the loss waits for the device in every step; a run that trains on after a NaN costs more.
         value = float(loss.detach())
         if not value <= self.config.stop_above:
             raise self._diverged(epoch, f"the loss is {value:g}", images, labels)

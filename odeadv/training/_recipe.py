@@ -113,7 +113,7 @@ def learning_rates(schedule: Mapping[str, Any], lr: float, epochs: int, steps: i
         raise type(error)(f"schedule: {kind.__name__}: {error}") from None
     values = []
     with warnings.catch_warnings():
-        # There is no step of an optimiser between these, and torch says so.
+        # Torch warns because the optimiser makes no step between these.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for _ in range(count):
             values.append(float(scheduler.get_last_lr()[0]))

@@ -41,7 +41,7 @@ class Draws:
     """Random numbers of one step for some rows of the global batch.
 
     Every draw is made for the whole batch and then cut, so the numbers of an example do not depend on the process or
-    micro-batch that computes it. They follow from (seed, step) alone, so there is no state to save.
+    micro-batch that computes it. They follow from (seed, step) alone, so nothing needs to be saved.
 
     Args:
         seed: of the run.

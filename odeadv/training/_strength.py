@@ -16,7 +16,7 @@ from odeadv.splitting import Grid, Scheme
 
 @dataclass(frozen=True)
 class Strength:
-    """What one pass says about its strength; all tensors are detached and stay on their device.
+    """The strength of one pass; all tensors are detached and stay on their device.
 
     Attributes:
         plain: L, the loss of the undefended network, scalar.
