@@ -97,7 +97,7 @@ class TestMaskedClass:
 
 
 class TestSmallNoise:
-    """What a random model draws may look like rounding once and not the next time."""
+    """The draws of a random model may look like rounding once and not the next time."""
 
     FGSM = Protocol("p", (AttackSpec("fgsm", 8 / 255),))
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import odeadv
 from odeadv.data import load
 from odeadv.evaluation import PROTOCOLS, AttackSpec, Evaluation, Protocol, compare, evaluate, mcnemar, saved_images
+from odeadv.evaluation.data import read_data
 from odeadv.support.digests import data_digest
 
 ROOT = Path(__file__).parent.parent
@@ -291,7 +292,7 @@ class TestWorstCase:
             for by_protocol in json.loads(file.read_text())["evaluations"].values():
                 for value in by_protocol.values():
                     if value["schema"] == "odeadv.evaluation/1":
-                        continue  # it kept no outcomes
+                        continue  # the first version kept no outcomes
                     read += 1
                     now = Evaluation.from_dict(value).to_dict()
                     assert {key: now[key] for key in value if key not in ("schema", "attacks")} == {
@@ -301,7 +302,7 @@ class TestWorstCase:
 
 
 class TestData:
-    def same(self, data: object, **options: object) -> None:
+    def check_same(self, data: object, **options: object) -> None:
         x, y = problem()
         a, b = evaluate(Linear(), data, IFGSM, **options), evaluate(Linear(), (x, y), IFGSM)
         assert torch.equal(a.attacks[0].outcomes, b.attacks[0].outcomes)
@@ -309,20 +310,18 @@ class TestData:
 
     def test_datasets_loaders_and_arrays(self) -> None:
         x, y = problem()
-        self.same(TensorDataset(x, y))
-        self.same(DataLoader(TensorDataset(x, y), batch_size=33))
-        self.same((x.numpy(), y.numpy()))
-        self.same((x.numpy(), y.int().numpy()))
+        self.check_same(TensorDataset(x, y))
+        self.check_same(DataLoader(TensorDataset(x, y), batch_size=33))
+        self.check_same((x.numpy(), y.numpy()))
+        self.check_same((x.numpy(), y.int().numpy()))
 
     def test_memory_mapped_arrays_are_not_copied(self, tmp_path: Path) -> None:
         x, y = problem()
         numpy.save(tmp_path / "x.npy", x.numpy())
         mapped = numpy.load(tmp_path / "x.npy", mmap_mode="r")
-        from odeadv.evaluation.data import read_data
-
         images, _ = read_data((mapped, y))
         assert images.data_ptr() == mapped.ctypes.data
-        self.same((mapped, y))
+        self.check_same((mapped, y))
 
     def test_this_packages_data_set(self) -> None:
         data = load("digits").subset(None, 20)

@@ -460,7 +460,7 @@ class TestCommand:
         assert found["clean"]["only_a"] - found["clean"]["only_b"] == first["clean_correct"] - second["clean_correct"]
         strong = found["ifgsm-20 at 1/255"]
         assert strong["only_a"] + strong["both"] == first["attacks"][3]["robust_correct"]
-        assert len(found) == 1 + 2 * 4
+        assert len(found) == 1 + 2 * 4 + 1  # clean, two scores of four attacks, worst case
         (tmp_path / "e.json").write_text(json.dumps(first))  # as odeadv evaluate writes it
         assert cli.main(["compare", str(tmp_path / "e.json"), b[0], "--protocol", "table1"]) == 0
         printed = capsys.readouterr().out
