@@ -160,7 +160,7 @@ def kahan_li8(operators: int = 2) -> Scheme:
 
 
 def best22(operators: int = 2) -> Scheme:
-    """The second-order scheme of two stages each with the smallest error constant."""
+    """Return the second-order scheme of two stages each with the smallest error constant."""
     a = math.sqrt(0.5)
     source = "McLachlan & Atela (1992), Nonlinearity 5; Auzinger, 'Best 2-2'"
     return _table("best22", alternating(0, (1.0 - a, a, a, 1.0 - a)), 2, source, operators)
@@ -186,7 +186,7 @@ def ruth3(operators: int = 2) -> Scheme:
 
 
 def aks3(operators: int = 2) -> Scheme:
-    """A third-order scheme of three stages each, the same read backward with the operators exchanged."""
+    """Return a third-order scheme of three stages each, the same backward with the operators exchanged."""
     first, middle = 0.268330095781759925, -0.187991618799159782
     last = 1.0 - first - middle
     source = "Auzinger, Hofstaetter, Ketcheson & Koch (2017), BIT 57, and their collection of coefficients, AKS 3"
