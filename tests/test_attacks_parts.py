@@ -24,6 +24,7 @@ from odeadv.attacks._gradient import with_momentum
 from odeadv.attacks._losses import LOSS_RULES, Truth
 from odeadv.attacks.balls import L2Ball, linf_bounds, unit
 from odeadv.attacks.objective import AttackLoss, attacking
+from odeadv.evaluation import AttackSpec, Protocol, evaluate
 
 EPS, ALPHA = 8 / 255, 2 / 255
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -221,6 +222,34 @@ class TestLinearModels:
     def test_tiny_gradients_have_a_direction(self) -> None:
         gradient = torch.tensor([[3e-30, -4e-30], [0.0, 0.0], [3e30, 4e30]])
         torch.testing.assert_close(unit(gradient), torch.tensor([[0.6, -0.8], [0.0, 0.0], [0.6, 0.8]]))
+
+
+class TestTargetsInProtocols:
+    def test_a_named_target(self) -> None:
+        model = net()
+        images = torch.rand(12, 3, 8, 8, generator=seeded(2), dtype=torch.float64)
+        with torch.no_grad():
+            labels = model(images).argmax(1)
+        spec = AttackSpec("ifgsm", 0.1, 0.02, 6, options={"target": "least-likely"})
+        result = evaluate(model, (images, labels), Protocol("p", (spec,)))
+        attacked = ifgsm(model, images, labels, eps=0.1, alpha=0.02, steps=6, target="least-likely")
+        assert torch.equal(result.attacks[0].outcomes, model(attacked).argmax(1) == labels)
+        assert "least-likely" in str(result.to_dict())
+        untargeted = ifgsm(model, images, labels, eps=0.1, alpha=0.02, steps=6)
+        assert not torch.equal(attacked, untargeted)
+
+    @pytest.mark.parametrize(
+        ("target", "error", "message"),
+        [
+            ("nearest", ValueError, "target: got 'nearest', expected one of 'most-likely', 'least-likely'"),
+            (torch.zeros(3), TypeError, r"target: got a tensor of shape \(3,\), expected one of"),
+        ],
+    )
+    def test_refusals(self, target: object, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=f"^{message}"):
+            AttackSpec("pgd", 0.1, options={"target": target})
+        with pytest.raises(ValueError, match=r"^options: got 'target', expected some of"):
+            AttackSpec("apgd_t", 0.1, options={"target": "most-likely"})
 
 
 class TestMomentum:

@@ -283,6 +283,25 @@ class StraightThrough(Wrapped):
         return self.net(x + ((8 * x).round() / 8 - x).detach())
 
 
+class Steep(Wrapped):
+    """A function of the single image whose steps turn rounding into differences."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        return z + 0.5 * torch.sin(2e3 * z)
+
+
+def test_amplified_rounding_is_not_called_a_dependence_on_the_batch() -> None:
+    line = run(Steep())["same answer in any batch"]
+    assert line.figures["largest_difference"] > 0
+    assert line.figures["is_rounding"]
+    assert line.status == "pass"
+    assert "steep" in line.found
+    for make in (BatchStatistics, ByRow, ByBatchSize):
+        line = run(make())["same answer in any batch"]
+        assert (line.status, line.figures["is_rounding"]) == ("fail", False)
+
+
 class OneLogit(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)[:, :1]

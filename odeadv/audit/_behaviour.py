@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from odeadv.attacks.checks import answered, check_classes
 from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
-from odeadv.evaluation.trust import PROBES, batch_dependence, behaviour
+from odeadv.evaluation.trust import PROBES, batch_dependence, behaviour, is_rounding
 
 # A float32 softmax over 1,000 classes sums to 1 within 1e-5; logits hardly ever do by accident.
 _SUM_TOLERANCE = 1e-4
@@ -96,17 +98,22 @@ def same_answer_twice(subject: Subject) -> Finding:
 )
 def same_answer_in_any_batch(subject: Subject) -> Finding:
     """Compare the logits with those of images alone, in reversed order and in a larger batch."""
-    differences: list[float] = []
+    differences = {0.0: subject.images[:0]}
     for part, found in zip(subject.batches(), subject.behaviours, strict=True):
         difference = batch_dependence(subject.model, subject.images[part], found.logits)
-        differences += [] if difference is None else [difference]
-    largest = max(differences, default=0.0)
+        if difference is not None:
+            differences[difference] = subject.images[part]
+    # NaN, of a batch in which logits stop being finite, is worse than any number.
+    largest = max(differences, key=lambda difference: math.inf if math.isnan(difference) else difference)
+    rounding = largest > 0 and is_rounding(subject.model, differences[largest], largest)
     text = (
         f"logits alone, in reversed order and in a larger batch differ by up to {largest:.2g}"
-        if differences
+        if largest != 0
         else "logits alone, in reversed order and in a larger batch are the same"
     )
-    return Finding(not differences, text, {"largest_difference": largest})
+    if rounding:
+        text += ", which is rounding that a steep model amplifies"
+    return Finding(largest == 0 or rounding, text, {"largest_difference": largest, "is_rounding": rounding})
 
 
 @check(

@@ -7,18 +7,19 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from odeadv import attacks as _attacks
 from odeadv.attacks.checks import radius
+from odeadv.attacks.objective import TargetName
 from odeadv.support.checks import choice, did_you_mean, integer, number, shown
 from odeadv.support.digests import function_name, is_local
 
 Score = Literal["last", "worst"]
 AUTOATTACK = "autoattack"
-_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally", "target")  # fields, or set by the evaluation
+_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally")  # fields, or set by the evaluation
 _AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
 
 
@@ -53,8 +54,8 @@ class AttackSpec:
         score: ``"last"`` scores the images that the attack ends with, on every example. ``"worst"`` counts an example
             only if the clean image and everything the attack tried are right. This is stricter, and much cheaper: an
             example is dropped as soon as it is fooled. AutoAttack is always ``"worst"``.
-        options: further keyword arguments of the attack (``restarts``, ``loss``, ...); for AutoAttack ``norm``,
-            ``version`` and, with version ``"custom"``, ``attacks``.
+        options: further keyword arguments of the attack (``restarts``, ``loss``, ``target="least-likely"``, ...);
+            for AutoAttack ``norm``, ``version`` and, with version ``"custom"``, ``attacks``.
 
     Raises:
         TypeError: if a value is of the wrong type.
@@ -148,6 +149,8 @@ class AttackSpec:
         if "eps" not in known:
             raise ValueError(f"name: got {self.name!r}, expected an attack with a radius eps")
         _check_known("options", self.options, [key for key in known if key not in _RESERVED])
+        if "target" in self.options:  # a tensor belongs to certain images, not to a protocol
+            choice("target", self.options["target"], get_args(TargetName))
         if self.score == "worst" and self.options.get("keep", "worst") != "worst":
             raise ValueError(f"options: got keep={self.options['keep']!r}, expected 'worst' or none for score='worst'")
         given = self.arguments()
