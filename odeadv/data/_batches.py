@@ -190,6 +190,8 @@ class Moves(NamedTuple):
 
 
 def draw_moves(n: int, window: Window, generator: torch.Generator) -> Moves:
+    """Draw the shifts, and the flips if ``window`` has them, of ``n`` images."""
+
     def drawn(high: int) -> Tensor:
         return torch.randint(high, (n, 1), generator=generator, device=generator.device)
 
