@@ -26,7 +26,7 @@ from odeadv.data import Batches, DatasetNotFoundError, ImageDataset, random_crop
 
 Arrays = dict[str, NDArray[Any]]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has no images of:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*lacks images of:UserWarning")
 
 
 def pixels(n: int, height: int = 32, width: int = 32, seed: int = 0) -> NDArray[np.uint8]:
@@ -274,7 +274,7 @@ class TestImageFolder:
         assert re.search(
             r"4 files are skipped \(2 with \.gif, 1 with (\.txt|no suffix), 1 with (no suffix|\.txt)\)", text
         )
-        assert "has no images of 1 of 2 classes: [b]" in text
+        assert "lacks images of 1 of 2 classes: [b]" in text
 
     def test_images_in_subfolders_of_a_class_are_read(self, tmp_path: Path) -> None:
         image = [np.zeros((4, 4, 3), np.uint8)]

@@ -217,7 +217,7 @@ def test_a_named_scheme_solves_the_field_with_these_names(mixed):
         ),
         (
             lambda: NAMED.numbered(["wave", "decay", "noise"]),
-            r"^scheme: 'mine' has no stage of 'noise', but the field has 'wave', 'decay', 'noise'",
+            r"^scheme: 'mine' lacks a stage of 'noise', but the field has 'wave', 'decay', 'noise'",
         ),
         (
             lambda: odeadv.solve(odeadv.SplitField(a=min, b=min), scheme=NAMED),

@@ -103,7 +103,7 @@ def _converge(record: Recorder, settings: Converge) -> Swept:
     recorded = record(None)
     image = _flat(recorded)
     eps = torch.finfo(recorded.nodes[0].dtype).eps
-    # A costate larger than the first one by half of all digits is out of proportion: it is no solution but a blow-up.
+    # A costate larger than the first one by half of all digits is out of proportion: a blow-up, not a solution.
     rtol, out_of_proportion = settings.rtol or eps ** (2.0 / 3.0), eps**-0.5
     u, first = image, read_value(image.norm(), "sweeps: 'converge'")
     history: list[tuple[Tensor, Tensor]] = []

@@ -38,7 +38,7 @@ def read_folder(root: Path) -> Splits:
 
     Warns:
         UserWarning: with counts and suffixes, if files are skipped because of their suffix; and if a class of
-            ``train`` has no images in ``test``.
+            ``train`` lacks images in ``test``.
 
     Raises:
         ImportError: Pillow is missing.
@@ -69,7 +69,7 @@ def read_folder(root: Path) -> Splits:
     absent = [name for name, files in zip(classes, test_files, strict=True) if not files]
     if absent:
         warnings.warn(
-            f"{root / 'test'}: has no images of {len(absent)} of {len(classes)} classes: {_abridged(absent)}",
+            f"{root / 'test'}: lacks images of {len(absent)} of {len(classes)} classes: {_abridged(absent)}",
             stacklevel=2,
         )
     first = train_files[0][0]

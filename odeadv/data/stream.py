@@ -31,7 +31,7 @@ class Stream:
         device: of the batches.
 
     Raises:
-        TypeError, ValueError: naming ``data``, if it has no length, no full batch or another batch size.
+        TypeError, ValueError: naming ``data``, if it lacks a length, a full batch or another batch size.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ def count_samples(source: Any) -> int:
     """Return the number of samples.
 
     Raises:
-        TypeError: if the source has no length.
+        TypeError: if the source lacks a length.
     """
     data = source.dataset if isinstance(source, DataLoader) else source
     if not isinstance(data, Sized):

@@ -35,7 +35,7 @@ class CostateResidual(Result):
         exact: error of ``costate="exact"``: one midpoint rule back from a_{n+1} (``scheme="strang-midpoint"``).
         arithmetic_length: ||(a_n + a_{n+1}) / 2|| over the reference's norm; the paper's bound says above 1.
         geometric_length: the same of the geometric mean.
-        undefined: share of elements whose sign changes over the layer; Eq. 23 has no real solution for them.
+        undefined: share of elements whose sign changes over the layer; Eq. 23 lacks a real solution for them.
     """
 
     layers: list[int]
@@ -84,7 +84,7 @@ def costate_residual(
     between the recorded states, which is the trajectory of a step of Euler.
 
     Args:
-        field: an `AdversarialField`; its eta has no effect.
+        field: an `AdversarialField`; its eta is not used.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.

@@ -225,7 +225,7 @@ def energy(
     """
     adversarial = needs_loss("energy", field)
     if adversarial.eta == 0.0:
-        raise ValueError("field: got eta = 0, expected another value: without a perturbation there is no energy")
+        raise ValueError("field: got eta = 0, expected another value: without a perturbation the energy is not defined")
     if isinstance(schemes, str | Scheme) or not schemes:
         raise ValueError(f"schemes: got {schemes!r}, expected a sequence of at least one")
     return energy_of(walk(posed(field, x0, t_span, dt, steps), substep), schemes, substep, sweeps)

@@ -46,7 +46,7 @@ class Layer:
     replay: Replay
 
     def velocity(self, x: Tensor | None = None, t: float | Tensor | None = None) -> Tensor:
-        """Return f at ``x`` and ``t``, by default at the beginning of the step; a jump has no f."""
+        """Return f at ``x`` and ``t``, by default at the beginning of the step; f of a jump is not defined."""
         assert isinstance(self.piece, Operator)
         state = self.x if x is None else x
         with self.replay():
@@ -196,7 +196,7 @@ def path_of(solution: Solution, field: VectorField) -> Path:
 
 def _recorded(field: AdversarialField, substep: Any) -> Path:
     """Return the nodes of the first recording that a solve would make."""
-    # eta = 1, because a field with eta = 0 has no costate. Hermite, because a linear costate does not keep its states.
+    # eta = 1, because a field with eta = 0 lacks a costate. Hermite, because a linear costate does not keep its states.
     whole = driven(with_strength(field, 1.0), scheme="lie", substep=substep, costate="hermite")
     forcing = whole.operators["costate"]
     assert isinstance(forcing, Forcing)

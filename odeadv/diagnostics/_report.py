@@ -66,9 +66,9 @@ def diagnose(
 ) -> Diagnosis:
     """Run every diagnostic that ``field`` allows, and write ``diagnostics.md``, ``diagnostics.json`` and pictures.
 
-    A field without a loss has only Lipschitz estimates and growth. A field with eta = 0 has no energy. If the solve of
-    a diagnostic fails, the page gives the reason, and the other diagnostics are still made. Each file is written
-    atomically.
+    A field without a loss has only Lipschitz estimates and growth. The energy of a field with eta = 0 is not defined.
+    If the solve of a diagnostic fails, the page gives the reason, and the other diagnostics are still made. Each file
+    is written atomically.
 
     Args:
         field: a field, such as ``net.field(images, labels, eta)``; or several fields by name, to be drawn in the same
@@ -139,7 +139,7 @@ def _measure(
         measures["contraction"] = lambda: contraction_of(field, substep, most=most)
         measures["hamiltonian"] = lambda: hamiltonian_of(walk(field, substep, scheme="strang"))
         if field.eta:
-            # Eq. 9 does not hold for a transformed costate, so it has no exact midpoint.
+            # Eq. 9 does not hold for a transformed costate, so its exact midpoint is not known.
             names = [scheme for scheme in SCHEMES if not (field.transforms and scheme == "strang-midpoint")]
             measures["energy"] = lambda: energy_of(path, names, substep)
     measures["lipschitz"] = lambda: lipschitz_of(path, most=most)

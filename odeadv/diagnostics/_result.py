@@ -56,7 +56,7 @@ class Result:
 
 
 def median(values: list[float]) -> float:
-    """Return the median, or NaN if there are no values."""
+    """Return the median, or NaN of an empty list."""
     return statistics.median(values) if values else math.nan
 
 

@@ -45,7 +45,7 @@ class SecondOrder(Result):
     The sizes are 2-norms over the whole batch tensor, at the beginning of the layer.
 
     Attributes:
-        layers: numbers of the layers; jumps have no velocity and are left out.
+        layers: numbers of the layers; jumps, whose velocity is not defined, are left out.
         ts: times of their beginnings.
         velocity: ||f||.
         drift: ||J f||.

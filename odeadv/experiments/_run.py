@@ -171,7 +171,7 @@ def load_records(folder: Path) -> list[Record]:
         NotADirectoryError: if there is no such folder.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(f"records: {folder} is no folder, expected one with records in it")
+        raise NotADirectoryError(f"records: {folder} is not a folder, expected one with records in it")
     paths = [*folder.glob("*.json"), *folder.glob("*/record.json")]
     return [load_record(path) for path in sorted(paths) if not path.name.startswith(".")]
 

@@ -97,7 +97,7 @@ def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
     now = x.detach()
     try:
         written = not torch.equal(now, before) and bool(((now != before) & ~(now.isnan() & before.isnan())).any())
-    except RuntimeError:  # a fake tensor has no values
+    except RuntimeError:  # a fake tensor does not have values
         written = False
     if written:
         raise ValueError(

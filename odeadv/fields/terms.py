@@ -232,7 +232,7 @@ class Piecewise(Operator):
         time = float(t.detach())
         piece = self.pieces[min(max(bisect_right(self.edges, time) - 1, 0), len(self.pieces) - 1)]
         if isinstance(piece, Jump):
-            raise ValueError(f"t: {time:g} lies on a jump of the field, which has no velocity there")
+            raise ValueError(f"t: {time:g} lies on a jump of the field, whose velocity is not defined there")
         return piece(t, x)
 
 

@@ -205,7 +205,7 @@ def bind(module: nn.Module, /, *args: Any, **kwargs: Any) -> Bound:
     Args:
         module: a layer, called as ``module(x, *args, **kwargs)``.
         args: arguments after the state.
-        kwargs: arguments by name. A tensor becomes a buffer: it moves with the network, but is no part of its weights.
+        kwargs: arguments by name. A tensor becomes a buffer: it moves with the network, but is not part of its weights.
             A function is called with the inputs of the network in every pass, for a mask that depends on them:
             ``bind(layer, src_key_padding_mask=lambda tokens: tokens == 0)``. It works for blocks and heads.
 

@@ -88,7 +88,7 @@ class ResidualMlp(FieldNetwork):
     """A residual network without convolutions: a linear stem, equal blocks x + f(x), and a linear head.
 
     ``head(blocks(stem(images)))`` is ``net(images)`` exactly; block ``k`` is the step from t = k to k + 1. The network
-    has no batch statistics, so training and evaluation mode are the same.
+    does not use batch statistics, so training and evaluation mode are the same.
 
     Args:
         blocks: Number of blocks.

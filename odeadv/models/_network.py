@@ -216,7 +216,7 @@ def read_substep(substep: str | TorchDiffEq | Mapping[str, Any]) -> str | TorchD
         raise TypeError(f"substep: got {type(substep).__name__}, expected a name or odeadv.TorchDiffEq(...)")
     if isinstance(get_substep(substep), Exact):
         raise ValueError(
-            "substep: got 'exact', expected another sub-step such as 'rk4': a network has no known exact flow"
+            "substep: got 'exact', expected another sub-step such as 'rk4': the exact flow of a network is not known"
         )
     return substep
 

@@ -75,7 +75,7 @@ class OdeNet(ImageNetwork):
 
     There are ``stages`` segments of length ``t_end``. Each has its own `ConvField` f and its own clock, from 0 to
     ``t_end``. A jump between two segments halves the grid and doubles the channels; it takes one step of time,
-    t_end / steps. No layer depends on the rest of the batch, so there are no running statistics.
+    t_end / steps. No layer depends on the rest of the batch, so running statistics are not needed.
 
     ``net(images)`` is the solve by ``substep``. ``net.field`` is Eq. 7 on the same steps, so this network is trained
     as a residual network is: ``odeadv.solve(net.field(images, labels, eta), scheme="lie", **net.solve_options)``.

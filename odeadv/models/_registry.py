@@ -25,7 +25,7 @@ def build(name: str, *, generator: torch.Generator | None = None, **arguments: A
         arguments: the model's arguments, plain values.
 
     Raises:
-        TypeError: if the model has no such argument, or if one is missing.
+        TypeError: if the model does not take an argument, or if one is missing.
         ValueError: if the name is unknown, or an argument is out of range.
     """
     make = _MODELS[choice("model", name, _MODELS)]

@@ -128,7 +128,7 @@ class PreActResNet(ImageNetwork):
         if damping is not None and depth < 14:
             raise ValueError(
                 f"damping: got {damping!r} for depth {depth}, expected depth 14 or more: the first block and "
-                "blocks that change the state's shape are never damped, and this network has no others"
+                "blocks that change the state's shape are never damped, and this network has only such blocks"
             )
         strength, noise_kind = read_noise(noise, noise_kind)
         self.depth, self.width, self.num_classes = depth, width, num_classes

@@ -135,7 +135,7 @@ class _Part(NamedTuple):
 
 def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
     """Return stem, blocks and head, in this order."""
-    # Weights that a forward pass reads by itself (get_attr) are no operations: each piece gets those that it uses.
+    # Weights that a forward pass reads by itself (get_attr) are not operations: each piece gets those that it uses.
     nodes = [node for node in graph.nodes if node.op not in ("output", "get_attr")]
     result = next(node for node in graph.nodes if node.op == "output")
     state = next(node for node in nodes if node.op == "placeholder")
@@ -143,7 +143,7 @@ def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
     begin = 0
     for at, layer in sorted((_place(nodes, layer), layer) for layer in layers):
         entering = _crossing(nodes, result, at, "before", layer)
-        # Operations between two layers that do not change the state, such as checks of its shape, are no block.
+        # Operations between two layers that do not change the state, such as checks of its shape, are not a block.
         if not parts or entering is not state:
             title = f"between {parts[-1].title!r} and {layer!r}" if parts else "stem"
             parts.append(_Part(title, nodes[begin:at], state, entering))

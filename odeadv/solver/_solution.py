@@ -43,7 +43,7 @@ class Stats:
 
 HINTS = {
     Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
-    Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 there is no fixed point: take "
+    Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 a fixed point does not exist: take "
     "another eta, or more memory for the acceleration (odeadv.Converge(memory=20)); throw=False returns the last sweep",
     Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",
     Status.TOO_MANY_STEPS: "loosen rtol or atol, or allow more (odeadv.Adaptive(most=...)); throw=False returns the "
@@ -127,7 +127,7 @@ class Solution:
         of that moment.
 
         Raises:
-            AttributeError: if the field has no loss and so no costate, or if the first recording failed.
+            AttributeError: if the field has neither loss nor costate, or if the first recording failed.
         """
         if self._costate is None:
             if self._record is None and self._copied:
@@ -136,7 +136,7 @@ class Solution:
                     "sol.costate.grid.times together with it"
                 )
             if self._record is None:
-                raise AttributeError("costate: the field has no loss; solve an odeadv.AdversarialField to get one")
+                raise AttributeError("costate: the field lacks a loss; solve an odeadv.AdversarialField to get one")
             self._costate = self._record()
         if self._costate is None:
             raise AttributeError(f"costate: not recorded, since {self.status.message}")

@@ -321,7 +321,7 @@ def _read_save_times(
         for start, stop in field.jumps:
             if start < t < stop:
                 raise ValueError(
-                    f"save_at: got {t:g}, but the field jumps from {start:g} to {stop:g} and has no state in between"
+                    f"save_at: got {t:g}, but the field jumps from {start:g} to {stop:g}, where it is not defined"
                 )
     return times
 

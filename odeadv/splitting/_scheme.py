@@ -133,7 +133,7 @@ class Scheme:
         return min(0.0, *clocks), max(1.0, *clocks)
 
     def freezes(self, operator: int | str) -> bool:
-        """Return whether the clock of ``operator`` stands still in all of its stages."""
+        """Return whether the clock of ``operator`` stands still in every one of its stages."""
         return all(s.frozen for _, stages in self.compositions for s in stages if s.operator == operator)
 
     def adjoint(self) -> Scheme:
@@ -187,7 +187,7 @@ class Scheme:
                 raise ValueError(f"scheme: {self.name!r} has a stage of {key!r}, but {has}{did_you_mean(key, names)}")
         for name in names:
             if name not in keys:
-                raise ValueError(f"scheme: {self.name!r} has no stage of {name!r}, but {has}")
+                raise ValueError(f"scheme: {self.name!r} lacks a stage of {name!r}, but {has}")
         number = {name: n for n, name in enumerate(names)}
         tables = [
             tuple(replace(stage, operator=number[str(stage.operator)]) for stage in stages)

@@ -19,8 +19,8 @@ from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
 from odeadv.support.isolation import inside_transform
 
-# One step in so many is watched: the state is compared before and after each evaluation. More would cost time, and a
-# field that writes to its state does so on most steps.
+# One step out of this number is watched: the state is compared before and after each evaluation. More would cost time,
+# and a field that writes to its state does so on most steps.
 WATCHED = 256
 WHOLE: tuple[tuple[float, Composition], ...] = ((1.0, (Stage(0, 1.0, 0.0),)),)
 

@@ -167,7 +167,7 @@ class Exact:
         """See `SubStep.advance`.
 
         Raises:
-            ValueError: if the operator has no flow, or the flow returns a tensor without the gradient of its state.
+            ValueError: if the operator's flow is not known, or returns a tensor without the gradient of its state.
         """
         if isinstance(operator, Forcing):
             return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, cost)
@@ -196,7 +196,7 @@ class TorchDiffEq:
             torchdiffeq's own number, and adaptive methods, which follow their tolerances, have infinity.
 
     Raises:
-        ValueError: if torchdiffeq has no such method.
+        ValueError: if torchdiffeq does not have this method.
     """
 
     method: str = "dopri5"
@@ -212,7 +212,7 @@ class TorchDiffEq:
 
         if self.method not in SOLVERS:
             raise ValueError(
-                f"substep: torchdiffeq has no method {self.method!r}; it has {', '.join(SOLVERS)}"
+                f"substep: torchdiffeq lacks the method {self.method!r}; it has {', '.join(SOLVERS)}"
                 f"{did_you_mean(self.method, SOLVERS)}"
             )
         if math.isnan(self.order):
@@ -240,7 +240,7 @@ class TorchDiffEq:
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
         options = ({"step_t": span[1:]} if _is_adaptive(self.method) else {}) | dict(self.options)
-        # torchdiffeq keeps its first step size in the graph, through this norm alone. The size is no part of the
+        # torchdiffeq keeps its first step size in the graph, through this norm alone. The size is not part of the
         # solution, and its gradient would be wrong, for the times that f is given here are not in the graph.
         norm = self.options.get("norm", _root_mean_square)
         options["norm"] = lambda error: norm(error.detach())

@@ -226,7 +226,7 @@ def _read_substeps(field: VectorField, substep: SubSteps, default: str) -> dict[
         )
         if isinstance(method, Exact) and not known:
             raise ValueError(
-                f"substep: 'exact' is asked for operator {name!r}, which has no flow; give "
+                f"substep: 'exact' is asked for operator {name!r}, whose flow is not known; give "
                 f"odeadv.Operator(f, flow=...) or another sub-step ({', '.join(substep_names())})"
             )
     return chosen

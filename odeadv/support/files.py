@@ -55,7 +55,7 @@ def check_folder(argument: str, path: Path | None) -> None:
         return
     there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
     if not there.is_dir():
-        raise NotADirectoryError(f"{argument}: {there} is no folder, so nothing can be written in {path}; give another")
+        raise NotADirectoryError(f"{argument}: {there} is not a folder, so {path} cannot be written; give another")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{argument}: {there} cannot be written in; give another folder, or change its rights")
 

@@ -28,7 +28,7 @@ def warn_of_imitated_bf16(argument: str, device: torch.device, instead: str) -> 
     """
     if not bf16_is_native(device):
         warnings.warn(
-            f"{argument}: 'bf16' is imitated on this CPU, which has no instructions for bfloat16, and is many times "
+            f"{argument}: 'bf16' is imitated on this CPU, which lacks instructions for bfloat16, and is many times "
             f"slower than {instead!r}; take {instead!r} here",
             RuntimeWarning,
             stacklevel=3,
