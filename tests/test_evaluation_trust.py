@@ -396,7 +396,8 @@ class TestSave:
             right = net(attacked).argmax(1) == y
             outcomes = attack.measured[-1] if score == "worst" else attack.outcomes
             assert torch.equal(right & result.clean_outcomes if score == "worst" else right, outcomes)
-            assert torch.equal(attack.measured[-1], expected.measured[-1])
+            assert torch.equal(attack.measured[0], expected.measured[0])
+            assert len(attack.measured) == 1
             assert float((attacked - x).abs().max()) <= 0.05 + 1e-7
 
     def test_a_folder_without_images(self, tmp_path: Path) -> None:

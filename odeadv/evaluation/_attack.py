@@ -52,6 +52,12 @@ class Rules:
     highest_label: int
     keep_images: bool = False
 
+    def measures_worst(self, spec: AttackSpec) -> bool:
+        """Return True if worst-so-far outcomes of the attack are kept."""
+        # Without shared work only the last iterate of several is seen.
+        unseen = self.keep_images and spec.shared and spec.score == "last" and (spec.steps or 1) > 1
+        return spec.measures_worst and not self.random and not unseen
+
 
 @dataclass
 class BatchOutcomes:
@@ -163,7 +169,7 @@ def _separate(
         ended[chosen] = found
     if not only_worst:
         outcomes.last[name] = right
-    if spec.measures_worst:
+    if rules.measures_worst(spec):
         outcomes.worst[name] = clean & right[0]
     if rules.keep_images:
         outcomes.images[name] = ended

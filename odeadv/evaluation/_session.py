@@ -58,9 +58,7 @@ class Session:
             if rules.random or spec.score == "last"
         }
         self._worst = {
-            name: torch.zeros(n, dtype=torch.bool)
-            for name, spec in attacks.items()
-            if spec.measures_worst and not rules.random
+            name: torch.zeros(n, dtype=torch.bool) for name, spec in attacks.items() if rules.measures_worst(spec)
         }
         self._signs = {sign: torch.zeros(n, dtype=torch.bool) for sign in SIGNS}
         # By example: the number of the first iterate that is misclassified; -1 if the example is not finished.
