@@ -459,6 +459,21 @@ class TestStopping:
         train(resumed, tiny_data(), settings, checkpoints=tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
+    def test_a_signal_in_the_last_step_of_an_epoch_stops_after_the_epoch(self, tmp_path):
+        settings = config(epochs=3, defence=LAD_SM)
+        whole = tiny_net()
+        train(whole, tiny_data(), settings)
+
+        def on_step(epoch, step, steps):
+            if (epoch, step) == (2, steps):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(TrainingStopped, match=r"stopped after epoch 2; saved in .*step-00000004"):
+            train(tiny_net(), tiny_data(), settings, checkpoints=tmp_path, checkpoint_every=1e9, on_step=on_step)
+        resumed = tiny_net()
+        train(resumed, tiny_data(), settings, checkpoints=tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
     def test_a_program_that_is_terminated_ends_with_143(self, tmp_path):
         program = textwrap.dedent(
             """

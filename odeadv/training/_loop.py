@@ -196,6 +196,7 @@ class Run:
                 result = self._epoch(epoch, on_step if first else None)
                 if first and on_epoch is not None:
                     on_epoch(result)
+                self._stop_if_asked(epoch)
         if self.averaged is not None:
             self.net.load_state_dict(self.averaged.tensors)
         return self.result
@@ -232,15 +233,17 @@ class Run:
             return
         asked = self.stopped_by or 0
         if self.fabric.world_size > 1:
-            if self.done % AGREE_EVERY and self.done < len(self.batches):
+            if self.done % AGREE_EVERY:
                 return
             found: Any = self.fabric.all_reduce(torch.tensor(asked, device=self.fabric.device), reduce_op="max")
             asked = int(found)
         if not asked:
             return
-        self._save()
-        saved_in = self.checkpoints.paths()[-1]
-        message = f"training: stopped in epoch {epoch + 1}, after step {self.done}; saved in {saved_in}"
+        if self.done:  # an epoch that has ended is saved already
+            self._save()
+        self.fabric.barrier()  # the first process has written the file that all of them name
+        at = f"in epoch {epoch + 1}, after step {self.done}" if self.done else f"after epoch {epoch + 1}"
+        message = f"training: stopped {at}; saved in {self.checkpoints.paths()[-1]}"
         raise KeyboardInterrupt(message) if asked == signal.SIGINT else TrainingStopped(message)
 
     def _epoch(self, epoch: int, on_step: Callable[[int, int, int], object] | None) -> EpochResult:
@@ -254,8 +257,10 @@ class Run:
             if on_step is not None:
                 on_step(epoch + 1, self.done, len(self.batches))
             self.seconds = time.perf_counter() - began
+            if self.done == len(self.batches):
+                break  # the epoch is measured first, and then saved
             self._stop_if_asked(epoch)
-            if self.done < len(self.batches) and self._due(last_saved):
+            if self._due(last_saved):
                 last_saved = time.perf_counter()
                 self._save()
         strength = EpochStrength.of(None if self.strength_sum is None else self._over_processes(self.strength_sum))
