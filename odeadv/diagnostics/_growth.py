@@ -215,6 +215,8 @@ def growth_of(
     generator: torch.Generator | None = None,
 ) -> Growth:
     """Follow a difference in ``field``, which carries its problem; see `growth`."""
+    if substep is None and isinstance(field, AdversarialField):
+        substep = "euler"  # its default; a plain field, which it becomes here, has one of the order of the scheme
     field = _plain(field)
     if isinstance(substep, Mapping) and len(field.operators) == 1:
         substep = substep.get("f", "euler")
