@@ -29,7 +29,7 @@ from odeadv.experiments import (
     load_model,
     run,
 )
-from odeadv.experiments._run import locked
+from odeadv.experiments._folder import locked
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 from odeadv.support.plain import identity
 from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended

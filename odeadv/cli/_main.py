@@ -409,7 +409,8 @@ def _add_budget(sub: argparse.ArgumentParser) -> None:
 
 
 def _budget(args: argparse.Namespace) -> int:
-    from odeadv.experiments import PRESETS, _budget, write_budget
+    from odeadv.experiments import PRESETS, write_budget
+    from odeadv.experiments import _cost as _budget
 
     check_folder("out", args.out)
     preset = PRESETS[args.preset]

@@ -3,29 +3,19 @@
 The top of the package; imports everything below it.
 """
 
-from odeadv.experiments._budget import Budget, budget, write_budget
 from odeadv.experiments._campaign import STAGES, Stage, run_stage
 from odeadv.experiments._claims import CLAIMS, Claim, write_claims
 from odeadv.experiments._command import add_table_arguments, main, make_table
 from odeadv.experiments._config import DataConfig, Method, ModelConfig, RunConfig, load_config, method_of, parse_method
+from odeadv.experiments._cost import Budget, Rehearsal, budget, rehearse, write_budget
 from odeadv.experiments._figure2 import write_figure2
+from odeadv.experiments._folder import RunLockedError, list_runs, load_model, load_record, load_records
 from odeadv.experiments._launch import Failure, Job, launch
-from odeadv.experiments._rehearsal import Rehearsal, rehearse
+from odeadv.experiments._presets import PRESETS, Preset, Size, configuration, configurations, with_eta
 from odeadv.experiments._report import render, write_report
 from odeadv.experiments._rerun import Agreement, agreement, rerun
-from odeadv.experiments._run import Measurement, RunLockedError, list_runs, load_model, load_record, load_records, run
-from odeadv.experiments._tables import (
-    PRESETS,
-    TABLES,
-    Column,
-    Preset,
-    Row,
-    Size,
-    Table,
-    configuration,
-    configurations,
-    with_eta,
-)
+from odeadv.experiments._run import Measurement, run
+from odeadv.experiments._tables import TABLES, Column, Row, Table
 from odeadv.experiments._tune import tune
 
 __all__ = [

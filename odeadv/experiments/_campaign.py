@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from odeadv.experiments._presets import PRESETS, configurations
+from odeadv.experiments._tables import TABLES
 from odeadv.support.files import write_json
 
 from ._launch import Failure, Job, launch
 from ._run import Measurement
-from ._tables import PRESETS, TABLES, configurations
 
 
 @dataclass(frozen=True)

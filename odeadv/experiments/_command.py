@@ -10,14 +10,14 @@ from pathlib import Path
 
 from odeadv import data
 from odeadv.evaluation.protocols import require_packages
-from odeadv.experiments._budget import training_passes
 from odeadv.experiments._config import RunConfig
+from odeadv.experiments._cost import rehearse, training_passes
 from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._launch import Job, launch
-from odeadv.experiments._rehearsal import rehearse
+from odeadv.experiments._presets import PRESETS, configurations, with_eta
 from odeadv.experiments._report import write_report
 from odeadv.experiments._run import Measurement
-from odeadv.experiments._tables import PRESETS, TABLES, Row, Table, configurations, with_eta
+from odeadv.experiments._tables import TABLES, Row, Table
 from odeadv.support.files import check_folder, write_json
 from odeadv.training import TrainingDiverged, make_fabric
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from odeadv.diagnostics import Trace
+from odeadv.experiments._folder import load_records
+from odeadv.experiments._presets import Preset
 from odeadv.experiments._report import differences
 from odeadv.experiments._results import Results, gather
-from odeadv.experiments._run import load_records
-from odeadv.experiments._tables import TABLES, Preset, paper_tables
+from odeadv.experiments._tables import TABLES, paper_tables
 from odeadv.support.extras import extra
 from odeadv.support.files import replacing, write_text
 

@@ -12,7 +12,8 @@ from typing import Literal, TextIO
 
 from odeadv import data
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._run import Measurement, Record, RunLockedError, run
+from odeadv.experiments._folder import Record, RunLockedError
+from odeadv.experiments._run import Measurement, run
 from odeadv.training import make_fabric
 
 Launcher = Literal["local", "ray"]

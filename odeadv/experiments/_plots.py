@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from odeadv.experiments._tables import PRESETS
+from odeadv.experiments._presets import PRESETS
 from odeadv.support.extras import extra
 
 if TYPE_CHECKING:

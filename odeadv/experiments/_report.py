@@ -12,10 +12,11 @@ from torch import Tensor
 
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method, passes
+from odeadv.experiments._folder import load_records
 from odeadv.experiments._plots import plot
+from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
 from odeadv.experiments._results import Difference, Record, Results, gather
-from odeadv.experiments._run import load_records
-from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Size, Table, configurations
+from odeadv.experiments._tables import Column, Row, Table
 from odeadv.support import plain
 from odeadv.support.files import replacing, write_text
 

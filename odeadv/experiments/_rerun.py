@@ -12,7 +12,8 @@ from odeadv.data import ImageDataset
 from odeadv.evaluation import Evaluation
 from odeadv.evaluation.protocols import PROTOCOLS
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._run import Measurement, Record, load_record, run, versions
+from odeadv.experiments._folder import Record, load_record
+from odeadv.experiments._run import Measurement, run, versions
 from odeadv.experiments._tables import TABLES
 
 if TYPE_CHECKING:

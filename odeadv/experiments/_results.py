@@ -10,8 +10,9 @@ from typing import Any
 
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import parse_method
+from odeadv.experiments._presets import PRESETS, Preset, configurations
 from odeadv.experiments._statistics import Contrast, TwoWay, holm, image_error, t_quantile, word
-from odeadv.experiments._tables import PRESETS, Column, Preset, Row, Table, configurations
+from odeadv.experiments._tables import Column, Row, Table
 
 Record = Mapping[str, Any]
 
