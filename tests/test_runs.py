@@ -485,7 +485,7 @@ class TestCommand:
             assert measured["contraction"]["eta"] == 5.0  # of the run that was trained with one
             assert measured["growth"]["linear"] is False
             assert measured["growth"]["size"] > 0
-        assert f"| | {lad.name} | {plain.name} |" in (out / "diagnostics.md").read_text()
+        assert f"{lad.name} | {plain.name} |" in (out / "diagnostics.md").read_text()
         assert cli.main(["diagnose", first, "--beside", first, "--images", "20"]) == 2
         assert "beside: expected another run" in capsys.readouterr().err
 
