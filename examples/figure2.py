@@ -1,15 +1,8 @@
-"""Figure 2 of the paper: the ratio of Eq. 16 through PGD training.
-
-    python examples/figure2.py --preset smoke                                   # minutes, no download
-    python examples/figure2.py --preset cpu --dataset cifar100 --data DIR       # two cores, real CIFAR
-    python examples/figure2.py --preset paper --dataset cifar100 --data DIR     # the paper's protocol, for a GPU
-
-The runs are those of Table 2 and are shared with it. The page (figure2.md) and the plot go to --out.
-"""
+"""Figure 2 of the paper, the ratio of Eq. 16: the same as ``python examples/table.py figure2``."""
 
 import sys
 
-from odeadv import experiments
+from odeadv.cli import main
 
 if __name__ == "__main__":
-    sys.exit(experiments.main("figure2", __doc__))
+    sys.exit(main(["table", "figure2", *sys.argv[1:]]))

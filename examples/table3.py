@@ -1,17 +1,8 @@
-"""Table 3 of the paper: TRADES with and without layer-wise adversarial defence.
-
-    python examples/table3.py --preset smoke                                   # minutes, no download
-    python examples/table3.py --preset cpu --dataset cifar10 --data DIR        # two cores, real CIFAR
-    python examples/table3.py --preset paper --dataset cifar10 --data DIR      # the paper's protocol, for a GPU
-
-Runs are in --runs, one folder each, and go on where they were stopped; a finished run is not run again, and is shared
-with the other tables that need it. The page (table3.md), a plot and one JSON a run go to --out; --render makes the page
-and the plot again from the JSON alone.
-"""
+"""Table 3 of the paper, TRADES: the same as ``python examples/table.py table3``."""
 
 import sys
 
-from odeadv import experiments
+from odeadv.cli import main
 
 if __name__ == "__main__":
-    sys.exit(experiments.main("table3", __doc__))
+    sys.exit(main(["table", "table3", *sys.argv[1:]]))

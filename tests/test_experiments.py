@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from odeadv import data
+from odeadv import cli, data
 from odeadv.evaluation import AttackResult, Evaluation
 from odeadv.experiments import (
     CLAIMS,
@@ -20,12 +21,11 @@ from odeadv.experiments import (
     TABLES,
     Row,
     RunConfig,
-    budget,
     configuration,
     configurations,
     load_records,
-    main,
     rehearse,
+    table_costs,
     with_eta,
     write_claims,
     write_figure2,
@@ -375,7 +375,7 @@ def test_every_row_of_every_table_can_be_built(preset):
 def test_a_rehearsal_takes_the_first_steps_of_a_training_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     methods = ["pgd", "pgd+lad"]
-    assert main("table2", "about", ["--preset", "smoke", "--methods", *methods, "--rehearse", "3"]) == 0
+    assert cli.main(["table", "table2", "--preset", "smoke", "--methods", *methods, "--rehearse", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     ((_, config),) = configurations(TABLES["table2"], PRESETS["smoke"], dataset="digits", methods=["pgd"], seeds=(0,))
     whole = config.training
@@ -404,28 +404,26 @@ def test_a_row_that_cannot_be_rehearsed_does_not_keep_the_others_from_it(capsys,
             raise RuntimeError("out of memory")
         return rehearse(config, *args, **options)
 
-    monkeypatch.setattr("odeadv.experiments._command.rehearse", broken)
+    monkeypatch.setattr("odeadv.experiments._cost.rehearse", broken)
     arguments = ["--preset", "smoke", "--rehearse", "2", "--methods", "natural+lad", "natural"]
-    assert main("table1", "about", arguments) == 1
+    assert cli.main(["table", "table1", *arguments]) == 1
     shown = capsys.readouterr().out
     assert "natural+lad: failed: out of memory" in shown
     assert "h to train 1 of 2 rows" in shown
 
 
 def test_the_command_lists_runs_and_refuses_what_is_no_row(capsys):
-    assert main("table2", "about", ["--list", "--preset", "bf16", "--seeds", "0"]) == 0
+    assert cli.main(["table", "table2", "--list", "--preset", "bf16", "--seeds", "0"]) == 0
     listed = capsys.readouterr()
     assert len(listed.out.splitlines()) == len(rows_at(TABLES["table2"]))
     images = 40 * (2000 // 128) * 128 * (17 + 2 * 19 + 21)  # one plain row, LAD and LAD-SM, the exact midpoint
     assert f"4 runs, {images:.3g} image passes" in listed.err
-    with pytest.raises(SystemExit) as stopped:
-        main("table2", "about", ["--methods", "natural"])
-    assert stopped.value.code == 2
+    assert cli.main(["table", "table2", "--methods", "natural"]) == 2
     assert "is not a row of table2" in capsys.readouterr().err
 
 
-def test_the_budget_counts_every_run_and_evaluation_once():
-    rows = {(row.table, row.dataset): row for row in budget(PRESETS["paper"])}
+def test_the_cost_of_the_tables_counts_every_run_and_evaluation_once():
+    rows = {(row.table, row.dataset): row for row in table_costs(PRESETS["paper"])}
     first = rows["table1", "cifar10"]
     epochs = 3 * 160 * (50_000 // 128) * 128  # of one row in three seeds
     assert (first.runs, first.new) == (15, 15)
@@ -438,21 +436,20 @@ def test_the_budget_counts_every_run_and_evaluation_once():
     assert noisy.evaluation == 9 * 10_000 * 89 * 100
     assert strong.new == strong.training == 0
     assert strong.evaluation == 18 * 10_000 * (1 + 41 + 201 + 2001)
-    small = {(row.table, row.dataset): row for row in budget(PRESETS["cpu"])}["table1", "cifar10"]
+    small = {(row.table, row.dataset): row for row in table_costs(PRESETS["cpu"])}["table1", "cifar10"]
     assert small.evaluation == 2 * 15 * 2000 * 89  # last and best weights
 
 
-def test_the_page_of_the_budget_is_made_by_its_command(tmp_path, capsys):
-    from odeadv import cli
-
-    assert cli.main(["budget", "--out", str(tmp_path)]) == 0
-    for name in ("budget.json", "budget.md"):
-        assert (tmp_path / name).read_bytes() == (RESULTS / "budget" / name).read_bytes()
-    capsys.readouterr()
-    assert cli.main(["budget"]) == 0
-    assert capsys.readouterr().out.strip() == (tmp_path / "budget.md").read_text(encoding="utf-8").strip()
-    assert cli.main(["budget", "--rates", "0"]) == 2
+def test_listing_without_a_table_shows_the_cost_of_all(capsys):
+    assert cli.main(["table", "--list", "--preset", "paper", "--rates", "1000"]) == 0
+    shown = capsys.readouterr().out
+    first = next(cost for cost in table_costs(PRESETS["paper"]) if (cost.table, cost.dataset) == ("table1", "cifar10"))
+    assert f"| table1 | cifar10 | 15 | 15 | {first.training:.3g} | {first.evaluation:.3g} |" in shown
+    assert f"{first.hours(1000):.1f} |" in shown
+    assert cli.main(["table", "--list", "--rates", "0"]) == 2
     assert "rates: got [0.0]" in capsys.readouterr().err
+    assert cli.main(["table"]) == 2
+    assert "table: got none" in capsys.readouterr().err
 
 
 def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
@@ -462,14 +459,14 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
     preset = replace(PRESETS["smoke"], sizes=dict.fromkeys(PRESETS["smoke"].sizes, tiny))
     monkeypatch.setitem(PRESETS, "smoke", preset)
     arguments = ["--methods", "natural", "natural+lad", "--runs", str(tmp_path), "--out", str(tmp_path / "page")]
-    assert main("table1", "about", arguments) == 0
+    assert cli.main(["table", "table1", *arguments]) == 0
     shown = capsys.readouterr().out
     page = tmp_path / "page" / "table1.md"
     assert page.read_text() in shown
     records = sorted((tmp_path / "page").glob("*.json"))
     assert len(records) == 2
     before = page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()
-    assert main("table1", "about", [*arguments, "--render"]) == 0
+    assert cli.main(["table", "table1", *arguments, "--render"]) == 0
     assert (page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()) == before
     # The paper has no such figure.
     assert re.search(r"\| natural \+ LAD minus natural \| Acc \|  \| .* \| 1 \|", shown)
@@ -540,8 +537,7 @@ class TestAutoAttack:
 
     def test_is_refused_before_any_work_without_its_package(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setitem(sys.modules, "pyautoattack", None)
-        with pytest.raises(SystemExit, match="2"):
-            main("table2", None, ["--autoattack", "5", "--runs", str(tmp_path)])
+        assert cli.main(["table", "table2", "--autoattack", "5", "--runs", str(tmp_path)]) == 2
         assert "needs the package pyautoattack" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
@@ -584,3 +580,22 @@ class TestClaims:
         decided = decide(claim, records)
         assert decided["word"] == word
         assert decided["seeds"] == [10, 11, 12]
+
+
+@pytest.mark.parametrize("name", ["split_ode", "defend", "own_objective"])
+def test_programs_that_show_the_library_run(name, capsys, monkeypatch):
+    namespace = runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="not main")
+    if name == "split_ode":
+        fine = namespace["end"]("strang", 64) - namespace["end"]("strang", 128)
+        coarse = namespace["end"]("strang", 32) - namespace["end"]("strang", 64)
+        assert math.log2(float(coarse.abs().max() / fine.abs().max())) == pytest.approx(2.0, abs=0.1)
+        return
+    monkeypatch.setitem(sys.modules, "not main", None)
+    namespace["main"](epochs=1)
+    assert "epoch 1: " in capsys.readouterr().out
+
+
+def test_the_example_of_a_diagnosis_writes_its_page(tmp_path):
+    namespace = runpy.run_path(str(ROOT / "examples" / "diagnose.py"), run_name="not main")
+    namespace["main"](["--out", str(tmp_path)])
+    assert (tmp_path / "diagnostics.md").exists()

@@ -542,7 +542,6 @@ class TestCommand:
             (["audit", "nothing", "--out", "setup.py"], "out: setup.py is not a folder"),
             (["diagnose", "nothing", "--out", "setup.py/x"], "setup.py is not a folder, so nothing"),
             (["diagnose", "nothing", "--attack", "-3"], "attack: got -3, expected a radius in 1/255"),
-            (["budget", "--out", "setup.py"], "out: setup.py is not a folder"),
             (["table", "table1", "--out", "setup.py"], "out: setup.py is not a folder"),
             (["table", "table1", "--runs", "setup.py", "--out", "x"], "runs: setup.py is not a folder"),
             (["table", "table1", "--rehearse", "1"], "rehearse: got 1, expected 2 steps or more"),

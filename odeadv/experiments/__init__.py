@@ -5,12 +5,21 @@ The top of the package; imports everything below it.
 
 from odeadv.experiments._campaign import STAGES, Stage, run_stage
 from odeadv.experiments._claims import CLAIMS, Claim, write_claims
-from odeadv.experiments._command import add_table_arguments, main, make_table
 from odeadv.experiments._config import DataConfig, Method, ModelConfig, RunConfig, load_config, method_of, parse_method
-from odeadv.experiments._cost import Budget, Rehearsal, budget, rehearse, write_budget
-from odeadv.experiments._figure2 import write_figure2
+from odeadv.experiments._cost import (
+    Rehearsal,
+    TableCost,
+    cost_page,
+    hours,
+    rehearse,
+    rehearse_all,
+    table_costs,
+    training_passes,
+)
+from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._folder import RunLockedError, list_runs, load_model, load_record, load_records
-from odeadv.experiments._launch import Failure, Job, launch
+from odeadv.experiments._inspect import audit_run, diagnose_run, evaluate_run, read_evaluation, run_images
+from odeadv.experiments._launch import Failure, Job, first_process, launch, make_table
 from odeadv.experiments._presets import PRESETS, Preset, Size, configuration, configurations, with_eta
 from odeadv.experiments._report import render, write_report
 from odeadv.experiments._rerun import Agreement, agreement, rerun
@@ -20,11 +29,11 @@ from odeadv.experiments._tune import tune
 
 __all__ = [
     "CLAIMS",
+    "METHODS",
     "PRESETS",
     "STAGES",
     "TABLES",
     "Agreement",
-    "Budget",
     "Claim",
     "Column",
     "DataConfig",
@@ -41,29 +50,37 @@ __all__ = [
     "Size",
     "Stage",
     "Table",
-    "add_table_arguments",
+    "TableCost",
     "agreement",
-    "budget",
+    "audit_run",
     "configuration",
     "configurations",
+    "cost_page",
+    "diagnose_run",
+    "evaluate_run",
+    "first_process",
+    "hours",
     "launch",
     "list_runs",
     "load_config",
     "load_model",
     "load_record",
     "load_records",
-    "main",
     "make_table",
     "method_of",
     "parse_method",
+    "read_evaluation",
     "rehearse",
+    "rehearse_all",
     "render",
     "rerun",
     "run",
+    "run_images",
     "run_stage",
+    "table_costs",
+    "training_passes",
     "tune",
     "with_eta",
-    "write_budget",
     "write_claims",
     "write_figure2",
     "write_report",

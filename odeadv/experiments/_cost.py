@@ -1,18 +1,19 @@
-"""How much computing the tables ask for, before any of it is done."""
+"""The cost of tables before they are run: counted in image passes, or measured on the first steps."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from odeadv import data as datasets
 from odeadv.data import ImageDataset
 from odeadv.evaluation import Protocol
 from odeadv.evaluation.protocols import resolve_protocol
@@ -20,13 +21,12 @@ from odeadv.experiments._config import RunConfig, passes
 from odeadv.experiments._presets import Preset, configurations
 from odeadv.experiments._tables import TABLES
 from odeadv.support.checks import integer
-from odeadv.support.files import write_json, write_text
-from odeadv.training import make_fabric, train
+from odeadv.support.pages import markdown_table
+from odeadv.training import TrainingDiverged, make_fabric, train
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-SCHEMA = "odeadv.budget/1"
 TRAIN_IMAGES, TEST_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}, {"cifar10": 10_000, "cifar100": 10_000}
 
 
@@ -53,8 +53,16 @@ def evaluation_passes(config: RunConfig, protocol: Protocol) -> int:
     return one * images * weights * (config.model.passes if config.model.noise else 1)
 
 
+def hours(passes: float, rate: float) -> float:
+    """Return the hours that image passes take on a device that trains ``rate`` images per second naturally.
+
+    Natural training makes three passes per image.
+    """
+    return passes / (3 * rate) / 3600
+
+
 @dataclass(frozen=True)
-class Budget:
+class TableCost:
     """What one table on one data set asks for.
 
     Attributes:
@@ -74,11 +82,11 @@ class Budget:
 
     def hours(self, rate: float) -> float:
         """On a device that trains ``rate`` images a second naturally, which is three passes each."""
-        return (self.training + self.evaluation) / (3 * rate) / 3600
+        return hours(self.training + self.evaluation, rate)
 
 
-def budget(preset: Preset) -> list[Budget]:
-    """All tables and ablations at ``preset``, each on the data sets that it is for."""
+def table_costs(preset: Preset) -> list[TableCost]:
+    """Return the cost of all tables and ablations at ``preset``, each on the data sets that it is for."""
     trained: set[str] = set()
     evaluated: set[tuple[str, str]] = set()
     found = []
@@ -92,65 +100,37 @@ def budget(preset: Preset) -> list[Budget]:
             evaluated |= {(config.key, protocol.name) for config in fresh}
             training = sum(training_passes(config) for config in new)
             evaluation = sum(evaluation_passes(config, protocol) for config in fresh)
-            found.append(Budget(table.name, dataset, len(configs), len(new), training, evaluation))
+            found.append(TableCost(table.name, dataset, len(configs), len(new), training, evaluation))
     return found
 
 
-def plain(preset: Preset, rates: Sequence[float]) -> dict[str, Any]:
-    """`budget` as plain data, with the hours at each of ``rates``.
+def cost_page(preset: Preset, rates: Sequence[float]) -> str:
+    """Return what the tables cost at ``preset`` as Markdown, with the hours at each of ``rates``.
 
     Raises:
         ValueError: unless all rates are above 0.
     """
     if not rates or not all(rate > 0 for rate in rates):
-        raise ValueError(f"rates: got {list(rates)}, expected images a second, above 0")
-    rows = budget(preset)
-    columns = ("table", "dataset", "runs", "new", "training", "evaluation")
-    return {
-        "schema": SCHEMA,
-        "preset": preset.name,
-        "rates": [float(rate) for rate in rates],
-        "tables": [
-            {**{name: getattr(row, name) for name in columns}, "hours": [row.hours(rate) for rate in rates]}
-            for row in rows
-        ],
-        "hours": [sum(row.hours(rate) for row in rows) for rate in rates],
-    }
-
-
-def page(data: dict[str, Any]) -> str:
-    """`plain` as Markdown."""
-    rates = data["rates"]
+        raise ValueError(f"rates: got {list(rates)}, expected images per second, above 0")
+    costs = table_costs(preset)
+    rows = [
+        [cost.table, cost.dataset, str(cost.runs), str(cost.new), f"{cost.training:.3g}", f"{cost.evaluation:.3g}"]
+        + [f"{cost.hours(rate):.1f}" for rate in rates]
+        for cost in costs
+    ]
+    rows.append(["all", "", "", "", "", "", *(f"{sum(cost.hours(rate) for cost in costs):.0f}" for rate in rates)])
     head = ["table", "data", "runs", "new", "training", "evaluation", *(f"hours at {rate:g}/s" for rate in rates)]
-    command = f"odeadv budget --preset {data['preset']} --rates {' '.join(f'{rate:g}' for rate in rates)}"
     lines = [
-        f"# What the tables ask for at the preset `{data['preset']}`",
-        "",
-        f"Made by `{command}`; counted, not measured.",
+        f"# What the tables cost at the preset `{preset.name}`",
         "",
         "Training and evaluation are image passes: one image forward, backward to activations, or to weight gradients. "
-        "Runs that a table before has are not counted again (new). Evaluations are counted attack by attack with "
-        "nothing shared, an upper bound. Hours are those of a device that trains so many images a second naturally "
-        "(three passes each); what yours does, the first epoch of the first run shows.",
+        "Runs of a table above are not counted again (new). Evaluations are counted attack by attack with nothing "
+        "shared, an upper bound. Hours are those of a device that trains this many images per second naturally, with "
+        "three passes each.",
         "",
-        f"| {' | '.join(head)} |",
-        f"|{' --- |' * len(head)}",
+        *markdown_table(head, rows, numbers=4 + len(rates)),
     ]
-    for row in data["tables"]:
-        cells = [row["table"], row["dataset"], str(row["runs"]), str(row["new"])]
-        cells += [f"{row[key]:.3g}" for key in ("training", "evaluation")] + [f"{hours:.1f}" for hours in row["hours"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"| all |  |  |  |  |  | {' | '.join(f'{hours:.0f}' for hours in data['hours'])} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_budget(preset: Preset, rates: Sequence[float], out: Path) -> Path:
-    """Write `plain` and its page to ``out``; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    data = plain(preset, rates)
-    write_json(out / "budget.json", data)
-    write_text(out / "budget.md", page(data))
-    return out / "budget.md"
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -232,3 +212,23 @@ def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: 
         seconds=statistics.median(between) if between else math.nan,
         memory=torch.cuda.max_memory_allocated(fabric.device) if on_cuda else None,
     )
+
+
+def rehearse_all(
+    configs: Sequence[RunConfig], steps: int, folder: Path | None
+) -> Iterator[tuple[RunConfig, Rehearsal | Exception]]:
+    """Rehearse runs on one data set, one after the other; a run that fails yields its error.
+
+    Raises:
+        ValueError: for fewer than two steps.
+    """
+    if steps < 2:
+        raise ValueError(f"rehearse: got {steps}, expected 2 steps or more, as the first one is not timed")
+    images = datasets.load(configs[0].data.name, folder)
+    for config in configs:
+        fabric = make_fabric(precision=config.training.precision)
+        fabric.launch()
+        try:
+            yield config, rehearse(config, images, steps, fabric=fabric)
+        except (ValueError, TrainingDiverged, RuntimeError) as error:  # also what a device says when it is full
+            yield config, error

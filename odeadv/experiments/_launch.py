@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from odeadv import data
+from odeadv.evaluation.protocols import require_packages
 from odeadv.experiments._config import RunConfig
 from odeadv.experiments._folder import Record, RunLockedError
+from odeadv.experiments._presets import Preset, configurations
 from odeadv.experiments._run import Measurement, run
+from odeadv.experiments._tables import Table
+from odeadv.support.files import check_folder, write_json
 from odeadv.training import make_fabric
 
 Launcher = Literal["local", "ray"]
@@ -167,3 +171,66 @@ def _one(job: Job, runs: Path, folder: Path | None, threads: int) -> Record:
     (runs / job.config.name).mkdir(parents=True, exist_ok=True)
     with (runs / job.config.name / "log.txt").open("a", encoding="utf-8") as log:
         return run(job.config, images, runs, protocols=job.protocols, log=log)
+
+
+def first_process() -> bool:
+    """Return whether this is the first of the processes that train one run together, or the only one."""
+    fabric = make_fabric()
+    fabric.launch()
+    return bool(fabric.is_global_zero)
+
+
+def make_table(
+    table: Table,
+    preset: Preset,
+    *,
+    dataset: str | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    runs: Path = Path("runs"),
+    out: Path,
+    folder: Path | None = None,
+    best: bool = True,
+    autoattack: int | None = None,
+    launcher: Launcher = "local",
+    cpus: int = 1,
+    gpus: float = 0.0,
+) -> tuple[list[Failure], bool]:
+    """Run what is missing of a table and copy the records to ``out``; `write_report` makes the page from them.
+
+    Args:
+        table: which.
+        preset: at what size.
+        dataset: in place of the preset's.
+        methods: some of the rows, by name.
+        seeds: in place of the preset's.
+        runs: folder of all runs.
+        out: folder for the records.
+        folder: folder with the data sets.
+        best: whether the weights of the best epoch are evaluated as well as the last ones.
+        autoattack: number of test images for AutoAttack.
+        launcher: see `launch`.
+        cpus: see `launch`.
+        gpus: see `launch`.
+
+    Returns:
+        The failures, and whether this process is the first one, which has written the records.
+
+    Raises:
+        ValueError, OSError, ImportError: before any run starts, if something is missing or does not fit.
+    """
+    pairs = configurations(table, preset, dataset=dataset, methods=methods, seeds=seeds)
+    check_folder("out", out)
+    check_folder("runs", runs)
+    protocols: tuple[str | Measurement, ...] = (Measurement(table.protocol, best=best),)
+    if autoattack is not None:
+        protocols = (*protocols, Measurement(table.autoattack, autoattack, best=False))
+        require_packages(table.autoattack)
+    jobs = [Job(config, protocols) for _, config in pairs]
+    records, failures = launch(jobs, runs, folder, launcher=launcher, cpus=cpus, gpus=gpus)
+    first = first_process()
+    if first:
+        ended = [job for job in jobs if job not in [failure.job for failure in failures]]
+        for record, job in zip(records, ended, strict=True):
+            write_json(out / f"{job.config.name}.json", record)
+    return failures, first

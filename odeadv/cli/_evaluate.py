@@ -1,0 +1,136 @@
+"""The commands that look at trained weights: evaluate, compare, audit, diagnose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ._shared import add_data
+
+ATTACKS = """
+A protocol of your own is a .yaml or .json file; attacks are functions of odeadv.attacks, or autoattack:
+
+    name: mine
+    attacks:
+      - {name: ifgsm, eps: 8/255, alpha: 2/255, steps: 100}
+      - {name: pgd, eps: 8/255, alpha: 2/255, steps: 20, options: {restarts: 5, loss: margin}}
+      - {name: apgd, eps: 8/255, steps: 100, score: worst}
+"""
+
+
+def add_evaluate(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `odeadv evaluate`."""
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its last.safetensors or best.safetensors")
+    sub.add_argument(
+        "--protocol",
+        default="table2",
+        help="table1, table2, table6, autoattack, or a file (see below; default: table2)",
+    )
+    sub.add_argument("--images", type=int, help="so many test images only, balanced over the classes")
+    sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
+    sub.add_argument("--fold", action="store_true", help="fold batch norms, on a copy: faster, the same but for ties")
+    sub.add_argument("--compile", action="store_true", help="torch.compile a copy: pays for long evaluations only")
+    sub.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="JSON file (default: standard output); FILE.journal keeps what is done for the same command to go on",
+    )  # fmt: skip
+    add_data(sub)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate trained weights and write or print the result."""
+    from odeadv.evaluation import Protocol
+    from odeadv.experiments import evaluate_run
+    from odeadv.support import plain
+    from odeadv.support.progress import ProgressLine
+
+    # A name with a suffix is a file with a protocol in it.
+    protocol = plain.load(Protocol, Path(args.protocol)) if Path(args.protocol).suffix else args.protocol
+    result = evaluate_run(
+        args.checkpoint, protocol, folder=args.data, images=args.images, out=args.out, progress=ProgressLine(),
+        batch_size=args.batch_size, fold=args.fold, compile=args.compile,
+    )  # fmt: skip
+    print(json.dumps(result.to_dict(), indent=1) if args.out is None else result)
+    return 0
+
+
+def add_compare(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `odeadv compare`."""
+    sub.add_argument("a", type=Path, help="JSON of odeadv evaluate, a run's folder, or its record")
+    sub.add_argument("b", type=Path, help="another one, of the same images and attacks")
+    sub.add_argument("--protocol", default="table2", help="which evaluation of a run (default: table2)")
+    sub.add_argument("--weights", choices=("last", "best"), default="last", help="of a run (default: last)")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Compare two evaluations image by image."""
+    from odeadv.evaluation import compare
+    from odeadv.experiments import read_evaluation
+
+    tests = compare(*(read_evaluation(path, args.protocol, args.weights) for path in (args.a, args.b)))
+    if args.json:
+        print(json.dumps({name: test.to_dict() for name, test in tests.items()}, indent=1))
+        return 0
+    print(f"{next(iter(tests.values())).n} images; accuracies in %, p by McNemar's exact test, two-sided")
+    print(f"{'':34}{'a':>7}{'b':>7}{'a - b':>7}{'only a':>8}{'only b':>8}{'p':>9}")
+    for name, test in tests.items():
+        a, b = (100 * (test.both + only) / test.n for only in (test.only_a, test.only_b))
+        print(
+            f"{name:34}{a:7.2f}{b:7.2f}{100 * test.difference:+7.2f}{test.only_a:8}{test.only_b:8}{test.p_value:9.2g}"
+        )
+    return 0
+
+
+def add_audit(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `odeadv audit`."""
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
+    sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--surrogate", type=Path, help="another run, whose adversarial images are tried on this one")
+    sub.add_argument("--out", type=Path, help="folder for the page (default: audit in the run's folder)")
+    add_data(sub)
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Go through the checklist for trustworthy attacks; status 1 if a line fails."""
+    from odeadv.experiments import audit_run
+
+    result, out = audit_run(
+        args.checkpoint, folder=args.data, images=args.images, eps_255=args.eps, seed=args.seed,
+        surrogate=args.surrogate, out=args.out,
+    )  # fmt: skip
+    print(result)
+    print(out)
+    return 0 if result.passed else 1
+
+
+def add_diagnose(sub: argparse.ArgumentParser) -> None:
+    """Add the arguments of `odeadv diagnose`."""
+    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
+    sub.add_argument("--beside", type=Path, help="another one, on the same images and page, such as one without LAD")
+    sub.add_argument(
+        "--attack", type=float, metavar="EPS",
+        help="follow the difference that FGSM of this radius in 1/255 makes, not a random one",
+    )  # fmt: skip
+    sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
+    sub.add_argument("--eta", type=float, help="instead of the run's own")
+    sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
+    add_data(sub)
+
+
+def diagnose(args: argparse.Namespace) -> int:
+    """Measure the dynamics of trained weights and write a page."""
+    from odeadv.experiments import diagnose_run
+
+    out, etas = diagnose_run(
+        args.checkpoint, args.beside, folder=args.data, images=args.images, eta=args.eta, attack_255=args.attack,
+        out=args.out,
+    )  # fmt: skip
+    if args.eta is None and not any(etas):
+        print("odeadv diagnose: trained without a defence, so eta is 0; --eta measures another", file=sys.stderr)
+    print(out)
+    return 0

@@ -1,0 +1,94 @@
+"""Arguments and texts that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from odeadv.experiments import RunConfig
+
+KEYS = """
+A run's configuration has the keys data, model and training; what is left out has its default. In YAML:
+
+    data: {name: cifar10, train_images: 5000, validation_images: 1000}
+    model: {depth: 20, width: 16, damping: lambda-damp}
+    training:
+      objective: {name: pgd, eps: 8/255, alpha: 2/255, steps: 10}
+      defence: {name: layerwise, scheme: strang, eta: 50}
+      epochs: 30
+      milestones: [15, 22]
+      precision: bf16
+
+Objectives: natural, pgd, trades, or "package.module:Class". Defences: none, layerwise (scheme: lie is LAD, strang is
+LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv train --method pgd+lad --print-config`
+prints a whole one. An unknown key is an error.
+"""
+
+
+def add_data(sub: argparse.ArgumentParser) -> None:
+    """Add the folder of the data sets."""
+    sub.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
+
+
+def add_config(sub: argparse.ArgumentParser) -> None:
+    """Add what describes a run: a file, or a method and a preset."""
+    from odeadv import data
+    from odeadv.experiments import PRESETS
+
+    sub.add_argument("config", nargs="?", type=Path, help="a .yaml or .json file (see below)")
+    sub.add_argument("--method", help="instead of a file: such as natural, pgd+lad, trades+lad-sm, pgd+lad+noise")
+    sub.add_argument("--preset", choices=PRESETS, help="size of a --method (default: smoke)")
+    sub.add_argument("--dataset", choices=data.names(), help="of a --method, instead of the preset's")
+    sub.add_argument("--seed", type=int, help="instead of the file's, or of a --method (default: 0)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as training.lr=0.05")
+    add_data(sub)
+
+
+def read_config(
+    file: Path | None,
+    method: str | None,
+    preset: str | None,
+    dataset: str | None,
+    seed: int | None,
+    assignments: list[str],
+) -> RunConfig:
+    """Return the configuration that the arguments of `add_config` describe.
+
+    Raises:
+        ValueError, TypeError, OSError: naming the argument that does not fit.
+    """
+    from odeadv import experiments
+    from odeadv.support import plain
+
+    if (file is None) == (method is None):
+        raise ValueError("config: give either a configuration file or --method")
+    if file is not None:
+        if preset is not None or dataset is not None:
+            raise ValueError("preset, dataset: belong to --method; a file says its own, which --set changes")
+        if not file.is_file():
+            what = "is a folder, expected a file such as its config.json" if file.is_dir() else "is not there"
+            raise FileNotFoundError(f"config: {file} {what}")
+        config = experiments.load_config(file)
+        if seed is not None:
+            config = replace(config, training=replace(config.training, seed=seed))
+    else:
+        assert method is not None
+        size = experiments.PRESETS[preset or "smoke"]
+        objective = experiments.parse_method(method).objective
+        config = experiments.configuration(
+            experiments.Row(method), size.sizes[objective], dataset or size.dataset, seed or 0
+        )
+    return experiments.RunConfig.from_dict(plain.override(config.to_dict(), assignments))
+
+
+def config_of(args: argparse.Namespace) -> RunConfig:
+    """Return the configuration of parsed arguments."""
+    return read_config(args.config, args.method, args.preset, args.dataset, args.seed, args.set)
+
+
+def percent(share: float | None) -> str:
+    """Return a share in %; attacks that are scored by the worst iterate only have no last-iterate accuracy."""
+    return "-" if share is None else f"{100 * share:.2f}"
