@@ -70,7 +70,7 @@ class DataConfig:
             raise ValueError(f"folds, fold: got {self.folds} and {self.fold}, expected at least 2, and fold below it")
 
     def take(self, data: ImageDataset) -> tuple[ImageDataset, tuple[torch.Tensor, torch.Tensor] | None]:
-        """The subset of the whole ``data`` to train and test on, and the images set aside.
+        """Return the subset of the whole ``data`` to train and test on, and the images set aside.
 
         Raises:
             ValueError: if there are too few images.
@@ -109,7 +109,7 @@ class ModelConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, data: ImageDataset, generator: torch.Generator | None = None) -> FieldNetwork:
-        """The network for the images of ``data``.
+        """Build the network for the images of ``data``.
 
         Raises:
             TypeError, ValueError: for an unknown model or arguments it does not take.
@@ -169,7 +169,7 @@ class RunConfig:
 
 
 def load_config(file: str | os.PathLike[str]) -> RunConfig:
-    """A run's configuration from a .json, .yaml or .yml file.
+    """Read the configuration of a run from a .json, .yaml or .yml file.
 
     Raises:
         TypeError, ValueError: naming the key that is unknown, of a wrong type or out of range.
@@ -235,7 +235,7 @@ class Method:
 
 
 def parse_method(name: str) -> Method:
-    """The method called ``name``: an objective, then parts joined by "+".
+    """Return the method called ``name``: an objective, then parts joined by "+".
 
     Parts: ``damp``, ``lambda-damp``; ``lad``, ``lad-sm``, ``lad-midpoint``, ``lad-symmetric`` (schemes ``"lie"``,
     ``"strang"``, ``"strang-midpoint"``, ``"strang-symmetric"``), with ``sweeps2`` and the like; for ablations
@@ -285,7 +285,7 @@ def _part(name: str, part: str) -> tuple[str, object]:
 
 
 def method_of(config: RunConfig) -> str:
-    """The name of the method that ``config`` runs; objectives, defences and schemes of one's own by their names."""
+    """Return the name of the method that ``config`` runs; your own objectives, defences and schemes by their names."""
     model, training = config.model, config.training
     name = type(training.objective).name
     if model.damping:
@@ -311,7 +311,7 @@ def method_of(config: RunConfig) -> str:
 
 
 def passes(config: RunConfig) -> int:
-    """Passes through the network that a training step makes: forward, to activations and weight gradients count 1 each.
+    """Count the passes of a training step: forward, to activations and to weight gradients count 1 each.
 
     A pass that is trained on counts 3, an attack step or a recording 2; the exact midpoint 2 more. Differentiating a
     recording, as the explicit penalty does, counts twice what the recording does.

@@ -29,7 +29,7 @@ class RunLockedError(RuntimeError):
 
 
 def load_record(path: Path) -> Record:
-    """The record in ``path``.
+    """Read the record in ``path``.
 
     Raises:
         ValueError: if it is not a record of a run.
@@ -55,7 +55,7 @@ _PARTS: dict[str, type] = {
 
 
 def load_records(folder: Path) -> list[Record]:
-    """The records in ``folder``: ``*.json`` in it, or ``*/record.json`` below it; in the order of their names.
+    """Read the records in ``folder``: ``*.json`` in it, or ``*/record.json`` below it; in the order of their names.
 
     Raises:
         ValueError: for a JSON file that is not a record of a run.
@@ -68,7 +68,7 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """What is in a folder of runs, in the order of their names, as plain data.
+    """List a folder of runs, in the order of their names, as plain data.
 
     Each has ``"name"``, ``"method"``, ``"state"`` (``"finished"``, ``"training"`` while a process has it, else
     ``"stopped"``), ``"epoch"`` of ``"epochs"``, and ``"evaluations"``: clean and average robust accuracy by protocol.
@@ -111,7 +111,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a ``last.safetensors`` or ``best.safetensors``, in evaluation mode, and what the file says of it.
+    """Load the network of a ``last.safetensors`` or ``best.safetensors``, in evaluation mode, with the file's data.
 
     Args:
         file: the file, or the folder of a run (then the last weights).

@@ -128,7 +128,7 @@ def _named(config: RunConfig) -> str:
 
 
 def _sorted(results: Mapping[int, Record | Failure]) -> tuple[list[Record], list[Failure]]:
-    """Records and failures, each in the order of the jobs."""
+    """Return records and failures, each in the order of the jobs."""
     inorder = [results[number] for number in sorted(results)]
     failures = [found for found in inorder if isinstance(found, Failure)]
     return [found for found in inorder if not isinstance(found, Failure)], failures

@@ -61,7 +61,7 @@ def _forest(results: Results, figure: Figure) -> None:
 
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
-    """A panel a column: what eta adds to the accuracy of the undefended row, here and in the paper."""
+    """Draw one panel per column: the accuracy that eta adds to the undefended row, here and in the paper."""
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
     defended = [row for row in results.table.rows if results.table.baseline(row) is not None]
     there, here = (preset.eta(defended[0], results.dataset) for preset in (PRESETS["paper"], results.preset))

@@ -179,7 +179,7 @@ def _passes(row: Row, size: Size, dataset: str) -> int:
 
 
 def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
-    """The run of ``row`` at ``size``."""
+    """Return the run of ``row`` at ``size``."""
     if dataset not in size.eta:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(size.eta)}")
     method = parse_method(row.method)
@@ -236,7 +236,7 @@ def configurations(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[tuple[Row, RunConfig]]:
-    """The runs of ``table`` at ``preset``: all rows of the first seed, then of the next.
+    """Return the runs of ``table`` at ``preset``: all rows of the first seed, then of the next.
 
     Rows with damping are left out where the network has no block to damp, unless they are asked for.
 

@@ -66,11 +66,11 @@ class Progress:
         self.steps = 0
 
     def begin(self, what: str) -> None:
-        """A new piece of work."""
+        """Begin a new piece of work."""
         self.what, self.began = what, time.perf_counter()
 
     def step(self, epoch: int, step: int, steps: int) -> None:
-        """A step was made."""
+        """Record that a step was made."""
         share = (epoch - 1 + step / steps) / self.epochs
         if self.first is None:
             self.first = share
@@ -82,7 +82,7 @@ class Progress:
         self._now_and_then(f"epoch {epoch}/{self.epochs}, step {step}/{steps}, {rate:.0f} images/s", share, self.first)
 
     def epoch(self, result: EpochResult) -> None:
-        """An epoch has ended."""
+        """Record that an epoch has ended."""
         share = result.epoch / self.epochs
         left = "" if self.first is None or share <= self.first else f"  {self._left(share, self.first)}"
         ratio = "" if result.ratio is None else f"  Eq. 16 ratio {result.ratio:.2g}"
@@ -93,7 +93,7 @@ class Progress:
         )
 
     def evaluated(self, done: int, total: int) -> None:
-        """A batch was evaluated."""
+        """Record that a batch was evaluated."""
         if done == total:
             self._line(f"{self.what}: {time.perf_counter() - self.began:.0f} s")
         else:

@@ -228,7 +228,7 @@ def _on_the_same_images(auto: Evaluation, whole: Evaluation, columns: Sequence[C
 
 
 def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """The same accuracies for the epoch that did best on the validation images."""
+    """Render the same accuracies for the epoch with the best validation accuracy."""
     lines = []
     for row in results.rows:
         runs = [
@@ -307,7 +307,7 @@ def _size(results: Results, row: Row) -> Size:
 
 
 def differences(results: Results) -> str:
-    """What sets these runs apart from the paper's protocol, in a sentence."""
+    """Say in a sentence how these runs differ from the paper's protocol."""
     table, dataset = results.table, results.dataset
     parts = [] if table.paper(dataset) else [f"the paper has no such table for {dataset}"]
     papers = {

@@ -148,7 +148,7 @@ def _differing(one: Tensor, other: Tensor) -> int:
 
 
 def _measurement(key: str, best: bool) -> Measurement | None:
-    """What a record's evaluation called ``key`` was measured by; None if it was nothing that has a name."""
+    """Return the protocol by which a record's evaluation ``key`` was measured; None if it has no name."""
     name, _, images = key.partition("@")
     named = {table.autoattack.name: table.autoattack for table in TABLES.values()}
     protocol = named.get(name, name)

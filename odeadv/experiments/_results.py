@@ -114,7 +114,7 @@ class Results:
         return any(row.factor != 1.0 for row in self.table.rows)
 
     def etas(self, row: Row) -> tuple[str, str]:
-        """The paper's eta and the one here, as the page says them; empty where they are the same in all rows."""
+        """Describe the paper's eta and ours for the page; empty if they are the same in all rows."""
         if not self.sweeps_eta or not parse_method(row.method).defended:
             return "", ""
         there, here = (f", eta {preset.eta(row, self.dataset):g}" for preset in (PRESETS["paper"], self.preset))

@@ -241,7 +241,7 @@ def _evaluate(
 
 
 def versions() -> dict[str, str]:
-    """What numbers depend on, by package."""
+    """Return the versions that numbers depend on, by package."""
     return {
         "odeadv": odeadv.__version__,
         "python": platform.python_version(),
@@ -251,7 +251,7 @@ def versions() -> dict[str, str]:
 
 
 def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | None:
-    """The record of the run if it has been trained."""
+    """Return the record of the run if it has been trained."""
     path = folder / "record.json"
     if not path.exists():
         return None

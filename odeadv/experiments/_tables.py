@@ -131,7 +131,7 @@ class Table:
         return Protocol(f"autoattack-{self.autoattack_255:g}", (AttackSpec(AUTOATTACK, self.autoattack_255 / 255),))
 
     def row(self, name: str) -> Row:
-        """The row called ``name``.
+        """Return the row called ``name``.
 
         Raises:
             ValueError: listing the rows, if there is none.
@@ -152,7 +152,7 @@ class Table:
         return None if row.name == plain else self.row(plain) if plain in self.methods else None
 
     def compared(self, row: Row) -> list[Row]:
-        """What the claims compare ``row`` with: its `baseline`, and the rows that differ from it in one part.
+        """Return the rows to compare ``row`` with: its `baseline`, and those that differ from it in one part.
 
         These are the rows with a part less (noise, an ablation, the defence), LAD in its first form for the other
         forms of it, and for a form of LAD the undefended row that was trained for as many passes.
@@ -167,7 +167,7 @@ class Table:
         return [r for r in dict.fromkeys([base, *others]) if r is not None and r != row]
 
     def paper(self, dataset: str) -> Mapping[str, Mapping[str, float]]:
-        """The paper's figures for ``dataset``: by row name, then ``"acc"``, the keys of the columns and ``"avg"``."""
+        """Return the paper's figures for ``dataset``: by row name, then ``"acc"``, the column keys and ``"avg"``."""
         figures = paper_tables().get(self.name, {}).get(dataset, {})
         keys = ["acc", *(column.key for column in self.columns), *(["avg"] if self.average else [])]
         return {
@@ -183,7 +183,7 @@ class Table:
 
 @cache
 def paper_tables() -> dict[str, Any]:
-    """The paper's figures, by table, data set, row and column."""
+    """Read the paper's figures, by table, data set, row and column."""
     text = files("odeadv.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
     tables: dict[str, Any] = json.loads(text)
     # Table 5 is printed by column; turn it into rows like the others.

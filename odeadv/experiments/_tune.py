@@ -83,5 +83,5 @@ def tune(
 
 
 def choose(candidates: Sequence[dict[str, Any]]) -> float:
-    """The eta with the highest mean score; of equals the smallest."""
+    """Return the eta with the highest mean score; the smallest one if several are equal."""
     return float(min(candidates, key=lambda candidate: (-candidate["mean"], candidate["eta"]))["eta"])
