@@ -41,10 +41,9 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate trained weights and write or print the result."""
-    from odeadv.evaluation import Protocol
+    from odeadv.evaluation import ProgressLine, Protocol
     from odeadv.experiments import evaluate_run
     from odeadv.support import plain
-    from odeadv.support.progress import ProgressLine
 
     # A name with a suffix is a file with a protocol in it.
     protocol = plain.load(Protocol, Path(args.protocol)) if Path(args.protocol).suffix else args.protocol

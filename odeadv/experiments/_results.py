@@ -192,6 +192,8 @@ class Results:
             why = self.not_tested(row)
             if why:
                 said = "not tested"
+            elif len(seeds) < 2:  # only the error of the images is known, not that of the training
+                said, why = "undecided", "one seed"
             elif said in ("confirmed", "sign only", "opposite") and not any(
                 seed >= self.preset.confirms_from for seed in seeds
             ):
