@@ -540,7 +540,7 @@ class TestCommand:
             (["evaluate", "setup.py"], "setup.py holds no weights, expected the folder of a run"),
             (["evaluate", "nothing", "--out", "tests"], "out: tests is a folder, expected the path of a file"),
             (["audit", "nothing", "--out", "setup.py"], "out: setup.py is not a folder"),
-            (["diagnose", "nothing", "--out", "setup.py/x"], "setup.py is not a folder, so setup.py/x cannot be written"),
+            (["diagnose", "nothing", "--out", "setup.py/x"], "setup.py is not a folder, so setup.py/x cannot be"),
             (["diagnose", "nothing", "--attack", "-3"], "attack: got -3, expected a radius in 1/255"),
             (["table", "table1", "--out", "setup.py"], "out: setup.py is not a folder"),
             (["table", "table1", "--runs", "setup.py", "--out", "x"], "runs: setup.py is not a folder"),
