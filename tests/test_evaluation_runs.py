@@ -473,7 +473,7 @@ class TestMcNemar:
             mcnemar(a, b)
 
     def test_data_that_are_not_known_are_warned_of(self) -> None:
-        with pytest.warns(RuntimeWarning, match=r"^mcnemar: an evaluation has no digest of its data"):
+        with pytest.warns(RuntimeWarning, match=r"^mcnemar: an evaluation lacks a digest of its data"):
             mcnemar(self.evaluation([1], data=""), self.evaluation([1]))
 
     def test_worst_so_far_that_was_not_measured_is_refused(self) -> None:

@@ -401,7 +401,7 @@ class TestSave:
             assert float((attacked - x).abs().max()) <= 0.05 + 1e-7
 
     def test_a_folder_without_images(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"^folder: .* has no files batch-\*\.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"^folder: .* lacks files batch-\*\.safetensors"):
             saved_images(tmp_path)
 
 

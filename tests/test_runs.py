@@ -270,7 +270,7 @@ class TestAgain:
         whole = json.loads(next((ROOT / "docs" / "results" / "runs").glob("cifar10-pgd-seed0*.json")).read_text())
         file = tmp_path / "record.json"
         file.write_text(json.dumps({name: value for name, value in whole.items() if name != part}))
-        with pytest.raises(ValueError, match=rf"record.json: is no whole record of a run, expected {part} in it"):
+        with pytest.raises(ValueError, match=rf"record.json: not a whole record of a run, expected {part} in it"):
             experiments.load_record(file)
 
     def test_records_of_autoattack_and_unknown_protocols_are_not_run_again_unasked(self, digits, tmp_path):
@@ -533,7 +533,7 @@ class TestCommand:
             (["evaluate", "nothing"], "nothing"),
             (["evaluate", "nothing", "--protocol", "nothing.yaml"], "nothing.yaml"),
             (["compare", "nothing.json", "nothing.json"], "nothing.json"),
-            (["tune", "--method", "pgd", "--etas", "1"], "has no eta to choose"),
+            (["tune", "--method", "pgd", "--etas", "1"], "lacks an eta to choose"),
             (["report", "table1", "nowhere", "--out", "x"], "records: nowhere is not a folder"),
             (["report", "table1", ".", "--out", "setup.py"], "out: setup.py is not a folder"),
             (["runs", "nowhere"], "folder: nowhere is not there"),

@@ -789,7 +789,7 @@ def test_what_cannot_be_trained_is_refused():
         train(tiny_net(), (1, 2), config())
     with pytest.raises(TypeError, match=r"^config: got dict, expected an instance of TrainConfig"):
         train(tiny_net(), tiny_data(), {"epochs": 1})
-    with pytest.raises(ValueError, match=r"^net: has no parameter with requires_grad"):
+    with pytest.raises(ValueError, match=r"^net: lacks a parameter with requires_grad"):
         train(tiny_net().requires_grad_(False), tiny_data(), config())
     with pytest.raises(TypeError, match=r"^net: has parameters of torch\.float16"):
         train(tiny_net().half(), tiny_data(), config())

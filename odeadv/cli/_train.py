@@ -56,7 +56,7 @@ def add_tune(sub: argparse.ArgumentParser) -> None:
     add_config(sub)
     sub.add_argument("--etas", type=float, nargs="+", required=True, help="values to try")
     sub.add_argument("--folds", type=int, default=5, help="parts of the training set (default: 5)")
-    sub.add_argument("--only-folds", type=int, help="use only so many of them, to save time")
+    sub.add_argument("--only-folds", type=int, help="use only this number of them, to save time")
     sub.add_argument("--protocol", default="table2", help="whose mean robust accuracy decides (default: table2)")
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     sub.add_argument("--out", type=Path, help="JSON file for the result")

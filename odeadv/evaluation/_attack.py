@@ -185,7 +185,7 @@ class Counted(nn.Module):
     Attributes:
         forward_passes: images sent through the model so far.
         gradient_evaluations: images that were also differentiated.
-        no_gradient: (n,) bool, True if the gradient of an expected image was exactly zero in all passes with all
+        no_gradient: (n,) bool, True if the gradient of an expected image was exactly zero in every pass with all
             expected images; None if there was no such pass.
     """
 

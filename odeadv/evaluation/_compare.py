@@ -102,7 +102,7 @@ def mcnemar(
         )
     if not (a.data and b.data):
         warnings.warn(
-            "mcnemar: an evaluation has no digest of its data, so it is not known if both have the same images",
+            "mcnemar: an evaluation lacks a digest of its data, so it is not known if both have the same images",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -93,7 +93,7 @@ def evaluate(
         resume: path of a journal. Finished batches are written there; if the file exists, its batches are not run
             again. A journal of another model, data set, protocol, batch size or setting is refused.
         save: a folder for the attacked images, one .safetensors file per batch, read by `saved_images`. Every attack
-            then runs by itself, without sharing work; IFGSM with ``score="last"`` has no worst-so-far figure then.
+            then runs by itself, without sharing work; IFGSM with ``score="last"`` lacks a worst-so-far figure then.
         seed: of attacks and models that draw random numbers; each batch has its own.
         num_classes: refuse a model with another number of logits; None does not check.
         stochastic: accept a model whose answers differ between two passes on the same images. Attacks then follow

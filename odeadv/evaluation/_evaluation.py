@@ -16,7 +16,7 @@ from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import wilson_interval
 
 SCHEMA = "odeadv.evaluation/3"
-# Version 2 has no worst case, no scores by passes and no units of radii; everything else is the same.
+# Version 2 lacks the worst case, scores by passes and units of radii; everything else is the same.
 READABLE = (SCHEMA, "odeadv.evaluation/2")
 
 

@@ -141,12 +141,12 @@ def saved_images(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the attacked images that `evaluate` saved: by name of the attack, (n, ...) in the order of the data.
 
     Raises:
-        FileNotFoundError: if the folder has no such files.
+        FileNotFoundError: if the folder does not contain such files.
         DamagedFileError: if a file is not whole or has been altered.
     """
     files = sorted(Path(folder).glob("batch-*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"folder: {folder} has no files batch-*.safetensors; give the save= of an evaluation")
+        raise FileNotFoundError(f"folder: {folder} lacks files batch-*.safetensors; give the save= of an evaluation")
     parts: dict[str, list[Tensor]] = {}
     for file in files:
         tensors, info = read_tensors(file)

@@ -44,7 +44,7 @@ class Behaviour:
         logits: of the first pass.
         difference: largest difference between two equal passes, in the unit of the logits.
         random: True if this difference is more than rounding.
-        repeats: True if there is no difference, to the last bit.
+        repeats: True if they are equal to the last bit.
         with_gradient: largest difference between passes with and without gradients.
         disagrees: True if that difference is more than rounding.
         changed_tensors: buffers and parameters that a forward pass wrote to.

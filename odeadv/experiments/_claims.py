@@ -176,7 +176,7 @@ def write_claims(records: Path, out: Path) -> str:
 
     Raises:
         ValueError: for a JSON file that is not a record of a run.
-        NotADirectoryError: if there is no such folder.
+        NotADirectoryError: if the folder does not exist.
     """
     loaded = load_records(records)
     data = {"schema": SCHEMA, "claims": [decide(claim, loaded) for claim in CLAIMS]}

@@ -119,7 +119,9 @@ class ModelConfig:
             common |= {"depth": self.depth, "damping": self.damping}
             common |= {"noise": self.noise, "noise_kind": self.noise_kind}
         elif self.damping or self.noise:
-            raise ValueError(f"model: {self.name} has no damping or noise, got {self.damping!r} and {self.noise}")
+            raise ValueError(
+                f"model: {self.name} takes no damping or noise, got {self.damping!r} and {self.noise}"
+            )
         return models.build(self.name, **common, **self.options, generator=generator)
 
 
@@ -144,7 +146,7 @@ class RunConfig:
 
     @property
     def method(self) -> str:
-        """What sets it apart in words, such as ``"pgd+lad-sm+noise"``; see `odeadv.experiments.method_of`."""
+        """The method in words, such as ``"pgd+lad-sm+noise"``; see `odeadv.experiments.method_of`."""
         return method_of(self)
 
     @property
@@ -212,7 +214,7 @@ class Method:
 
     @property
     def defended(self) -> bool:
-        """Whether eta matters: there is a scheme or the explicit penalty."""
+        """True if eta matters: there is a scheme or the explicit penalty."""
         return self.scheme is not None or self.penalty
 
     def defence(self, eta: float) -> Defence:

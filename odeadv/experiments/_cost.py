@@ -155,7 +155,7 @@ class Rehearsal:
 
     @property
     def hours(self) -> float:
-        """How long the training would take at this rate, without the measurements after each epoch."""
+        """Hours that the training would take at this rate, without the measurements after each epoch."""
         return self.steps * self.seconds / 3600
 
     def __str__(self) -> str:

@@ -27,7 +27,7 @@ def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path)
         out: folder for the page and the plot.
 
     Raises:
-        ValueError: if there is no such record.
+        ValueError: if the record does not exist.
     """
     results = gather(TABLES["table2"], preset, dataset, load_records(records))
     traces = {

@@ -44,7 +44,7 @@ def load_record(path: Path) -> Record:
         raise ValueError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
     lacking = [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]
     if lacking:
-        raise ValueError(f"{path}: is no whole record of a run, expected {', '.join(lacking)} in it")
+        raise ValueError(f"{path}: not a whole record of a run, expected {', '.join(lacking)} in it")
     return dict(record)
 
 
@@ -59,7 +59,7 @@ def load_records(folder: Path) -> list[Record]:
 
     Raises:
         ValueError: for a JSON file that is not a record of a run.
-        NotADirectoryError: if there is no such folder.
+        NotADirectoryError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"records: {folder} is not a folder, expected one with records in it")
@@ -74,7 +74,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     ``"stopped"``), ``"epoch"`` of ``"epochs"``, and ``"evaluations"``: clean and average robust accuracy by protocol.
 
     Raises:
-        NotADirectoryError: if there is no such folder.
+        NotADirectoryError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"folder: {folder} is not there, expected the folder of all runs")
@@ -102,7 +102,7 @@ def _listed(folder: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process has the run; a run that starts at this moment waits for us, see `locked`."""
+    """Return whether a process has the run; a run that starts at this moment waits for us, see `locked`."""
     try:
         with locked(folder, wait=0.0):
             return False
@@ -121,7 +121,7 @@ def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
         run's configuration, ``"num_classes"``, ``"mean"``, ``"std"`` and ``"epoch"``.
 
     Raises:
-        FileNotFoundError: if there are no such weights.
+        FileNotFoundError: if the weights do not exist.
         ValueError: if the file is damaged or not odeadv's.
     """
     file = Path(file)

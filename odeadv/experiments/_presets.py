@@ -56,7 +56,7 @@ class Size:
     trades_start: Literal["free", "clamped"] = "free"
 
     def can_run(self, row: Row) -> bool:
-        """Return whether the network has what ``row`` changes: a ResNet-8 has no block to damp, an MLP no noise."""
+        """Return whether the network has what ``row`` changes: a ResNet-8 lacks a block to damp, an MLP noise."""
         method = parse_method(row.method)
         if self.model != "preact_resnet":
             return method.damping is None and not method.noise
@@ -238,7 +238,7 @@ def configurations(
 ) -> list[tuple[Row, RunConfig]]:
     """Return the runs of ``table`` at ``preset``: all rows of the first seed, then of the next.
 
-    Rows with damping are left out where the network has no block to damp, unless they are asked for.
+    Rows with damping are left out if the network lacks a block to damp, unless they are asked for.
 
     Args:
         table: rows and protocol.

@@ -54,7 +54,7 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Progress:
-    """Lines about a run: one an epoch, and within it one that is overwritten (on a terminal) or one a minute."""
+    """Lines about a run: one per epoch, and within it one that is overwritten (on a terminal) or one per minute."""
 
     def __init__(self, label: str, config: RunConfig, log: TextIO) -> None:
         self.label, self.log = label, log

@@ -167,10 +167,10 @@ def _stricter(results: Results) -> list[str]:
 
 
 def _autoattack(results: Results) -> list[str]:
-    """Accuracy under AutoAttack on some of the test images, beside IFGSM on the same ones."""
+    """Accuracy under AutoAttack on some of the test images, next to IFGSM on the same images."""
     table, lines = results.table, list[str]()
     name = table.autoattack.name
-    beside = [c for c in table.columns if c.attack == "ifgsm" and math.isclose(c.eps_255, table.autoattack_255)]
+    nearby = [c for c in table.columns if c.attack == "ifgsm" and math.isclose(c.eps_255, table.autoattack_255)]
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for row in results.rows:
         for seed, run in results.runs[row.name].items():
@@ -180,11 +180,11 @@ def _autoattack(results: Results) -> list[str]:
                     by_seed[seed] = _on_the_same_images(
                         Evaluation.from_dict(evaluation),
                         Evaluation.from_dict(run["evaluations"]["last"][table.protocol]),
-                        beside,
+                        nearby,
                     )
     if not found:
         return []
-    labels = [label for column in beside for label in (column.label, f"{column.label}, worst so far")]
+    labels = [label for column in nearby for label in (column.label, f"{column.label}, worst so far")]
     for (key, row_name), by_seed in found.items():
         row = table.row(row_name)
         base = table.baseline(row)
@@ -343,7 +343,7 @@ def differences(results: Results) -> str:
 
 
 def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> list[str]:
-    """How eta differs, as it is or as a multiple of the paper's, also for batches of the paper's size."""
+    """Describe how eta differs, as it is or as a multiple of the paper's, also for batches of the paper's size."""
     mine, theirs = (getattr(config.training.defence, "eta", 0.0) for config in (here, paper))
     if mine == theirs:
         return []
@@ -352,8 +352,8 @@ def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> lis
     unit = mine / theirs if as_factor else mine
     times = " times" if as_factor else ""
     same = f" ({unit * in_batches:g}{times} in batches of {batch})" if in_batches != 1 else ""
-    beside = "the paper's" if as_factor else f"instead of {theirs:g}"
-    return [f"eta {unit:g}{times}{same} {beside}"]
+    nearby = "the paper's" if as_factor else f"instead of {theirs:g}"
+    return [f"eta {unit:g}{times}{same} {nearby}"]
 
 
 def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:

@@ -40,7 +40,7 @@ class Agreement:
 
     @property
     def same(self) -> bool:
-        """Whether everything that was compared is the same to the bit."""
+        """True if everything that was compared is the same to the bit."""
         return self.losses == 0.0 and self.weights is not False and not any(n for n, _ in self.outcomes.values())
 
     def __str__(self) -> str:
@@ -148,7 +148,7 @@ def _differing(one: Tensor, other: Tensor) -> int:
 
 
 def _measurement(key: str, best: bool) -> Measurement | None:
-    """Return the protocol by which a record's evaluation ``key`` was measured; None if it has no name."""
+    """Return the protocol by which a record's evaluation ``key`` was measured; None if it lacks a name."""
     name, _, images = key.partition("@")
     named = {table.autoattack.name: table.autoattack for table in TABLES.values()}
     protocol = named.get(name, name)

@@ -59,7 +59,7 @@ class Finding:
         row, other: the difference is row minus other.
         contrast: the difference here, in points.
         paper: the paper's difference; None if it implies a positive one without a number.
-        p: adjusted by Holm over the primary contrasts of the table; None if there is no error.
+        p: adjusted by Holm over the primary contrasts of the table; None without an error.
         seeds: the common seeds.
         word: the word of the rules.
         why: what makes it "not tested", or restricts the word.
@@ -110,11 +110,11 @@ class Results:
 
     @property
     def sweeps_eta(self) -> bool:
-        """Whether the table is about eta: some rows are others with a multiple of it."""
+        """True if the table is about eta: some rows are others with a multiple of it."""
         return any(row.factor != 1.0 for row in self.table.rows)
 
     def etas(self, row: Row) -> tuple[str, str]:
-        """Describe the paper's eta and ours for the page; empty if they are the same in all rows."""
+        """Describe the paper's eta and ours for the page; empty if they are the same in every row."""
         if not self.sweeps_eta or not parse_method(row.method).defended:
             return "", ""
         there, here = (f", eta {preset.eta(row, self.dataset):g}" for preset in (PRESETS["paper"], self.preset))
@@ -252,7 +252,7 @@ class Results:
 
 
 def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[Record]) -> Results:
-    """Those of ``records`` that belong to ``table`` at ``preset`` on ``dataset``, by their keys.
+    """Return those of ``records`` that belong to ``table`` at ``preset`` on ``dataset``, by their keys.
 
     Raises:
         ValueError: if there are none.

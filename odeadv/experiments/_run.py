@@ -39,8 +39,8 @@ class Measurement:
 
     Attributes:
         protocol: of `odeadv.evaluate`.
-        images: the first so many test images only (they are balanced over the classes); None for all.
-        best: whether the weights of the best epoch are evaluated too, beside the last ones.
+        images: number of test images, the first ones (they are balanced over the classes); None for all.
+        best: whether the weights of the best epoch are evaluated too, not only the last ones.
 
     Raises:
         ValueError, TypeError: for an unknown protocol, or no images.

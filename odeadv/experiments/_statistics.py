@@ -41,7 +41,7 @@ class Contrast:
 
     Attributes:
         mean: the difference.
-        half: half the width of the 95 % interval; None if there are no degrees of freedom and no floor.
+        half: half the width of the 95 % interval; None without degrees of freedom and floor.
         p: two-sided p-value that the difference is 0; None if ``half`` is.
         df: degrees of freedom of the pooled residual.
         by_images: whether the sampling error of the test images decided the interval, not the seeds.
@@ -73,7 +73,7 @@ class TwoWay:
         values: by row, the values by seed.
 
     Raises:
-        ValueError: if there is no value.
+        ValueError: if the list is empty.
     """
 
     def __init__(self, values: Mapping[str, Mapping[int, float]]) -> None:
@@ -109,7 +109,7 @@ class TwoWay:
         weights = np.zeros(self._design.shape[1])
         weights[self.rows.index(row)] += 1.0
         weights[self.rows.index(other)] -= 1.0
-        # Two rows without a chain of common seeds have no difference apart from that of their seeds.
+        # Two rows without a chain of common seeds differ only together with their seeds.
         if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
             return None
         mean = float(weights @ self._fit)

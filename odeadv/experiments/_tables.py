@@ -222,7 +222,7 @@ _HALF = (
 )
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
-_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # beside the preset's and the pilot's best, 2e-2
+_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # next to the preset's and the pilot's best, 2e-2
 
 TABLES = {
     table.name: table

@@ -39,12 +39,12 @@ def tune(
         etas: values to try.
         runs: the folder of all runs.
         folds: parts of the training set.
-        only: use only the first so many of them as held-out parts, to save time.
+        only: use only this number of them as held-out parts, to save time.
         protocol: of `odeadv.evaluate`.
         log: where progress goes; standard error if not given.
 
     Returns:
-        Plain data: ``"candidates"``, each with ``"eta"``, ``"scores"`` (one a fold, in [0, 1]), ``"mean"`` and
+        Plain data: ``"candidates"``, each with ``"eta"``, ``"scores"`` (one per fold, in [0, 1]), ``"mean"`` and
         ``"keys"`` of the runs; ``"chosen"``; and what was asked.
 
     Raises:
@@ -52,7 +52,7 @@ def tune(
     """
     defence = config.training.defence
     if not isinstance(defence, Layerwise):
-        raise ValueError(f"method: {config.method} has no eta to choose; give one with +lad or +lad-sm")
+        raise ValueError(f"method: {config.method} lacks an eta to choose; give one with +lad or +lad-sm")
     if not etas:
         raise ValueError("etas: got none, expected at least one value")
     if folds < 2 or (only is not None and not 1 <= only <= folds):

@@ -69,7 +69,7 @@ class VectorField:
 
     @property
     def constant(self) -> bool:
-        """Whether all operators are the same on every step."""
+        """True if all operators are the same on every step."""
         return all(operator.constant for operator in self.operators.values())
 
     def with_time_dtype(self: Field, dtype: torch.dtype) -> Field:

@@ -207,12 +207,12 @@ class Operator:
 
     @property
     def acts(self) -> bool:
-        """Whether the operator can be evaluated; only a costate that has not been recorded cannot."""
+        """True if the operator can be evaluated; only a costate that has not been recorded cannot."""
         return True
 
     @property
     def constant(self) -> bool:
-        """Whether `on` returns the operator itself for every step."""
+        """True if `on` returns the operator itself for every step."""
         return True
 
     @property

@@ -44,7 +44,7 @@ class Noise(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether there is noise now."""
+        """True if there is noise now."""
         return self.training or self.at_inference
 
     def forward(

@@ -107,7 +107,7 @@ class Scheme:
 
     @property
     def symmetric(self) -> bool:
-        """Whether it is palindromic, that is its own adjoint: Phi(-h) o Phi(h) = identity with exact sub-flows."""
+        """True if it is palindromic, that is its own adjoint: Phi(-h) o Phi(h) = identity with exact sub-flows."""
         return not self.mixture and all(
             a.operator == b.operator
             and a.frozen == b.frozen

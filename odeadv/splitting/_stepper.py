@@ -126,7 +126,7 @@ class Stepper:
 
     @property
     def merges(self) -> bool:
-        """Whether the last stage of a step and the first stage of the next step are the same exact flow."""
+        """True if the last stage of a step and the first stage of the next step are the same exact flow."""
         if len(self._tables) > 1 or any(operator.edges for operator in self.operators):
             return False
         ((_, stages),) = self._tables
@@ -137,7 +137,7 @@ class Stepper:
 
     @property
     def explicit(self) -> bool:
-        """Whether all sub-steps are explicit Runge-Kutta methods, which need slopes that are not steep."""
+        """True if all sub-steps are explicit Runge-Kutta methods, which need slopes that are not steep."""
         return all(isinstance(substep, RungeKutta) for substep in self.substeps)
 
     def velocity(self, x: Tensor, t: float, step: TimeStep) -> Tensor:

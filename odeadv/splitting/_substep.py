@@ -91,7 +91,7 @@ class RungeKutta:
 
     @property
     def is_euler(self) -> bool:
-        """Whether it is Euler's method under any name: one evaluation, at the start, with weight one."""
+        """True if it is Euler's method under any name: one evaluation, at the start, with weight one."""
         return self.nodes == (0.0,) and self.weights == (1.0,)
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:

@@ -157,7 +157,7 @@ def read_value(value: Tensor, argument: str) -> float:
 
 
 def version(x: Tensor) -> int:
-    """How often ``x`` has been written to; -1 in inference mode and under torch.compile, where it is not known."""
+    """Return the number of writes to ``x``; -1 in inference mode and under torch.compile, where it is not known."""
     if torch.compiler.is_compiling():
         return -1
     while is_wrapped(x):  # within a torch.func transform: the tensor of the values knows

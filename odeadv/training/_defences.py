@@ -73,7 +73,7 @@ class Layerwise(Defence, name="layerwise"):
             )
         if self.perturbation in ("random", "shuffled") and self.sweeps == "converge":
             raise ValueError(
-                f"sweeps: got 'converge' with perturbation={self.perturbation!r}, which has no fixed point"
+                f"sweeps: got 'converge' with perturbation={self.perturbation!r}, which lacks a fixed point"
             )
 
     def __call__(

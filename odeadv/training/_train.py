@@ -134,7 +134,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, T
             weights), or a mapping such as a ``state_dict``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: naming ``init``, if the tensors do not fit the network.
     """
     if isinstance(source, Mapping):
@@ -184,7 +184,7 @@ def _module(net: Network) -> FieldNetwork:
         )
     dtypes = {parameter.dtype for parameter in net.parameters() if parameter.requires_grad}
     if not dtypes:
-        raise ValueError("net: has no parameter with requires_grad, expected some to train")
+        raise ValueError("net: lacks a parameter with requires_grad, expected some to train")
     if not dtypes <= {torch.float32, torch.float64}:
         raise TypeError(
             f"net: has parameters of {', '.join(map(str, dtypes))}, expected torch.float32 (or float64); the "
