@@ -30,9 +30,7 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--images", type=int, help="number of test images, balanced over the classes")
     sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
-    sub.add_argument(
-        "--fold", action="store_true", help="fold batch norms, on a copy: faster; only ties may change"
-    )
+    sub.add_argument("--fold", action="store_true", help="fold batch norms, on a copy: faster; only ties may change")
     sub.add_argument("--compile", action="store_true", help="torch.compile a copy: pays for long evaluations only")
     sub.add_argument(
         "--out", type=Path, metavar="FILE",

@@ -119,9 +119,7 @@ class ModelConfig:
             common |= {"depth": self.depth, "damping": self.damping}
             common |= {"noise": self.noise, "noise_kind": self.noise_kind}
         elif self.damping or self.noise:
-            raise ValueError(
-                f"model: {self.name} takes no damping or noise, got {self.damping!r} and {self.noise}"
-            )
+            raise ValueError(f"model: {self.name} takes no damping or noise, got {self.damping!r} and {self.noise}")
         return models.build(self.name, **common, **self.options, generator=generator)
 
 
