@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +26,8 @@ from odeadv.support.extras import extra
 from odeadv.support.isolation import check_unmodified, version
 
 Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
+# A weighted sum c * (k_j + r_1 k_j1 + ...): j, c and the pairs of an index and a ratio. None is the empty sum.
+Weighted = tuple[int, float, tuple[tuple[int, float], ...]] | None
 
 
 class Clock(NamedTuple):
@@ -84,10 +86,9 @@ class RungeKutta:
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        # The tableau without its zeros: nodes with their rows, and weights, each coefficient with its column.
-        rows = [[(j, a) for j, a in enumerate(row) if a] for row in self.matrix]
-        weights = [(j, b) for j, b in enumerate(self.weights) if b]
-        object.__setattr__(self, "_nonzero", (list(zip(self.nodes, rows, strict=True)), weights))
+        rows = [_weighted(enumerate(row)) for row in self.matrix]
+        stages = list(zip(self.nodes, rows, strict=True))
+        object.__setattr__(self, "_table", (stages, _weighted(enumerate(self.weights))))
 
     @property
     def is_euler(self) -> bool:
@@ -100,15 +101,15 @@ class RungeKutta:
             return _quadrature(operator, self.nodes, self.weights, clock, h, x, cost)
         if self.is_euler:
             return operator.euler(clock.start, h, x, cost)  # a residual block has a form of it without rounding
-        stages: list[tuple[float, list[tuple[int, float]]]]
-        weights: list[tuple[int, float]]
-        stages, weights = self._nonzero  # type: ignore[attr-defined]
+        stages: list[tuple[float, Weighted]]
+        weights: Weighted
+        stages, weights = self._table  # type: ignore[attr-defined]
         start, length = clock.start, clock.stop - clock.start
         held = Slopes(cost)
         for node, row in stages:
-            y = combined(x, held.values, row, h)
+            y = _moved(x, held.values, row, h)
             held.add(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, cost))
-        return combined(x, held.done(), weights, h)
+        return _moved(x, held.done(), weights, h)
 
     def bound(self, f: VectorFunction, *, versioned: bool) -> Bound:
         """Return `advance` along ``f`` as ``bound(x, h, times)``, with everything constant looked up beforehand.
@@ -116,15 +117,21 @@ class RungeKutta:
         ``times`` yields the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau.
         ``versioned`` says whether tensors count writes to them, as they do outside inference mode.
         """
-        stages: list[tuple[float, list[tuple[int, float]]]]
-        weights: list[tuple[int, float]]
-        stages, weights = self._nonzero  # type: ignore[attr-defined]
+        stages: list[tuple[float, Weighted]]
+        weights: Weighted
+        stages, weights = self._table  # type: ignore[attr-defined]
+        rows = [row for _, row in stages]
 
         def advance(x: Tensor, h: float, times: Iterator[Tensor]) -> Tensor:
             slopes: list[Tensor] = []
             dtype, shape = x.dtype, x.shape
-            for _, row in stages:
-                y = combined(x, slopes, row, h)
+            for row in rows:
+                if row is None:
+                    y = x
+                elif not row[2]:  # `_moved`, written out: Python calls are most of the cost of a step on small states
+                    y = x.add(slopes[row[0]], alpha=h * row[1])
+                else:
+                    y = _moved(x, slopes, row, h)
                 before = y._version if versioned else -1
                 value = f(next(times), y)
                 if not (isinstance(value, Tensor) and value.dtype is dtype and value.shape == shape) or (
@@ -132,25 +139,32 @@ class RungeKutta:
                 ):
                     value = returned(value, y, before)
                 slopes.append(value)
-            return combined(x, slopes, weights, h)
+            return _moved(x, slopes, weights, h)
 
         return advance
 
 
-def combined(x: Tensor, slopes: list[Tensor], coefficients: list[tuple[int, float]], h: float) -> Tensor:
-    """Return x + h * sum of the coefficients times their slopes.
+def _weighted(coefficients: Iterable[tuple[int, float]]) -> Weighted:
+    """Return the pairs of an index and a coefficient, without zeros, in units of the first coefficient."""
+    nonzero = [(j, c) for j, c in coefficients if c]
+    if not nonzero:
+        return None
+    (first, unit), *others = nonzero
+    return first, unit, tuple((j, c / unit) for j, c in others)
+
+
+def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Tensor:
+    """Return x + h times the weighted sum of slopes.
 
     The slopes are summed first. Added to x one by one, each would be rounded to the last place of x.
     """
-    if not coefficients:
+    if weighted is None:
         return x
-    (j, c), *others = coefficients
-    if not others:
-        return x.add(slopes[j], alpha=h * c)
-    total = slopes[j] * c
-    for j, c in others:
-        total = total.add(slopes[j], alpha=c)
-    return x.add(total, alpha=h)
+    j, unit, others = weighted
+    total = slopes[j]
+    for j, ratio in others:
+        total = total.add(slopes[j], alpha=ratio)
+    return x.add(total, alpha=h * unit)
 
 
 @dataclass(frozen=True)
@@ -305,14 +319,12 @@ def _quadrature(
     for node, weight in zip(nodes, weights, strict=True):
         time = clock.at(node)
         totals[time] = totals.get(time, 0.0) + weight
-    values: list[Tensor] = []
-    factors: list[tuple[int, float]] = []
-    for time, weight in totals.items():
-        if weight:
-            cost.evaluated()
-            factors.append((len(values), weight))
-            values.append(same_shape("costate", operator.value(time), x))
-    return combined(x, values, factors, operator.scale * h)
+    acting = {time: weight for time, weight in totals.items() if weight}
+    values = []
+    for time in acting:
+        cost.evaluated()
+        values.append(same_shape("costate", operator.value(time), x))
+    return _moved(x, values, _weighted(enumerate(acting.values())), operator.scale * h)
 
 
 _NAMED: dict[str, SubStep] = {
