@@ -597,5 +597,5 @@ def test_programs_that_show_the_library_run(name, capsys, monkeypatch):
 
 def test_the_example_of_a_diagnosis_writes_its_page(tmp_path):
     namespace = runpy.run_path(str(ROOT / "examples" / "diagnose.py"), run_name="not main")
-    namespace["main"](["--out", str(tmp_path)])
+    namespace["main"](["--out", str(tmp_path), "--images", "2"])
     assert (tmp_path / "diagnostics.md").exists()

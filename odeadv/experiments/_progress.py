@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines for a reader, JSON lines and TensorBoard events for a machine."""
+"""Reports of a run while it goes: lines for a reader, JSON lines and TensorBoard events for a program."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any, TextIO
 
 from odeadv.experiments._config import RunConfig
 from odeadv.support.files import write_text
+from odeadv.support.progress import ProgressLine
 from odeadv.training import EpochResult
 
 
 class Metrics:
-    """What became of every epoch, as JSON lines and, if asked for, for TensorBoard."""
+    """The result of every epoch, as JSON lines and, if asked for, for TensorBoard."""
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self._path = folder / "metrics.jsonl"
         self._lines: list[str] = []
-        # Epochs of an earlier start are told again when a run goes on; the event files have them already.
+        # A resumed run reports the epochs of its earlier start again; the event files have them already.
         self._there = len(self._path.read_text(encoding="utf-8").splitlines()) if self._path.exists() else 0
         self._board = None
         if tensorboard:
@@ -31,7 +32,7 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def add(self, result: EpochResult) -> None:
-        """One more epoch; the file holds exactly the epochs of this run, also after it was interrupted."""
+        """Add an epoch. The file holds exactly the epochs of this run, also after an interruption."""
         again = result.epoch <= self._there
         self._lines.append(json.dumps(asdict(result), allow_nan=False))
         write_text(self._path, "\n".join(self._lines) + "\n")
@@ -54,63 +55,40 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Progress:
-    """Lines about a run: one per epoch, and within it one that is overwritten (on a terminal) or one per minute."""
+    """Lines about a run: one per epoch and per evaluation, and a `ProgressLine` within them."""
 
     def __init__(self, label: str, config: RunConfig, log: TextIO) -> None:
         self.label, self.log = label, log
         self.epochs, self.batch_size = config.training.epochs, config.training.batch_size
-        self.live = log.isatty()
-        self.what = ""
-        self.began = self.shown = time.perf_counter()
-        self.first: float | None = None  # share of the training that was done before
-        self.steps = 0
+        self.started = False
+        self.begin("training", unit="image")
 
-    def begin(self, what: str) -> None:
+    def begin(self, what: str, unit: str = "batch") -> None:
         """Begin a new piece of work."""
         self.what, self.began = what, time.perf_counter()
+        self.line = ProgressLine(f"{self.label} {what}", unit=unit, stream=self.log)
 
     def step(self, epoch: int, step: int, steps: int) -> None:
         """Record that a step was made."""
-        share = (epoch - 1 + step / steps) / self.epochs
-        if self.first is None:
-            self.first = share
-            if (epoch, step) != (1, 1):
-                self._line(f"goes on with epoch {epoch}/{self.epochs}, step {step}/{steps}; what was before is kept")
-            return
-        self.steps += 1
-        rate = self.steps * self.batch_size / (time.perf_counter() - self.began)
-        self._now_and_then(f"epoch {epoch}/{self.epochs}, step {step}/{steps}, {rate:.0f} images/s", share, self.first)
+        if not self.started and (epoch, step) != (1, 1):
+            self._tell(f"goes on with epoch {epoch}/{self.epochs}, step {step}/{steps}; the work before it is kept")
+        self.started = True
+        self.line(((epoch - 1) * steps + step) * self.batch_size, self.epochs * steps * self.batch_size)
 
     def epoch(self, result: EpochResult) -> None:
         """Record that an epoch has ended."""
-        share = result.epoch / self.epochs
-        left = "" if self.first is None or share <= self.first else f"  {self._left(share, self.first)}"
         ratio = "" if result.ratio is None else f"  Eq. 16 ratio {result.ratio:.2g}"
         valid = "".join(f"  {name} {100 * value:.1f} %" for name, value in (result.validation or {}).items())
-        self._line(
+        self._tell(
             f"epoch {result.epoch}/{self.epochs}  loss {result.loss:.4f}  accuracy {100 * result.accuracy:.1f} %"
-            f"{valid}{ratio}  lr {result.lr:g}  {result.seconds:.0f} s{left}"
+            f"{valid}{ratio}  lr {result.lr:g}  {result.seconds:.0f} s"
         )
 
     def evaluated(self, done: int, total: int) -> None:
         """Record that a batch was evaluated."""
+        self.line(done, total)
         if done == total:
-            self._line(f"{self.what}: {time.perf_counter() - self.began:.0f} s")
-        else:
-            self._now_and_then(f"{self.what}, batch {done}/{total}", done / total, 0.0)
+            self._tell(f"{self.what}: {time.perf_counter() - self.began:.0f} s")
 
-    def _now_and_then(self, text: str, share: float, first: float) -> None:
-        now = time.perf_counter()
-        if now - self.shown > (0.5 if self.live else 60.0):
-            self.shown = now
-            (self._overwrite if self.live else self._line)(f"{text}, {self._left(share, first)}")
-
-    def _left(self, share: float, first: float) -> str:
-        seconds = (time.perf_counter() - self.began) * (1.0 - share) / max(share - first, 1e-9)
-        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
-
-    def _line(self, text: str) -> None:
-        print(f"{chr(13) + chr(27) + '[K' if self.live else ''}{self.label} {text}", file=self.log, flush=True)
-
-    def _overwrite(self, text: str) -> None:
-        print(f"\r\x1b[K{self.label} {text}", end="", file=self.log, flush=True)
+    def _tell(self, text: str) -> None:
+        self.line.write(f"{self.label} {text}")

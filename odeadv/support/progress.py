@@ -59,3 +59,11 @@ class ProgressLine:
                 done, total, now - began, ncols=0, prefix=self._label, unit=self._unit, initial=earlier
             )
             print(line, file=stream, flush=True)
+
+    def write(self, text: str) -> None:
+        """Print ``text`` on a line of its own, above the bar if there is one."""
+        stream = self._stream or sys.stderr
+        if self._bar is not None:
+            self._bar.write(text, file=stream)
+        else:
+            print(text, file=stream, flush=True)
