@@ -174,12 +174,18 @@ def _shape(results: Results) -> dict[str, Any]:
 def write_claims(records: Path, out: Path) -> str:
     """Make ``out/claims.json`` and ``out/claims.md`` from the records in a folder; return the Markdown.
 
+    A claim links to the page of its table if that page lies next to the folder of records.
+
     Raises:
         ValueError: for a JSON file that is not a record of a run.
         NotADirectoryError: if the folder does not exist.
     """
     loaded = load_records(records)
-    data = {"schema": SCHEMA, "claims": [decide(claim, loaded) for claim in CLAIMS]}
+    claims = [decide(claim, loaded) for claim in CLAIMS]
+    for claim in claims:
+        if claim["page"] is not None and not (records.parent / claim["page"]).is_file():
+            claim["page"] = None  # a table that has not been rendered yet
+    data = {"schema": SCHEMA, "claims": claims}
     write_json(out / "claims.json", data)
     text = render_claims(data)
     write_text(out / "claims.md", text)
