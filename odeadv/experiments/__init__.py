@@ -1,6 +1,6 @@
-"""Which runs make which table: runs and tables as data, the code that runs them, and the report made of their JSON.
+"""Runs and tables as data, the code that runs them, and the reports made from their JSON records.
 
-The top of the package; imports everything below it.
+This is the top layer of odeadv. It imports all layers below it.
 """
 
 from odeadv.experiments._campaign import STAGES, Stage, run_stage

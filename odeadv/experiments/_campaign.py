@@ -1,6 +1,6 @@
-"""The campaign that tests the paper's claims: its stages as data, in the order in which they are run.
+"""The campaign that tests the paper's claims: its stages as data, in the order of the runs.
 
-docs/results/rules.md states the decision rules; it is older than the runs.
+docs/results/rules.md states the decision rules. The rules were written before the runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Stage:
     """One stage of the campaign.
 
     Attributes:
-        name: as in docs/results/rules.md.
-        table, preset: names of the table and the preset; the data set is CIFAR-10.
-        seeds: seeds that no earlier result has used, except for ``rows`` that continue a committed table.
-        rows: some rows of the table, by name; empty for all.
-        best: whether the weights of the best epoch are evaluated as well as the last ones.
-        says: what the stage decides.
+        name: name of the stage in docs/results/rules.md.
+        table, preset: names of the table and the preset. The data set is CIFAR-10.
+        seeds: seeds that no earlier result has used. Only ``rows`` that continue a committed table reuse seeds.
+        rows: names of some rows of the table; empty for all rows.
+        best: True if the weights of the best epoch are evaluated in addition to the last weights.
+        says: the question that the stage decides.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stage:
 
     @property
     def jobs(self) -> list[Job]:
-        """The runs of the stage: all rows of the first seed, then of the next."""
+        """The runs of the stage: all rows of the first seed, then all rows of the next seed."""
         table = TABLES[self.table]
         pairs = configurations(
             table, PRESETS[self.preset], dataset="cifar10", methods=self.rows or None, seeds=self.seeds
@@ -81,22 +81,22 @@ STAGES = {
 def run_stage(
     stage: Stage, runs: Path, folder: Path, records: Path, seeds: Sequence[int] | None = None
 ) -> list[Failure]:
-    """Run what is missing of ``stage``, seed by seed, and copy the records of each seed when it is finished.
+    """Run the missing runs of ``stage``, seed by seed, and copy the records when a seed is finished.
 
-    A stage that was stopped is resumed: finished runs are not run again, and a run goes on from its checkpoint.
+    If the stage is stopped, call this function again. It skips finished runs and resumes a run from its checkpoint.
 
     Args:
         stage: one of `STAGES`.
         runs: folder of all runs, with weights and checkpoints.
         folder: folder with the data sets.
-        records: folder that gets one JSON file per run.
-        seeds: some of the stage's seeds.
+        records: folder to which one JSON file per run is written.
+        seeds: some of the stage's seeds; None for all.
 
     Returns:
         The runs that failed.
 
     Raises:
-        ValueError: for a seed that the stage does not have.
+        ValueError: if the stage does not have one of ``seeds``.
     """
     chosen = stage.seeds if seeds is None else tuple(seeds)
     if unknown := [seed for seed in chosen if seed not in stage.seeds]:

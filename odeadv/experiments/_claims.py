@@ -1,4 +1,4 @@
-"""The page of claims: each claim of the paper, what the runs say about it, and the word of the rules."""
+"""The page of claims: each claim of the paper, the result of the runs, and the word of the rules."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Claim:
     """A claim of the paper and the contrast that decides it.
 
     Attributes:
-        text: the claim, in a sentence.
-        source: where the paper makes it; "implied" if it only follows from what the paper says.
-        table, preset: the runs that decide.
-        row, other: names of the rows; the difference is row minus other. Empty for the shape of a table over eta.
-        dataset: the data set.
+        text: the claim in one sentence.
+        source: the place in the paper; "implied" if the claim only follows from other statements of the paper.
+        table, preset: names of the table and the preset whose runs decide the claim.
+        row, other: names of the rows. The difference is ``row`` minus ``other``. Both are empty if the claim is about
+            the shape of a table over eta.
+        dataset: name of the data set.
     """
 
     text: str
@@ -40,7 +41,7 @@ class Claim:
 
     @property
     def page(self) -> str:
-        """Path of the table's page, from the folder of results."""
+        """The path of the table's page, relative to the folder of results."""
         return f"{self.table}-{self.dataset}-{self.preset}/{self.table}.md"
 
 
@@ -90,9 +91,9 @@ CLAIMS = (
 
 
 def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the records say about ``claim``, as plain data.
+    """Return the decision of the records on ``claim``, as plain data.
 
-    Seeds that made the hypothesis are left out if there are at least two others.
+    The hypotheses come from the seeds of the pilots. These seeds are left out if there are at least two others.
     """
     nothing: dict[str, Any] = {
         "word": "not tested",
@@ -118,7 +119,7 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
     table, preset = TABLES[claim.table], PRESETS[claim.preset]
     try:
         results = gather(table, preset, claim.dataset, records)
-    except ValueError:  # none of the records belongs there
+    except ValueError:  # no record belongs to this table
         return None
     names = [claim.row, claim.other] if claim.row else [row.name for row in results.rows]
     common = set.intersection(*(set(results.runs.get(name, {})) for name in names))
@@ -147,7 +148,7 @@ def _found(finding: Finding, results: Results) -> dict[str, Any]:
 
 
 def _shape(results: Results) -> dict[str, Any]:
-    """Decide the shape over eta by the rule of stage 4."""
+    """Decide the claim about the shape over eta, by the rule of stage 4 in docs/results/rules.md."""
     found = results.findings()
     seeds = sorted({seed for finding in found for seed in finding.seeds})
     if not found or len(seeds) < 2:
@@ -172,19 +173,19 @@ def _shape(results: Results) -> dict[str, Any]:
 
 
 def write_claims(records: Path, out: Path) -> str:
-    """Make ``out/claims.json`` and ``out/claims.md`` from the records in a folder; return the Markdown.
+    """Write ``out/claims.json`` and ``out/claims.md`` from the folder ``records``, and return the Markdown.
 
-    A claim links to the page of its table if that page lies next to the folder of records.
+    A claim links to the page of its table if the page exists next to the folder of records.
 
     Raises:
-        ValueError: for a JSON file that is not a record of a run.
+        ValueError: if a JSON file is not a record of a run.
         NotADirectoryError: if the folder does not exist.
     """
     loaded = load_records(records)
     claims = [decide(claim, loaded) for claim in CLAIMS]
     for claim in claims:
         if claim["page"] is not None and not (records.parent / claim["page"]).is_file():
-            claim["page"] = None  # a table that has not been rendered yet
+            claim["page"] = None  # the page of this table has not been written yet
     data = {"schema": SCHEMA, "claims": claims}
     write_json(out / "claims.json", data)
     text = render_claims(data)
@@ -224,7 +225,7 @@ def render_claims(data: Mapping[str, Any]) -> str:
 
 
 def _ranges(seeds: Sequence[int]) -> str:
-    """Return seeds as text: ``"3 to 9"``, or a list if they are not consecutive."""
+    """Return the seeds as text: ``"3 to 9"`` for three or more consecutive seeds, otherwise a list."""
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
         return f"{seeds[0]} to {seeds[-1]}"
     return ", ".join(map(str, seeds))

@@ -1,4 +1,4 @@
-"""Everything the result of a training depends on, as plain data."""
+"""The configuration of a training run as plain data: everything that the result depends on."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from odeadv.training import (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained and tested on.
+    """The images of a run: training, test and validation images.
 
     Attributes:
-        name: of the data set, one of `odeadv.data.names`.
-        train_images, test_images: how many of them, balanced over the classes; None for all.
-        validation_images: how many of all training images are set aside to choose the best epoch (or eta) by;
-            ``train_images`` are taken from the others.
-        folds: for cross-validation, into how many parts the training images are divided (0: they are not); the test
-            images are then part ``fold`` of them, and those of the data set are not used.
-        fold: which part.
-        image_size: height and width that all images are averaged down to; None keeps them as they are.
+        name: name of the data set, one of `odeadv.data.names`.
+        train_images, test_images: numbers of images, balanced over the classes; None for all.
+        validation_images: number of training images that are set aside to choose the best epoch (or eta).
+            ``train_images`` are taken from the rest.
+        folds: number of parts for cross-validation; 0 for no cross-validation. With folds, the training images are
+            divided into parts, and part ``fold`` is the test set. The data set's own test images are not used.
+        fold: index of the part that is the test set.
+        image_size: height and width to which all images are averaged down; None keeps the original size.
 
     Raises:
-        ValueError: naming the attribute that is out of range.
+        ValueError: if an attribute is out of range. The message names the attribute.
     """
 
     name: str = "cifar10"
@@ -70,10 +70,10 @@ class DataConfig:
             raise ValueError(f"folds, fold: got {self.folds} and {self.fold}, expected at least 2, and fold below it")
 
     def take(self, data: ImageDataset) -> tuple[ImageDataset, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Return the subset of the whole ``data`` to train and test on, and the images set aside.
+        """Return the subset of ``data`` for training and testing, and the validation images (None if there are none).
 
         Raises:
-            ValueError: if there are too few images.
+            ValueError: if ``data`` has too few images.
         """
         aside = None
         if self.image_size is not None:
@@ -87,16 +87,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network; the numbers of classes and the normalisation are the data set's.
+    """The network of a run. The data set gives the number of classes and the normalisation.
 
     Attributes:
         name: one of `odeadv.models.names`.
-        depth, width: of a ``"preact_resnet"``; width alone of others.
-        damping: None, ``"damp"`` (In-ResNet) or ``"lambda-damp"``.
-        noise: standard deviation of the noise after every residual sum in training, 0 for none.
-        noise_kind: ``"absolute"``, or ``"relative"`` to the activation's own standard deviation.
-        passes: noisy passes averaged at inference, for a network with noise.
-        options: further arguments of that model.
+        depth: depth of a ``"preact_resnet"``; other models ignore it.
+        width: width of the network.
+        damping: damping of the residual blocks: None, ``"damp"`` (In-ResNet) or ``"lambda-damp"``.
+        noise: standard deviation of the training noise after every residual sum; 0 for no noise.
+        noise_kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the activation.
+        passes: number of noisy passes that are averaged at inference, if the network has noise.
+        options: further arguments of the model.
     """
 
     name: str = "preact_resnet"
@@ -112,7 +113,7 @@ class ModelConfig:
         """Build the network for the images of ``data``.
 
         Raises:
-            TypeError, ValueError: for an unknown model or arguments it does not take.
+            TypeError, ValueError: if the model is unknown or does not take an argument.
         """
         common = {"width": self.width, "num_classes": data.num_classes, "mean": data.mean, "std": data.std}
         if self.name == "preact_resnet":
@@ -125,12 +126,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run; how it is evaluated is not part of it, so that tables can share it.
+    """The configuration of one training run.
+
+    The evaluation is not part of it, so several tables can share one run.
 
     Attributes:
-        data: what it is trained on.
-        model: what is trained.
-        training: how.
+        data: the images.
+        model: the network.
+        training: the training method and its parameters.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -139,31 +142,32 @@ class RunConfig:
 
     @property
     def key(self) -> str:
-        """A hash of what differs from the defaults: equal for equal runs."""
+        """A hash of all values that differ from the defaults. Equal configurations have equal keys."""
         return configuration.key(self)
 
     @property
     def method(self) -> str:
-        """The method in words, such as ``"pgd+lad-sm+noise"``; see `odeadv.experiments.method_of`."""
+        """The name of the method, such as ``"pgd+lad-sm+noise"``; see `odeadv.experiments.method_of`."""
         return method_of(self)
 
     @property
     def name(self) -> str:
-        """The name of its folder: data, method, seed, and enough of the key to be one run's alone."""
+        """The name of the run's folder: data set, method, seed and the first 8 digits of the key."""
         method = self.method.replace("+", "-")
         return f"{self.data.name}-{method}-seed{self.training.seed}-{self.key[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the configuration as plain data."""
         plain: dict[str, Any] = configuration.to_dict(self)
         return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
-        """From plain data; see `odeadv.experiments.load_config` for files.
+        """Build a configuration from plain data; see `odeadv.experiments.load_config` for files.
 
         Raises:
-            TypeError, ValueError: naming the key that is unknown, of a wrong type or out of range.
+            TypeError, ValueError: if a key is unknown, or its value has a wrong type or is out of range. The message
+                names the key.
         """
         return configuration.from_dict(cls, data)
 
@@ -172,7 +176,8 @@ def load_config(file: str | os.PathLike[str]) -> RunConfig:
     """Read the configuration of a run from a .json, .yaml or .yml file.
 
     Raises:
-        TypeError, ValueError: naming the key that is unknown, of a wrong type or out of range.
+        TypeError, ValueError: if a key is unknown, or its value has a wrong type or is out of range. The message names
+            the key.
         OSError: if the file cannot be read.
     """
     return configuration.load(RunConfig, Path(file))
@@ -186,18 +191,18 @@ PERTURBATIONS = ("random", "shuffled", "input")
 
 @dataclass(frozen=True)
 class Method:
-    """A method, taken apart.
+    """The parts of a training method; `parse_method` makes them from its name.
 
     Attributes:
         objective: ``"natural"``, ``"pgd"`` or ``"trades"``.
-        scheme: of the defence; None for none.
-        perturbation: what drives the state.
-        damping: of the residual blocks.
-        noise: whether there is noise in training.
-        zero: eta = 0.
-        sweeps: recordings.
-        matched: without a defence, trained for as many passes as with LAD.
-        penalty: the explicit gradient penalty takes the place of a defence by a scheme.
+        scheme: splitting scheme of the layerwise defence; None for no scheme.
+        perturbation: the perturbation of the state; see `Layerwise`.
+        damping: damping of the residual blocks; None for no damping.
+        noise: True for noise in training.
+        zero: True for eta = 0.
+        sweeps: number of recordings per step.
+        matched: True for a run without a defence that takes as many passes as a run with LAD.
+        penalty: True for the explicit gradient penalty instead of a layerwise defence.
     """
 
     objective: str
@@ -212,7 +217,7 @@ class Method:
 
     @property
     def defended(self) -> bool:
-        """True if eta matters: there is a scheme or the explicit penalty."""
+        """True if the method has a scheme or the explicit penalty, so that eta matters."""
         return self.scheme is not None or self.penalty
 
     def defence(self, eta: float) -> Defence:
@@ -226,7 +231,7 @@ class Method:
     def attack(
         self, steps: int, eps: float, alpha: float, trades_start: Literal["free", "clamped"] = "free"
     ) -> Objective:
-        """Return the objective, with the attack that is trained on; for ``trades_start`` see `Trades`."""
+        """Return the objective with its training attack; for ``trades_start`` see `Trades`."""
         if self.objective == "natural":
             return Natural()
         if self.objective == "pgd":
@@ -235,16 +240,22 @@ class Method:
 
 
 def parse_method(name: str) -> Method:
-    """Return the method called ``name``: an objective, then parts joined by "+".
+    """Return the method called ``name``: an objective, then parts, joined by "+".
 
-    Parts: ``damp``, ``lambda-damp``; ``lad``, ``lad-sm``, ``lad-midpoint``, ``lad-symmetric`` (schemes ``"lie"``,
-    ``"strang"``, ``"strang-midpoint"``, ``"strang-symmetric"``), with ``sweeps2`` and the like; for ablations
-    ``random``, ``shuffled``, ``input`` (what drives the state) and ``eta0`` (eta = 0; for TRADES the mix of losses is
-    what is left); ``penalty``, the explicit gradient penalty in place of LAD; ``noise``; and ``matched``, without a
-    defence, for more epochs: as many passes as with LAD.
+    The parts are:
+
+    - ``damp``, ``lambda-damp``: damping of the residual blocks.
+    - ``lad``, ``lad-sm``, ``lad-midpoint``, ``lad-symmetric``: LAD with the scheme ``"lie"``, ``"strang"``,
+      ``"strang-midpoint"`` or ``"strang-symmetric"``.
+    - ``sweeps2``, ``sweeps3`` and so on: the number of recordings of LAD.
+    - ``random``, ``shuffled``, ``input``: ablations of the perturbation; see `Layerwise`.
+    - ``eta0``: an ablation with eta = 0. For TRADES only the mix of losses remains.
+    - ``penalty``: the explicit gradient penalty instead of LAD.
+    - ``noise``: noise in training.
+    - ``matched``: no defence, but more epochs, so that the run takes as many passes as with LAD.
 
     Raises:
-        ValueError: for a part that is none of these, or two of a kind.
+        ValueError: if a part is unknown, two parts set the same attribute, or the parts contradict each other.
     """
     objective, *parts = name.split("+")
     if objective not in OBJECTIVES:
@@ -285,7 +296,7 @@ def _part(name: str, part: str) -> tuple[str, object]:
 
 
 def method_of(config: RunConfig) -> str:
-    """Return the name of the method that ``config`` runs; your own objectives, defences and schemes by their names."""
+    """Return the name of the method of ``config``. Your own objectives, defences and schemes appear by their names."""
     model, training = config.model, config.training
     name = type(training.objective).name
     if model.damping:
@@ -311,10 +322,11 @@ def method_of(config: RunConfig) -> str:
 
 
 def passes(config: RunConfig) -> int:
-    """Count the passes of a training step: forward, to activations and to weight gradients count 1 each.
+    """Count the passes of one training step.
 
-    A pass that is trained on counts 3, an attack step or a recording 2; the exact midpoint 2 more. Differentiating a
-    recording, as the explicit penalty does, counts twice what the recording does.
+    A forward pass, a backward pass to activations and a backward pass to weights count 1 each. A pass that trains the
+    weights therefore counts 3. An attack step or a recording counts 2. The exact midpoint adds 2. The explicit penalty
+    also differentiates its recording, which adds 4: twice the recording.
     """
     training = config.training
     objective = training.objective

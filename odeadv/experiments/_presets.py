@@ -1,4 +1,4 @@
-"""The presets: at what size the tables are run, and the runs that this makes."""
+"""The presets: the sizes at which the tables are run, and the configurations of the runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ NOISE_STD = 0.1
 
 @dataclass(frozen=True)
 class Size:
-    """How large the runs of one kind of objective are.
+    """The size of the runs of one objective.
 
     Attributes:
-        depth, width: of the network.
-        epochs: a number, or one for each data set; the learning rate is divided by 10 at 1/2 and 3/4 of them.
-        train_images: a number, or one for each data set; see `DataConfig`.
+        depth, width: depth and width of the network. Only a ``"preact_resnet"`` uses the depth.
+        epochs: one number, or one per data set. The learning rate is divided by 10 at 1/2 and 3/4 of the epochs.
+        train_images: one number, or one per data set; see `DataConfig`.
         test_images, validation_images: see `DataConfig`.
-        precision: of training.
-        eta: one for each data set, for batches of ``batch_size`` and a loss averaged over them.
-        attack_steps: of the attack trained on.
-        passes: noisy passes averaged at inference.
-        batch_size: images a step; eta / batch_size is what is invariant.
-        model: name of the network; ``depth`` is that of a ``"preact_resnet"``.
-        options: further arguments of that network.
+        precision: precision of training.
+        eta: one value per data set, for batches of ``batch_size`` and the mean loss of a batch.
+        attack_steps: number of steps of the training attack.
+        passes: number of noisy passes that are averaged at inference.
+        batch_size: images per step. If it changes, keep eta / batch_size constant.
+        model: name of the network.
+        options: further arguments of the network.
         image_size: see `DataConfig`.
         augment, lr, weight_decay: see `odeadv.training.TrainConfig`.
-        eps_255: radius of the attack trained on, in 1/255; its steps are a quarter of it.
+        eps_255: radius of the training attack in units of 1/255. The step size is a quarter of the radius.
         trades_start: see `odeadv.training.Trades`.
     """
 
@@ -56,32 +56,36 @@ class Size:
     trades_start: Literal["free", "clamped"] = "free"
 
     def can_run(self, row: Row) -> bool:
-        """Return whether the network has what ``row`` changes: a ResNet-8 lacks a block to damp, an MLP noise."""
+        """Return True if the network supports ``row``.
+
+        A ResNet-8 has no block to damp. Networks other than ``"preact_resnet"`` take no damping or noise.
+        """
         method = parse_method(row.method)
         if self.model != "preact_resnet":
             return method.damping is None and not method.noise
         return method.damping is None or self.depth >= 14
 
     def epochs_on(self, dataset: str) -> int:
-        """Epochs for a data set."""
+        """Return the number of epochs for ``dataset``."""
         return self.epochs if isinstance(self.epochs, int) else self.epochs[dataset]
 
     def train_images_on(self, dataset: str) -> int | None:
-        """Training images of a data set."""
+        """Return the number of training images for ``dataset``; None for all."""
         return self.train_images[dataset] if isinstance(self.train_images, Mapping) else self.train_images
 
 
 @dataclass(frozen=True)
 class Preset:
-    """At what size tables are run.
+    """The size at which tables are run.
 
     Attributes:
-        name: of the preset.
-        dataset: the data set unless another is asked for.
-        sizes: by objective.
-        seeds: unless others are asked for.
-        says: what it is, in a line.
-        confirms_from: the first seed that no pilot has used: earlier ones made the hypotheses.
+        name: name of the preset.
+        dataset: default data set.
+        sizes: size of the runs per objective.
+        seeds: default seeds.
+        says: description of the preset in one line.
+        confirms_from: first seed that no pilot has used. The hypotheses come from earlier seeds, so only seeds from
+            this one on can confirm them.
     """
 
     name: str
@@ -92,7 +96,7 @@ class Preset:
     confirms_from: int = 0
 
     def eta(self, row: Row, dataset: str) -> float:
-        """Eta of a defended ``row``, for batches of this preset's size."""
+        """Return eta of a defended ``row`` on ``dataset``, for the batch size of this preset."""
         return row.factor * self.sizes[row.method.split("+")[0]].eta[dataset]
 
 
@@ -104,30 +108,30 @@ _SMOKE = Size(14, 8, 8, "fp32", ETA, passes=3)
 
 _BF16 = Size(8, 16, 8, "bf16", ETA)
 
-# Eta on CIFAR-10 was chosen by `odeadv tune`: docs/results/tune/pgd-cifar10-bf16.json.
+# `odeadv tune` chose eta on CIFAR-10: docs/results/tune/pgd-cifar10-bf16.json.
 _BF16_ADVERSARIAL = Size(
     8, 16, 40, "bf16", {**ETA, "cifar10": 1600.0},
     train_images=2000, test_images=2000, validation_images=500, attack_steps=7,
     passes=10,
 )  # fmt: skip
 
-# Few images and many epochs: nearer to the paper's networks, which fit what they are trained on, than `bf16` is.
+# Few images and many epochs. The paper's networks fit their training images; `cpu` is closer to this than `bf16`.
 _CPU = Size(
     14, 8, 40, "fp32", {name: eta / 2 for name, eta in ETA.items()},
     train_images=5000, test_images=2000, validation_images=200, passes=10, batch_size=64,
 )  # fmt: skip
 
-# Eta on CIFAR-10 was chosen by `odeadv tune`: docs/results/tune/pgd-cifar10-cpu.json. On CIFAR-100 it is the paper's
-# 1000 times the Eq. 16 ratio that plain PGD settles at here, 7e5, over the least of the paper, 1e5.
+# `odeadv tune` chose eta on CIFAR-10: docs/results/tune/pgd-cifar10-cpu.json. On CIFAR-100 eta is 1000 * 7e5 / 1e5:
+# 1000 is the paper's eta, 7e5 is the ratio of Eq. 16 at which plain PGD settles here, and 1e5 is the paper's smallest.
 _CPU_ADVERSARIAL = replace(
     _CPU, eta={**_CPU.eta, "cifar10": 50.0, "cifar100": 7000.0}, attack_steps=7,
-    trades_start="clamped",  # as the committed runs have it
-    # CIFAR-100 has ten times the classes: twice the images, at about the same price.
+    trades_start="clamped",  # the committed runs used this start
+    # CIFAR-100 has ten times as many classes. It gets twice the images and fewer epochs, at about the same cost.
     epochs={**dict.fromkeys(ETA, 45), "cifar100": 30}, train_images={**dict.fromkeys(ETA, 1000), "cifar100": 2000},
 )  # fmt: skip
 
-# Regimes in which plain PGD over-fits, so that a defence has something to mend: few small images, no augmentation, a
-# radius of 4/255. Eta is that of the pilots (docs/results/rules.md); the seeds of the pilots are not used again.
+# In these regimes plain PGD over-fits, so a defence can improve it: few small images, no augmentation, a radius of
+# 4/255. The pilots chose eta (docs/results/rules.md). Their seeds are not used again.
 _MLP = Size(
     ModelConfig.depth, 128, 60, "fp32", dict.fromkeys(ETA, 25.0),
     train_images=1000, test_images=4000, validation_images=2000, attack_steps=5, batch_size=64,
@@ -179,7 +183,11 @@ def _passes(row: Row, size: Size, dataset: str) -> int:
 
 
 def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
-    """Return the run of ``row`` at ``size``."""
+    """Return the configuration of the run of ``row`` at ``size`` on ``dataset``.
+
+    Raises:
+        ValueError: if ``size`` has no eta for ``dataset``, or the method of ``row`` is unknown.
+    """
     if dataset not in size.eta:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(size.eta)}")
     method = parse_method(row.method)
@@ -219,7 +227,7 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
 
 
 def with_eta(preset: Preset, table: Table, dataset: str, eta: float) -> Preset:
-    """``preset`` with another eta for the objectives of ``table`` on ``dataset``, such as one that was tuned."""
+    """Return ``preset`` with another eta, such as a tuned one, for the objectives of ``table`` on ``dataset``."""
     objectives = {row.method.split("+")[0] for row in table.rows}
     sizes = {
         name: replace(size, eta={**size.eta, dataset: float(eta)}) if name in objectives else size
@@ -236,19 +244,19 @@ def configurations(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[tuple[Row, RunConfig]]:
-    """Return the runs of ``table`` at ``preset``: all rows of the first seed, then of the next.
+    """Return the runs of ``table`` at ``preset``: all rows of the first seed, then all rows of the next seed.
 
-    Rows with damping are left out if the network lacks a block to damp, unless they are asked for.
+    Rows that the network does not support (see `Size.can_run`) are left out unless ``methods`` names them.
 
     Args:
-        table: rows and protocol.
-        preset: size.
-        dataset: instead of the preset's.
-        methods: some of the rows, by name.
-        seeds: instead of the preset's.
+        table: the table that gives the rows.
+        preset: the preset that gives the sizes.
+        dataset: data set; None for the preset's.
+        methods: names of some rows; None for all rows.
+        seeds: seeds; None for the preset's.
 
     Raises:
-        ValueError: for a method that is not a row, or a data set without a value of eta.
+        ValueError: if a method is not a row of the table, or the preset has no eta for the data set.
     """
     rows = [table.row(name) for name in methods or table.methods]
     sizes = {row.name: preset.sizes[row.method.split("+")[0]] for row in rows}

@@ -1,4 +1,4 @@
-"""The records of a table, read and compared."""
+"""The results of a table: reading the records of its runs and comparing its rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from odeadv.experiments._tables import Column, Row, Table
 
 Record = Mapping[str, Any]
 
-# Plain PGD over-fits by these rules of docs/results/rules.md: points between robust training and robust test accuracy,
-# and between the best epoch and the last one on validation images.
+# docs/results/rules.md defines over-fitting of plain PGD by these two thresholds, in percentage points. GAP is robust
+# training minus robust test accuracy. DROP is the best epoch minus the last epoch on validation images.
 GAP, DROP = 15.0, 2.0
-WEAKEST = 0.01  # the least strength s in the middle of the training that tests a defence
+WEAKEST = 0.01  # a defence is tested only if its strength s in the middle of training is at least this value
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Difference:
     """One row minus another in one column, in percentage points, paired by seed.
 
     Attributes:
-        values: one per seed.
+        values: one difference per seed.
     """
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds."""
+        """The mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean by Student's t; None with one seed."""
+        """The 95 % confidence interval of the mean by Student's t; None with one seed."""
         n = len(self.values)
         if n < 2:
             return None
@@ -53,16 +53,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Finding:
-    """A primary contrast of a table, decided by docs/results/rules.md.
+    """A primary contrast of a table and its decision by docs/results/rules.md.
 
     Attributes:
-        row, other: the difference is row minus other.
-        contrast: the difference here, in points.
-        paper: the paper's difference; None if it implies a positive one without a number.
-        p: adjusted by Holm over the primary contrasts of the table; None without an error.
-        seeds: the common seeds.
-        word: the word of the rules.
-        why: what makes it "not tested", or restricts the word.
+        row, other: the two rows. The difference is ``row`` minus ``other``.
+        contrast: the difference here, in percentage points.
+        paper: the paper's difference; None if the paper implies a positive difference but gives no number.
+        p: p-value, adjusted by Holm's method over the primary contrasts of the table; None if the difference has no
+            error estimate.
+        seeds: the seeds that both rows have.
+        word: the word that the rules give.
+        why: the reason for "not tested", or a restriction of the word.
     """
 
     row: Row
@@ -80,9 +81,9 @@ class Results:
     """The records of one table at one preset on one data set.
 
     Attributes:
-        table, preset, dataset: which.
-        runs: by row name, the records by seed; only rows that have been run.
-        missing: names of runs that have not.
+        table, preset, dataset: the table, the preset and the name of the data set.
+        runs: records by row name, then by seed. Rows without a run are left out.
+        missing: names of the runs that have no record.
     """
 
     table: Table
@@ -95,11 +96,11 @@ class Results:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows that have been run, in the table's order."""
+        """The rows that have at least one run, in the order of the table."""
         return [row for row in self.table.rows if row.name in self.runs]
 
     def accuracies(self, record: Record, which: str = "last", score: str = "robust_accuracy") -> dict[str, float]:
-        """Clean accuracy, those under the columns' attacks and their mean, in %."""
+        """Return the clean accuracy, the accuracy per column and the mean of the columns, in %."""
         evaluation = record["evaluations"][which][self.table.protocol]
         values = {"acc": 100 * evaluation["clean_accuracy"]}
         for column in self.table.columns:
@@ -110,31 +111,34 @@ class Results:
 
     @property
     def sweeps_eta(self) -> bool:
-        """True if the table is about eta: some rows are others with a multiple of it."""
+        """True if some rows multiply the preset's eta by a factor."""
         return any(row.factor != 1.0 for row in self.table.rows)
 
     def etas(self, row: Row) -> tuple[str, str]:
-        """Describe the paper's eta and ours for the page; empty if they are the same in every row."""
+        """Return the paper's eta and our eta as text for the page.
+
+        Both are empty if the table does not vary eta or ``row`` has no defence.
+        """
         if not self.sweeps_eta or not parse_method(row.method).defended:
             return "", ""
         there, here = (f", eta {preset.eta(row, self.dataset):g}" for preset in (PRESETS["paper"], self.preset))
         return there, here
 
     def primary(self, record: Record) -> float:
-        """Return the mean accuracy under the table's attacks, in %: last iterates, last weights."""
+        """Return the mean accuracy under the table's attacks, in %, for the last iterates and the last weights."""
         values = self.accuracies(record)
         return statistics.fmean(values[column.key] for column in self.table.columns)
 
     def contrast(self, row: Row, other: Row, key: str | None = None) -> Contrast | None:
-        """Return ``row`` minus ``other`` in a column, with the error of the pooled two-way fit.
+        """Return ``row`` minus ``other`` in one column, with the error of the pooled two-way fit.
 
         Args:
             row: the row.
             other: the row that is subtracted.
-            key: of the column; None for the primary number.
+            key: key of the column; None for the mean accuracy of `primary`.
 
         Returns:
-            None if no chain of common seeds connects the two rows.
+            The contrast; None if no chain of common seeds connects the two rows.
         """
         fit = self._fits.get(key)
         if fit is None:
@@ -150,7 +154,7 @@ class Results:
         return fit.contrast(row.name, other.name, self._floor(row, other, key))
 
     def _floor(self, row: Row, other: Row, key: str | None) -> float:
-        """Return the standard error of ``row`` minus ``other`` that the choice of test images has."""
+        """Return the standard error of ``row`` minus ``other`` that comes from the choice of the test images."""
         seeds = self.runs.get(row.name, {}).keys() & self.runs.get(other.name, {}).keys()
         pairs = [[self._outcomes(r.name, seed, key) for r in (row, other)] for seed in sorted(seeds)]
         if not pairs or any(found is None for pair in pairs for found in pair):
@@ -158,7 +162,10 @@ class Results:
         return image_error([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
     def _outcomes(self, name: str, seed: int, key: str | None) -> Any:
-        """Return the share of a column's attacks (or of all) that leave each image right; None if not recorded."""
+        """Return per image the share of attacks that leave it correct; None if the outcomes are not recorded.
+
+        The share is over the attack ``key``, or over all columns if ``key`` is None or ``"avg"``.
+        """
         if (name, seed) not in self._images:
             evaluation = self.runs[name][seed]["evaluations"]["last"][self.table.protocol]
             by_key: dict[str, Any] = {}
@@ -177,7 +184,7 @@ class Results:
         return sum(by_key[k] for k in keys) / len(keys) if all(k in by_key for k in keys) else None
 
     def findings(self) -> list[Finding]:
-        """Return the primary contrasts of the table whose rows have been run, each with its word."""
+        """Return the primary contrasts of the table with their words, for all pairs of rows that have runs."""
         pairs = [(self.table.row(a), self.table.row(b)) for a, b in self.table.primary_pairs(self.dataset)]
         found = [(row, other, contrast) for row, other in pairs if (contrast := self.contrast(row, other)) is not None]
         adjusted = iter(holm([contrast.p for *_, contrast in found if contrast.p is not None]))
@@ -192,7 +199,7 @@ class Results:
             why = self.not_tested(row)
             if why:
                 said = "not tested"
-            elif len(seeds) < 2:  # only the error of the images is known, not that of the training
+            elif len(seeds) < 2:  # one seed gives the error of the images, but not the error of training
                 said, why = "undecided", "one seed"
             elif said in ("confirmed", "sign only", "opposite") and not any(
                 seed >= self.preset.confirms_from for seed in seeds
@@ -202,7 +209,10 @@ class Results:
         return result
 
     def not_tested(self, row: Row) -> str:
-        """Return why these runs cannot test ``row``: a weak defence or no over-fitting; empty if they can."""
+        """Return the reason why these runs cannot test ``row``; empty if they can.
+
+        The reason is too little over-fitting of plain PGD, or too weak a defence.
+        """
         objective = row.method.split("+")[0]
         why = self.over_fitting(objective)[1] if objective == "pgd" else ""
         s = self.strength(row)
@@ -211,7 +221,11 @@ class Results:
         return why
 
     def strength(self, row: Row) -> float | None:
-        """Return s = eta sum |a_n|^2 / L in the middle of the training, averaged over the seeds; None if not known."""
+        """Return the strength s = eta sum |a_n|^2 / L in the middle of training, averaged over the seeds.
+
+        Here a_n is the costate at layer n and L is the loss. The result is None if s is not recorded,
+        eta is 0, or ``row`` has no defence.
+        """
         if not parse_method(row.method).defended or parse_method(row.method).zero:
             return None
         found = [run["epochs"][(len(run["epochs"]) - 1) // 2] for run in self.runs.get(row.name, {}).values()]
@@ -219,11 +233,12 @@ class Results:
         return statistics.fmean(values) if values and all(value is not None for value in values) else None
 
     def over_fitting(self, objective: str = "pgd") -> tuple[tuple[float, float | None] | None, str]:
-        """Return how far the undefended row over-fits, in points, and why that is too little to test a defence.
+        """Return the over-fitting of the undefended row in percentage points, and a reason if it is too small.
 
         Returns:
-            Robust training minus robust test accuracy, and best minus last epoch on validation images (None without
-            any); None without runs. Then a reason, empty if the criterion is met.
+            A pair. First: robust training minus robust test accuracy, and the best epoch minus the last epoch on
+            validation images (None without such images). Without runs, the first entry is None. Second: the reason why
+            the over-fitting is too small to test a defence; empty if it is large enough.
         """
         runs = list(self.runs.get(objective, {}).values())
         if not runs:
@@ -244,7 +259,7 @@ class Results:
         return (gap, drop), ""
 
     def difference(self, row: Row, other: Row, key: str) -> Difference | None:
-        """Return ``row`` minus ``other`` in the column ``key``, seed by seed; None without common seeds."""
+        """Return ``row`` minus ``other`` in the column ``key`` per common seed; None without common seeds."""
         here, there = self.runs[row.name], self.runs.get(other.name, {})
         seeds = sorted(here.keys() & there.keys())
         values = tuple(self.accuracies(here[s])[key] - self.accuracies(there[s])[key] for s in seeds)
@@ -252,10 +267,10 @@ class Results:
 
 
 def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[Record]) -> Results:
-    """Return those of ``records`` that belong to ``table`` at ``preset`` on ``dataset``, by their keys.
+    """Return the results of ``table`` at ``preset`` on ``dataset``: the ``records`` whose keys match its runs.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if no record matches, two records have the same key, or the records were run on different data.
     """
     dataset = dataset or preset.dataset
     by_key = {record["key"]: record for record in records}

@@ -1,4 +1,4 @@
-"""Comparisons of rows over seeds: one pooled residual, intervals, Holm's adjustment, and the words of the rules.
+"""Comparisons of rows over seeds: a pooled fit, intervals, Holm's adjustment and the words of the rules.
 
 docs/results/rules.md states the rules.
 """
@@ -15,12 +15,15 @@ from odeadv.support.extras import extra
 with extra("train"):
     import numpy as np
 
-#: The tail of a 95 % interval on either side.
+#: The probability outside a 95 % interval, on each side.
 TAIL = 0.025
 
 
 def t_quantile(df: float) -> float:
-    """Return the two-sided 95 % quantile of Student's t with ``df`` degrees of freedom; ``inf`` is the normal's."""
+    """Return the two-sided 95 % quantile of Student's t with ``df`` degrees of freedom.
+
+    With ``df = inf`` it is the quantile of the normal distribution.
+    """
     with extra("evaluate"):
         from scipy.special import ndtri, stdtrit
 
@@ -28,7 +31,7 @@ def t_quantile(df: float) -> float:
 
 
 def two_sided_p(t: float, df: float) -> float:
-    """Return the two-sided p-value of a t statistic; ``df = inf`` is the normal's."""
+    """Return the two-sided p-value of a t statistic; ``df = inf`` gives the normal distribution."""
     with extra("evaluate"):
         from scipy.special import ndtr, stdtr
 
@@ -41,10 +44,10 @@ class Contrast:
 
     Attributes:
         mean: the difference.
-        half: half the width of the 95 % interval; None without degrees of freedom and floor.
-        p: two-sided p-value that the difference is 0; None if ``half`` is.
+        half: half the width of the 95 % interval; None with neither degrees of freedom nor an error of the images.
+        p: two-sided p-value of the hypothesis that the difference is 0; None if ``half`` is None.
         df: degrees of freedom of the pooled residual.
-        by_images: whether the sampling error of the test images decided the interval, not the seeds.
+        by_images: True if the sampling error of the test images sets the interval; False if the seeds set it.
     """
 
     mean: float
@@ -55,7 +58,7 @@ class Contrast:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the difference."""
+        """The 95 % interval of the difference; None if ``half`` is None."""
         return None if self.half is None else (self.mean - self.half, self.mean + self.half)
 
     def __str__(self) -> str:
@@ -66,14 +69,14 @@ class Contrast:
 class TwoWay:
     """The least-squares fit value = row + seed + residual, with one variance for all residuals.
 
-    With every row run on every seed, differences of rows are those of their means, and the residual has
+    If every row has every seed, the difference of two rows is the difference of their means. The residual then has
     (rows - 1)(seeds - 1) degrees of freedom. Runs may be missing.
 
     Args:
-        values: by row, the values by seed.
+        values: the values by row, then by seed.
 
     Raises:
-        ValueError: if the list is empty.
+        ValueError: if there are no values.
     """
 
     def __init__(self, values: Mapping[str, Mapping[int, float]]) -> None:
@@ -82,7 +85,7 @@ class TwoWay:
         cells = [(row, seed, value) for row in self.rows for seed, value in values[row].items()]
         if not cells:
             raise ValueError("values: got none, expected at least one run")
-        # One column per row, and one per seed but the first, which would be their sum.
+        # One column per row and one per seed. The first seed has no column, because the columns would be dependent.
         design = np.zeros((len(cells), len(self.rows) + len(seeds) - 1))
         for n, (row, seed, _) in enumerate(cells):
             design[n, self.rows.index(row)] = 1.0
@@ -97,19 +100,19 @@ class TwoWay:
         self.variance = float(residual @ residual) / self.df if self.df else math.nan
 
     def contrast(self, row: str, other: str, floor: float = 0.0) -> Contrast | None:
-        """Return a row minus another; None if the runs do not connect the two.
+        """Return ``row`` minus ``other``; None if no chain of common seeds connects the two rows.
 
         Args:
             row: name of the row.
             other: name of the row that is subtracted.
-            floor: standard error that the sampling of the test images alone has, see `image_error`.
+            floor: standard error from the sampling of the test images alone, see `image_error`; 0 if not known.
         """
         if row not in self.rows or other not in self.rows:
             return None
         weights = np.zeros(self._design.shape[1])
         weights[self.rows.index(row)] += 1.0
         weights[self.rows.index(other)] -= 1.0
-        # Two rows without a chain of common seeds differ only together with their seeds.
+        # Without a chain of common seeds, the difference of the rows cannot be told from the difference of the seeds.
         if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
             return None
         mean = float(weights @ self._fit)
@@ -117,7 +120,7 @@ class TwoWay:
         if self.df:
             error = math.sqrt(self.variance * float(weights @ self._inverse @ weights))
             options.append((t_quantile(self.df) * error, error, float(self.df)))
-        if floor > 0:  # known from thousands of images: the normal distribution
+        if floor > 0:  # estimated from thousands of images, so the normal distribution is used
             options.append((t_quantile(math.inf) * floor, floor, math.inf))
         if not options:
             return Contrast(mean, None, None, 0)
@@ -133,15 +136,18 @@ def image_error(outcomes: Sequence[Any], others: Sequence[Any]) -> float:
     """Return the standard error of a difference of accuracies (in %) that comes from the choice of the test images.
 
     Args:
-        outcomes: per common seed of the two rows, the share of attacks that leave each image right, (images,).
-        others: the same of the other row, on the same images.
+        outcomes: per common seed of the two rows, the share of attacks that leave each image correct, (images,).
+        others: the same for the other row, on the same images.
     """
     difference = np.mean([a - b for a, b in zip(outcomes, others, strict=True)], axis=0)
     return float(100 * difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted by Holm's method (Holm 1979): those below 0.05 hold jointly at 5 %."""
+    """Return the p-values adjusted by Holm's method (Holm 1979).
+
+    The hypotheses with adjusted p-values below 0.05 are rejected jointly at the 5 % level.
+    """
     order = sorted(range(len(ps)), key=lambda n: ps[n])
     adjusted, highest = [0.0] * len(ps), 0.0
     for rank, n in enumerate(order):
@@ -151,13 +157,13 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def word(contrast: Contrast, p: float | None, paper: float | None, *, gain: float | None = None) -> str:
-    """Return the word of the rules for a difference that the paper claims.
+    """Return the word that the rules give to a difference that the paper claims.
 
     Args:
         contrast: the difference here.
         p: its p-value, adjusted over the primary contrasts.
-        paper: the paper's difference; None for a claim that it implies without a number: a positive difference.
-        gain: for an implied claim, the gain that "absent" is measured by.
+        paper: the paper's difference; None if the paper implies a positive difference but gives no number.
+        gain: gain of the row over its baseline. If ``paper`` is None, half the gain is the limit for "absent".
     """
     if contrast.interval is None or p is None:
         return "undecided"

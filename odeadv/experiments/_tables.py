@@ -1,4 +1,4 @@
-"""The tables as data: their rows and the paper's figures."""
+"""The tables as data: their rows, their columns and the numbers that the paper prints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from odeadv.experiments._config import parse_method
 
 @dataclass(frozen=True)
 class Column:
-    """An attack of a protocol that a table shows.
+    """A column of a table: one attack of the table's protocol.
 
     Attributes:
-        key: its name in ``paper_tables.json``.
+        key: name of the column in ``paper_tables.json``.
         attack: ``"fgsm"`` or ``"ifgsm"``.
-        eps_255: radius in 1/255.
-        steps: steps of the attack.
+        eps_255: radius in units of 1/255.
+        steps: number of attack steps.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Column:
 
     @property
     def label(self) -> str:
-        """As the pages print it."""
+        """The name of the column on the pages."""
         return f"{self.attack.upper()}{f'-{self.steps}' if self.steps > 1 else ''} {self.eps_255:g}"
 
 
@@ -41,10 +41,10 @@ class Row:
     """One row of a table.
 
     Attributes:
-        method: see `odeadv.experiments.parse_method`.
-        factor: eta as a multiple of the preset's.
-        paper_key: its name in ``paper_tables.json``; the method if not given.
-        weight_decay: in place of the preset's; None for the preset's.
+        method: name of the method; see `odeadv.experiments.parse_method`.
+        factor: factor that multiplies the preset's eta.
+        paper_key: name of the row in ``paper_tables.json``; if empty, the method.
+        weight_decay: weight decay of the row; None for the preset's.
     """
 
     method: str
@@ -54,13 +54,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row's name on the command line: its method, then the factor and the weight decay if there are any."""
+        """The row's name on the command line: the method, then the factor and the weight decay if they are set."""
         factor = "" if self.factor == 1.0 else f"@{self.factor:g}"
         return f"{self.method}{factor}{'' if self.weight_decay is None else f':wd{self.weight_decay:g}'}"
 
     @property
     def label(self) -> str:
-        """As the pages print it."""
+        """The name of the row on the pages."""
         objective, *parts = self.method.split("+")
         words = {
             "pgd": "PGD",
@@ -78,20 +78,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper (or an ablation of it): which runs make it, and how they are evaluated.
+    """A table of the paper, or an ablation of one: its runs and their evaluation.
 
     Attributes:
-        name: such as ``"table1"``, also the key of the paper's figures.
-        title: a heading.
-        protocol: of `odeadv.evaluate`.
-        columns: the attacks it shows.
-        rows: its methods.
-        datasets: those that the paper gives it for.
-        average: whether the mean of the columns is one as well.
-        autoattack_255: radius of AutoAttack in 1/255, where it is asked for; one of the columns'.
-        like: the paper's table whose differences this one tests; the table of the same name if not given.
-        primary: pairs of row names whose differences decide (docs/results/rules.md); if not given, those that the
-            paper prints.
+        name: name such as ``"table1"``, also the key of the paper's numbers.
+        title: heading of the page.
+        protocol: name of the protocol for `odeadv.evaluate`.
+        columns: the attacks that the table shows.
+        rows: the methods that the table compares.
+        datasets: the data sets for which the paper prints the table.
+        average: True if the mean of the columns is a further column.
+        autoattack_255: radius of AutoAttack in units of 1/255, if AutoAttack is requested. One column has this radius.
+        like: name of the paper's table whose differences this table tests; if empty, the table of the same name.
+        primary: pairs of row names whose differences decide (docs/results/rules.md). If empty, all compared pairs for
+            which the paper prints a difference.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Table:
     primary: tuple[tuple[str, str], ...] = ()
 
     def primary_pairs(self, dataset: str) -> list[tuple[str, str]]:
-        """Return the pairs of row names whose differences decide."""
+        """Return the pairs of row names whose differences decide on ``dataset``."""
         if self.primary:
             return list(self.primary)
         pairs = [(row, other) for row in self.rows for other in self.compared(row)]
@@ -114,7 +114,10 @@ class Table:
         return [(row.name, other.name) for row, other in claimed]
 
     def paper_difference(self, row: Row, other: Row, dataset: str) -> float | None:
-        """Return the paper's difference of the mean under the attacks, in points; None if it prints none."""
+        """Return the paper's value of ``row`` minus ``other`` in the mean accuracy under attack, in percentage points.
+
+        The result is None if the paper does not print both rows.
+        """
         figures = paper_tables().get(self.like or self.name, {}).get(dataset, {})
         found = [figures.get(r.method if self.like else r.paper_key or r.method) for r in (row, other)]
         if None in found:
@@ -127,14 +130,14 @@ class Table:
 
     @property
     def autoattack(self) -> Protocol:
-        """AutoAttack at its radius."""
+        """The protocol that runs AutoAttack at the table's radius."""
         return Protocol(f"autoattack-{self.autoattack_255:g}", (AttackSpec(AUTOATTACK, self.autoattack_255 / 255),))
 
     def row(self, name: str) -> Row:
         """Return the row called ``name``.
 
         Raises:
-            ValueError: listing the rows, if there is none.
+            ValueError: if the table has no such row. The message lists the rows.
         """
         for row in self.rows:
             if row.name == name:
@@ -147,15 +150,15 @@ class Table:
         return tuple(row.name for row in self.rows)
 
     def baseline(self, row: Row) -> Row | None:
-        """Return what ``row`` is compared with: the undefended row of its objective and weight decay."""
+        """Return the undefended row with the objective and weight decay of ``row``; None if there is none."""
         plain = Row(row.method.split("+")[0], weight_decay=row.weight_decay).name
         return None if row.name == plain else self.row(plain) if plain in self.methods else None
 
     def compared(self, row: Row) -> list[Row]:
-        """Return the rows to compare ``row`` with: its `baseline`, and those that differ from it in one part.
+        """Return the rows to compare with ``row``: its `baseline` and the rows that differ from it in one part.
 
-        These are the rows with a part less (noise, an ablation, the defence), LAD in its first form for the other
-        forms of it, and for a form of LAD the undefended row that was trained for as many passes.
+        The other rows are: the rows with one part fewer (noise, an ablation, the defence); the row with plain LAD if
+        ``row`` has another form of LAD; and the undefended row with as many passes if ``row`` is a form of LAD.
         """
         base, parts = self.baseline(row), row.method.split("+")
         less = ["+".join(parts[:k] + parts[k + 1 :]) for k in range(1, len(parts))]
@@ -167,7 +170,7 @@ class Table:
         return [r for r in dict.fromkeys([base, *others]) if r is not None and r != row]
 
     def paper(self, dataset: str) -> Mapping[str, Mapping[str, float]]:
-        """Return the paper's figures for ``dataset``: by row name, then ``"acc"``, the column keys and ``"avg"``."""
+        """Return the paper's numbers for ``dataset``: by row name, then by ``"acc"``, the column keys and ``"avg"``."""
         figures = paper_tables().get(self.name, {}).get(dataset, {})
         keys = ["acc", *(column.key for column in self.columns), *(["avg"] if self.average else [])]
         return {
@@ -183,10 +186,10 @@ class Table:
 
 @cache
 def paper_tables() -> dict[str, Any]:
-    """Read the paper's figures, by table, data set, row and column."""
+    """Read the paper's numbers, by table, data set, row and column."""
     text = files("odeadv.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
     tables: dict[str, Any] = json.loads(text)
-    # Table 5 is printed by column; turn it into rows like the others.
+    # The paper prints Table 5 by column. The other tables are read by row, so Table 5 is turned into rows here.
     fifth = tables["table5"]
     rows: dict[str, dict[str, float]] = {}
     for column, by_method in fifth["cifar100"].items():
@@ -222,7 +225,7 @@ _HALF = (
 )
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
-_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # next to the preset's and the pilot's best, 2e-2
+_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # in addition to the preset's and to 2e-2, the best of the pilot
 
 TABLES = {
     table.name: table
@@ -301,7 +304,7 @@ TABLES = {
                     )
                 ),
                 *(Row(method, 0.4, weight_decay=2e-2) for method in ("pgd+lad", "pgd+lad-sm")),
-                Row("pgd+lad+input", 6.0, weight_decay=2e-2),  # about the s of LAD, which pushes six times
+                Row("pgd+lad+input", 6.0, weight_decay=2e-2),  # about the s of LAD, which perturbs six times
                 *(Row(method, weight_decay=decay) for decay in _DECAYS for method in ("pgd", "pgd+lad-sm")),
             ),
             datasets=("cifar10",), autoattack_255=4.0, like="table2",
