@@ -40,12 +40,12 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Evaluate trained weights and write or print the result."""
+    """Evaluate trained weights, and write or print the result."""
     from odeadv.evaluation import ProgressLine, Protocol
     from odeadv.experiments import evaluate_run
     from odeadv.support import plain
 
-    # A name with a suffix is a file with a protocol in it.
+    # A name with a suffix is the path of a protocol file.
     protocol = plain.load(Protocol, Path(args.protocol)) if Path(args.protocol).suffix else args.protocol
     result = evaluate_run(
         args.checkpoint, protocol, folder=args.data, images=args.images, out=args.out, progress=ProgressLine(),
@@ -95,7 +95,7 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
 
 
 def audit(args: argparse.Namespace) -> int:
-    """Go through the checklist for trustworthy attacks; status 1 if a line fails."""
+    """Check a run by the checklist for trustworthy attacks; return status 1 if a line fails."""
     from odeadv.experiments import audit_run
 
     result, out = audit_run(

@@ -19,14 +19,17 @@ _Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, 1 if a run failed, 2 for arguments that do not fit."""
+    """Run the command and return its exit status.
+
+    The status is 0 for success, 1 if a run or a check failed, 2 if arguments do not fit, and 130 after Ctrl-C.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that a configuration can name an objective in a module here
+        sys.path.insert(0, os.getcwd())  # a configuration can name an objective in a local module
     try:
         status: int = args.run(args)
     except KeyboardInterrupt:
@@ -35,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"odeadv {args.command}: error: {_in_options(str(error))}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # diverged, or locked by another process
+    except RuntimeError as error:  # the run diverged, or another process has locked it
         print(f"odeadv {args.command}: {error}", file=sys.stderr)
         return 1
     return status
 
 
 def _in_options(message: str) -> str:
-    """Return the message of a function with the name that its argument has on the command line."""
+    """Return the error message with the argument name replaced by its command-line name."""
     argument, colon, rest = message.partition(":")
     return {"root": "data", "test": "images"}.get(argument, argument) + colon + rest
 
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# By name: help, epilog, what adds its arguments, what runs it.
+# Command name: (help, epilog, function that adds the arguments, function that runs the command).
 COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
     "train": ("train one network; goes on where it was stopped", _shared.KEYS, _train.add_train, _train.train),
     "tune": (

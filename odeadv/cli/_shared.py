@@ -29,12 +29,12 @@ prints a whole one. An unknown key is an error.
 
 
 def add_data(sub: argparse.ArgumentParser) -> None:
-    """Add the folder of the data sets."""
+    """Add the argument for the folder of the data sets."""
     sub.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
 
 
 def add_config(sub: argparse.ArgumentParser) -> None:
-    """Add what describes a run: a file, or a method and a preset."""
+    """Add the arguments that describe a run: a file, or a method and a preset."""
     from odeadv import data
     from odeadv.experiments import PRESETS
 
@@ -85,10 +85,10 @@ def read_config(
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
-    """Return the configuration of parsed arguments."""
+    """Return the configuration that the parsed arguments describe."""
     return read_config(args.config, args.method, args.preset, args.dataset, args.seed, args.set)
 
 
 def percent(share: float | None) -> str:
-    """Return a share in %; attacks that are scored by the worst iterate only have no last-iterate accuracy."""
+    """Return a share in %, or "-" for None: attacks scored only by the worst iterate have no last-iterate accuracy."""
     return "-" if share is None else f"{100 * share:.2f}"

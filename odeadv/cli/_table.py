@@ -56,7 +56,7 @@ def add_table(sub: argparse.ArgumentParser) -> None:
 
 
 def table(args: argparse.Namespace) -> int:
-    """Run what is missing of a table and report it, or list or rehearse its runs."""
+    """Make the missing runs of a table and report it, or list or rehearse its runs."""
     from odeadv.experiments import METHODS, PRESETS, TABLES, make_table, with_eta, write_figure2, write_report
 
     preset = PRESETS[args.preset]
@@ -85,7 +85,7 @@ def table(args: argparse.Namespace) -> int:
         )  # fmt: skip
         for failure in failures if first else []:
             print(f"{failure.job.config.name}: {failure.reason}")
-        if not first:  # the first process writes the page
+        if not first:  # only the first process writes the page
             return 1 if failures else 0
     if not figure or not args.render:
         print(write_report(chosen, preset, dataset, out, out))
@@ -125,7 +125,7 @@ def _rehearse(
     folder: Path | None,
     steps: int,
 ) -> int:
-    """Rehearse one seed of each row, and say how long all seeds take; status 1 if a row fails."""
+    """Rehearse one seed per row and print the time for all seeds; return status 1 if a row fails."""
     from odeadv.experiments import configurations, rehearse_all
     from odeadv.experiments import first_process as is_first
 

@@ -119,7 +119,7 @@ def add_rerun(sub: argparse.ArgumentParser) -> None:
 
 
 def rerun(args: argparse.Namespace) -> int:
-    """Repeat a run from its record and compare; status 1 if it differs."""
+    """Repeat a run from its record and compare the two; return status 1 if they differ."""
     from odeadv import data, experiments
 
     file = args.record / "record.json" if args.record.is_dir() else args.record

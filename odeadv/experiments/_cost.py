@@ -1,4 +1,4 @@
-"""The cost of tables before they are run: counted in image passes, or measured on the first steps."""
+"""Estimate the cost of tables before they are run: count image passes, or time the first steps."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ TRAIN_IMAGES, TEST_IMAGES = {"cifar10": 50_000, "cifar100": 50_000}, {"cifar10":
 
 
 def training_passes(config: RunConfig) -> int:
-    """Images sent through the network in training: forward, to activations and weight gradients count 1 each.
+    """Return the number of image passes in training; 0 if the size of the data set is unknown.
 
-    Divided by the passes a second of a machine (three times its images a second in natural training) this is how
-    long the training takes. 0 for data of unknown size.
+    One image forward, backward to activations, or to weight gradients counts 1 each. `hours` converts image passes
+    into time: in natural training a machine makes three passes per image.
     """
     training = config.training
     images = config.data.train_images or TRAIN_IMAGES.get(config.data.name, 0)
@@ -42,10 +42,11 @@ def training_passes(config: RunConfig) -> int:
 
 
 def evaluation_passes(config: RunConfig, protocol: Protocol) -> int:
-    """Images sent through the network to evaluate a run, attack by attack, with nothing shared: an upper bound.
+    """Return an upper bound on the image passes to evaluate a run.
 
-    A gradient counts 2, the clean image and the last iterate of each attack 1; all of it once more for the best
-    weights where there are validation images, and in each of the passes that are averaged over noise.
+    The bound counts each attack separately; nothing is shared between attacks. A gradient counts 2. The clean image
+    and the last iterate of each attack count 1 each. The count doubles if there are validation images, because the
+    best weights are evaluated too. With noise it is multiplied by the number of averaged passes.
     """
     one = 1 + sum(2 * (spec.steps or 1) + 1 for spec in protocol.attacks)
     images = config.data.test_images or TEST_IMAGES.get(config.data.name, 0)
@@ -54,7 +55,7 @@ def evaluation_passes(config: RunConfig, protocol: Protocol) -> int:
 
 
 def hours(passes: float, rate: float) -> float:
-    """Return the hours that image passes take on a device that trains ``rate`` images per second naturally.
+    """Return the hours that ``passes`` take on a device with ``rate`` images per second in natural training.
 
     Natural training makes three passes per image.
     """
@@ -63,14 +64,14 @@ def hours(passes: float, rate: float) -> float:
 
 @dataclass(frozen=True)
 class TableCost:
-    """What one table on one data set asks for.
+    """The cost of one table on one data set.
 
     Attributes:
-        table, dataset: which.
-        runs: how many it shows.
-        new: how many of them no table before it has.
-        training: image passes to train those, see `training_passes`.
-        evaluation: image passes to evaluate what has not been evaluated so before, see `evaluation_passes`.
+        table, dataset: names of the table and the data set.
+        runs: number of runs in the table.
+        new: number of runs that no earlier table has.
+        training: image passes to train the new runs, see `training_passes`.
+        evaluation: image passes of the evaluations that no earlier table has made, see `evaluation_passes`.
     """
 
     table: str
@@ -81,12 +82,12 @@ class TableCost:
     evaluation: int
 
     def hours(self, rate: float) -> float:
-        """On a device that trains ``rate`` images a second naturally, which is three passes each."""
+        """Return the hours on a device with ``rate`` images per second in natural training, see `hours`."""
         return hours(self.training + self.evaluation, rate)
 
 
 def table_costs(preset: Preset) -> list[TableCost]:
-    """Return the cost of all tables and ablations at ``preset``, each on the data sets that it is for."""
+    """Return the cost of all tables and ablations at ``preset``, for each data set of each table."""
     trained: set[str] = set()
     evaluated: set[tuple[str, str]] = set()
     found = []
@@ -105,10 +106,14 @@ def table_costs(preset: Preset) -> list[TableCost]:
 
 
 def cost_page(preset: Preset, rates: Sequence[float]) -> str:
-    """Return what the tables cost at ``preset`` as Markdown, with the hours at each of ``rates``.
+    """Return the cost of the tables at ``preset`` as Markdown, with the hours at each of ``rates``.
+
+    Args:
+        preset: size of the runs.
+        rates: images per second in natural training.
 
     Raises:
-        ValueError: unless all rates are above 0.
+        ValueError: if there are no rates, or if a rate is not above 0.
     """
     if not rates or not all(rate > 0 for rate in rates):
         raise ValueError(f"rates: got {list(rates)}, expected images per second, above 0")
@@ -135,15 +140,15 @@ def cost_page(preset: Preset, rates: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the first steps of a run showed.
+    """Time, loss and memory of the first steps of a run.
 
     Attributes:
-        config: the run.
-        taken: how many steps were taken.
-        steps: how many the whole training has.
-        loss: mean training loss of those taken.
-        seconds: of a step, the median of all but the first.
-        memory: most bytes that tensors took on a CUDA device; None elsewhere.
+        config: configuration of the run.
+        taken: number of steps taken.
+        steps: number of steps of the whole training.
+        loss: mean training loss of the steps taken.
+        seconds: median time per step, without the first step.
+        memory: peak memory of tensors on a CUDA device in bytes; None on other devices.
     """
 
     config: RunConfig
@@ -155,7 +160,7 @@ class Rehearsal:
 
     @property
     def hours(self) -> float:
-        """Hours that the training would take at this rate, without the measurements after each epoch."""
+        """Estimated hours of the whole training, without the measurements after each epoch."""
         return self.steps * self.seconds / 3600
 
     def __str__(self) -> str:
@@ -167,16 +172,19 @@ class Rehearsal:
 
 
 def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: Fabric | None = None) -> Rehearsal:
-    """Train for ``steps`` steps as ``config`` says, on the first images, measure as after an epoch, write no file.
+    """Train ``config`` for ``steps`` steps on the first images, and return time, loss and memory.
+
+    After the steps the measurements of an epoch are made. No file is written.
 
     Args:
-        config: the run.
-        data: the data set named in it, whole; the run takes its subset.
-        steps: how many, 2 or more, or as many as an epoch has if that is less; the first one is not timed.
+        config: configuration of the run.
+        data: the whole data set that ``config`` names. The run takes its subset.
+        steps: number of steps, at least 2. If an epoch has fewer steps, one epoch is trained. The first step is not
+            timed.
         fabric: the engine, see `odeadv.training.train`.
 
     Raises:
-        ValueError: for fewer than two steps, or another data set, and as `odeadv.training.train`.
+        ValueError: if ``steps`` is below 2, if the data set is another one, and as `odeadv.training.train`.
         TypeError: if ``steps`` is not an integer.
         TrainingDiverged: as `odeadv.training.train`.
     """
@@ -201,7 +209,7 @@ def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: 
         part,
         replace(training, epochs=1, milestones=()),
         fabric=fabric,
-        on_step=lambda *_: times.append(time.perf_counter()),  # after the loss was read, so the device is done
+        on_step=lambda *_: times.append(time.perf_counter()),  # the loss has been read, so the device is done
     )
     between = [b - a for a, b in pairwise(times)]
     return Rehearsal(
@@ -217,10 +225,10 @@ def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: 
 def rehearse_all(
     configs: Sequence[RunConfig], steps: int, folder: Path | None
 ) -> Iterator[tuple[RunConfig, Rehearsal | Exception]]:
-    """Rehearse runs on one data set, one after the other; a run that fails yields its error.
+    """Rehearse runs on one data set, one after the other. If a run fails, its error is yielded.
 
     Raises:
-        ValueError: for fewer than two steps.
+        ValueError: if ``steps`` is below 2.
     """
     if steps < 2:
         raise ValueError(f"rehearse: got {steps}, expected 2 steps or more, as the first one is not timed")
@@ -230,5 +238,5 @@ def rehearse_all(
         fabric.launch()
         try:
             yield config, rehearse(config, images, steps, fabric=fabric)
-        except (ValueError, TrainingDiverged, RuntimeError) as error:  # also what a device says when it is full
+        except (ValueError, TrainingDiverged, RuntimeError) as error:  # RuntimeError includes out-of-memory errors
             yield config, error

@@ -1,4 +1,4 @@
-"""Figure 2: the Eq. 16 ratio through training, from the epochs that runs have recorded."""
+"""Make Figure 2, the Eq. 16 ratio during training, from the recorded epochs of the runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ METHODS = ("pgd", "pgd+lad", "pgd+lad-sm")
 
 
 def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
-    """Make ``out/figure2.md`` and ``out/figure2.png`` from the records of PGD training in a folder.
+    """Make ``out/figure2.md`` and ``out/figure2.png`` from records of PGD training, and return the Markdown.
 
     Args:
-        preset: at what size.
-        dataset: the preset's, if None; the paper's figure is for cifar100.
+        preset: size of the runs.
+        dataset: name of the data set; the preset's if None. The paper's figure is for cifar100.
         records: folder of records, see `odeadv.experiments.load_records`.
         out: folder for the page and the plot.
 
     Raises:
-        ValueError: if the record does not exist.
+        ValueError: if no record of PGD training has an Eq. 16 ratio.
     """
     results = gather(TABLES["table2"], preset, dataset, load_records(records))
     traces = {

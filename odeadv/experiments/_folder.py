@@ -1,4 +1,4 @@
-"""The folder of a run: records, weights, locks and lists."""
+"""Read and lock the folder of a run, and list all runs: records, weights, locks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 
 class RunLockedError(RuntimeError):
-    """Another process is writing the run."""
+    """Raised if another process is writing the run."""
 
 
 def load_record(path: Path) -> Record:
@@ -48,17 +48,17 @@ def load_record(path: Path) -> Record:
     return dict(record)
 
 
-#: What everything that reads a record goes by.
+#: Entries that every reader of a record needs, with their types.
 _PARTS: dict[str, type] = {
     "key": str, "method": str, "config": dict, "data": dict, "epochs": list, "evaluations": dict, "versions": dict,
 }  # fmt: skip
 
 
 def load_records(folder: Path) -> list[Record]:
-    """Read the records in ``folder``: ``*.json`` in it, or ``*/record.json`` below it; in the order of their names.
+    """Read the records in ``folder``: ``*.json`` and ``*/record.json``, in the order of their paths.
 
     Raises:
-        ValueError: for a JSON file that is not a record of a run.
+        ValueError: if a JSON file is not a record of a run.
         NotADirectoryError: if the folder does not exist.
     """
     if not folder.is_dir():
@@ -68,10 +68,12 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """List a folder of runs, in the order of their names, as plain data.
+    """Return the runs in ``folder`` as plain data, in the order of their names.
 
-    Each has ``"name"``, ``"method"``, ``"state"`` (``"finished"``, ``"training"`` while a process has it, else
-    ``"stopped"``), ``"epoch"`` of ``"epochs"``, and ``"evaluations"``: clean and average robust accuracy by protocol.
+    Each entry has ``"name"``, ``"method"``, ``"state"``, ``"epoch"``, ``"epochs"`` and ``"evaluations"``. The state is
+    ``"finished"``, ``"training"`` (a process holds the lock of the run) or ``"stopped"``. ``"evaluations"`` holds the
+    clean and the average robust accuracy per protocol. If a run cannot be read, its entry has ``"name"``, ``"state"``
+    (``"unreadable"``) and ``"error"``.
 
     Raises:
         NotADirectoryError: if the folder does not exist.
@@ -102,7 +104,7 @@ def _listed(folder: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Return whether a process has the run; a run that starts at this moment waits for us, see `locked`."""
+    """Return True if a process holds the lock. A run that starts during this check waits for it, see `locked`."""
     try:
         with locked(folder, wait=0.0):
             return False
@@ -111,18 +113,18 @@ def _is_locked(folder: Path) -> bool:
 
 
 def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the network of a ``last.safetensors`` or ``best.safetensors``, in evaluation mode, with the file's data.
+    """Load the network of a ``last.safetensors`` or ``best.safetensors``, in evaluation mode, and its metadata.
 
     Args:
-        file: the file, or the folder of a run (then the last weights).
+        file: the file, or the folder of a run. A folder means its last weights.
 
     Returns:
-        The network (with noise, the average over the configured number of passes), and a dict with ``"run"``: the
-        run's configuration, ``"num_classes"``, ``"mean"``, ``"std"`` and ``"epoch"``.
+        The network and a dict. A network with noise is averaged over the configured number of passes. The dict has
+        ``"run"`` (the configuration of the run), ``"num_classes"``, ``"mean"``, ``"std"`` and ``"epoch"``.
 
     Raises:
         FileNotFoundError: if the weights do not exist.
-        ValueError: if the file is damaged or not odeadv's.
+        ValueError: if the file is damaged, or if odeadv did not write it.
     """
     file = Path(file)
     if file.is_dir():
@@ -135,7 +137,7 @@ def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     tensors, info = read_tensors(file)
     if info.get("schema") != WEIGHTS_SCHEMA:
         raise ValueError(f"{file}: schema is {info.get('schema')!r}, expected {WEIGHTS_SCHEMA!r}; is it a checkpoint?")
-    # The model's part only: weights can be used where the objective they were trained with cannot be imported.
+    # Read only the model's part: the objective of the training may not be importable here.
     config = configuration.from_dict(ModelConfig, info["run"]["model"])
     net = config.build(_Shape(info["num_classes"], info["mean"], info["std"]))  # type: ignore[arg-type]
     net.load_state_dict(tensors)
@@ -146,14 +148,14 @@ def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: float = 1.0) -> Iterator[None]:
-    """Keep other processes from writing ``folder``; the lock ends with the process, however it ends.
+    """Keep other processes from writing ``folder``. The lock ends with the process, even if the process is killed.
 
     Args:
-        folder: of the run.
-        wait: seconds to try for, so that a listing that looks at the lock for a moment does no harm.
+        folder: folder of the run.
+        wait: seconds to try. A short wait is needed because `list_runs` holds the lock for a moment.
 
     Raises:
-        RunLockedError: if another process has it.
+        RunLockedError: if another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -172,7 +174,7 @@ def locked(folder: Path, wait: float = 1.0) -> Iterator[None]:
 
 
 class _Shape:
-    """What a model takes from a data set."""
+    """The attributes of a data set that a model needs."""
 
     def __init__(self, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.num_classes, self.mean, self.std = num_classes, tuple(mean), tuple(std)

@@ -1,4 +1,4 @@
-"""Inspection of a finished run: evaluate its weights, go through the audit, diagnose its dynamics."""
+"""Inspect a finished run: evaluate its weights, audit the attacks, diagnose its dynamics."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def evaluate_run(
 
     Args:
         checkpoint: folder of a run, or its ``last.safetensors`` or ``best.safetensors``.
-        protocol: of `odeadv.evaluate`.
+        protocol: a protocol of `odeadv.evaluate`, or its name.
         folder: folder with the data sets.
         images: number of test images, balanced over the classes; all if None.
-        out: JSON file for the result. What is done is kept in a journal next to it, from which the same call resumes.
+        out: JSON file for the result. A journal next to it keeps finished work. If the evaluation is stopped, the same
+            call resumes from the journal.
         progress: see `odeadv.evaluate`.
         options: further keyword arguments of `odeadv.evaluate`, such as ``batch_size``.
 
@@ -69,19 +70,19 @@ def audit_run(
     surrogate: Path | None = None,
     out: Path | None = None,
 ) -> tuple[Any, Path]:
-    """Go through the checklist for trustworthy attacks and write its page.
+    """Check the attacks on a run by the checklist for trustworthy attacks, and write the page.
 
     Args:
         checkpoint: folder of a run, or its weights.
         folder: folder with the data sets.
         images: number of test images.
         eps_255: radius in 1/255.
-        seed: of the attacks' random starts.
-        surrogate: another run, whose adversarial images are tried on this one.
-        out: folder for the page; ``audit`` in the run's folder if None.
+        seed: seed of the attacks' random starts.
+        surrogate: another run. Its adversarial images are tried on this run.
+        out: folder for the page; ``audit`` in the folder of the run if None.
 
     Returns:
-        The result of `odeadv.audit.audit` and the folder of the page.
+        The result of `odeadv.audit.audit`, and the folder of the page.
 
     Raises:
         ValueError, TypeError, OSError: naming the argument that does not fit.
@@ -116,12 +117,13 @@ def diagnose_run(
 
     Args:
         checkpoint: folder of a run, or its weights.
-        other: another one, on the same images and page.
+        other: another run, or its weights. It is shown on the same page, for the same images.
         folder: folder with the data sets.
         images: number of test images.
-        eta: in place of the eta that the runs were trained with.
-        attack_255: follow the difference that FGSM of this radius in 1/255 makes, instead of a random one.
-        out: folder for the page; ``diagnostics`` in the run's folder if None.
+        eta: eta for all networks; the eta of their training if None.
+        attack_255: radius of FGSM in 1/255. If it is given, the page follows the perturbation that FGSM makes instead
+            of a random perturbation.
+        out: folder for the page; ``diagnostics`` in the folder of the run if None.
 
     Returns:
         The folder of the page, and the eta of each network.
@@ -135,7 +137,7 @@ def diagnose_run(
     check_folder("out", out)
     loaded = [_loaded(each) for each in (checkpoint, other) if each is not None]
     configs = [RunConfig.from_dict(info["run"]) for _, info in loaded]
-    # The noise is averaged at inference, but the dynamics are those of one network.
+    # Noise is averaged at inference, but the diagnostics need the dynamics of a single network.
     nets: list[Any] = [net.net if isinstance(net, Averaged) else net for net, _ in loaded]
     substep = _common_substep(configs, nets)
     etas = _etas(configs, eta)
@@ -153,7 +155,7 @@ def diagnose_run(
 
 
 def _common_substep(configs: Sequence[RunConfig], nets: Sequence[Any]) -> Any:
-    """Return the sub-step of all networks, after checking that they can be shown side by side."""
+    """Check that the networks can be shown side by side, and return their common sub-step."""
     substeps = [net.solve_options.get("substep") for net in nets]
     if len({config.name for config in configs}) < len(configs) or any(
         config.data.name != configs[0].data.name or substep != substeps[0]
@@ -164,16 +166,16 @@ def _common_substep(configs: Sequence[RunConfig], nets: Sequence[Any]) -> Any:
 
 
 def _etas(configs: Sequence[RunConfig], eta: float | None) -> tuple[float, ...]:
-    """Return the eta that drives each network."""
+    """Return the eta of each network: ``eta`` if it is given, else the eta of the training."""
     if eta is not None:
         return (eta,) * len(configs)
     etas = [float(getattr(config.training.defence, "eta", 0.0)) for config in configs]
-    # Side by side, both are driven by the eta that one of them was trained with.
+    # A run without a defence has eta 0. Next to another run it gets the eta of that run, so that they compare.
     return tuple(etas) if all(etas) else (max(etas),) * len(etas)
 
 
 def _attacked(net: Any, images: Tensor, labels: Tensor, eps_255: float) -> Tensor:
-    """Return the initial state of the images that FGSM makes of ``images``."""
+    """Attack ``images`` with FGSM and return the initial state of the attacked images."""
     with torch.no_grad():
         state: Tensor = net.stem(attacks.fgsm(net, images, labels, eps=eps_255 / 255))
     return state
@@ -192,7 +194,7 @@ def run_images(info: dict[str, Any], folder: Path | None, images: int | None) ->
     """Return the data of a run (its fold or subset) with some of its test images.
 
     Args:
-        info: what `load_model` says about the weights.
+        info: the dict that `load_model` returns.
         folder: folder with the data sets.
         images: number of test images, balanced over the classes; all if None.
     """
@@ -202,15 +204,15 @@ def run_images(info: dict[str, Any], folder: Path | None, images: int | None) ->
 
 
 def read_evaluation(path: Path, protocol: str = "table2", weights: str = "last") -> Evaluation:
-    """Return an evaluation that `odeadv evaluate` wrote, or one from the record of a run.
+    """Read an evaluation: the JSON of `odeadv evaluate`, or an evaluation in the record of a run.
 
     Args:
         path: JSON of an evaluation, a record, or the folder of a run.
-        protocol: which evaluation of a record.
-        weights: ``"last"`` or ``"best"``, which weights of a record.
+        protocol: name of the evaluation in a record.
+        weights: ``"last"`` or ``"best"``: the weights in a record.
 
     Raises:
-        ValueError: if the file holds no such evaluation.
+        ValueError: if the file does not contain this evaluation.
         OSError: if it cannot be read.
     """
     file = path / "record.json" if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Many runs: one after the other here, or as tasks of a Ray cluster."""
+"""Launch many runs: one after the other in this process, or as tasks of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Launcher = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class Job:
-    """A run and what it is to be evaluated by.
+    """A run and the protocols of its evaluation.
 
     Attributes:
-        config: the run.
-        protocols: of `odeadv.evaluate`, see `run`.
+        config: configuration of the run.
+        protocols: protocols of `odeadv.evaluate`, see `run`.
     """
 
     config: RunConfig
@@ -38,11 +38,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not end.
+    """A job that failed.
 
     Attributes:
-        job: which.
-        reason: why.
+        job: the job.
+        reason: message of the error.
     """
 
     job: Job
@@ -62,30 +62,30 @@ def launch(
     accelerator: str = "auto",
     pause: float = 10.0,
 ) -> tuple[list[Record], list[Failure]]:
-    """Run all ``jobs``; one that fails does not keep the others from running.
+    """Run all ``jobs``. If one job fails, the others still run.
 
-    Several processes may be given the same jobs, one for each core or GPU: each takes what no other has, and at the end
-    waits for the runs of the others.
+    Several processes can get the same jobs, for example one process per core or GPU. Each process takes runs that no
+    other process has. At the end it waits for the runs of the other processes.
 
     Args:
-        jobs: what to run; a run that is finished is not run again.
-        runs: the folder of all runs; for Ray on several machines, one that all of them see.
-        folder: with (or for) the data sets.
-        launcher: ``"local"``, one after the other in this process, or ``"ray"``, as many at a time as the cluster
-            has room for (the extra ``ray``).
-        cpus: that Ray reserves for each run, and the threads it has there.
-        gpus: that Ray reserves for each run.
-        log: where progress goes; standard error if not given.
-        tensorboard: write event files too.
-        accelerator: of lightning-fabric.
-        pause: seconds between looks at runs that another process has, when nothing else is left.
+        jobs: jobs to run. A finished run is not repeated.
+        runs: folder of all runs. If Ray uses several machines, all of them must see this folder.
+        folder: folder with (or for) the data sets.
+        launcher: ``"local"`` runs the jobs one after the other in this process. ``"ray"`` runs as many jobs at a time
+            as the cluster has room for (needs the extra ``ray``).
+        cpus: CPUs that Ray reserves per run, and the number of threads of the run.
+        gpus: GPUs that Ray reserves per run.
+        log: stream for the progress; standard error if not given.
+        tensorboard: True to write event files for TensorBoard too.
+        accelerator: accelerator of lightning-fabric.
+        pause: seconds between two tries to take the remaining runs, if other processes have all of them.
 
     Returns:
-        The records of the runs that ended, in the order of ``jobs``, and the failures.
+        The records of the finished runs, in the order of ``jobs``, and the failures.
 
     Raises:
-        ValueError: for an unknown launcher, or one that is not installed.
-        DatasetNotFoundError: if a data set is not there.
+        ValueError: if the launcher is unknown or not installed.
+        DatasetNotFoundError: if a data set is missing.
     """
     if launcher not in ("local", "ray"):
         raise ValueError(f"launcher: got {launcher!r}, expected 'local' or 'ray'")
@@ -108,7 +108,7 @@ def launch(
                 fabric=fabric,
             )  # fmt: skip
             in_a_row = 0
-        except Exception as error:  # whatever it is, the runs after it are not to blame
+        except Exception as error:  # one failure of any kind must not stop the later runs
             if isinstance(error, RunLockedError) and fabric.world_size == 1:
                 if number not in elsewhere:
                     print(f"{label} is run by another process, others first", file=log, flush=True)
@@ -128,7 +128,7 @@ def _named(config: RunConfig) -> str:
 
 
 def _sorted(results: Mapping[int, Record | Failure]) -> tuple[list[Record], list[Failure]]:
-    """Return records and failures, each in the order of the jobs."""
+    """Return the records and the failures, each in the order of the jobs."""
     inorder = [results[number] for number in sorted(results)]
     failures = [found for found in inorder if isinstance(found, Failure)]
     return [found for found in inorder if not isinstance(found, Failure)], failures
@@ -154,7 +154,7 @@ def _on_ray(
         try:
             results[number] = ray.get(done[0])
             how = "finished"
-        except Exception as error:  # whatever a worker raised
+        except Exception as error:  # a worker can raise any error
             cause = getattr(error, "cause", None) or error
             results[number] = Failure(job, str(cause))
             how = f"failed: {cause}"
@@ -163,7 +163,7 @@ def _on_ray(
 
 
 def _one(job: Job, runs: Path, folder: Path | None, threads: int) -> Record:
-    """One job in a worker; its progress is in the run's folder."""
+    """Run one job in a worker and write its progress to ``log.txt`` in the folder of the run."""
     import torch
 
     torch.set_num_threads(max(1, threads))
@@ -174,7 +174,7 @@ def _one(job: Job, runs: Path, folder: Path | None, threads: int) -> Record:
 
 
 def first_process() -> bool:
-    """Return whether this is the first of the processes that train one run together, or the only one."""
+    """Return True if this is the only process, or the first of several processes that train one run together."""
     fabric = make_fabric()
     fabric.launch()
     return bool(fabric.is_global_zero)
@@ -196,28 +196,28 @@ def make_table(
     cpus: int = 1,
     gpus: float = 0.0,
 ) -> tuple[list[Failure], bool]:
-    """Run what is missing of a table and copy the records to ``out``; `write_report` makes the page from them.
+    """Make the missing runs of a table and copy the records to ``out``; `write_report` makes the page from them.
 
     Args:
-        table: which.
-        preset: at what size.
-        dataset: in place of the preset's.
-        methods: some of the rows, by name.
-        seeds: in place of the preset's.
+        table: table to make.
+        preset: size of the runs.
+        dataset: name of the data set; the preset's if None.
+        methods: names of the rows to run; all rows if None.
+        seeds: seeds of the runs; the preset's if None.
         runs: folder of all runs.
         out: folder for the records.
         folder: folder with the data sets.
-        best: whether the weights of the best epoch are evaluated as well as the last ones.
-        autoattack: number of test images for AutoAttack.
+        best: True to evaluate the weights of the best epoch as well as the last ones.
+        autoattack: number of test images for AutoAttack; None for a table without AutoAttack.
         launcher: see `launch`.
         cpus: see `launch`.
         gpus: see `launch`.
 
     Returns:
-        The failures, and whether this process is the first one, which has written the records.
+        The failures, and True if this process is the first one. Only the first process writes the records.
 
     Raises:
-        ValueError, OSError, ImportError: before any run starts, if something is missing or does not fit.
+        ValueError, OSError, ImportError: if something is missing or does not fit. Raised before any run starts.
     """
     pairs = configurations(table, preset, dataset=dataset, methods=methods, seeds=seeds)
     check_folder("out", out)

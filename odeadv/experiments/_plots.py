@@ -1,4 +1,4 @@
-"""The figure of a table: its differences with intervals, or curves over eta if the rows are values of it."""
+"""Draw the figure of a table: differences with intervals, or curves over eta if the rows differ in eta."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def plot(results: Results, path: Path) -> None:
         _over_eta(results, figure, labels)
     else:
         _forest(results, figure)
-    # No date in the file: equal records give an equal picture.
+    # The file gets no date and no version, so equal records give an equal file.
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def _forest(results: Results, figure: Figure) -> None:
-    """Draw the primary contrasts with their intervals; the paper's differences as ticks."""
+    """Draw the primary contrasts with their intervals. Ticks mark the differences in the paper."""
     axes = figure.add_subplot()
     found = results.findings()
     for y, finding in enumerate(found):
@@ -61,7 +61,7 @@ def _forest(results: Results, figure: Figure) -> None:
 
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
-    """Draw one panel per column: the accuracy that eta adds to the undefended row, here and in the paper."""
+    """Draw one panel per column: accuracy minus that of the undefended row, over eta, here and in the paper."""
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
     defended = [row for row in results.table.rows if results.table.baseline(row) is not None]
     there, here = (preset.eta(defended[0], results.dataset) for preset in (PRESETS["paper"], results.preset))

@@ -1,4 +1,4 @@
-"""Reports of a run while it goes: lines for a reader, JSON lines and TensorBoard events for a program."""
+"""Report a run during its work: lines for people, JSON lines and TensorBoard events for programs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from odeadv.training import EpochResult
 
 
 class Metrics:
-    """The result of every epoch, as JSON lines and, if asked for, for TensorBoard."""
+    """The results of all epochs as JSON lines, and optionally as TensorBoard events."""
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self._path = folder / "metrics.jsonl"
         self._lines: list[str] = []
-        # A resumed run reports the epochs of its earlier start again; the event files have them already.
+        # A resumed run reports its earlier epochs again, but the event files already contain these epochs.
         self._there = len(self._path.read_text(encoding="utf-8").splitlines()) if self._path.exists() else 0
         self._board = None
         if tensorboard:
@@ -32,7 +32,7 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def add(self, result: EpochResult) -> None:
-        """Add an epoch. The file holds exactly the epochs of this run, also after an interruption."""
+        """Add an epoch. The file contains exactly the epochs of this run, also after an interruption."""
         again = result.epoch <= self._there
         self._lines.append(json.dumps(asdict(result), allow_nan=False))
         write_text(self._path, "\n".join(self._lines) + "\n")
@@ -55,7 +55,7 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Progress:
-    """Lines about a run: one per epoch and per evaluation, and a `ProgressLine` within them."""
+    """Lines about a run: one per epoch and one per evaluation, and a `ProgressLine` during each of them."""
 
     def __init__(self, label: str, config: RunConfig, log: TextIO) -> None:
         self.label, self.log = label, log
@@ -64,19 +64,19 @@ class Progress:
         self.begin("training", unit="image")
 
     def begin(self, what: str, unit: str = "batch") -> None:
-        """Begin a new piece of work."""
+        """Start the progress line and the clock of a new task."""
         self.what, self.began = what, time.perf_counter()
         self.line = ProgressLine(f"{self.label} {what}", unit=unit, stream=self.log)
 
     def step(self, epoch: int, step: int, steps: int) -> None:
-        """Record that a step was made."""
+        """Record a finished step."""
         if not self.started and (epoch, step) != (1, 1):
             self._tell(f"goes on with epoch {epoch}/{self.epochs}, step {step}/{steps}; the work before it is kept")
         self.started = True
         self.line(((epoch - 1) * steps + step) * self.batch_size, self.epochs * steps * self.batch_size)
 
     def epoch(self, result: EpochResult) -> None:
-        """Record that an epoch has ended."""
+        """Record a finished epoch."""
         ratio = "" if result.ratio is None else f"  Eq. 16 ratio {result.ratio:.2g}"
         valid = "".join(f"  {name} {100 * value:.1f} %" for name, value in (result.validation or {}).items())
         self._tell(
@@ -85,7 +85,7 @@ class Progress:
         )
 
     def evaluated(self, done: int, total: int) -> None:
-        """Record that a batch was evaluated."""
+        """Record an evaluated batch."""
         self.line(done, total)
         if done == total:
             self._tell(f"{self.what}: {time.perf_counter() - self.began:.0f} s")

@@ -1,4 +1,4 @@
-"""The report of a table, made of nothing but the JSON of its runs."""
+"""Make the report of a table from the JSON records of its runs alone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from odeadv.support.files import replacing, write_text
 
 
 def write_report(table: Table, preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
-    """Make ``out/TABLE.md`` and ``out/TABLE.png`` from the records in a folder; returns the Markdown.
+    """Make ``out/TABLE.md`` and ``out/TABLE.png`` from the records in a folder, and return the Markdown.
 
     Args:
-        table: which.
-        preset: at what size.
-        dataset: the preset's, if None.
+        table: table to report.
+        preset: size of the runs.
+        dataset: name of the data set; the preset's if None.
         records: folder of records, see `odeadv.experiments.load_records`.
         out: folder for the page and the plot.
 
     Raises:
-        ValueError: if none of the records belongs there.
+        ValueError: if none of the records belongs to this table.
     """
     results = gather(table, preset, dataset, load_records(records))
     markdown = render(results)
@@ -43,7 +43,7 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
 
 
 def render(results: Results) -> str:
-    """Return the page as Markdown: title, what differs from the paper, the figure, the table, then the details."""
+    """Return the page as Markdown: title, differences from the paper, figure, table, then the details."""
     table = results.table
     keys = ["acc", *(column.key for column in table.columns), *(["avg"] if table.average else [])]
     labels = ["Acc", *(column.label for column in table.columns), *(["Avg"] if table.average else [])]
@@ -72,13 +72,13 @@ def render(results: Results) -> str:
 
 
 def _cannot_test(results: Results) -> str:
-    """Return why no row of these results can test the paper; empty if one can."""
+    """Return the reason if no defended row can test the paper's claim; an empty string otherwise."""
     reasons = [results.not_tested(row) for row in results.rows if parse_method(row.method).defended]
     return reasons[0] if reasons and all(reasons) else ""
 
 
 def _folded(title: str, lines: Sequence[str]) -> list[str]:
-    """Return ``lines`` in a block that readers open by a click; nothing if there are none."""
+    """Return ``lines`` in a block that readers open with a click; an empty list if ``lines`` is empty."""
     if not lines:
         return []
     return ["", "<details>", f"<summary>{title}</summary>", *lines, "", "</details>"]
@@ -101,7 +101,7 @@ def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
 
 
 def _claims(results: Results) -> list[str]:
-    """Return the primary contrasts with the words of the rules."""
+    """Return the primary contrasts, each with the word that the rules give it."""
     found = results.findings()
     if not found:
         return []
@@ -127,7 +127,7 @@ def _claims(results: Results) -> list[str]:
 
 
 def _columns(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """Return the differences between rows in every column, next to the paper's."""
+    """Return the differences between rows for every column, next to the differences in the paper."""
     paper = results.table.paper(results.dataset)
     lines: list[str] = []
     pairs = [(row, other) for row in results.rows for other in results.table.compared(row)]
@@ -167,7 +167,7 @@ def _stricter(results: Results) -> list[str]:
 
 
 def _autoattack(results: Results) -> list[str]:
-    """Accuracy under AutoAttack on some of the test images, next to IFGSM on the same images."""
+    """Return the accuracies under AutoAttack on some test images, next to those under IFGSM on the same images."""
     table, lines = results.table, list[str]()
     name = table.autoattack.name
     nearby = [c for c in table.columns if c.attack == "ifgsm" and math.isclose(c.eps_255, table.autoattack_255)]
@@ -208,7 +208,7 @@ def _autoattack(results: Results) -> list[str]:
 
 
 def _on_the_same_images(auto: Evaluation, whole: Evaluation, columns: Sequence[Column]) -> dict[str, float]:
-    """Accuracies in % on the images of ``auto``, the first of those of ``whole``."""
+    """Return the accuracies in % on the images of ``auto``, which are the first images of ``whole``."""
     n = auto.n
 
     def percent(outcomes: Tensor | None) -> float:
@@ -228,7 +228,7 @@ def _on_the_same_images(auto: Evaluation, whole: Evaluation, columns: Sequence[C
 
 
 def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[str]:
-    """Render the same accuracies for the epoch with the best validation accuracy."""
+    """Return the accuracies of the weights from the epoch with the best validation accuracy."""
     lines = []
     for row in results.rows:
         runs = [
@@ -255,7 +255,7 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
 
 
 def _runs(results: Results) -> list[str]:
-    """One line a run, and what they have in common."""
+    """Return one line per run, then the data sets, the versions and the rows without a run."""
     head = ["Run", "eta", "training loss", "training accuracy", "Eq. 16 ratio, first and last epoch", "passes a step"]
     lines = [
         "",
@@ -307,7 +307,7 @@ def _size(results: Results, row: Row) -> Size:
 
 
 def differences(results: Results) -> str:
-    """Say in a sentence how these runs differ from the paper's protocol."""
+    """Return a sentence that lists how these runs differ from the paper's protocol."""
     table, dataset = results.table, results.dataset
     parts = [] if table.paper(dataset) else [f"the paper has no such table for {dataset}"]
     papers = {
@@ -343,7 +343,10 @@ def differences(results: Results) -> str:
 
 
 def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> list[str]:
-    """Describe how eta differs, as it is or as a multiple of the paper's, also for batches of the paper's size."""
+    """Return a text on the difference in eta, also for batches of the paper's size; nothing if eta is equal.
+
+    ``as_factor`` gives eta as a multiple of the paper's eta.
+    """
     mine, theirs = (getattr(config.training.defence, "eta", 0.0) for config in (here, paper))
     if mine == theirs:
         return []

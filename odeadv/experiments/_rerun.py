@@ -1,4 +1,4 @@
-"""A run again, from its record alone, and what of it comes out the same."""
+"""Repeat a run from its record alone, and compare the two results."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two runs of one configuration compare.
+    """The differences between two runs of one configuration.
 
     Attributes:
-        losses: largest relative difference of the training losses of an epoch; 0 if they are the same bits.
-        weights: whether the evaluated weights have the same bits; None if nothing says so.
-        outcomes: by evaluation and attack, how many outcomes of how many differ.
-        not_run: evaluations of the first run that the second does not have.
-        versions: by package, the versions of the two, where they differ.
+        losses: largest relative difference between the training losses of an epoch; 0 if they are bit-identical.
+        weights: True if the evaluated weights are bit-identical; None if the records do not contain this information.
+        outcomes: number of differing outcomes and number of all outcomes, by evaluation and attack.
+        not_run: evaluations of the first run that the second run lacks.
+        versions: the two versions of each package whose versions differ, by package name.
     """
 
     losses: float
@@ -40,7 +40,7 @@ class Agreement:
 
     @property
     def same(self) -> bool:
-        """True if everything that was compared is the same to the bit."""
+        """True if all compared values are bit-identical."""
         return self.losses == 0.0 and self.weights is not False and not any(n for n, _ in self.outcomes.values())
 
     def __str__(self) -> str:
@@ -64,29 +64,31 @@ def rerun(
     log: TextIO | None = None,
     fabric: Fabric | None = None,
 ) -> Agreement:
-    """Train and evaluate what ``record`` is of again, and compare.
+    """Train and evaluate the run of ``record`` again, and compare the two runs.
 
-    On the same machine, versions and number of threads everything should be the same to the bit; elsewhere sums are
-    rounded otherwise, and two trainings part after some steps.
+    On the same machine, with the same versions and the same number of threads, all results should be bit-identical.
+    Otherwise sums are rounded differently, and the two trainings diverge after some steps.
 
     Args:
-        record: of the run, as `odeadv.experiments.load_records` reads it.
-        data: the data set named in it, whole.
-        runs: a folder for the new run, which goes on where it was stopped; not the one that the record is from.
-        autoattack: run AutoAttack again too (needs the package pyautoattack).
-        label: shown with the progress.
-        log: where progress goes; standard error if not given.
+        record: record of the run, as `odeadv.experiments.load_records` reads it.
+        data: the whole data set that the record names.
+        runs: folder for the new run, different from the folder of the record. If the new run is stopped, the same
+            call resumes it.
+        autoattack: True to run AutoAttack again too (needs the package pyautoattack).
+        label: text shown with the progress.
+        log: stream for the progress; standard error if not given.
         fabric: the engine, see `odeadv.training.train`.
 
     Raises:
-        ValueError: if the configuration means another run by now, the data are others, or an evaluation is of a
-            version that kept no outcomes; before any work.
+        ValueError: if the configuration has another key in this version of odeadv, if the data differ, or if an
+            evaluation has no stored outcomes. Also if ``runs`` has a record from other versions. It is raised before
+            any work.
         RunLockedError, ImportError: as `odeadv.experiments.run`.
     """
     for evaluations in record["evaluations"].values():
         for name, evaluation in evaluations.items():
             try:
-                Evaluation.from_dict(evaluation)  # so that what cannot be compared is refused now
+                Evaluation.from_dict(evaluation)  # fails before the training if it is not comparable
             except (ValueError, TypeError) as error:
                 raise ValueError(f"record: its evaluation {name} cannot be compared with another: {error}") from None
     config = RunConfig.from_dict(record["config"])
@@ -148,7 +150,7 @@ def _differing(one: Tensor, other: Tensor) -> int:
 
 
 def _measurement(key: str, best: bool) -> Measurement | None:
-    """Return the protocol by which a record's evaluation ``key`` was measured; None if it lacks a name."""
+    """Return the measurement of the evaluation ``key`` of a record; None if its protocol is not a known name."""
     name, _, images = key.partition("@")
     named = {table.autoattack.name: table.autoattack for table in TABLES.values()}
     protocol = named.get(name, name)

@@ -1,4 +1,4 @@
-"""One run: a configuration in, a folder with weights, metrics and one JSON record out."""
+"""Train and evaluate one run. The result is a folder with weights, metrics and one JSON record."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a run is evaluated by.
+    """Protocol and number of images of one evaluation of a run.
 
     Attributes:
-        protocol: of `odeadv.evaluate`.
-        images: number of test images, the first ones (they are balanced over the classes); None for all.
-        best: whether the weights of the best epoch are evaluated too, not only the last ones.
+        protocol: a protocol of `odeadv.evaluate`, or its name.
+        images: number of test images. The first images are taken; they are balanced over the classes. None for all.
+        best: True to evaluate the weights of the best epoch as well as the last ones.
 
     Raises:
-        ValueError, TypeError: for an unknown protocol, or no images.
+        ValueError, TypeError: if the protocol is unknown, or if ``images`` is not a positive integer.
     """
 
     protocol: str | Protocol
@@ -57,8 +57,8 @@ class Measurement:
 
     @property
     def key(self) -> str:
-        """Its name in records: ``"table2"``, ``"autoattack@200"``."""
-        # The name asked for, "table5", not what the paper evaluates it by.
+        """Name of the measurement in records: ``"table2"``, ``"autoattack@200"``."""
+        # Records use the requested name, such as "table5", not the name of the protocol that it resolves to.
         name = self.protocol if isinstance(self.protocol, str) else self.protocol.name
         return name if self.images is None else f"{name}@{self.images}"
 
@@ -74,20 +74,21 @@ def run(
     tensorboard: bool = False,
     fabric: Fabric | None = None,
 ) -> Record:
-    """Train what ``config`` says, evaluate it by ``protocols``, and write its record; what is there is not done again.
+    """Train the run of ``config``, evaluate it by ``protocols``, and write its record.
 
-    The folder ``runs / config.name`` gets ``config.json``, ``metrics.jsonl`` (a line an epoch), checkpoints while it
-    is trained, ``last.safetensors`` (and ``best.safetensors`` with validation images), and ``record.json``. A run
-    that was stopped goes on where it was. A finished run is only evaluated by what it has not been evaluated by.
+    The folder ``runs / config.name`` gets ``config.json``, ``metrics.jsonl`` (one line per epoch),
+    ``last.safetensors`` (and ``best.safetensors`` if there are validation images), and ``record.json``. It also holds
+    checkpoints during training. If a run is stopped, the same call resumes it. If a run is finished, only the missing
+    evaluations are made.
 
     Args:
-        config: the run.
-        data: the data set named in it, whole; the run takes its subset.
-        runs: the folder of all runs.
-        protocols: of `odeadv.evaluate`, by name, or as `Measurement`.
-        label: shown with the progress.
-        log: where progress goes; standard error if not given.
-        tensorboard: write event files for TensorBoard too (needs the package tensorboard).
+        config: configuration of the run.
+        data: the whole data set that ``config`` names. The run takes its subset.
+        runs: folder of all runs.
+        protocols: names of protocols of `odeadv.evaluate`, or `Measurement` objects.
+        label: text shown with the progress.
+        log: stream for the progress; standard error if not given.
+        tensorboard: True to write event files for TensorBoard too (needs the package tensorboard).
         fabric: the engine, see `odeadv.training.train`.
 
     Returns:
@@ -95,8 +96,8 @@ def run(
 
     Raises:
         RunLockedError: if another process is writing this run.
-        ValueError: if the folder holds a run on other data, or the record is damaged.
-        ImportError: if a protocol has AutoAttack and pyautoattack is not installed; before any work.
+        ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged.
+        ImportError: if a protocol has AutoAttack and pyautoattack is not installed. It is raised before any work.
     """
     folder = runs / config.name
     wanted = [each if isinstance(each, Measurement) else Measurement(each) for each in protocols]
@@ -113,7 +114,7 @@ def run(
         record = _record(folder, config, subset)
         done = (record or {}).get("evaluations", {}).get("last", {})
         missing = [measurement for measurement in wanted if measurement.key not in done]
-        if record is not None:  # what a process that was killed may have left
+        if record is not None:  # a killed process may have left checkpoints
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if record is not None and not missing:
             print(f"{label} already there: {folder / 'record.json'}", file=log, flush=True)
@@ -135,7 +136,7 @@ def _trained(
     progress: Progress,
     tensorboard: bool,
 ) -> Record:
-    """Train, write the weights and the record without evaluations."""
+    """Train the network, then write its weights and a record without evaluations."""
     seed = config.training.seed
     net = config.model.build(data, torch.Generator().manual_seed(seed)).to(fabric.device)
     if fabric.is_global_zero:
@@ -214,7 +215,7 @@ def _evaluate(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Evaluate the weights in ``folder`` and write what comes out into the record."""
+    """Evaluate the weights in ``folder`` and write the result into the record."""
     key = measurement.key
     for which in ("last", "best"):
         file = folder / f"{which}.safetensors"
@@ -241,7 +242,7 @@ def _evaluate(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that numbers depend on, by package."""
+    """Return the versions of the packages that the results depend on, by package name."""
     return {
         "odeadv": odeadv.__version__,
         "python": platform.python_version(),
@@ -251,7 +252,7 @@ def versions() -> dict[str, str]:
 
 
 def _record(folder: Path, config: RunConfig, data: ImageDataset) -> Record | None:
-    """Return the record of the run if it has been trained."""
+    """Return the record of the run, or None if the run has not been trained."""
     path = folder / "record.json"
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""The choice of eta by cross-validation on the training set (Appendix B.1)."""
+"""Choose eta by cross-validation on the training set (Appendix B.1)."""
 
 from __future__ import annotations
 
@@ -28,27 +28,29 @@ def tune(
     protocol: str = "table2",
     log: TextIO | None = None,
 ) -> dict[str, Any]:
-    """Train ``config`` with each of ``etas`` on all folds but one, evaluate on that one, and choose the best eta.
+    """Choose the best of ``etas`` by cross-validation: train on all folds except one, evaluate on the held-out fold.
 
     The test images of ``data`` are not used. The score is the mean robust accuracy of the protocol (last iterates,
-    last weights); of equal means the smallest eta is chosen. Runs go on where they were stopped.
+    last weights). If several etas have the same mean, the smallest is chosen. If runs are stopped, the same call
+    resumes them.
 
     Args:
-        config: the run whose eta is to be chosen; it must have a layer-wise defence.
-        data: the data set named in it, whole.
+        config: configuration of the run. It must have a layer-wise defence.
+        data: the whole data set that ``config`` names.
         etas: values to try.
-        runs: the folder of all runs.
-        folds: parts of the training set.
-        only: use only this number of them as held-out parts, to save time.
-        protocol: of `odeadv.evaluate`.
-        log: where progress goes; standard error if not given.
+        runs: folder of all runs.
+        folds: number of parts of the training set.
+        only: number of folds that are held out in turn, to save time; all folds if None.
+        protocol: name of a protocol of `odeadv.evaluate`.
+        log: stream for the progress; standard error if not given.
 
     Returns:
-        Plain data: ``"candidates"``, each with ``"eta"``, ``"scores"`` (one per fold, in [0, 1]), ``"mean"`` and
-        ``"keys"`` of the runs; ``"chosen"``; and what was asked.
+        Plain data with ``"candidates"``, ``"chosen"`` and the settings. Each candidate has ``"eta"``, ``"scores"`` (one
+        per held-out fold, in [0, 1]), ``"mean"`` and ``"keys"`` (the keys of its runs).
 
     Raises:
-        ValueError: without a layer-wise defence, without values, or with fewer than two folds.
+        ValueError: if the defence is not layer-wise, if ``etas`` is empty, or if ``folds`` is below 2. Also if
+            ``only`` is not between 1 and ``folds``.
     """
     defence = config.training.defence
     if not isinstance(defence, Layerwise):
@@ -83,5 +85,5 @@ def tune(
 
 
 def choose(candidates: Sequence[dict[str, Any]]) -> float:
-    """Return the eta with the highest mean score; the smallest one if several are equal."""
+    """Return the eta with the highest mean score. If several means are equal, return the smallest eta."""
     return float(min(candidates, key=lambda candidate: (-candidate["mean"], candidate["eta"]))["eta"])
