@@ -82,7 +82,7 @@ def run(quick: bool = False) -> dict[str, object]:
         ONE: additions(x0, t, steps, 1e-3),
         TWO: additions(x0, t, steps, 0.5e-3, 1e-3),
         THREE: additions(x0, t, steps, 0.5e-3, 1e-3, 0.5e-3),
-        STRANG: lambda: odeadv.solve(split, x0, (0.0, 1.0), steps=steps),
+        STRANG: lambda: odeadv.solve(split, x0, (0.0, 1.0), steps=steps, substep="euler"),
     }
     seconds = interleaved(functions, rounds=rounds)
     rows = {
