@@ -97,13 +97,20 @@ def first_order(drive: Sequence[Tensor], grid: Grid, scheme: Scheme, eta: float,
         recordings: number of costates that ``drive`` is the sum of.
     """
     with torch.no_grad():
-        flat = [_flat(node) for node in drive]
-        squares = torch.stack([torch.dot(node, node) for node in flat])
         before, cross, after = _weights(scheme)
         early, late = _weights_at_jump(scheme)
         kept = [a.shape == b.shape for a, b in pairwise(drive)]
-        rise = torch.zeros_like(squares)
         lengths = [step.h for step in grid]
+        # Two nodes at a time: in float32 all nodes of a bfloat16 network would take as much memory as a pass.
+        norms, crossed, last = [], [], None
+        for n, node in enumerate(drive):
+            flat = _flat(node)
+            norms.append(torch.dot(flat, flat))
+            if cross and last is not None:
+                crossed.append(torch.dot(last, flat) * lengths[n - 1] if kept[n - 1] else flat.new_zeros(()))
+            last = flat
+        squares = torch.stack(norms)
+        rise = torch.zeros_like(squares)
         rise[:-1] += squares[:-1] * squares.new_tensor(
             [h * (before if same else early) for h, same in zip(lengths, kept, strict=True)]
         )
@@ -111,13 +118,7 @@ def first_order(drive: Sequence[Tensor], grid: Grid, scheme: Scheme, eta: float,
             [h * (after if same else late) for h, same in zip(lengths, kept, strict=True)]
         )
         if cross:
-            zero = squares.new_zeros(())
-            products = torch.stack(
-                [
-                    torch.dot(a, b) * h if same else zero
-                    for (a, b), h, same in zip(pairwise(flat), lengths, kept, strict=True)
-                ]
-            )
+            products = torch.stack(crossed)
             rise[:-1] += 0.5 * cross * products
             rise[1:] += 0.5 * cross * products
         return rise * (eta / recordings)
