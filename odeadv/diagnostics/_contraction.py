@@ -137,6 +137,7 @@ def contraction_of(
 ) -> Contraction:
     """Return the contraction of ``field``, which carries its problem; see `contraction`."""
     eta, unit = field.eta, with_strength(field, 1.0)
+    assert not isinstance(eta, Tensor)
     method = read_discretisation(unit, scheme, substep, "linear")
     grid = read_times(unit, None, None, None, None, None).grid
     if grid is None:

@@ -235,7 +235,7 @@ def energy_of(plain: Path, names: Sequence[str | Scheme], substep: Any, sweeps: 
     """Measure `energy`, given the unperturbed path of the field."""
     field, plain_loss = plain.field, plain.loss()
     assert isinstance(field, AdversarialField)
-    eta = field.eta
+    eta = plain.eta
     given = substep if isinstance(substep, Mapping) else dict.fromkeys(("f", "costate"), substep or "euler")
     spent, losses = [], []
     for scheme in names:

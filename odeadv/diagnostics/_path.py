@@ -94,7 +94,9 @@ class Path:
     @property
     def eta(self) -> float:
         """Strength of the costate; 0 for a field without one."""
-        return self.field.eta if isinstance(self.field, AdversarialField) else 0.0
+        eta = self.field.eta if isinstance(self.field, AdversarialField) else 0.0
+        assert not isinstance(eta, Tensor)
+        return eta
 
     def layers(self) -> Iterator[Layer]:
         """Yield the steps in order."""
@@ -134,6 +136,8 @@ def posed(
         TypeError, ValueError: naming the argument that does not fit.
     """
     whole = copy.copy(as_field(field))
+    if isinstance(whole, AdversarialField):
+        whole = _with_number(whole)
     if dt is not None and steps is not None:
         raise ValueError(f"dt, steps: got dt={dt!r} and steps={steps!r}, expected one of the two")
     own = whole.problem
@@ -191,7 +195,7 @@ def path_of(solution: Solution, field: VectorField) -> Path:
     grid: Grid = getattr(costate, "parts", (costate,))[0].grid
     if len(grid.times) == len(times):
         times = grid.times  # the saved times have the rounding of the clock's dtype, float32 for most states
-    return Path(field, Grid(times, grid.h), states, [costate(t).detach() for t in times], perturbed=field.eta != 0.0)
+    return Path(field, Grid(times, grid.h), states, [costate(t).detach() for t in times], perturbed=not field.idle)
 
 
 def _recorded(field: AdversarialField, substep: Any) -> Path:
@@ -206,8 +210,8 @@ def _recorded(field: AdversarialField, substep: Any) -> Path:
 
 def with_strength(field: AdversarialField, eta: float) -> AdversarialField:
     """Return ``field`` with another eta, and without transforms of its costate."""
-    other = AdversarialField(field.f, field.loss, eta, readout=field.readout, modules=field.modules)
-    other.problem = field.problem
+    other = copy.copy(field)
+    other.eta, other.transforms = eta, ()
     return other
 
 
@@ -222,7 +226,22 @@ def needs_loss(name: str, field: AnyField) -> AdversarialField:
             f"field: got {type(field).__name__}, expected an AdversarialField: {name} needs a loss (eta may be 0); "
             "for a network, net.field(images, labels, eta)"
         )
-    return field
+    return _with_number(field)
+
+
+def _with_number(field: AdversarialField) -> AdversarialField:
+    """Return ``field`` with a tensor eta of no dimension as a number.
+
+    Raises:
+        ValueError: if eta has dimensions.
+    """
+    if not isinstance(field.eta, Tensor):
+        return field
+    if field.eta.ndim:
+        raise ValueError(f"eta: got a tensor of shape {tuple(field.eta.shape)}, expected one number for diagnostics")
+    numbered = copy.copy(field)
+    numbered.eta = float(field.eta.detach())
+    return numbered
 
 
 def norm(x: Tensor) -> float:

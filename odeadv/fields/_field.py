@@ -14,7 +14,7 @@ from odeadv.fields.operator import Operator, VectorFunction
 from odeadv.fields.terms import Forcing, Sum, Unrecorded
 from odeadv.support.checks import number
 from odeadv.support.discovery import modules_of
-from odeadv.support.isolation import check_unmodified, version
+from odeadv.support.isolation import check_unmodified, is_wrapped, version
 
 Field = TypeVar("Field", bound="VectorField")
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -147,7 +147,9 @@ class AdversarialField(VectorField):
     Args:
         f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
         loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it.
-        eta: strength, any finite number. eta > 0 pushes the loss up if time runs forward, and down if it runs backward,
+        eta: strength, any finite number, or a tensor. A tensor of no dimension may require a gradient, so that eta is
+            learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
+            sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the loss up if time runs forward, and down if it runs backward,
             since the right-hand side is then subtracted. eta multiplies the gradient of ``loss`` as it is: if the loss
             is a mean over a batch, eta / batch_size is invariant.
         readout: map from the final state to the output (the logits of a network); the identity if not given.
@@ -158,7 +160,7 @@ class AdversarialField(VectorField):
         transforms: the functions that `transformed` has put between a recording and the drive, in turn.
 
     Raises:
-        TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` is not a number.
+        TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` is not a number or a real tensor.
         ValueError: if ``eta`` is not finite.
 
     Example:
@@ -170,7 +172,7 @@ class AdversarialField(VectorField):
         self,
         f: Operator | VectorFunction,
         loss: Callable[[Tensor], Tensor],
-        eta: float,
+        eta: float | Tensor,
         *,
         readout: Callable[[Tensor], Tensor] | None = None,
         x0: Tensor | Callable[[], Tensor] | None = None,
@@ -183,7 +185,7 @@ class AdversarialField(VectorField):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(x) returning a scalar tensor")
         if readout is not None and not callable(readout):
             raise TypeError(f"readout: got {type(readout).__name__}, expected a callable readout(x) or None")
-        self.eta = number("eta", eta)
+        self.eta = _strength(eta)
         self.loss = loss
         self.readout = readout
         self.transforms: tuple[NodeTransform, ...] = ()
@@ -202,6 +204,11 @@ class AdversarialField(VectorField):
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that an evaluation of the field, its read-out or its loss runs."""
         return modules_of(self.f, *self._modules)
+
+    @property
+    def idle(self) -> bool:
+        """True if eta is the number 0, so that the costate does not drive. A tensor may get a gradient at 0 too."""
+        return not isinstance(self.eta, Tensor) and self.eta == 0.0
 
     def transformed(self, transform: NodeTransform) -> AdversarialField:
         """Return the same field, whose costate passes through ``transform`` between each recording and the drive.
@@ -269,7 +276,8 @@ class AdversarialField(VectorField):
         return output, loss
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(f, costate, eta={self.eta:g}{', transformed' if self.transforms else ''})"
+        eta = f"{tuple(self.eta.shape)} tensor" if isinstance(self.eta, Tensor) else f"{self.eta:g}"
+        return f"{type(self).__name__}(f, costate, eta={eta}{', transformed' if self.transforms else ''})"
 
 
 def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
@@ -282,6 +290,17 @@ def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
             "AdversarialField"
         )
     return VectorField({"f": field})
+
+
+def _strength(eta: Any) -> float | Tensor:
+    """Return eta as a float, or as the tensor that it is if it has axes or may get a gradient."""
+    if not isinstance(eta, Tensor) or not (eta.ndim or eta.requires_grad or is_wrapped(eta)):
+        return number("eta", eta)
+    if not eta.is_floating_point():
+        raise TypeError(f"eta: got a tensor of {eta.dtype}, expected a real floating dtype")
+    if not (is_wrapped(eta) or bool(eta.isfinite().all())):
+        raise ValueError("eta: contains NaN or infinite values, expected finite ones")
+    return eta
 
 
 def _named_operator(name: str, f: Any) -> Operator:

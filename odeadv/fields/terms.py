@@ -20,7 +20,7 @@ class Forcing(Operator):
     Args:
         value: ``value(t)`` returns a tensor of the state's shape. ``t`` is a float. It is a 0-d tensor only if another
             solver's time requires a gradient, as that of torchdiffeq's adaptive methods does.
-        scale: a factor, kept apart so that it costs no pass over the tensor.
+        scale: a factor, kept apart so that it costs no pass over the tensor; or a tensor, see `leading`.
         on: ``on(t0, t1)`` returns ``value`` restricted to a step; ``value`` itself is used if not given.
         source: the object that ``value`` evaluates, such as a recorded costate, for readers of a driven field.
     """
@@ -29,15 +29,21 @@ class Forcing(Operator):
         self,
         value: Callable[[float], Tensor],
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
         source: object = None,
     ) -> None:
         super().__init__(self._at, modules=modules_of(value))
         self.value = value
-        self.scale = scale
+        self.scale = 1.0
         self.source = source
         self._on = on
+        if isinstance(scale, Tensor):
+            factor = scale
+            self.value = lambda t: leading(factor, value(t))
+            self._on = on and (lambda t0, t1: _times(factor, on(t0, t1)))
+        else:
+            self.scale = scale
 
     @property
     def constant(self) -> bool:
@@ -65,6 +71,18 @@ class Forcing(Operator):
         # torchdiffeq keeps the sizes of its steps in the graph. The gradient of a solve is right only if the time is in
         # the graph as well, for the two cancel.
         return self.scale * self.value(t if t.requires_grad else float(t.detach()))  # type: ignore[arg-type]
+
+
+def leading(factor: float | Tensor, x: Tensor) -> Tensor:
+    """Return ``factor`` times ``x``. The axes of a tensor ``factor`` are the leading axes of ``x``, or of size one."""
+    if not isinstance(factor, Tensor):
+        return factor * x
+    whole = factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
+    return whole.to(x.real.dtype if x.is_complex() else x.dtype) * x
+
+
+def _times(factor: Tensor, value: Callable[[float], Tensor]) -> Callable[[float], Tensor]:
+    return lambda t: leading(factor, value(t))
 
 
 class Unrecorded(Operator):

@@ -12,6 +12,7 @@ from torch import Tensor
 from odeadv.costate import Costate, RecordedCostate, SummedCostate, record, sweep
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype
+from odeadv.fields.terms import leading
 from odeadv.solver._saving import states_at
 from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
@@ -37,7 +38,7 @@ class Run:
     def solution(self) -> Solution:
         """Record the costate if there is one, solve, and return the result, failed or not."""
         request, driven, costate = self.request, self.request.field, None
-        if isinstance(driven, AdversarialField) and driven.eta != 0.0:
+        if isinstance(driven, AdversarialField) and not driven.idle:
             costate = self.recorded_costate()
             driven = driven if costate is None else driven.driven_by(costate)
         grid = self.first_grid if driven is request.field else self._find_grid(driven, costate)
@@ -103,7 +104,7 @@ class Run:
             error, largest = found.difference(finer)
             self._count(found)
             found = finer
-            if adaptive.error(error * abs(field.eta), largest, largest) <= 1.0:
+            if adaptive.error(leading(field.eta, error).abs(), largest, largest) <= 1.0:
                 break
         return found
 

@@ -202,7 +202,7 @@ def driven(
             time_dtype=time_dtype,
             within_span=within_span,
         )
-        if field.eta == 0.0:
+        if field.idle:
             return VectorField({"f": field.f}, field.problem)
         run = Run(request)
         found = run.recorded_costate()

@@ -104,6 +104,7 @@ def read_request(
     if within_span:
         _check_reach(discretisation)
     x = read_initial_state(field, x0)
+    _check_eta(field, x)
     _check_readable(x, recordings, times)
     saved = _read_save_times(field, save_at, times.span)
     if time_dtype is not None:
@@ -220,7 +221,7 @@ def _check_estimate(field: VectorField, discretisation: Discretisation, times: T
     Raises:
         ValueError: naming ``estimate``.
     """
-    idle = isinstance(field, AdversarialField) and field.eta == 0.0
+    idle = isinstance(field, AdversarialField) and field.idle
     scheme = discretisation.scheme
     if times.adaptive is None or times.adaptive.estimate != "palindromic" or scheme is None:
         return
@@ -250,6 +251,22 @@ def _check_reach(discretisation: Discretisation) -> None:
         raise ValueError(
             f"within_span: scheme {discretisation.name!r} evaluates f up to {max(-low, high - 1.0):.3g} steps outside "
             "the span; take a scheme without negative weights, such as 'strang' or 'extrapolated-strang4'"
+        )
+
+
+def _check_eta(field: VectorField, x0: Tensor) -> None:
+    """Check that the axes of a tensor eta are leading axes of the state.
+
+    Raises:
+        ValueError: naming ``eta``.
+    """
+    eta = field.eta if isinstance(field, AdversarialField) else 0.0
+    if isinstance(eta, Tensor) and (
+        eta.ndim > x0.ndim or any(a not in (1, b) for a, b in zip(eta.shape, x0.shape, strict=False))
+    ):
+        raise ValueError(
+            f"eta: got shape {tuple(eta.shape)} for a state of shape {tuple(x0.shape)}, expected the sizes of its "
+            "leading axes, or ones; (batch,) is one eta per sample"
         )
 
 

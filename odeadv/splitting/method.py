@@ -132,7 +132,7 @@ def _check_declared_order(scheme: Scheme) -> None:
 
 def _check_unsplit(field: VectorField, name: str) -> None:
     """Check that a field can be solved without splitting it."""
-    idle = isinstance(field, AdversarialField) and field.eta == 0.0
+    idle = isinstance(field, AdversarialField) and field.idle
     if len(field.operators) == 1 or idle:
         return
     if name == "exact":
