@@ -135,7 +135,7 @@ class Subject:
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
         result = self.evaluated_as(self.model, self.images, *attacks, stochastic=self.random, seed=seed)
         for attack in result.attacks:
-            if attack.eps <= self.eps:
+            if isinstance(attack.eps, float) and attack.eps <= self.eps:
                 self.unbroken &= self.resisted(attack)
         return result
 

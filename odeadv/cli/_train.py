@@ -136,5 +136,8 @@ def rerun(args: argparse.Namespace) -> int:
 def _summary(protocol: str, result: dict[str, object]) -> str:
     attacks = result["attacks"]
     assert isinstance(attacks, list)
-    parts = [f"{a['name']}{a['steps'] or ''} {a['eps_255']:g}/255: {percent(a['robust_accuracy'])}" for a in attacks]
+    parts = []
+    for attack in attacks:
+        radius = attack.get("radius") or f"{attack['eps_255']:g}/255"  # version 2 of the schema has no radius
+        parts.append(f"{attack['name']}{attack['steps'] or ''} {radius}: {percent(attack['robust_accuracy'])}")
     return f"{protocol}: clean {100 * float(str(result['clean_accuracy'])):.2f}, " + ", ".join(parts)

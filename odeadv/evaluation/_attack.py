@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,10 +23,17 @@ from odeadv.support.digests import derived_seed
 
 
 class Batch(NamedTuple):
-    """Images and labels on the model's device."""
+    """Images and labels on the model's device.
+
+    Attributes:
+        images: as the model takes them.
+        labels: (n,) int64.
+        places: (n,) int64 on the CPU, the numbers of the examples in the data.
+    """
 
     images: Tensor
     labels: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Rules:
         repeatable: True if equal images always have equal gradients.
         highest_label: the largest label of all batches.
         keep_images: True if the attacked images are wanted; then no work is shared.
+        by_example: arguments that differ between examples, by the name of the attack (`Protocol.names`), one value per
+            example of the data.
     """
 
     protocol: Protocol
@@ -51,6 +60,7 @@ class Rules:
     repeatable: bool
     highest_label: int
     keep_images: bool = False
+    by_example: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def measures_worst(self, spec: AttackSpec) -> bool:
         """Return True if worst-so-far outcomes of the attack are kept."""
@@ -94,7 +104,7 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
         rules: of the evaluation.
         number: of the batch; attacks that draw random numbers are seeded by it.
     """
-    images, labels = batch
+    images, labels, _ = batch
     specs = dict(zip(rules.protocol.names, rules.protocol.attacks, strict=True))
     shared = {
         name: spec for name, spec in specs.items() if spec.shared and spec.score == "last" and not rules.keep_images
@@ -159,7 +169,9 @@ def _separate(
     if chosen.any():
         images, labels = batch.images[chosen], batch.labels[chosen]
         model.expect(images)
-        found, notes = attacked(spec, model, images, labels, seed=rules.seed, place=drawn_at)
+        rows = batch.places[chosen.cpu()]
+        own = {key: values[rows].to(labels.device) for key, values in rules.by_example.get(name, {}).items()}
+        found, notes = attacked(spec, model, images, labels, seed=rules.seed, place=drawn_at, by_example=own)
         outcomes.notes += notes
         if model.no_gradient is not None:
             outcomes.signs["no gradient"][chosen] |= model.no_gradient
@@ -221,9 +233,18 @@ class Counted(nn.Module):
 
 
 def attacked(
-    spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, *, seed: int, place: str
+    spec: AttackSpec,
+    model: Counted,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    place: str,
+    by_example: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, list[str]]:
     """Return the images that the attack ends with, and its warnings.
+
+    ``by_example`` has the arguments of the attack that differ between the images.
 
     Random numbers come from a generator that is seeded by ``seed`` and ``place`` (of the batch and attack), so they do
     not depend on earlier work. The global random state does not change.
@@ -232,7 +253,7 @@ def attacked(
     if spec.name == AUTOATTACK:
         return _autoattack(spec, model, images, labels, own_seed)
     function = attack_function(spec.name)
-    arguments = spec.arguments()
+    arguments = spec.arguments() | dict(by_example or {})
     if spec.score == "worst" and takes(function, "keep"):
         arguments["keep"] = "worst"  # the first iterate that fools, not the last iterate
     if takes(function, "generator") and "generator" not in arguments:
@@ -253,6 +274,7 @@ def _autoattack(
     options: dict[str, Any] = {"norm": "Linf", "version": "standard", **spec.options}
     if "attacks" in options:
         options["attacks"] = list(options["attacks"])
+    assert isinstance(spec.eps, float)
     plain = images.contiguous()  # pyautoattack calls .view
     cuda = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), _tracing_kept(), _logged("auto-attack") as warned:

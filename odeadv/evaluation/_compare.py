@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
+from odeadv.support.checks import shown
 from odeadv.support.statistics import exact_p_value
 
 
@@ -108,7 +109,8 @@ def mcnemar(
         )
     first, second = (_outcomes(value, attack, score) for value in (a, b))
     if first[0] != second[0]:
-        raise ValueError(f"attack: {attack!r} is {first[0]} in a and {second[0]} in b, expected the same attack")
+        one, other = shown(first[0]), shown(second[0])
+        raise ValueError(f"attack: {attack!r} is {one} in a and {other} in b, expected the same attack")
     right_a, right_b = first[1], second[1]
     only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
     both = int((right_a & right_b).sum())
@@ -143,5 +145,5 @@ def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple
 
 
 def _identity(result: AttackResult) -> tuple[Any, ...]:
-    options = json.loads(json.dumps(dict(result.options)))  # as they come back from a file
-    return result.name, result.eps, result.alpha, result.steps, options
+    # As they come back from a file: lists instead of tuples.
+    return tuple(json.loads(json.dumps([result.name, result.eps, result.alpha, result.steps, dict(result.options)])))

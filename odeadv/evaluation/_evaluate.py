@@ -136,6 +136,7 @@ def evaluate(
     accepted = _accepted(accept)
     _check_options(progress, seed, num_classes)
     _check_random(protocol, stochastic, passes)
+    by_example = {name: spec.by_example(labels) for name, spec in zip(protocol.names, protocol.attacks, strict=True)}
     folder = None if save is None else Path(save)
     check_folder("save", folder)
     settings: dict[str, Any] = {
@@ -152,7 +153,9 @@ def evaluate(
     # This leaves inference mode too, in which the session's tensors must not be made.
     with attacking(model, "eval", device):
         examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last)
-        rules = Rules(protocol, seed, stochastic, passes, not stochastic, examples.highest_label, folder is not None)
+        rules = Rules(
+            protocol, seed, stochastic, passes, not stochastic, examples.highest_label, folder is not None, by_example
+        )
         seen = _examined(model, examples, batch_size, rules, num_classes, accepted)
         examples, settings["channels_last"] = seen.examples, seen.examples.channels_last
         identity = {"model": model_digest(model, seen.first.changed_attributes), "data": data_digest(images, labels)}
@@ -294,7 +297,7 @@ def _repeats(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[bool
     """
     if not rules.repeatable or all((spec.steps or 1) <= SHORT for spec in rules.protocol.attacks if spec.shared):
         return rules.repeatable, 0
-    images, labels = examples.load(slice(0, GRADIENT_PROBES))
+    images, labels, _ = examples.load(slice(0, GRADIENT_PROBES))
     scorer = prepared.scorer(labels)
     return torch.equal(scorer.gradient(images), scorer.gradient(images)), scorer.gradient_evaluations
 

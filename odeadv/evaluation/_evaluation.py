@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeadv.evaluation.protocols import AttackSpec, in_255ths, radius_text, unique_names
+from odeadv.evaluation.protocols import AttackSpec, Radius, in_255ths, radius_text, unique_names
 from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import wilson_interval
 
@@ -31,8 +31,8 @@ class AttackResult:
 
     Attributes:
         name: of the attack, e.g. ``"ifgsm"``.
-        eps: radius of the ball, in pixel units of [0, 1].
-        alpha: size of one step, in the same units; None if the attack has none.
+        eps: radius of the ball, in pixel units of [0, 1]; a tuple if there is one per example.
+        alpha: size of one step, in the same units, or a tuple; None if the attack has none.
         steps: number of steps; None if the attack has none.
         outcomes: (n,) bool on the CPU, true if the image that the attack ended with (for IFGSM the *last iterate*) is
             classified correctly; None if only the worst-so-far score was asked for. For a random model: true if it
@@ -46,8 +46,8 @@ class AttackResult:
     """
 
     name: str
-    eps: float
-    alpha: float | None
+    eps: Radius
+    alpha: Radius | None
     steps: int | None
     outcomes: Tensor | None
     worst_so_far_outcomes: Tensor | None
@@ -230,9 +230,9 @@ class Evaluation:
         return {
             "name": attack.name,
             "radius": radius_text(attack.eps, attack.options),
-            "eps": attack.eps,
+            "eps": _plain(attack.eps),
             "eps_255": _in_255(attack.eps) if unit else None,
-            "alpha": attack.alpha,
+            "alpha": _plain(attack.alpha),
             "alpha_255": _in_255(attack.alpha) if unit else None,
             "steps": attack.steps,
             "options": dict(attack.options),
@@ -260,9 +260,13 @@ class Evaluation:
                 clean_outcomes=unpack(value["clean_outcomes"], n),
                 attacks=tuple(
                     AttackResult(
-                        **{key: row[key] for key in ("name", "eps", "alpha", "steps", "options")},
+                        row["name"],
+                        _radius(row["eps"]),
+                        _radius(row["alpha"]),
+                        row["steps"],
                         outcomes=_unpacked(row["outcomes"], n),
                         worst_so_far_outcomes=_unpacked(row["worst_so_far_outcomes"], n),
+                        options=row["options"],
                         pass_accuracies=tuple(row.get("robust_pass_accuracies", ())),
                     )
                     for row in value["attacks"]
@@ -284,27 +288,32 @@ class Evaluation:
         return result
 
     def __repr__(self) -> str:
-        clean_error = _error(standard_error(self.clean_pass_accuracies))
         lines = [
             f"{self.protocol}: n = {self.n}, {self.forward_passes / self.n:g} forward passes and "
-            f"{self.gradient_evaluations / self.n:g} gradients per image, {self.seconds:.1f} s",
-            f"{'attack':<10}{'radius':>12}{'step size':>12}{'steps':>7}{'robust %':>10}{'worst so far %':>16}",
-            f"{'clean':<10}{'':31}{100 * self.clean_accuracy:>10.2f}{clean_error}",
+            f"{self.gradient_evaluations / self.n:g} gradients per image, {self.seconds:.1f} s"
         ]
-        for attack in self.attacks:
-            alpha = "" if attack.alpha is None else radius_text(attack.alpha, attack.options)
+        radii = [radius_text(attack.eps, attack.options) for attack in self.attacks]
+        steps = ["" if attack.alpha is None else radius_text(attack.alpha, attack.options) for attack in self.attacks]
+        wide, long = (max(12, 2 + max(map(len, texts), default=0)) for texts in (radii, steps))
+        lines.append(
+            f"{'attack':<10}{'radius':>{wide}}{'step size':>{long}}{'steps':>7}{'robust %':>10}{'worst so far %':>16}"
+        )
+        left = 17 + wide + long
+        clean_error = _error(standard_error(self.clean_pass_accuracies))
+        lines.append(f"{'clean':<{left}}{100 * self.clean_accuracy:>10.2f}{clean_error}")
+        for attack, eps, alpha in zip(self.attacks, radii, steps, strict=True):
             robust = "" if attack.outcomes is None else f"{100 * attack.robust_accuracy:.2f}"
             worst = "" if attack.worst_so_far_outcomes is None else f"{100 * attack.worst_so_far_accuracy:.2f}"
             lines.append(
-                f"{attack.name:<10}{radius_text(attack.eps, attack.options):>12}{alpha:>12}{attack.steps or '':>7}"
+                f"{attack.name:<10}{eps:>{wide}}{alpha:>{long}}{attack.steps or '':>7}"
                 f"{robust:>10}{worst or _error(attack.standard_error):>16}".rstrip()
             )
         if all(attack.outcomes is not None for attack in self.attacks):
-            lines.append(f"{'average of the attacks':<41}{100 * self.average:>10.2f}")
+            lines.append(f"{'average of the attacks':<{left}}{100 * self.average:>10.2f}")
         if not self.clean_pass_accuracies:
             low, high = (100 * bound for bound in self.worst_case_interval)
             lines.append(
-                f"{'every attack failed (worst case)':<41}{100 * self.worst_case:>10.2f}  [{low:.2f}, {high:.2f}]"
+                f"{'every attack failed (worst case)':<{left}}{100 * self.worst_case:>10.2f}  [{low:.2f}, {high:.2f}]"
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -368,7 +377,8 @@ def _check_types(value: Mapping[str, Any]) -> None:
     if value["n"] < 1:
         raise ValueError(f"n: got {value['n']}, expected at least 1")
     absent = (type(None),)
-    attack = {"name": text, "eps": number, "alpha": number + absent, "steps": integer + absent, "options": (dict,)}
+    lengths = (*number, list, tuple)
+    attack = {"name": text, "eps": lengths, "alpha": lengths + absent, "steps": integer + absent, "options": (dict,)}
     for row in value["attacks"]:
         if not isinstance(row, Mapping):
             raise ValueError(f"attacks: got {type(row).__name__}, expected a mapping for each")
@@ -389,5 +399,15 @@ def _agree(a: object, b: object) -> bool:
     return a == b
 
 
-def _in_255(value: float | None) -> float | None:
+def _in_255(value: Radius | None) -> float | list[float] | None:
+    if isinstance(value, tuple):
+        return [round(255 * each, 9) for each in value]
     return None if value is None else round(255 * value, 9)  # so that 12/255 reads 12 again
+
+
+def _radius(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Radius | None) -> float | list[float] | None:
+    return list(value) if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ from odeadv.evaluation._prepare import Prepared, Scorer
 from odeadv.evaluation.protocols import AttackSpec
 
 Run = tuple[float, float]  # eps, alpha
-Load = Callable[[Tensor], tuple[Tensor, Tensor]]
+Load = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # indices to images, labels, indices
 
 # Examples in a cycle leave once they are this share of a batch: its composition, on which rounding depends, changes
 # seldom then.
@@ -27,8 +27,10 @@ KEPT_FOR, KEPT_SHARE = 16, 1 / 8
 
 
 def run_of(spec: AttackSpec) -> Run:
-    """Return radius and step size of an FGSM or IFGSM attack."""
-    return spec.eps, spec.eps if spec.alpha is None else spec.alpha
+    """Return radius and step size of an FGSM or IFGSM attack that has the same for all examples."""
+    assert isinstance(spec.eps, float)
+    assert isinstance(spec.alpha, float)
+    return spec.eps, spec.alpha
 
 
 def queues_of(attacks: Sequence[AttackSpec]) -> dict[Run, int]:
@@ -327,7 +329,7 @@ class WorstSoFar:
         return batch.joined(self._loaded(coming))
 
     def _loaded(self, index: Tensor) -> _Examples:
-        images, labels = self._load(index)
+        images, labels, _ = self._load(index)
         step = torch.zeros(len(index), dtype=torch.int64, device=labels.device)
         bounds = linf_bounds(images, self._eps)
         return _Examples(index.to(labels.device), images, labels, bounds, step, Cycles(images, step))

@@ -49,12 +49,13 @@ class Examples:
 
     def load(self, part: slice | Tensor) -> Batch:
         """Return images and labels as the model takes them."""
+        places = torch.arange(*part.indices(len(self.images))) if isinstance(part, slice) else part.cpu()
         chosen = part if isinstance(part, slice) else part.to(self.images.device)
         x = as_model_input(
             constant(self.images[chosen]), device=self.device, dtype=self.dtype, channels_last=self.channels_last
         )
         label = part if isinstance(part, slice) else part.to(self.labels.device)
-        return Batch(x, constant(self.labels[label]).to(self.device))
+        return Batch(x, constant(self.labels[label]).to(self.device), places)
 
 
 def read_data(data: object) -> tuple[Tensor, Tensor]:

@@ -9,23 +9,31 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from odeadv import attacks as _attacks
-from odeadv.attacks.checks import radius
+from odeadv.attacks.checks import check_target, radius
 from odeadv.attacks.objective import TargetName
 from odeadv.support.checks import choice, did_you_mean, integer, number, shown
 from odeadv.support.digests import function_name, is_local
 
 Score = Literal["last", "worst"]
+Radius = tuple[float, ...] | float  # one per example, or one for all examples
 AUTOATTACK = "autoattack"
 _RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally")  # fields, or set by the evaluation
 _AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
 
 
-def radius_text(eps: float, options: Mapping[str, Any]) -> str:
-    """Return a radius as labels show it: ``8/255``; or ``0.5 in L2``, because grey levels measure L-infinity only."""
-    return f"{round(255 * eps, 6):g}/255" if in_255ths(options) else f"{eps:g} in {str(options['norm']).upper()}"
+def radius_text(eps: Radius, options: Mapping[str, Any]) -> str:
+    """Return a radius as labels show it: ``8/255``; or ``0.5 in L2``, because grey levels measure L-infinity only.
+
+    Several radii are shown as their range: ``2 to 8/255``.
+    """
+    ends = sorted({min(eps), max(eps)}) if isinstance(eps, tuple) else [eps]
+    if in_255ths(options):
+        return f"{' to '.join(f'{round(255 * end, 6):g}' for end in ends)}/255"
+    return f"{' to '.join(f'{end:g}' for end in ends)} in {str(options['norm']).upper()}"
 
 
 def in_255ths(options: Mapping[str, Any]) -> bool:
@@ -48,14 +56,19 @@ class AttackSpec:
     Attributes:
         name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1), ``"ifgsm"``, any other function of
             `odeadv.attacks` that takes ``eps``, or ``"autoattack"``.
-        eps: radius of the ball, in pixel units of [0, 1].
-        alpha: size of one step, in the same units; None if the attack has none, or for its default.
+        eps: radius of the ball, in pixel units of [0, 1]. A list, an array or a tensor gives one radius per example of
+            the data, in their order.
+        alpha: size of one step, in the same units, or one size per example; None if the attack has none, or for its
+            default.
         steps: number of steps; None if the attack has none, or for its default.
         score: ``"last"`` scores the images that the attack ends with, on every example. ``"worst"`` counts an example
             only if the clean image and everything the attack tried are right. This is stricter, and much cheaper: an
             example is dropped as soon as it is fooled. AutoAttack is always ``"worst"``.
-        options: further keyword arguments of the attack (``restarts``, ``loss``, ``target="least-likely"``, ...);
-            for AutoAttack ``norm``, ``version`` and, with version ``"custom"``, ``attacks``.
+        options: further keyword arguments of the attack (``restarts``, ``loss``, ``norm``, ...); for AutoAttack
+            ``norm``, ``version`` and, with version ``"custom"``, ``attacks``. ``target`` may be a name
+            (``"least-likely"``), one class per example of the data (a list, an array or a tensor), or a function of
+            the labels: int64 (n,) to int64 (n,). A targeted attack is scored like every other: an example counts as
+            robust if the label is still predicted.
 
     Raises:
         TypeError: if a value is of the wrong type.
@@ -63,8 +76,8 @@ class AttackSpec:
     """
 
     name: str
-    eps: float
-    alpha: float | None = None
+    eps: Radius
+    alpha: Radius | None = None
     steps: int | None = None
     score: Score = "last"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -74,12 +87,17 @@ class AttackSpec:
         if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
             raise TypeError(f"options: got {shown(self.options)}, expected a mapping from argument names to values")
         choice("score", self.score, ("last", "worst"))
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
-        object.__setattr__(self, "eps", radius(self.eps, self.options.get("norm", "linf")))
+        options = dict(self.options)
+        if "target" in options:
+            options["target"] = _targets(options["target"])
+        object.__setattr__(self, "options", MappingProxyType(options))
+        norm = options.get("norm", "linf")
+        object.__setattr__(self, "eps", _each("eps", self.eps, lambda value: radius(value, norm)))
         if self.name == "fgsm":
             self._fill_fgsm()
         if self.alpha is not None or self.name == "ifgsm":
-            object.__setattr__(self, "alpha", number("alpha", self.alpha, least=0))
+            alpha = _each("alpha", self.alpha, lambda value: number("alpha", value, least=0))
+            object.__setattr__(self, "alpha", alpha)
         if self.steps is not None or self.name == "ifgsm":
             object.__setattr__(self, "steps", integer("steps", self.steps))
         if function is None:
@@ -94,7 +112,8 @@ class AttackSpec:
     @property
     def shared(self) -> bool:
         """True for plain FGSM or IFGSM, whose gradients and iterates are shared with the other attacks."""
-        return self.name in ("fgsm", "ifgsm") and not self.options
+        one = isinstance(self.eps, float) and isinstance(self.alpha, float)
+        return self.name in ("fgsm", "ifgsm") and one and not self.options
 
     @property
     def measures_worst(self) -> bool:
@@ -111,11 +130,29 @@ class AttackSpec:
         return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{score}"
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for the attack, without its generator."""
+        """Return the keyword arguments for the attack, without its generator; `by_example` has some of them again."""
         own = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         if self.name == "fgsm":
             own = {"eps": self.eps}
         return {key: value for key, value in own.items() if value is not None} | dict(self.options)
+
+    def by_example(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the arguments that differ between examples, one value for each of ``labels``, (n,) int64.
+
+        Raises:
+            TypeError: if a target is not int64.
+            ValueError: if the number of values is not n, or the target of an example is its label.
+        """
+        found: dict[str, Tensor] = {}
+        for key, value in self.arguments().items():
+            if key == "target" and not isinstance(value, str | None):
+                made = value(labels) if callable(value) else torch.tensor(value)
+                found[key] = _checked_target(made, labels)
+            elif key in ("eps", "alpha") and isinstance(value, tuple):
+                if len(value) != len(labels):
+                    raise ValueError(f"{key}: got {len(value)} values, expected {len(labels)}, one per example")
+                found[key] = torch.tensor(value, dtype=torch.float64)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; functions are written by module and name, other objects by ``repr``."""
@@ -141,6 +178,8 @@ class AttackSpec:
             raise ValueError(
                 f"alpha, steps: got {self.alpha!r}, {self.steps!r}, expected None, because AutoAttack chooses them"
             )
+        if isinstance(self.eps, tuple):
+            raise ValueError(f"eps: got {len(self.eps)} radii, expected one number for 'autoattack'")
         _check_known("options", self.options, _AUTOATTACK_OPTIONS)
         object.__setattr__(self, "score", "worst")
 
@@ -149,8 +188,6 @@ class AttackSpec:
         if "eps" not in known:
             raise ValueError(f"name: got {self.name!r}, expected an attack with a radius eps")
         _check_known("options", self.options, [key for key in known if key not in _RESERVED])
-        if "target" in self.options:  # a tensor belongs to certain images, not to a protocol
-            choice("target", self.options["target"], get_args(TargetName))
         if self.score == "worst" and self.options.get("keep", "worst") != "worst":
             raise ValueError(f"options: got keep={self.options['keep']!r}, expected 'worst' or none for score='worst'")
         given = self.arguments()
@@ -210,6 +247,51 @@ def _is_attack(value: object) -> bool:
 def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(function).parameters
     return {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+
+
+def _each(name: str, value: Any, checked: Callable[[Any], float]) -> Radius:
+    """Return a number that is ``checked``, or a tuple of them if there is one per example."""
+    several = _listed(value)
+    if several is None:
+        return checked(value)
+    if not several:
+        raise ValueError(f"{name}: got no values, expected a number, or one per example")
+    return tuple(checked(each) for each in several)
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """Return the items of a list, tuple, array or tensor; None for anything else."""
+    if isinstance(value, list | tuple | range):
+        return list(value)
+    if getattr(value, "ndim", 0) and hasattr(value, "tolist"):  # a tensor or an array
+        return list(value.tolist())
+    return None
+
+
+def _targets(value: Any) -> Any:
+    """Return the name of a rule, a function, or a tuple of one class per example."""
+    if value is None or callable(value):
+        return value
+    several = _listed(value)
+    if several is None:
+        if value not in get_args(TargetName):
+            names = " or ".join(map(repr, get_args(TargetName)))
+            kind = ValueError if isinstance(value, str) else TypeError
+            raise kind(
+                f"target: got {shown(value)}, expected {names}, one class per example, or a function of the labels"
+                f"{did_you_mean(value, get_args(TargetName))}"
+            )
+        return value
+    return tuple(integer("target", each, least=0) for each in several)
+
+
+def _checked_target(target: object, labels: Tensor) -> Tensor:
+    if isinstance(target, Tensor):
+        target = target.to(labels.device)
+    found = check_target(target, labels)
+    if found is None:
+        raise TypeError("target: the function returned None, expected int64 classes, one per label")
+    return found
 
 
 def _check_known(name: str, given: Mapping[str, object], known: Collection[str]) -> None:

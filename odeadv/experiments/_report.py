@@ -220,7 +220,9 @@ def _on_the_same_images(auto: Evaluation, whole: Evaluation, columns: Sequence[C
         attack = next(
             a
             for a in whole.attacks
-            if (a.name, a.steps) == (column.attack, column.steps) and math.isclose(255 * a.eps, column.eps_255)
+            if (a.name, a.steps) == (column.attack, column.steps)
+            and isinstance(a.eps, float)
+            and math.isclose(255 * a.eps, column.eps_255)
         )
         values[column.key] = percent(attack.outcomes)
         values[f"{column.key} worst"] = percent(attack.worst_so_far_outcomes)
