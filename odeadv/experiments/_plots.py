@@ -1,9 +1,10 @@
-"""Draw the figure of a table: differences with intervals, or curves over eta if the rows differ in eta."""
+"""Draw the figures of a table: differences with intervals, curves over eta if the rows differ in eta, over-fitting."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,56 @@ def plot(results: Results, path: Path) -> None:
         _forest(results, figure)
     # The file gets no date and no version, so equal records give an equal file.
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def plot_over_fitting(results: Results, path: Path) -> None:
+    """Write the robust accuracies over the epochs, on training and on validation images, to ``path``.
+
+    Each undefended row of `regimes` gets a panel, with its rows of LAD and LAD-SM.
+    """
+    with extra("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    panels = regimes(results)
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.5 + 3.2 * columns, 0.8 + 2.7 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, rows in zip(grid, panels, strict=False):
+        for row in rows:
+            color = f"C{('', '+lad', '+lad-sm').index(row.method.removeprefix(rows[0].method))}"
+            validation = [[100 * v for v in course] for course in results.validation(row)]
+            training = [[100 * e["accuracy"] for e in run["epochs"]] for run in results.runs[row.name].values()]
+            for courses, style, name in ((training, ":", "training"), (validation, "-", "validation")):
+                mean = [statistics.fmean(values) for values in zip(*courses, strict=True)]
+                axes.plot(range(1, len(mean) + 1), mean, style, color=color, label=f"{_short(row)}, {name}")
+        count = len(results.runs[rows[0].name])
+        axes.set_title(f"{rows[0].label}, {count} seed{'s' if count > 1 else ''}", fontsize="small")
+        axes.set_xlabel("epoch")
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize="small")
+    figure.supylabel("robust accuracy, %")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _short(row: Row) -> str:
+    """Return the label of ``row`` without its weight decay."""
+    return row.label.split(",")[0]
+
+
+def regimes(results: Results) -> list[Sequence[Row]]:
+    """Return each undefended row with its rows of LAD and LAD-SM, if validation images were attacked in every epoch."""
+    found = []
+    for base in results.rows:
+        pair = [base, *(row for row in results.rows if row.method in (f"{base.method}+lad", f"{base.method}+lad-sm"))]
+        rows = [row for row in pair if (row.weight_decay, row.factor) == (base.weight_decay, 1.0)]
+        if "+" not in base.method and len(rows) > 1 and all(results.validation(row) for row in rows):
+            found.append(rows)
+    return found
 
 
 def _forest(results: Results, figure: Figure) -> None:

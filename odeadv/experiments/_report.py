@@ -13,7 +13,7 @@ from torch import Tensor
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method, passes
 from odeadv.experiments._folder import load_records
-from odeadv.experiments._plots import plot
+from odeadv.experiments._plots import plot, plot_over_fitting, regimes
 from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
 from odeadv.experiments._results import Difference, Record, Results, gather
 from odeadv.experiments._tables import Column, Row, Table
@@ -22,7 +22,9 @@ from odeadv.support.files import replacing, write_text
 
 
 def write_report(table: Table, preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
-    """Make ``out/TABLE.md`` and ``out/TABLE.png`` from the records in a folder, and return the Markdown.
+    """Make ``out/TABLE.md`` and its figures from the records in a folder, and return the Markdown.
+
+    The figures are ``TABLE.png``, and ``TABLE-epochs.png`` if validation images were attacked in every epoch.
 
     Args:
         table: table to report.
@@ -39,6 +41,9 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
     write_text(out / f"{table.name}.md", markdown)
     with replacing(out / f"{table.name}.png") as path:
         plot(results, path)
+    if regimes(results):
+        with replacing(out / f"{table.name}-epochs.png") as path:
+            plot_over_fitting(results, path)
     return markdown
 
 
@@ -62,6 +67,7 @@ def render(results: Results) -> str:
         "",
         *_results(results, keys, labels),
         *_claims(results),
+        *_over_fitting(results),
         *_folded("Every column", _columns(results, keys, labels)),
         *_folded("Worst so far", _stricter(results)),
         *_folded("AutoAttack", _autoattack(results)),
@@ -122,6 +128,33 @@ def _claims(results: Results) -> list[str]:
         "[The rules](../rules.md) define the words.",
         "",
         *_header(["Difference", "paper", "here", "p", "seeds", "word"]),
+        *lines,
+    ]
+
+
+def _over_fitting(results: Results) -> list[str]:
+    """Return how far the undefended row over-fits, with the curves; an empty list without them."""
+    if not regimes(results):
+        return []
+    lines = []
+    for rows in regimes(results):
+        for row in rows:
+            courses = results.validation(row)
+            training = [100 * run["epochs"][-1]["accuracy"] for run in results.runs[row.name].values()]
+            best = [100 * max(course) for course in courses]
+            last = [100 * course[-1] for course in courses]
+            lines.append(_line([row.label, _count(courses, "seed"), *(_mean(v) for v in (training, last, best))]))
+    return [
+        "",
+        "## Over-fitting",
+        "",
+        "Robust accuracy in %: of the training images under the attack of the training, and of validation images under "
+        "IFGSM-10 of the same radius. Validation images are neither trained nor tested on. A defence can be tested if "
+        "the undefended row has a wide gap between the two, and loses after its best epoch.",
+        "",
+        f"![Robust accuracy over the epochs]({results.table.name}-epochs.png)",
+        "",
+        *_header(["Method", "", "training, last epoch", "validation, last epoch", "validation, best epoch"]),
         *lines,
     ]
 

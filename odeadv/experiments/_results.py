@@ -248,15 +248,22 @@ class Results:
         column = min(columns, key=lambda column: abs(column.eps_255 - eps))
         gaps = [100 * run["epochs"][-1]["accuracy"] - self.accuracies(run)[column.key] for run in runs]
         gap, drop = statistics.fmean(gaps), None
-        courses = [[(epoch.get("validation") or {}).get("robust") for epoch in run["epochs"]] for run in runs]
-        measured = [[value for value in course if value is not None] for course in courses]
-        if all(measured) and measured == courses:
-            drop = statistics.fmean(100 * (max(course) - course[-1]) for course in measured)
+        courses = self.validation(self.table.row(objective))
+        if courses:
+            drop = statistics.fmean(100 * (max(course) - course[-1]) for course in courses)
         if gap < GAP:
             return (gap, drop), f"plain PGD over-fits by {gap:.1f} points, fewer than {GAP:g}"
         if drop is not None and drop < DROP:
             return (gap, drop), f"plain PGD loses {drop:.1f} points after its best epoch, fewer than {DROP:g}"
         return (gap, drop), ""
+
+    def validation(self, row: Row) -> list[list[float]]:
+        """Return the robust accuracy on validation images per seed and epoch; empty if an epoch lacks it."""
+        courses = [
+            [(epoch.get("validation") or {}).get("robust") for epoch in run["epochs"]]
+            for run in self.runs.get(row.name, {}).values()
+        ]
+        return courses if all(value is not None for course in courses for value in course) else []
 
     def difference(self, row: Row, other: Row, key: str) -> Difference | None:
         """Return ``row`` minus ``other`` in the column ``key`` per common seed; None without common seeds."""

@@ -115,7 +115,9 @@ class TwoWay:
         # Without a chain of common seeds, the difference of the rows cannot be told from the difference of the seeds.
         if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
             return None
-        mean = float(weights @ self._fit)
+        # Accuracies are multiples of 1 / images, so differences often lie halfway between two printed digits. The last
+        # bits of the fit depend on the processor and would decide; they are cut off.
+        mean = round(float(weights @ self._fit), 9)
         options = []
         if self.df:
             error = math.sqrt(self.variance * float(weights @ self._inverse @ weights))
