@@ -149,9 +149,10 @@ class AdversarialField(VectorField):
         loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it.
         eta: strength, any finite number, or a tensor. A tensor of no dimension may require a gradient, so that eta is
             learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
-            sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the loss up if time runs forward, and down if it runs backward,
-            since the right-hand side is then subtracted. eta multiplies the gradient of ``loss`` as it is: if the loss
-            is a mean over a batch, eta / batch_size is invariant.
+            sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the loss up if
+            time runs forward, and down if it runs backward, since the right-hand side is then subtracted. eta
+            multiplies the gradient of ``loss`` as it is: if the loss is a mean over a batch, eta / batch_size is
+            invariant.
         readout: map from the final state to the output (the logits of a network); the identity if not given.
         x0, t_span, dt, steps: the problem, if the field carries it.
         modules: modules that ``f``, ``readout`` or ``loss`` run and that cannot be found from them, see `Operator`.
