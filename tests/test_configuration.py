@@ -150,6 +150,32 @@ def test_a_file_says_what_differs_from_the_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.yaml", b"training: {lr: 1}\nmodel: {}\ntraining: {epochs: 2}\n", r"'training' is there twice.*line 3"),
+        ("run.yaml", b"training: {lr: 1, lr: 2}\n", r"the key 'lr' is there twice"),
+        ("run.json", b'{"training": {"lr": 1, "lr": 2}}', r"the key 'lr' is there twice"),
+        ("run.yaml", b"data: {name: caf\xe9}\n", r"is not UTF-8 text \(byte 16\)"),
+        ("run.json", b"\xff\xfe", r"is not UTF-8 text \(byte 0\)"),
+        ("run.json", b'{"training": {"lr": NaN}}', r"NaN is not a JSON number"),
+        ("run.yaml", b"[" * 1200, r"is nested too deeply"),
+        ("run.yaml", b"a: [", r"is not YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{file}: .*{message}"):
+        load_config(file)
+
+
+def test_yaml_keeps_its_anchors_and_merges(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: &d {test_images: 5}\nmodel: {options: {<<: *d}}\n")
+    assert load_config(file).model.options == {"test_images": 5}
+
+
+@pytest.mark.parametrize(
     ("data", "error", "message"),
     [
         ({"trainign": {}}, ValueError, r"^trainign: is not a key of RunConfig \(did you mean 'training'\?\)"),

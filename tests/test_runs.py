@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -179,19 +180,44 @@ class TestFolder:
         run(small(), digits, tmp_path, protocols=("table1",), log=StringIO())
         path = tmp_path / small().name / "record.json"
         record = json.loads(path.read_text())
-        record["evaluations"]["last"]["worst"] = {"clean_accuracy": 0.5, "average": None}
+        (measured,) = record["evaluations"]["last"].values()
+        record["evaluations"]["last"]["worst"] = {**measured, "clean_accuracy": 0.5, "average": None}
         path.write_text(json.dumps(record))
-        for name, text in (
-            ("broken", "{"),
-            ("unknown", '{"trainign": 1}'),
-            ("gone", '{"training": {"objective": "no:X"}}'),
-        ):
+        bad = {
+            "broken": "{", "empty": "", "a-list": "[]", "unknown": '{"trainign": 1}', "deep": "[" * 100_000,
+        }  # fmt: skip
+        for name, text in bad.items():
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(text)
+        (tmp_path / "bytes" / "config.json").mkdir(parents=True)
+        cut = {
+            "cut": path.read_text()[:999],
+            "other": '{"a": 1}',
+            "lacking": {**record, "epochs": None},
+            "not-a-file": 0,
+        }
+        for name, text in cut.items():
+            shutil.copytree(path.parent, tmp_path / name)
+            (tmp_path / name / "record.json").write_text(text if isinstance(text, str) else json.dumps(text))
         assert cli.main(["runs", str(tmp_path)]) == 0
         shown = capsys.readouterr().out
-        assert shown.count("unreadable: ") == 3
+        assert shown.count("  unreadable: ") == len(shown.splitlines()) - 1 == len(bad) + len(cut) + 1
+        assert "lacking/record.json: epochs: got None, expected a list" in shown
         assert "worst: clean 50.00, average -" in shown
+        with pytest.warns(
+            experiments.RecordWarning, match="left out, not a readable record: .*cut/record.json: is not"
+        ):
+            assert len(experiments.load_records(tmp_path)) == 1
+
+    def test_a_listing_imports_no_module(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("never_imported.py").write_text("raise SystemExit('imported')\n")
+        training = {"objective": {"name": "awp", "base": "never_imported:A"}, "defence": {"name": "never_imported:B"}}
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "config.json").write_text(json.dumps({"training": training}))
+        assert cli.main(["runs", "."]) == 0
+        assert capsys.readouterr().out == "x  stopped, epoch 0/160\n"
+        assert experiments.list_runs(tmp_path)[0]["method"] == "awp+never_imported:B"
 
     def test_looking_does_not_keep_a_run_from_starting(self, tmp_path):
         holding = FileLock(tmp_path / ".lock", thread_local=False)
@@ -265,13 +291,32 @@ class TestAgain:
         with pytest.raises(ValueError, match=r"^record: .*table1 cannot.*schema: got 'odeadv.evaluation/1'"):
             experiments.rerun({**record, "evaluations": old}, digits, tmp_path / "again")
 
-    @pytest.mark.parametrize("part", ["key", "config", "evaluations", "versions", "epochs"])
-    def test_a_record_that_lacks_a_part_is_refused(self, part, tmp_path):
-        whole = json.loads(next((ROOT / "docs" / "results" / "runs").glob("cifar10-pgd-seed0*.json")).read_text())
+    def test_what_is_missing_wrong_or_unknown_in_a_record_is_named(self, tmp_path):
         file = tmp_path / "record.json"
-        file.write_text(json.dumps({name: value for name, value in whole.items() if name != part}))
-        with pytest.raises(ValueError, match=rf"record.json: not a whole record of a run, expected {part} in it"):
-            experiments.load_record(file)
+
+        def changed(change):
+            record = json.loads(next((ROOT / "docs" / "results" / "runs").glob("cifar10-pgd-seed0*.json")).read_text())
+            change(record)
+            file.write_text(json.dumps(record))
+            return experiments.load_record(file)
+
+        for part in ("key", "config", "evaluations", "versions", "epochs"):
+            with pytest.raises(ValueError, match=rf"record.json: not a whole record of a run, expected {part} in it"):
+                changed(lambda record, part=part: record.pop(part))
+        wrong = {
+            "epochs[1].loss: is missing": lambda record: record["epochs"][1].pop("loss"),
+            "data.fingerprint: got 3, expected a string": lambda record: record["data"].update(fingerprint=3),
+            "config.training.seed: got 'a', expected an integer": lambda r: r["config"]["training"].update(seed="a"),
+            "evaluations.last: got a list, expected a mapping": lambda record: record["evaluations"].update(last=[]),
+            "epochs[0].lr: got inf, expected a finite number": lambda record: record["epochs"][0].update(lr=1e400),
+        }
+        for message, change in wrong.items():
+            with pytest.raises(
+                ValueError, match=re.escape(f"record.json: {message}") if "inf" not in message else "JSON"
+            ):
+                changed(change)
+        with pytest.warns(experiments.RecordWarning, match=r"unknown fields are ignored: epochs\[0\].mood, note"):
+            changed(lambda record: (record.update(note=1), record["epochs"][0].update(mood=1)))
 
     def test_records_of_autoattack_and_unknown_protocols_are_not_run_again_unasked(self, digits, tmp_path):
         config = small(epochs=1)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from odeadv.experiments._folder import load_records
 from odeadv.experiments._presets import PRESETS
+from odeadv.experiments._records import load_records
 from odeadv.experiments._tables import TABLES
 from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import markdown_table

@@ -162,25 +162,34 @@ class RunConfig:
         return plain
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
+    def from_dict(cls, data: Mapping[str, Any], *, imports: bool = True) -> RunConfig:
         """Build a configuration from plain data; see `odeadv.experiments.load_config` for files.
+
+        Args:
+            data: the plain data.
+            imports: see `odeadv.experiments.load_config`.
 
         Raises:
             TypeError, ValueError: if a key is unknown, or its value has a wrong type or is out of range. The message
                 names the key.
         """
-        return configuration.from_dict(cls, data)
+        return configuration.from_dict(cls, data, imports=imports)
 
 
-def load_config(file: str | os.PathLike[str]) -> RunConfig:
+def load_config(file: str | os.PathLike[str], *, imports: bool = True) -> RunConfig:
     """Read the configuration of a run from a .json, .yaml or .yml file.
+
+    Args:
+        file: the file.
+        imports: False imports no module that the file names. An objective or defence ``"module:Class"`` is then a
+            stand-in that has a name only: enough to list the run, not to train it.
 
     Raises:
         TypeError, ValueError: if a key is unknown, or its value has a wrong type or is out of range. The message names
             the key.
         OSError: if the file cannot be read.
     """
-    return configuration.load(RunConfig, Path(file))
+    return configuration.load(RunConfig, Path(file), imports=imports)
 
 
 OBJECTIVES = ("natural", "pgd", "trades")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from odeadv.diagnostics import Trace
-from odeadv.experiments._folder import load_records
 from odeadv.experiments._presets import Preset
+from odeadv.experiments._records import load_records
 from odeadv.experiments._report import differences
 from odeadv.experiments._results import Results, gather
 from odeadv.experiments._tables import TABLES, paper_tables

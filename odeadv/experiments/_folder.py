@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,59 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from odeadv.experiments._config import ModelConfig, RunConfig, load_config
+from odeadv.experiments._config import ModelConfig, load_config
+from odeadv.experiments._records import load_record
 from odeadv.models import averaged
 from odeadv.support import plain as configuration
 from odeadv.support.files import read_tensors
 
-SCHEMA = "odeadv.run/2"
-
 WEIGHTS_SCHEMA = "odeadv.weights/1"
-
-Record = dict[str, Any]
 
 
 class RunLockedError(RuntimeError):
     """Raised if another process is writing the run."""
-
-
-def load_record(path: Path) -> Record:
-    """Read the record in ``path``.
-
-    Raises:
-        ValueError: if it is not a record of a run.
-        OSError: if it cannot be read.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from None
-    schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
-    lacking = [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]
-    if lacking:
-        raise ValueError(f"{path}: not a whole record of a run, expected {', '.join(lacking)} in it")
-    return dict(record)
-
-
-#: Entries that every reader of a record needs, with their types.
-_PARTS: dict[str, type] = {
-    "key": str, "method": str, "config": dict, "data": dict, "epochs": list, "evaluations": dict, "versions": dict,
-}  # fmt: skip
-
-
-def load_records(folder: Path) -> list[Record]:
-    """Read the records in ``folder``: ``*.json`` and ``*/record.json``, in the order of their paths.
-
-    Raises:
-        ValueError: if a JSON file is not a record of a run.
-        NotADirectoryError: if the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise NotADirectoryError(f"records: {folder} is not a folder, expected one with records in it")
-    paths = [*folder.glob("*.json"), *folder.glob("*/record.json")]
-    return [load_record(path) for path in sorted(paths) if not path.name.startswith(".")]
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -81,19 +38,26 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise NotADirectoryError(f"folder: {folder} is not there, expected the folder of all runs")
     found = []
-    for path in sorted(folder.glob("*/config.json")):
+    for path in sorted(folder.iterdir()):
         try:
-            found.append(_listed(path.parent, load_config(path)))
+            if any(os.path.lexists(path / name) for name in ("config.json", "record.json")):
+                found.append(_listed(path))
+            elif path.is_dir():
+                next(path.iterdir(), None)  # raises PermissionError if it may not be read
         except (ValueError, TypeError, OSError) as error:
-            found.append({"name": path.parent.name, "state": "unreadable", "error": str(error)})
+            found.append({"name": path.name, "state": "unreadable", "error": " ".join(str(error).split())})
     return found
 
 
-def _listed(folder: Path, config: RunConfig) -> dict[str, Any]:
+def _listed(folder: Path) -> dict[str, Any]:
+    # A listing must not run code, so the modules that a configuration names are not imported.
+    config = load_config(folder / "config.json", imports=False)
     entry: dict[str, Any] = {"name": folder.name, "method": config.method, "state": "finished"}
     entry |= {"epoch": config.training.epochs, "epochs": config.training.epochs, "evaluations": {}}
-    if (folder / "record.json").exists():
-        for protocol, evaluation in load_record(folder / "record.json")["evaluations"].get("last", {}).items():
+    if os.path.lexists(folder / "record.json"):
+        record = load_record(folder / "record.json")
+        entry["epoch"] = len(record["epochs"])
+        for protocol, evaluation in record["evaluations"].get("last", {}).items():
             values = {"clean": evaluation["clean_accuracy"], "average": evaluation["average"]}
             entry["evaluations"][protocol] = values
         return entry
@@ -137,10 +101,16 @@ def load_model(file: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]
     tensors, info = read_tensors(file)
     if info.get("schema") != WEIGHTS_SCHEMA:
         raise ValueError(f"{file}: schema is {info.get('schema')!r}, expected {WEIGHTS_SCHEMA!r}; is it a checkpoint?")
+    missing = [name for name in ("run", "num_classes", "mean", "std", "epoch") if name not in info]
+    if missing or "model" not in info["run"]:
+        raise ValueError(f"{file}: lacks {', '.join(missing) or 'run.model'}, expected weights that odeadv wrote")
     # Read only the model's part: the objective of the training may not be importable here.
     config = configuration.from_dict(ModelConfig, info["run"]["model"])
     net = config.build(_Shape(info["num_classes"], info["mean"], info["std"]))  # type: ignore[arg-type]
-    net.load_state_dict(tensors)
+    try:
+        net.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{file}: the weights do not fit the network of the run: {error}") from None
     net.to(memory_format=torch.channels_last)
     net.eval()
     return (averaged(net, passes=config.passes) if config.noise else net), info

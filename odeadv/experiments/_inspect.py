@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from odeadv.data import ImageDataset, to_float
 from odeadv.diagnostics import diagnose
 from odeadv.evaluation import Evaluation, Protocol, evaluate
 from odeadv.experiments._config import DataConfig, RunConfig
-from odeadv.experiments._folder import load_model, load_record
+from odeadv.experiments._folder import load_model
+from odeadv.experiments._records import load_record
 from odeadv.models import Averaged
 from odeadv.support import plain
 from odeadv.support.files import check_file, check_folder, write_json
@@ -216,10 +216,7 @@ def read_evaluation(path: Path, protocol: str = "table2", weights: str = "last")
         OSError: if it cannot be read.
     """
     file = path / "record.json" if path.is_dir() else path
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON: {error}") from None
+    found = plain.read_json(file)
     if isinstance(found, dict) and "evaluations" in found:
         evaluations = load_record(file)["evaluations"].get(weights, {})
         if protocol not in evaluations:

@@ -13,8 +13,9 @@ from typing import Literal, TextIO
 from odeadv import data
 from odeadv.evaluation.protocols import require_packages
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._folder import Record, RunLockedError
+from odeadv.experiments._folder import RunLockedError
 from odeadv.experiments._presets import Preset, configurations
+from odeadv.experiments._records import Record
 from odeadv.experiments._run import Measurement, run
 from odeadv.experiments._tables import Table
 from odeadv.support.files import check_folder, write_json

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method, passes
-from odeadv.experiments._folder import load_records
 from odeadv.experiments._plots import plot, plot_over_fitting, regimes
 from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
+from odeadv.experiments._records import load_records
 from odeadv.experiments._results import Difference, Record, Results, gather
 from odeadv.experiments._tables import Column, Row, Table
 from odeadv.support import plain
@@ -302,7 +302,7 @@ def _runs(results: Results) -> list[str]:
     ]
     everything = [(row, seed, run) for row in results.rows for seed, run in sorted(results.runs[row.name].items())]
     for row, seed, run in everything:
-        config, first, last = RunConfig.from_dict(run["config"]), run["epochs"][0], run["epochs"][-1]
+        config, first, last = RunConfig.from_dict(run["config"], imports=False), run["epochs"][0], run["epochs"][-1]
         ratios = [f"{epoch['ratio']:.2g}" if epoch.get("ratio") else "" for epoch in (first, last)]
         lines.append(
             _line(
@@ -353,7 +353,7 @@ def differences(results: Results) -> str:
     said: dict[str, list[str]] = {}
     for row in results.rows:
         for run in results.runs[row.name].values():
-            config = RunConfig.from_dict(run["config"])
+            config = RunConfig.from_dict(run["config"], imports=False)
             texts = _deviations(config, papers[row.name], run)
             for text in [*texts, *_eta_deviation(config, papers[row.name], as_factor=results.sweeps_eta)]:
                 names = said.setdefault(text, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -12,7 +13,7 @@ from odeadv.data import ImageDataset
 from odeadv.evaluation import Evaluation
 from odeadv.evaluation.protocols import PROTOCOLS
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._folder import Record, load_record
+from odeadv.experiments._records import Record, load_record
 from odeadv.experiments._run import Measurement, run, versions
 from odeadv.experiments._tables import TABLES
 
@@ -105,7 +106,8 @@ def rerun(
     there = runs / config.name / "record.json"
     if there.exists() and load_record(there)["versions"] != versions():
         raise ValueError(f"runs: {there} is of other versions than those of now; remove it, or give another folder")
-    wanted = [_measurement(key, key in record["evaluations"].get("best", {})) for key in record["evaluations"]["last"]]
+    best = record["evaluations"].get("best", {})
+    wanted = [_measurement(key, key in best) for key in record["evaluations"].get("last", {})]
     chosen = [each for each in wanted if each is not None and (autoattack or not each.key.startswith("autoattack"))]
     return agreement(record, run(config, data, runs, protocols=chosen, label=label, log=log, fabric=fabric))
 
@@ -142,7 +144,7 @@ def agreement(first: Record, second: Record) -> Agreement:
 
 def _losses(first: Record, second: Record) -> float:
     pairs = [(a["loss"], b["loss"]) for a, b in zip(first["epochs"], second["epochs"], strict=True)]
-    return max((float(abs(a - b) / abs(a)) for a, b in pairs if a != b), default=0.0)
+    return max((float(abs(a - b) / abs(a)) if a else math.inf for a, b in pairs if a != b), default=0.0)
 
 
 def _differing(one: Tensor, other: Tensor) -> int:

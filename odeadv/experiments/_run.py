@@ -21,8 +21,9 @@ from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
 from odeadv.evaluation.protocols import Protocol, require_packages, resolve_protocol
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._folder import SCHEMA, WEIGHTS_SCHEMA, Record, load_model, load_record, locked
+from odeadv.experiments._folder import WEIGHTS_SCHEMA, load_model, locked
 from odeadv.experiments._progress import Metrics, Progress
+from odeadv.experiments._records import SCHEMA, Record, load_record
 from odeadv.models import FieldNetwork
 from odeadv.support.checks import integer
 from odeadv.support.files import DamagedFileError, read_tensors, write_json, write_tensors

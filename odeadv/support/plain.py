@@ -62,7 +62,7 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def from_dict(kind: type[T], data: Any, path: str = "") -> T:
+def from_dict(kind: type[T], data: Any, path: str = "", *, imports: bool = True) -> T:
     """Return an instance of the dataclass ``kind``, made from plain data.
 
     Numbers may be written as fractions in strings (``"8/255"``). Missing fields take their defaults.
@@ -71,43 +71,92 @@ def from_dict(kind: type[T], data: Any, path: str = "") -> T:
         kind: a dataclass, or a `Choice`.
         data: a mapping of its fields.
         path: the place of ``data``, for messages.
+        imports: False imports no module that ``data`` names. A choice ``"module:Class"`` then becomes a stand-in that
+            has this name and the defaults of its base class, for listings.
 
     Raises:
         ValueError: for an unknown key or name, with the near ones, or a value out of range.
         TypeError: for a value of the wrong type.
     """
-    result: T = _read(kind, data, path)
+    result: T = _read(kind, data if imports else _without_imports(kind, data), path)
     return result
 
 
-def load(kind: type[T], file: Path) -> T:
+def load(kind: type[T], file: Path, *, imports: bool = True) -> T:
     """Read a .json, .yaml or .yml file with `from_dict`.
 
     Raises:
-        ValueError: if the file is not of one of these formats or does not fit, by key.
+        ValueError: if the file is not of one of these formats, has a key twice, or does not fit, by key.
         OSError: if it cannot be read.
     """
-    text = file.read_text(encoding="utf-8")
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{file}: expected a .json, .yaml or .yml file")
-    if file.suffix == ".json":
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file}: is not JSON: {error}") from None
-    else:
-        with extra("train"):
-            import yaml
-
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file}: is not YAML: {error}") from None
+    data = read_json(file) if file.suffix == ".json" else _read_yaml(file)
     try:
-        return from_dict(kind, data)
+        return from_dict(kind, data, imports=imports)
     except (ValueError, TypeError) as error:
         kind_of_error = TypeError if isinstance(error, TypeError) else ValueError
         raise kind_of_error(f"{file}: {error}") from None
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file as plain data.
+
+    Raises:
+        ValueError: naming the file, if it is not UTF-8 or JSON, or if a mapping has a key twice.
+        OSError: if it cannot be read.
+    """
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        if twice is not None:
+            raise ValueError(f"the key {twice!r} is there twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(_text(file), object_pairs_hook=mapping, parse_constant=refused)
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: is nested too deeply") from None
+
+
+def _read_yaml(file: Path) -> Any:
+    with extra("train"):
+        import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that a mapping has twice; YAML's own loader takes the last one."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                name = (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    text = _text(file)
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{file}: is nested too deeply") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -251,6 +300,32 @@ def _read_choice(base: type[Choice], data: Any, path: str) -> Any:
         near = _near(name, base.choices)
         raise ValueError(f"{path}.name: got {name!r}{near}, expected one of {', '.join(base.choices)}")
     return _read_fields(found, rest, path)
+
+
+def _without_imports(kind: Any, data: Any) -> Any:
+    """Return plain ``data`` for the dataclass ``kind`` with stand-ins for the choices that would be imported."""
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), None)
+    if not isinstance(kind, type) or not isinstance(data, Mapping | str):
+        return data
+    name = data if isinstance(data, str) else data.get("name")
+    if issubclass(kind, Choice) and not dataclasses.is_dataclass(kind):
+        if isinstance(name, str) and ":" in name:
+            return _stand_in(kind, name)
+        kind = kind.choices.get(name) if isinstance(name, str) else None
+    if not dataclasses.is_dataclass(kind) or isinstance(data, str):
+        return data
+    hints = get_type_hints(kind)
+    return {key: _without_imports(hints.get(key), value) for key, value in data.items()}
+
+
+def _stand_in(base: type[Choice], name: str) -> Any:
+    def unusable(*_: Any, **__: Any) -> None:
+        raise TypeError(f"{name}: was not imported, so it can be listed only")
+
+    methods = {method: unusable for method, value in vars(base).items() if isinstance(value, types.FunctionType)}
+    kind: Any = type(base.__name__, (base,), {**methods, "name": name})
+    return dataclasses.dataclass(frozen=True)(kind)()
 
 
 def _imported(base: type[Choice], name: str, path: str) -> type[Any]:

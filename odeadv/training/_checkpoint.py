@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 
+T = TypeVar("T")
+
 SCHEMA = "odeadv-checkpoint/1"
 #: Fields of a configuration that a run may change when it goes on: more epochs extend it.
 EXTENDS = ("config.epochs", "run.training.epochs")
+
+
+_ELSEWHERE = "it was not written by a known version of odeadv; remove it, or give another folder"
 
 
 class CheckpointWarning(UserWarning):
@@ -62,6 +68,8 @@ class Checkpoints:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the newest checkpoint that is whole, or None. What killed writes have left behind is removed.
 
+        The plain data have the name of the file under ``"file"``.
+
         Raises:
             ValueError: if it belongs to another run, or its parts are not those of this version.
 
@@ -80,16 +88,36 @@ class Checkpoints:
             if info.get("schema") != SCHEMA:
                 raise ValueError(f"{path}: schema is {info.get('schema')!r}, expected {SCHEMA!r}")
             missing = [name for name in ("identity", "epochs", "best_epoch", "done", "seconds") if name not in info]
+            missing += [
+                name
+                for name in ("order", "process0.torch", "process0.loss_sum", "process0.correct")
+                if name not in tensors
+            ]
             if missing:
-                raise ValueError(f"{path}: lacks {', '.join(missing)}; it was not written by a version of odeadv known")
+                raise ValueError(f"{path}: lacks {', '.join(missing)}; {_ELSEWHERE}")
             parts = [part for part in _differing(info["identity"], self._identity) if part not in EXTENDS]
             if parts:
                 raise ValueError(
                     f"{path}: is the checkpoint of another run, which differs in {', '.join(parts)}; "
                     "give another folder"
                 )
-            return tensors, info
+            return tensors, {**info, "file": str(path)}
         return None
+
+
+def read_fields(kind: type[T], plain: dict[str, Any], file: str) -> T:
+    """Return the dataclass ``kind`` from its fields in a checkpoint; lists become tuples.
+
+    Raises:
+        ValueError: naming the file and the fields that are missing or unknown.
+    """
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # a dataclass
+    unknown = sorted(plain.keys() - {field.name for field in fields})
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in plain]
+    if unknown or missing:
+        said = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise ValueError(f"{file}: {kind.__name__} {' and '.join(said)}; {_ELSEWHERE}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
 
 
 def _differing(a: Any, b: Any, name: str = "") -> list[str]:

@@ -563,7 +563,7 @@ class Run:
         self.strength_sum = own["strength_sum"].to(self.fabric.device) if "strength_sum" in own else None
         self.eta = info.get("eta", self.eta)
         self.generator.set_state(tensors["order"])
-        epochs = [_epoch_result(e) for e in info["epochs"]]
+        epochs = [saved.read_fields(EpochResult, epoch, info["file"]) for epoch in info["epochs"]]
         if len(epochs) > self.config.epochs:
             raise ValueError(
                 f"epochs: got {self.config.epochs}, but the checkpoint has {len(epochs)}; ask for at least as many"
@@ -579,11 +579,6 @@ class Run:
         best = saved.without("best", tensors)
         self.result = TrainResult(epochs, info["best_epoch"], best or None)
         self.done, self.seconds = info["done"], info["seconds"]
-
-
-def _epoch_result(plain: dict[str, Any]) -> EpochResult:
-    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-    return EpochResult(**values)
 
 
 def _finite(value: float) -> float | None:
