@@ -4,6 +4,7 @@ Imports `odeadv.support`, `odeadv.fields` and `odeadv.splitting`. It does not im
 function that makes one recording.
 """
 
+from odeadv.costate._objective import Objective, Rule
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.costate._sweeps import Converge, Recorder, Recordings, Swept, sweep
@@ -11,9 +12,11 @@ from odeadv.costate._sweeps import Converge, Recorder, Recordings, Swept, sweep
 __all__ = [
     "Converge",
     "Costate",
+    "Objective",
     "RecordedCostate",
     "Recorder",
     "Recordings",
+    "Rule",
     "SummedCostate",
     "Swept",
     "record",

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from odeadv.costate._objective import Objective, Rule
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
-from odeadv.splitting import CostateKind, Grid, Stepper
+from odeadv.splitting import CostateKind, Grid, Stepper, TimeStep
 from odeadv.support.isolation import Buffers, RandomState, differentiating, inside_transform, version
+
+Recorded = tuple[Sequence[Tensor], Sequence[Tensor], dict[int, Tensor]]  # states, nodes, nodes after their losses
 
 
 def record(
@@ -26,8 +29,9 @@ def record(
     differentiate: bool = False,
     checkpoints: int | None = None,
     keep_states: bool = False,
+    rule: Rule = "trapezoid",
 ) -> RecordedCostate:
-    """Solve once, back-propagate the loss, and return a_n = dL/dx_n at every node of ``grid``.
+    """Solve once, back-propagate the objective, and return a_n = dL/dx_n at every node of ``grid``.
 
     The field's transforms are then applied to the nodes. No weight gradients are computed. Buffers (batch-norm
     statistics), ``.grad`` and the global random state stay as they were, so that a later solve sees the same statistics
@@ -44,93 +48,148 @@ def record(
             segment runs again in the backward pass, with the same result bit for bit. None keeps the whole graph, as do
             torch.func transforms.
         keep_states: keep the states at the nodes even if ``kind`` does not need them.
+        rule: quadrature of the field's running cost.
 
     Raises:
         TypeError, ValueError: if the result of a transform of the field cannot replace the nodes.
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
     again = checkpoints is not None and not inside_transform()
-    states: Sequence[Tensor]
-    nodes: Sequence[Tensor]
+    objective = Objective.on(grid, field, rule)
     with differentiating(field.modules, x0.device):
         if inside_transform():
-            states, nodes = _by_transform(field, x0 if differentiate else x0.detach(), grid, stepper)
+            found = _by_transform(objective, x0 if differentiate else x0.detach(), grid, stepper)
         elif checkpoints is None:
             # A new node of the graph, so that dL/dx_0 is taken through the trajectory only.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
-            states = [start, *stepper.states(start, grid)]
-            nodes = torch.autograd.grad(
-                _loss(field, states[-1]), states, create_graph=differentiate, allow_unused=True, materialize_grads=True
-            )
+            found = _Traced.along(objective, start, grid, stepper).costates(objective, create_graph=differentiate)
         else:
-            states, nodes = _in_segments(field, x0, grid, stepper, checkpoints)
+            found = _in_segments(objective, x0, grid, stepper, checkpoints)
+    states, nodes, leaving = found
     f = stepper.counted[0]
     f.vjps += f.evaluations // 2 if again else f.evaluations
     if kind == "linear" and not keep_states:
         states = ()  # a linear costate does not need them between the nodes
     if not differentiate:
         states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
+        leaving = {n: node.detach() for n, node in leaving.items()}
     if field.transforms:
         nodes = _transformed(field, nodes, x0.device, differentiate)
-    return RecordedCostate(grid, nodes, states, field.f, kind, differentiate)
+    running = None if field.running is None else field.running_cost
+    return RecordedCostate(grid, nodes, states, field.f, kind, differentiate, running=running, leaving=leaving)
 
 
-def _loss(field: AdversarialField, final: Tensor) -> Tensor:
-    _, loss = field.evaluate(final)
-    if not loss.requires_grad:
-        raise ValueError("loss: does not depend on the state by differentiable operations; expected a function of x")
-    return loss
+class _Traced(NamedTuple):
+    """A part of a trajectory with its graph.
+
+    Attributes:
+        states: x_n as the steps before n end.
+        leaving: x_n as the step after n begins, by n, if there is a loss at n.
+        terms: losses at nodes but the last, and running costs of steps.
+        last: the time of the last node.
+    """
+
+    states: list[Tensor]
+    leaving: dict[int, Tensor]
+    terms: list[Tensor]
+    last: float
+
+    @classmethod
+    def along(cls, objective: Objective, start: Tensor, grid: Grid, stepper: Stepper) -> _Traced:
+        """Return the trajectory from ``start`` along ``grid``."""
+        if not objective.field.accumulates:
+            return cls([start, *stepper.states(start, grid)], {}, [], grid.times[-1])
+        states, leaving, terms = [start], dict[int, Tensor](), list[Tensor]()
+        for n, step in enumerate(grid):
+            x = states[n]
+            losses = objective.at(step.t0, x)
+            if losses:
+                # Views are nodes of the graph of their own: their gradients are those of what follows them.
+                x = leaving[n] = x.view_as(x)
+            end = stepper.advance(x, step)
+            terms += losses + objective.over(step, stepper, x, end)
+            states.append(end.view_as(end))
+        return cls(states, leaving, terms, grid.times[-1])
+
+    def costates(self, objective: Objective, after: Tensor | None = None, create_graph: bool = False) -> Recorded:
+        """Return states, costates at the nodes, and costates after the losses at nodes.
+
+        Args:
+            objective: gives the losses.
+            after: the costate at the last node; None if that is the end of the span.
+            create_graph: keep the result in the graph.
+        """
+        ends: list[tuple[Tensor, Tensor | None]] = [(term, None) for term in self.terms]
+        if after is None:
+            x = self.states[-1]
+            ends += [(loss, None) for loss in (objective.field.evaluate(x)[1], *objective.at(self.last, x))]
+        else:
+            ends.append((self.states[-1], after))
+        ends = [(end, weight) for end, weight in ends if end.requires_grad]
+        if not ends:
+            raise ValueError(
+                "loss: does not depend on the state by differentiable operations; expected a function of x"
+            )
+        values, weights = zip(*ends, strict=True)
+        inputs = [*self.states, *self.leaving.values()]
+        found = torch.autograd.grad(
+            values, inputs, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        nodes = found[: len(self.states)]
+        return self.states, nodes, dict(zip(self.leaving, found[len(nodes) :], strict=True))
 
 
 def _leaf(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.requires_grad_()
 
 
-def _by_transform(
-    field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper
-) -> tuple[list[Tensor], Sequence[Tensor]]:
+def _by_transform(objective: Objective, x0: Tensor, grid: Grid, stepper: Stepper) -> Recorded:
     """Return states and costates at the nodes by `torch.func.vjp` of each step, whose ends may differ in shape."""
     states, pulls = [x0], []
     pull: Any
+
+    def advance(x: Tensor, step: TimeStep) -> tuple[Tensor, ...]:
+        end = stepper.advance(x, step)
+        return (end, *objective.over(step, stepper, x, end))
+
     for step in grid:
-        end, pull = torch.func.vjp(partial(stepper.advance, step=step), states[-1])  # type: ignore[misc]  # without has_aux: two
-        states.append(end)
-        pulls.append(pull)
-    loss, pull = torch.func.vjp(lambda x: field.evaluate(x)[1], states[-1])  # type: ignore[misc]
-    nodes = [pull(torch.ones_like(loss))[0]]
-    for pull in reversed(pulls):
-        nodes.append(pull(nodes[-1])[0])
-    return states, nodes[::-1]
+        ends, pull = torch.func.vjp(partial(advance, step=step), states[-1])  # type: ignore[misc]  # without has_aux: two
+        states.append(ends[0])
+        pulls.append((pull, [torch.ones_like(cost) for cost in ends[1:]]))
+
+    def final(x: Tensor) -> Tensor:
+        return sum(objective.at(grid.times[-1], x), start=objective.field.evaluate(x)[1])
+
+    loss, pull = torch.func.vjp(final, states[-1])  # type: ignore[misc]
+    nodes, leaving = [pull(torch.ones_like(loss))[0]], {}
+    for n, (pull, ones) in reversed(list(enumerate(pulls))):
+        a = pull((nodes[-1], *ones))[0]
+        if grid.times[n] in objective.losses:
+            leaving[n] = a
+            a = a + torch.func.grad(lambda x, n=n: objective.at(grid.times[n], x)[0])(states[n])
+        nodes.append(a)
+    return states, nodes[::-1], leaving
 
 
-def _in_segments(
-    field: AdversarialField, x0: Tensor, grid: Grid, stepper: Stepper, count: int
-) -> tuple[list[Tensor], list[Tensor]]:
+def _in_segments(objective: Objective, x0: Tensor, grid: Grid, stepper: Stepper, count: int) -> Recorded:
     """Return states and costates at the nodes, with the graph of one segment alive at a time."""
     ends = sorted({round(i * len(grid) / count) for i in range(count + 1)})
     states = [x0.clone() if x0.is_inference() else x0.detach()]
     begun = {}
     for n in range(len(grid)):
         if n in ends:
-            begun[n] = RandomState(x0.device), Buffers(field.modules)
+            begun[n] = RandomState(x0.device), Buffers(objective.field.modules)
         # Detached, not under no_grad: f may itself call torch.autograd.grad.
         states.append(stepper.advance(states[-1], grid[n]).detach())
-    nodes = [torch.empty(0)] * len(states)
+    nodes, leaving = [torch.empty(0)] * len(states), dict[int, Tensor]()
     for first, last in reversed(list(pairwise(ends))):
         for kept in begun[first]:
             kept.put_back()
-        inner = [_leaf(states[first].detach())]
-        for n in range(first, last):
-            inner.append(stepper.advance(inner[-1], grid[n]))
-        from_loss = last == len(grid)
-        nodes[first : last + 1] = torch.autograd.grad(
-            _loss(field, inner[-1]) if from_loss else inner[-1],
-            inner,
-            None if from_loss else nodes[last],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return states, nodes
+        part = _Traced.along(objective, _leaf(states[first].detach()), grid.part(first, last), stepper)
+        _, found, after = part.costates(objective, None if last == len(grid) else nodes[last])
+        nodes[first : last + 1] = found
+        leaving |= {first + n: a for n, a in after.items()}
+    return states, nodes, leaving
 
 
 def _transformed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -55,6 +55,9 @@ class RecordedCostate:
         nodes: a(t_n), N + 1 tensors shaped like the states.
         states: x(t_n) of the trajectory it was recorded on; not kept for ``"linear"``.
         operator: f, whose Jacobian Eq. 9 needs.
+        running: the running cost l(t, x), if there is one: Eq. 9 then is da/dt = -(df/dx)^T a - dl/dx.
+        leaving: a(t_n) after the loss at t_n, by n, if the field has losses at given times. ``nodes`` has a(t_n) before
+            it, which is dJ/dx(t_n) of the whole objective J.
         kind: the evaluation between nodes.
         cost: counts the vector-Jacobian products between nodes.
         differentiate: whether a(t) is part of the autograd graph.
@@ -67,6 +70,8 @@ class RecordedCostate:
     kind: CostateKind = "linear"
     differentiate: bool = False
     cost: Cost = field(default_factory=Cost)
+    running: Callable[[float | Tensor, Tensor], Tensor] | None = None
+    leaving: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """Return a(t), of the shape of the state.
@@ -79,7 +84,10 @@ class RecordedCostate:
             ValueError: if ``t`` is outside the span, or strictly inside a jump of the field.
         """
         time = self.grid.snap(_float(t))
-        return self._within(self.grid.locate(time))(_in_graph(t, time))
+        n = self.grid.locate(time)
+        if n in self.leaving and time == self.grid.times[n]:
+            return self.nodes[n]
+        return self._within(n)(_in_graph(t, time))
 
     def extrapolated(self, t: float | Tensor) -> Tensor:
         """Return a(t); outside the span it is continued from the first or last step.
@@ -128,7 +136,7 @@ class RecordedCostate:
 
     def _within(self, n: int) -> Callable[[float | Tensor], Tensor]:
         """Return a(t) on step ``n``, as a function of a float, or of a 0-d tensor that requires a gradient."""
-        step, before, after = self.grid[n], self.nodes[n], self.nodes[n + 1]
+        step, before, after = self.grid[n], self.leaving.get(n, self.nodes[n]), self.nodes[n + 1]
         slopes: list[Tensor] = []
 
         def value(t: float | Tensor) -> Tensor:
@@ -160,7 +168,7 @@ class RecordedCostate:
 
     def _back(self, part: Operator, n: int, s: Any) -> Tensor:
         """Return Eq. 9 integrated back from the end of step ``n`` to its fraction ``s``, by the midpoint rule."""
-        step, before, after = self.grid[n], self.nodes[n], self.nodes[n + 1]
+        step, before, after = self.grid[n], self.leaving.get(n, self.nodes[n]), self.nodes[n + 1]
         middle = 0.5 * (1.0 + s)
         with torch.inference_mode(False):
             x, a = _between(self.states[n], self.states[n + 1], middle), _between(before, after, middle)
@@ -168,19 +176,26 @@ class RecordedCostate:
         return back
 
     def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
-        """Return (df/dx)^T a at (t, x)."""
+        """Return (df/dx)^T a at (t, x), plus the gradient of the running cost."""
         self.cost.vjps += 1
+        running = self.running
         with differentiating(operator.modules, x.device):
             if inside_transform():
                 pulled: Tensor = torch.func.vjp(lambda y: operator.velocity(t, y, self.cost), x)[1](a)[0]
+                if running is not None:
+                    pulled = pulled + torch.func.grad(lambda y: running(t, y))(x)
                 return pulled if self.differentiate else pulled.detach()
             if not self.differentiate or not x.requires_grad:
                 x = x.detach().requires_grad_()
-            velocity = operator.velocity(t, x, self.cost)
-            if not velocity.requires_grad:
+            ends: list[tuple[Tensor, Tensor | None]] = [(operator.velocity(t, x, self.cost), a)]
+            if running is not None:
+                ends.append((running(t, x), None))
+            ends = [(value, weight) for value, weight in ends if value.requires_grad]
+            if not ends:
                 return torch.zeros_like(a)
+            values, weights = zip(*ends, strict=True)
             (product,) = torch.autograd.grad(
-                velocity, x, a, create_graph=self.differentiate, allow_unused=True, materialize_grads=True
+                values, x, weights, create_graph=self.differentiate, allow_unused=True, materialize_grads=True
             )
         return product
 

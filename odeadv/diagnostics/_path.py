@@ -226,6 +226,8 @@ def needs_loss(name: str, field: AnyField) -> AdversarialField:
             f"field: got {type(field).__name__}, expected an AdversarialField: {name} needs a loss (eta may be 0); "
             "for a network, net.field(images, labels, eta)"
         )
+    if field.accumulates:
+        raise ValueError(f"field: got running= or at=, expected a loss of the final state alone, which {name} measures")
     return _with_number(field)
 
 

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields.operator import Operator, VectorFunction
+from odeadv.fields.operator import Operator, VectorFunction, as_time
 from odeadv.fields.terms import Forcing, Sum, Unrecorded
 from odeadv.support.checks import number
 from odeadv.support.discovery import modules_of
 from odeadv.support.isolation import check_unmodified, is_wrapped, version
 
 Field = TypeVar("Field", bound="VectorField")
+Loss = Callable[[Tensor], Tensor]
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -146,7 +147,8 @@ class AdversarialField(VectorField):
 
     Args:
         f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
-        loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it.
+        loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it. None if
+            the objective has other terms only.
         eta: strength, any finite number, or a tensor. A tensor of no dimension may require a gradient, so that eta is
             learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
             sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the loss up if
@@ -154,14 +156,20 @@ class AdversarialField(VectorField):
             multiplies the gradient of ``loss`` as it is: if the loss is a mean over a batch, eta / batch_size is
             invariant.
         readout: map from the final state to the output (the logits of a network); the identity if not given.
+        running: ``running(t, x)`` returns a scalar tensor, a cost per unit of time. Its integral over the span is added
+            to the loss, and the costate equation gets a source, da/dt = -(df/dx)^T a - d(running)/dx. The integral is
+            computed by the trapezoidal rule, or by Simpson's rule if the sub-step of f has an order above two.
+        at: time to ``loss(x)``: losses of the states at these times, added to the loss. The costate jumps there by the
+            gradient of the loss. Each time must be the end of a step.
         x0, t_span, dt, steps: the problem, if the field carries it.
-        modules: modules that ``f``, ``readout`` or ``loss`` run and that cannot be found from them, see `Operator`.
+        modules: modules that ``f``, ``readout`` or a loss runs and that cannot be found from them, see `Operator`.
 
     Attributes:
         transforms: the functions that `transformed` has put between a recording and the drive, in turn.
 
     Raises:
-        TypeError: if ``f``, ``loss`` or ``readout`` is not callable, or ``eta`` is not a number or a real tensor.
+        TypeError: if ``f``, a loss, ``running`` or ``readout`` is not callable, or ``eta`` is not a number or a real
+            tensor.
         ValueError: if ``eta`` is not finite.
 
     Example:
@@ -172,25 +180,30 @@ class AdversarialField(VectorField):
     def __init__(
         self,
         f: Operator | VectorFunction,
-        loss: Callable[[Tensor], Tensor],
+        loss: Loss | None,
         eta: float | Tensor,
         *,
         readout: Callable[[Tensor], Tensor] | None = None,
+        running: VectorFunction | None = None,
+        at: Mapping[float, Loss] | None = None,
         x0: Tensor | Callable[[], Tensor] | None = None,
         t_span: tuple[float, float] | None = None,
         dt: float | None = None,
         steps: int | None = None,
         modules: Sequence[nn.Module] = (),
     ) -> None:
-        if not callable(loss):
+        if not callable(loss) and not (loss is None and (running or at)):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(x) returning a scalar tensor")
-        if readout is not None and not callable(readout):
-            raise TypeError(f"readout: got {type(readout).__name__}, expected a callable readout(x) or None")
+        for name, given in (("readout", readout), ("running", running)):
+            if given is not None and not callable(given):
+                raise TypeError(f"{name}: got {type(given).__name__}, expected a callable or None")
         self.eta = _strength(eta)
-        self.loss = loss
+        self.loss: Loss = _nothing if loss is None else loss
         self.readout = readout
+        self.running = running
+        self.at = _timed_losses(at)
         self.transforms: tuple[NodeTransform, ...] = ()
-        self._modules = modules_of(loss, readout, *modules)
+        self._modules = modules_of(loss, readout, running, *self.at.values(), *modules)
         operator = (
             f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
         )
@@ -211,6 +224,11 @@ class AdversarialField(VectorField):
         """True if eta is the number 0, so that the costate does not drive. A tensor may get a gradient at 0 too."""
         return not isinstance(self.eta, Tensor) and self.eta == 0.0
 
+    @property
+    def accumulates(self) -> bool:
+        """True if the objective has a running cost or losses at given times."""
+        return self.running is not None or bool(self.at)
+
     def transformed(self, transform: NodeTransform) -> AdversarialField:
         """Return the same field, whose costate passes through ``transform`` between each recording and the drive.
 
@@ -225,9 +243,12 @@ class AdversarialField(VectorField):
 
         Raises:
             TypeError: if ``transform`` is not callable.
+            ValueError: if the field has losses at given times, at which its costate jumps.
         """
         if not callable(transform):
             raise TypeError(f"transform: got {type(transform).__name__}, expected a callable transform(nodes)")
+        if self.at:
+            raise ValueError("transform: got one for a field with losses at given times, expected a field without at=")
         field = copy.copy(self)
         field.transforms = (*self.transforms, transform)
         field._modules = modules_of(*self._modules, transform)
@@ -246,9 +267,11 @@ class AdversarialField(VectorField):
         return VectorField({"f": self.f, "costate": forcing}, self.problem)
 
     def widened(self, narrow: torch.dtype) -> AdversarialField:
-        """See `VectorField.widened`; read-out and loss are given the final state in ``narrow`` too."""
-        field, readout = super().widened(narrow), self.readout
+        """See `VectorField.widened`; read-out, losses and running cost are given the state in ``narrow`` too."""
+        field, readout, running = super().widened(narrow), self.readout, self.running
         field.readout = lambda x: x.to(narrow) if readout is None else readout(x.to(narrow))
+        field.running = running and (lambda t, x: running(t, x.to(narrow)))
+        field.at = {t: _widened_loss(loss, narrow) for t, loss in self.at.items()}
         return field
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,19 +285,33 @@ class AdversarialField(VectorField):
             before = version(x)
             output = self.readout(x)
             check_unmodified("readout", x, before)
-        before = version(output)
-        loss = self.loss(output)
-        check_unmodified("loss", output, before)
+        return output, self._checked("loss", self.loss, output)
+
+    def loss_at(self, loss: Loss, x: Tensor) -> Tensor:
+        """Return ``loss``, one of those in ``at``, of the state ``x``; raises as `evaluate`."""
+        return self._checked("at", loss, x)
+
+    def running_cost(self, t: float | Tensor, x: Tensor) -> Tensor:
+        """Return the running cost at the time ``t`` and the state ``x``; raises as `evaluate`."""
+        running = self.running
+        assert running is not None
+        return self._checked("running", lambda y: running(as_time(t, y, self.f.time_dtype), y), x)
+
+    @staticmethod
+    def _checked(name: str, function: Loss, x: Tensor) -> Tensor:
+        before = version(x)
+        loss = function(x)
+        check_unmodified(name, x, before)
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss: returned {type(loss).__name__}, expected a scalar tensor")
+            raise TypeError(f"{name}: returned {type(loss).__name__}, expected a scalar tensor")
         if loss.ndim != 0:
             raise ValueError(
-                f"loss: returned shape {tuple(loss.shape)}, expected a scalar; reduce it, e.g. with .mean() over the "
+                f"{name}: returned shape {tuple(loss.shape)}, expected a scalar; reduce it, e.g. with .mean() over the "
                 "batch (the convention eta refers to)"
             )
         if loss.is_complex():
-            raise TypeError(f"loss: returned {loss.dtype}, expected a real scalar; take .real or .abs() of it")
-        return output, loss
+            raise TypeError(f"{name}: returned {loss.dtype}, expected a real scalar; take .real or .abs() of it")
+        return loss
 
     def __repr__(self) -> str:
         eta = f"{tuple(self.eta.shape)} tensor" if isinstance(self.eta, Tensor) else f"{self.eta:g}"
@@ -302,6 +339,28 @@ def _strength(eta: Any) -> float | Tensor:
     if not (is_wrapped(eta) or bool(eta.isfinite().all())):
         raise ValueError("eta: contains NaN or infinite values, expected finite ones")
     return eta
+
+
+def _nothing(output: Tensor) -> Tensor:
+    return torch.zeros((), dtype=output.real.dtype if output.is_complex() else output.dtype, device=output.device)
+
+
+def _timed_losses(at: Any) -> dict[float, Loss]:
+    """Return ``at`` with its times as floats.
+
+    Raises:
+        TypeError: if it is not a mapping from times to callables.
+    """
+    if at is not None and not isinstance(at, Mapping):
+        raise TypeError(f"at: got {type(at).__name__}, expected a dict of time to loss(x)")
+    for t, loss in (at or {}).items():
+        if not callable(loss):
+            raise TypeError(f"at: got {type(loss).__name__} at {t!r}, expected a callable loss(x)")
+    return {number("at", t): loss for t, loss in (at or {}).items()}
+
+
+def _widened_loss(loss: Loss, narrow: torch.dtype) -> Loss:
+    return lambda x: loss(x.to(narrow))
 
 
 def _named_operator(name: str, f: Any) -> Operator:

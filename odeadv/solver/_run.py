@@ -5,18 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from odeadv.costate import Costate, RecordedCostate, SummedCostate, record, sweep
+from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCostate, record, sweep
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype
 from odeadv.fields.terms import leading
 from odeadv.solver._saving import states_at
 from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
-from odeadv.splitting import Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
+from odeadv.splitting import Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
 from odeadv.support.isolation import without_effects
 
@@ -44,8 +45,12 @@ class Run:
         grid = self.first_grid if driven is request.field else self._find_grid(driven, costate)
         stepper = request.discretisation.stepper(driven)
         order = request.discretisation.order(driven)
-        final, ts, xs = states_at(stepper, request.x0, grid, request.save_at, order, driven)
-        output, loss = request.field.evaluate(final) if isinstance(request.field, AdversarialField) else (None, None)
+        final, ts, xs = states_at(stepper, request.x0, grid, self._save_times(grid), order, driven)
+        output = loss = None
+        if isinstance(request.field, AdversarialField):
+            output, loss = request.field.evaluate(final)
+            if request.field.accumulates:
+                loss, ts, xs = self._objective(loss, grid, stepper, ts, xs)
         self._count(costate, stepper)
         self.stats.steps = len(grid)
         self.stats.states_held = max(self.stats.states_held, _held(costate) + len(xs))
@@ -67,6 +72,38 @@ class Run:
             costate=costate,
             record=self.recorded_costate if isinstance(request.field, AdversarialField) else None,
         )
+
+    def _save_times(self, grid: Grid) -> Sequence[float] | Literal["steps"] | None:
+        """Return the times to save at: those asked for, and all nodes if the objective needs the states there."""
+        request = self.request
+        if not isinstance(request.field, AdversarialField) or not request.field.accumulates:
+            return request.save_at
+        if request.save_at is None or request.save_at == "steps":
+            return "steps"
+        return sorted({*grid.times, *map(grid.snap, request.save_at)}, reverse=grid.sign < 0)
+
+    def _objective(
+        self, loss: Tensor, grid: Grid, stepper: Stepper, ts: list[float], xs: list[Tensor]
+    ) -> tuple[Tensor, list[float], list[Tensor]]:
+        """Return the whole objective, given the final loss, and the times and states that were asked for."""
+        request = self.request
+        assert isinstance(request.field, AdversarialField)
+        found = dict(zip(ts, xs, strict=True))
+        self.stats.states_held = max(self.stats.states_held, len(found))
+        objective = Objective.on(grid, request.field, self._rule)
+        with without_effects(request.field.modules, request.x0.device):
+            loss = loss + objective.along(grid, stepper, [found[t] for t in grid.times])
+        if request.save_at is None:
+            ts = [ts[0], ts[-1]]
+        elif request.save_at != "steps":
+            ts = [t for t in map(grid.snap, request.save_at) if t in found]
+        return loss, ts, [found[t] for t in ts]
+
+    @property
+    def _rule(self) -> Rule:
+        """The quadrature of a running cost, of the order of f's sub-step; an exact flow may belong to a stiff f."""
+        substep = self.request.discretisation.substeps["f"]
+        return "simpson" if substep.order > 2 and not isinstance(substep, Exact) else "trapezoid"
 
     @cached_property
     def first_grid(self) -> Grid:
@@ -121,6 +158,7 @@ class Run:
             differentiate=request.differentiate,
             checkpoints=request.checkpoints,
             keep_states=request.times.adaptive is not None,
+            rule=self._rule,
         )
         self.stats.recordings += 1
         self.stats.states_held = max(self.stats.states_held, _held(drive) + 2 * len(grid.times))
@@ -155,7 +193,7 @@ class Run:
             trial = palindromic(*steppers)
         else:
             trial = doubling(stepper, order)
-        edges = list(field.edges)
+        edges = [*field.edges, *(request.field.at if isinstance(request.field, AdversarialField) else ())]
         if request.discretisation.costate == "linear":
             # A step across a kink of the costate would be rejected until it is tiny.
             edges += [t for part in _parts(drive) for t in part.grid.times]

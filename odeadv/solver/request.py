@@ -104,7 +104,9 @@ def read_request(
     if within_span:
         _check_reach(discretisation)
     x = read_initial_state(field, x0)
-    _check_eta(field, x)
+    if isinstance(field, AdversarialField):
+        _check_eta(field, x)
+        _check_objective(field, times)
     _check_readable(x, recordings, times)
     saved = _read_save_times(field, save_at, times.span)
     if time_dtype is not None:
@@ -254,13 +256,13 @@ def _check_reach(discretisation: Discretisation) -> None:
         )
 
 
-def _check_eta(field: VectorField, x0: Tensor) -> None:
+def _check_eta(field: AdversarialField, x0: Tensor) -> None:
     """Check that the axes of a tensor eta are leading axes of the state.
 
     Raises:
         ValueError: naming ``eta``.
     """
-    eta = field.eta if isinstance(field, AdversarialField) else 0.0
+    eta = field.eta
     if isinstance(eta, Tensor) and (
         eta.ndim > x0.ndim or any(a not in (1, b) for a, b in zip(eta.shape, x0.shape, strict=False))
     ):
@@ -268,6 +270,27 @@ def _check_eta(field: VectorField, x0: Tensor) -> None:
             f"eta: got shape {tuple(eta.shape)} for a state of shape {tuple(x0.shape)}, expected the sizes of its "
             "leading axes, or ones; (batch,) is one eta per sample"
         )
+
+
+def _check_objective(field: AdversarialField, times: Times) -> None:
+    """Check that the losses at given times are at ends of steps, and that a running cost has a state at all times.
+
+    Raises:
+        ValueError: naming ``at`` or ``running``.
+    """
+    if field.running is not None and field.jumps:
+        start, stop = field.jumps[0]
+        raise ValueError(
+            f"running: got one for a field that jumps from {start:g} to {stop:g}, expected a field without jumps"
+        )
+    grid = times.grid or Grid(times.span)
+    for t in field.at:
+        n = grid.locate(grid.clamped(t), "at")
+        if times.grid is not None and grid.snap(t) not in grid.times:
+            raise ValueError(
+                f"at: got {t:g}, expected the end of a step; the nearest are {grid.times[n]:g} and "
+                f"{grid.times[n + 1]:g}. Choose dt so that steps end there, or dt='adaptive'"
+            )
 
 
 def _check_readable(x0: Tensor, recordings: Recordings, times: Times) -> None:
