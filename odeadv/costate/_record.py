@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from odeadv.costate._objective import Objective, Rule
 from odeadv.costate._recorded import RecordedCostate
 from odeadv.fields import AdversarialField
 from odeadv.splitting import CostateKind, Grid, Stepper, TimeStep
-from odeadv.support.isolation import Buffers, RandomState, differentiating, inside_transform, version
+from odeadv.support.isolation import Recompute, differentiating, inside_transform, version
 
 Recorded = tuple[Sequence[Tensor], Sequence[Tensor], dict[int, Tensor]]  # states, nodes, nodes after their losses
 
@@ -27,7 +26,7 @@ def record(
     *,
     kind: CostateKind = "linear",
     differentiate: bool = False,
-    checkpoints: int | None = None,
+    again: Recompute | None = None,
     keep_states: bool = False,
     rule: Rule = "trapezoid",
 ) -> RecordedCostate:
@@ -44,9 +43,8 @@ def record(
         stepper: advances the trajectory by ``f`` alone, or by ``f`` driven by an earlier recording.
         kind: evaluation of the result between nodes.
         differentiate: keep the recording in the autograd graph.
-        checkpoints: number of segments of the grid. The autograd graph of one segment is kept at a time, and each
-            segment runs again in the backward pass, with the same result bit for bit. None keeps the whole graph, as do
-            torch.func transforms.
+        again: runs the trajectory in segments, whose autograd graph is not kept. Inside torch.func transforms the whole
+            graph is kept.
         keep_states: keep the states at the nodes even if ``kind`` does not need them.
         rule: quadrature of the field's running cost.
 
@@ -54,20 +52,20 @@ def record(
         TypeError, ValueError: if the result of a transform of the field cannot replace the nodes.
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
-    again = checkpoints is not None and not inside_transform()
     objective = Objective.on(grid, field, rule)
+    f = stepper.counted[0]
     with differentiating(field.modules, x0.device):
         if inside_transform():
             found = _by_transform(objective, x0 if differentiate else x0.detach(), grid, stepper)
-        elif checkpoints is None:
+            evaluations = f.evaluations
+        else:
             # A new node of the graph, so that dL/dx_0 is taken through the trajectory only.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
-            found = _Traced.along(objective, start, grid, stepper).costates(objective, create_graph=differentiate)
-        else:
-            found = _in_segments(objective, x0, grid, stepper, checkpoints)
+            traced = _Traced.along(objective, start, grid, stepper, again)
+            evaluations = f.evaluations
+            found = traced.costates(objective, create_graph=differentiate)
     states, nodes, leaving = found
-    f = stepper.counted[0]
-    f.vjps += f.evaluations // 2 if again else f.evaluations
+    f.vjps += evaluations
     if kind == "linear" and not keep_states:
         states = ()  # a linear costate does not need them between the nodes
     if not differentiate:
@@ -95,8 +93,24 @@ class _Traced(NamedTuple):
     last: float
 
     @classmethod
-    def along(cls, objective: Objective, start: Tensor, grid: Grid, stepper: Stepper) -> _Traced:
-        """Return the trajectory from ``start`` along ``grid``."""
+    def along(
+        cls, objective: Objective, start: Tensor, grid: Grid, stepper: Stepper, again: Recompute | None
+    ) -> _Traced:
+        """Return the trajectory from ``start`` along ``grid``, in segments if they are to be run again."""
+        if again is None:
+            return cls.through(objective, start, grid, stepper)
+        whole = cls([start], {}, [], grid.times[-1])
+        for part in grid.parts(again.every):
+            first = len(whole.states) - 1
+            found = again(cls.through, objective, whole.states[-1], part, stepper)
+            whole.states.extend(found.states[1:])
+            whole.leaving.update({first + n: x for n, x in found.leaving.items()})
+            whole.terms.extend(found.terms)
+        return whole
+
+    @classmethod
+    def through(cls, objective: Objective, start: Tensor, grid: Grid, stepper: Stepper) -> _Traced:
+        """Return the trajectory from ``start`` along ``grid`` in one piece."""
         if not objective.field.accumulates:
             return cls([start, *stepper.states(start, grid)], {}, [], grid.times[-1])
         states, leaving, terms = [start], dict[int, Tensor](), list[Tensor]()
@@ -111,30 +125,17 @@ class _Traced(NamedTuple):
             states.append(end.view_as(end))
         return cls(states, leaving, terms, grid.times[-1])
 
-    def costates(self, objective: Objective, after: Tensor | None = None, create_graph: bool = False) -> Recorded:
-        """Return states, costates at the nodes, and costates after the losses at nodes.
-
-        Args:
-            objective: gives the losses.
-            after: the costate at the last node; None if that is the end of the span.
-            create_graph: keep the result in the graph.
-        """
-        ends: list[tuple[Tensor, Tensor | None]] = [(term, None) for term in self.terms]
-        if after is None:
-            x = self.states[-1]
-            ends += [(loss, None) for loss in (objective.field.evaluate(x)[1], *objective.at(self.last, x))]
-        else:
-            ends.append((self.states[-1], after))
-        ends = [(end, weight) for end, weight in ends if end.requires_grad]
-        if not ends:
+    def costates(self, objective: Objective, *, create_graph: bool) -> Recorded:
+        """Return states, costates at the nodes, and costates after the losses at nodes."""
+        x = self.states[-1]
+        terms = [*self.terms, objective.field.evaluate(x)[1], *objective.at(self.last, x)]
+        terms = [term for term in terms if term.requires_grad]
+        if not terms:
             raise ValueError(
                 "loss: does not depend on the state by differentiable operations; expected a function of x"
             )
-        values, weights = zip(*ends, strict=True)
         inputs = [*self.states, *self.leaving.values()]
-        found = torch.autograd.grad(
-            values, inputs, weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
+        found = torch.autograd.grad(terms, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
         nodes = found[: len(self.states)]
         return self.states, nodes, dict(zip(self.leaving, found[len(nodes) :], strict=True))
 
@@ -169,27 +170,6 @@ def _by_transform(objective: Objective, x0: Tensor, grid: Grid, stepper: Stepper
             a = a + torch.func.grad(lambda x, n=n: objective.at(grid.times[n], x)[0])(states[n])
         nodes.append(a)
     return states, nodes[::-1], leaving
-
-
-def _in_segments(objective: Objective, x0: Tensor, grid: Grid, stepper: Stepper, count: int) -> Recorded:
-    """Return states and costates at the nodes, with the graph of one segment alive at a time."""
-    ends = sorted({round(i * len(grid) / count) for i in range(count + 1)})
-    states = [x0.clone() if x0.is_inference() else x0.detach()]
-    begun = {}
-    for n in range(len(grid)):
-        if n in ends:
-            begun[n] = RandomState(x0.device), Buffers(objective.field.modules)
-        # Detached, not under no_grad: f may itself call torch.autograd.grad.
-        states.append(stepper.advance(states[-1], grid[n]).detach())
-    nodes, leaving = [torch.empty(0)] * len(states), dict[int, Tensor]()
-    for first, last in reversed(list(pairwise(ends))):
-        for kept in begun[first]:
-            kept.put_back()
-        part = _Traced.along(objective, _leaf(states[first].detach()), grid.part(first, last), stepper)
-        _, found, after = part.costates(objective, None if last == len(grid) else nodes[last])
-        nodes[first : last + 1] = found
-        leaving |= {first + n: a for n, a in after.items()}
-    return states, nodes, leaving
 
 
 def _transformed(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odeadv.fields.operator import Cost, Jump, Operator
 from odeadv.splitting import CostateKind, Grid
-from odeadv.support.isolation import differentiating, inside_transform
+from odeadv.support.isolation import differentiating, graph_kept, inside_transform
 
 
 class Costate(Protocol):
@@ -179,7 +179,7 @@ class RecordedCostate:
         """Return (df/dx)^T a at (t, x), plus the gradient of the running cost."""
         self.cost.vjps += 1
         running = self.running
-        with differentiating(operator.modules, x.device):
+        with differentiating(operator.modules, x.device), graph_kept():
             if inside_transform():
                 pulled: Tensor = torch.func.vjp(lambda y: operator.velocity(t, y, self.cost), x)[1](a)[0]
                 if running is not None:

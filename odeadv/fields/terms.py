@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -33,7 +34,7 @@ class Forcing(Operator):
         on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
         source: object = None,
     ) -> None:
-        super().__init__(self._at, modules=modules_of(value))
+        super().__init__(partial(_forced, value, scale), modules=modules_of(value))
         self.value = value
         self.scale = 1.0
         self.source = source
@@ -55,7 +56,8 @@ class Forcing(Operator):
         if self._on is None:
             return self
         local = copy.copy(self)  # without `__init__`, whose search for modules would be repeated on every step
-        local.value, local._on, local.f = self._on(t0, t1), None, local._at
+        local.value, local._on = self._on(t0, t1), None
+        local.f = partial(_forced, local.value, self.scale)  # not a method: a cycle would keep what `value` holds
         return local
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
@@ -67,10 +69,11 @@ class Forcing(Operator):
         """Return the forcing itself: it does not see the state."""
         return self
 
-    def _at(self, t: Tensor, x: Tensor) -> Tensor:
-        # torchdiffeq keeps the sizes of its steps in the graph. The gradient of a solve is right only if the time is in
-        # the graph as well, for the two cancel.
-        return self.scale * self.value(t if t.requires_grad else float(t.detach()))  # type: ignore[arg-type]
+
+def _forced(value: Callable[[float], Tensor], scale: float, t: Tensor, x: Tensor) -> Tensor:
+    # torchdiffeq keeps the sizes of its steps in the graph. The gradient of a solve is right only if the time is in the
+    # graph as well, for the two cancel.
+    return scale * value(t if t.requires_grad else float(t.detach()))  # type: ignore[arg-type]
 
 
 def leading(factor: float | Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,7 +20,7 @@ from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
 from odeadv.splitting import Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
-from odeadv.support.isolation import without_effects
+from odeadv.support.isolation import Recompute, inside_transform, without_effects
 
 
 class Run:
@@ -45,7 +46,7 @@ class Run:
         grid = self.first_grid if driven is request.field else self._find_grid(driven, costate)
         stepper = request.discretisation.stepper(driven)
         order = request.discretisation.order(driven)
-        final, ts, xs = states_at(stepper, request.x0, grid, self._save_times(grid), order, driven)
+        final, ts, xs = states_at(stepper, request.x0, grid, self._save_times(grid), order, driven, self._again(grid))
         output = loss = None
         if isinstance(request.field, AdversarialField):
             output, loss = request.field.evaluate(final)
@@ -156,7 +157,7 @@ class Run:
             stepper,
             kind=request.discretisation.costate,
             differentiate=request.differentiate,
-            checkpoints=request.checkpoints,
+            again=self._again(grid),
             keep_states=request.times.adaptive is not None,
             rule=self._rule,
         )
@@ -164,6 +165,13 @@ class Run:
         self.stats.states_held = max(self.stats.states_held, _held(drive) + 2 * len(grid.times))
         self._count(drive, stepper)
         return found
+
+    def _again(self, grid: Grid) -> Recompute | None:
+        """Return how ``grid`` is run in segments, or None if its whole graph is kept."""
+        count = self.request.checkpoints
+        if count is None or not len(grid) or inside_transform():
+            return None
+        return Recompute(math.ceil(len(grid) / count), self.request.field.modules)
 
     def _find_grid(self, field: VectorField, drive: Costate | None) -> Grid:
         """Return the given steps, or find steps for ``field`` that meet the tolerances; a failure is the status."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from odeadv.fields import VectorField
 from odeadv.splitting import Grid, Stepper, TimeStep
-from odeadv.support.isolation import without_effects
+from odeadv.support.isolation import Recompute, without_effects
 
 _HERMITE_ORDER = 4  # the error of cubic interpolation within a step is of fourth order
 
@@ -23,6 +24,7 @@ def states_at(
     save_at: Sequence[float] | Literal["steps"] | None,
     order: float,
     field: VectorField,
+    again: Recompute | None = None,
 ) -> tuple[Tensor, list[float], list[Tensor]]:
     """Solve along ``grid``.
 
@@ -33,6 +35,7 @@ def states_at(
         save_at: the times to save, in the order of the solve; ``"steps"`` for every node, None for the two ends.
         order: of the method, which dense output keeps.
         field: its modules' buffers are put back after evaluations for dense output.
+        again: runs the steps in segments, whose autograd graph is not kept.
 
     Returns:
         The final state, the saved times and the saved states.
@@ -40,17 +43,39 @@ def states_at(
     if save_at is None:
         if not len(grid):
             return x0, [grid.times[0]], [x0]
-        final = stepper.march(x0, grid)
+        final = stepper.march(x0, grid, again)
         return final, [grid.times[0], grid.times[-1]], [x0, final]
     times = list(grid.times) if save_at == "steps" else _reached(save_at, grid)
     x, saved = x0, list[Tensor]()
     if not len(grid):
         return x, times, [x] * len(times)
-    for step, end in _strides(stepper, x, grid, times):
+    along = partial(_along, stepper, order, field)
+    if again is None or stepper.merges:
+        x, *saved = along(x, grid, times, again)
+    else:
+        for part in grid.parts(again.every):
+            inside = [t for t in times[len(saved) :] if grid.sign * t <= grid.sign * part.times[-1]]
+            x, *new = again(along, x, part, inside, None)
+            saved += new
+    return x, times[: len(saved)], saved
+
+
+def _along(
+    stepper: Stepper,
+    order: float,
+    field: VectorField,
+    x: Tensor,
+    grid: Grid,
+    times: Sequence[float],
+    again: Recompute | None,
+) -> tuple[Tensor, ...]:
+    """Return the state at the end of ``grid``, and the states at ``times``."""
+    saved: list[Tensor] = []
+    for step, end in _strides(stepper, x, grid, times, again):
         before, x = x, end
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
             saved.append(_within(stepper, step, (before, x), times[len(saved)], order, field))
-    return x, times[: len(saved)], saved
+    return x, *saved
 
 
 def _reached(times: Sequence[float], grid: Grid) -> list[float]:
@@ -62,20 +87,22 @@ def _reached(times: Sequence[float], grid: Grid) -> list[float]:
     return [*(t for t in snapped if grid.sign * t < grid.sign * last), last]
 
 
-def _strides(stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float]) -> Iterator[tuple[TimeStep, Tensor]]:
+def _strides(
+    stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float], again: Recompute | None
+) -> Iterator[tuple[TimeStep, Tensor]]:
     """Yield steps with their end states.
 
     Consecutive steps are merged if no state is saved between them and merging saves exact flows.
     """
     if not stepper.merges:
-        yield from zip(grid, stepper.states(x, grid), strict=True)
+        yield from zip(grid, stepper.states(x, grid, again), strict=True)
         return
     nodes = {0, len(grid)}
     for t in times:
         n = grid.locate(t)
         nodes |= {node for node in (n, n + 1) if grid.times[node] == t} or {n, n + 1}
     for first, last in pairwise(sorted(nodes)):
-        x = stepper.march(x, grid.part(first, last))
+        x = stepper.march(x, grid.part(first, last), again)
         t0, t1 = grid.times[first], grid.times[last]
         yield grid[first] if last == first + 1 else TimeStep(t0, t1, t1 - t0), x
 

@@ -75,8 +75,9 @@ def solve(
             trajectory it drives, with Anderson acceleration.
         ascent: number of recordings, each on the trajectory driven by the sum of all before (Eq. 3). ``sweeps`` and
             ``ascent`` need a field with a loss.
-        checkpoints: number of segments of a recording. The graph of one segment is kept at a time, and each segment is
-            run twice: less memory, the same result bit for bit.
+        checkpoints: number of segments of the solve and of each recording. The autograd graph of one segment is kept at
+            a time, and the backward pass runs each segment again: memory for one segment and the states between
+            segments, and the same gradients bit for bit. About the square root of the number of steps needs the least.
         differentiate_costate: let gradients pass through the costate too, instead of treating it as a constant.
         time_dtype: dtype of the times that f is given, instead of the state's.
         within_span: refuse schemes that evaluate f outside ``t_span``, see `Scheme.reach`.

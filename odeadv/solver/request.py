@@ -50,7 +50,7 @@ class Request:
         recordings: how often the costate is recorded.
         save_at: the times to save; None for the ends, ``"steps"`` for every step.
         differentiate: let gradients through the costate.
-        checkpoints: segments of a recording, or None.
+        checkpoints: segments of a recording and of the solve, or None.
         narrow: the 16-bit dtype that states are returned in, if steps are added up in float32.
     """
 
@@ -99,7 +99,7 @@ def read_request(
     times = read_times(field, t_span, dt, steps, rtol, atol)
     if times.adaptive is not None and costate is None:
         discretisation = _smooth_costate(field, discretisation)
-    segments = _read_checkpoints(field, checkpoints, differentiate_costate, recordings)
+    segments = _read_checkpoints(checkpoints, differentiate_costate, recordings)
     _check_estimate(field, discretisation, times)
     if within_span:
         _check_reach(discretisation)
@@ -366,9 +366,7 @@ def _read_save_times(
     return times
 
 
-def _read_checkpoints(
-    field: VectorField, checkpoints: int | None, differentiate: bool, recordings: Recordings
-) -> int | None:
+def _read_checkpoints(checkpoints: int | None, differentiate: bool, recordings: Recordings) -> int | None:
     if differentiate and recordings.converge is not None:
         raise ValueError(
             "differentiate_costate: cannot be combined with sweeps='converge', whose iterations are not in the graph; "
@@ -378,10 +376,8 @@ def _read_checkpoints(
         return None
     if differentiate:
         raise ValueError(
-            "checkpoints, differentiate_costate: the costate's graph is not kept with checkpoints; drop one"
+            "checkpoints, differentiate_costate: a differentiated costate keeps the graph of every step; drop one"
         )
-    if not isinstance(field, AdversarialField):
-        raise ValueError(f"checkpoints: got {checkpoints!r} for a field without a loss, expected an AdversarialField")
     return integer("checkpoints", checkpoints)
 
 

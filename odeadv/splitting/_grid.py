@@ -73,6 +73,10 @@ class Grid:
         """Return the steps from node number ``first`` to node number ``last``."""
         return Grid(self.times[first : last + 1], self.h)
 
+    def parts(self, size: int) -> Iterator[Grid]:
+        """Yield consecutive parts of ``size`` steps; the last one may have fewer."""
+        return (self.part(first, min(first + size, len(self))) for first in range(0, len(self), size))
+
     def halved(self) -> Grid:
         """Return the grid with every step divided in two."""
         middles = [step.time(0.5) for step in self]

@@ -17,7 +17,7 @@ from odeadv.splitting._flat import FlatLoop
 from odeadv.splitting._grid import Grid, TimeStep
 from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
-from odeadv.support.isolation import inside_transform
+from odeadv.support.isolation import Recompute, inside_transform
 
 # One step out of this number is watched: the state is compared before and after each evaluation. More would cost time,
 # and a field that writes to its state does so on most steps.
@@ -84,12 +84,20 @@ class Stepper:
         assert total is not None
         return total
 
-    def states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
-        """Yield the states at ``t_1 ... t_N`` from ``x`` at ``t_0``."""
+    def states(self, x: Tensor, grid: Grid, again: Recompute | None = None) -> Iterator[Tensor]:
+        """Yield the states at ``t_1 ... t_N`` from ``x`` at ``t_0``, if asked for in segments that are run again."""
+        if again is None:
+            yield from self._states(x, grid)
+            return
+        for part in grid.parts(again.every):
+            ends = again(lambda x, part: tuple(self._states(x, part)), x, part)
+            x = ends[-1]
+            yield from ends
+
+    def _states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
         hidden = torch.compiler.is_compiling() or inside_transform()  # values and memory cannot be looked at
         flat = None if hidden else self._flat_loop()
-        for first in range(0, len(grid), WATCHED):
-            part = grid.part(first, min(first + WATCHED, len(grid)))
+        for part in grid.parts(WATCHED):
             for number, step in enumerate(part):
                 if number == 1 and flat is not None and not any(cost.reuses for cost in self.costs):
                     for end in flat.states(x, part.part(1, len(part))):
@@ -101,14 +109,14 @@ class Stepper:
                 yield x
             self._watch(False)
 
-    def march(self, x: Tensor, grid: Grid) -> Tensor:
+    def march(self, x: Tensor, grid: Grid, again: Recompute | None = None) -> Tensor:
         """Return the state at the end of ``grid``. Exact flows that continue one another across steps are merged.
 
         Merging changes the result by rounding alone. Strang then costs one flow of the outer operator per step instead
         of two.
         """
         if len(grid) < 2 or not self.merges:
-            for end in self.states(x, grid):
+            for end in self.states(x, grid, again):
                 x = end
             return x
         ((_, stages),) = self._tables
@@ -116,13 +124,23 @@ class Stepper:
         step = grid[0]
         self._watch(self._watches and not inside_transform())
         x = self._outer(outer, x, step.t0, step.h * head)
+        every = len(grid) if again is None else again.every
+        for first in range(0, len(grid) - 1, every):
+            part = grid.part(first, min(first + every, len(grid) - 1) + 1)
+            x = self._merged(x, part) if again is None else again(self._merged, x, part)
+        step = grid[len(grid) - 1]
+        x = self._through(x, step, self._flowing(step), stages[1:-1])
+        return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
+
+    def _merged(self, x: Tensor, grid: Grid) -> Tensor:
+        """Advance ``x`` from after the first flow of the first step of ``grid`` to after that of its last step."""
+        ((_, stages),) = self._tables
+        outer, head, tail = stages[0].operator, stages[0].weight, stages[-1].weight
         for step, following in pairwise(grid):
             x = self._through(x, step, self._flowing(step), stages[1:-1])
             x = self._outer(outer, x, step.time(1.0 - tail), step.h * tail + following.h * head)
             self._watch(False)
-        step = grid[len(grid) - 1]
-        x = self._through(x, step, self._flowing(step), stages[1:-1])
-        return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
+        return x
 
     @property
     def merges(self) -> bool:

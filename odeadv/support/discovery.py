@@ -13,8 +13,9 @@ def modules_of(*functions: object) -> tuple[nn.Module, ...]:
     """Return the modules that ``functions`` run, as far as can be seen.
 
     The search looks at modules, bound methods, partial functions, the variables that a function closes over or names
-    globally, objects with a tuple ``modules`` (operators and fields), and the items of lists, tuples, sets and dicts.
-    It looks at the attributes of other objects, but not at the attributes of those attributes.
+    globally, the defaults of its arguments, objects with a tuple ``modules`` (operators and fields), and the items of
+    lists, tuples, sets and dicts. It looks at the attributes of other objects, but not at the attributes of those
+    attributes.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -57,8 +58,8 @@ def _modules_named(item: object) -> object:
 
 
 def _names_in(function: types.FunctionType) -> list[object]:
-    """Return the values that ``function`` closes over, and the globals it names."""
-    values: list[object] = []
+    """Return the values that ``function`` closes over, its defaults, and the globals it names."""
+    values: list[object] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell: its variable is defined later
             values.append(cell.cell_contents)

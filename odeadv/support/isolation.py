@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from odeadv.support.checks import choice
 
 Mode = Literal["eval", "train", "unchanged"]
+Result = TypeVar("Result")
+_in_segment: ContextVar[bool] = ContextVar("in_segment", default=False)
 
 
 @contextlib.contextmanager
@@ -132,6 +137,55 @@ class Buffers:
         """Give the modules copies of them; the tensors they have now are not written to."""
         for part, name, value in self._values:
             part._buffers[name] = value.clone()
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Runs a loop in segments whose autograd graph is not kept: the backward pass runs each segment again.
+
+    The second run draws the same random numbers and sees the buffers of the first one, so gradients are the same bit
+    for bit, and both are left as they were. Apart from the states between segments, one segment is in memory at a time.
+
+    Attributes:
+        every: number of steps of a segment.
+        modules: modules whose buffers the steps may write to.
+    """
+
+    every: int
+    modules: Sequence[nn.Module]
+
+    def __call__(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Return ``function(*args)``."""
+        result: Result = checkpoint(function, *args, use_reentrant=False, context_fn=self._contexts)
+        return result
+
+    def _contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        return _Segment(), _Segment(Buffers(self.modules), self.modules)
+
+
+class _Segment(contextlib.ExitStack):
+    """Run the body as a segment, the second time with the buffers of the first one. It can be entered many times."""
+
+    def __init__(self, buffers: Buffers | None = None, modules: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self._buffers, self._modules = buffers, modules
+
+    def __enter__(self) -> _Segment:
+        self.callback(_in_segment.reset, _in_segment.set(True))
+        if self._buffers is not None:
+            self.enter_context(untouched(*self._modules))
+            self._buffers.put_back()
+        return self
+
+
+def graph_kept() -> contextlib.AbstractContextManager[Any]:
+    """Keep the graph of the body, which is differentiated at once, if it is part of a segment of `Recompute`.
+
+    Otherwise each differentiation would run its segment again from the beginning.
+    """
+    if not _in_segment.get():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept)
 
 
 def inside_transform() -> bool:
