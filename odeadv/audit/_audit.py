@@ -23,7 +23,7 @@ from odeadv.audit._gradients import GRADIENTS
 from odeadv.audit._report import Audit, Check
 from odeadv.audit._subject import Counts, Subject
 from odeadv.data import as_model_input
-from odeadv.evaluation.data import read_data
+from odeadv.evaluation.data import Output, read_data
 from odeadv.evaluation.trust import PROBES
 from odeadv.support.checks import choice, integer, number, shown
 
@@ -46,6 +46,7 @@ def audit(
     num_classes: int | None = None,
     surrogate: nn.Module | None = None,
     batch_size: int = 128,
+    output: str | int | Callable[[Any], Tensor] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Audit:
     """Run the checklist on ``model``, and restore the model and the global random state afterwards.
@@ -70,6 +71,8 @@ def audit(
             examples to tell.
         surrogate: another model for the same task, for the transfer attack, which needs one.
         batch_size: images in one forward pass.
+        output: the logits among the outputs of the model, and of the surrogate: a key, an attribute, an index, or a
+            function of the outputs.
         progress: called with the name of each group of checks before the group is run.
 
     Returns:
@@ -82,6 +85,8 @@ def audit(
     check_model(model)
     if surrogate is not None:
         check_model(surrogate, name="surrogate")
+    if output is not None:
+        model, surrogate = Output(model, output), None if surrogate is None else Output(surrogate, output)
     generator = check_generator(torch.Generator().manual_seed(0) if generator is None else generator)
     images, labels = _inputs(model, data)
     choice("norm", norm, BALLS)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ._shared import add_data
 
@@ -20,27 +21,51 @@ A protocol of your own is a .yaml or .json file; attacks are functions of odeadv
 """
 
 
+def _add_network(sub: argparse.ArgumentParser, verb: str) -> None:
+    """Add the arguments that say which network to inspect, on which images."""
+    from odeadv import data
+
+    sub.add_argument(
+        "network", metavar="NETWORK",
+        help=f"a run's folder, its last.safetensors or best.safetensors; or your own network, module:name, to {verb} "
+        "on --dataset: an nn.Module, or a function that returns one, in a module of the current folder",
+    )  # fmt: skip
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="state dict of your own network, .safetensors or .pt")
+    sub.add_argument("--dataset", choices=data.names(), help="for your own network; a run says its own")
+    sub.add_argument("--output", metavar="KEY", help="the logits in your network's outputs: a key, attribute or index")
+    add_data(sub)
+
+
+def _network(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that say which network to inspect, on which images, as keywords."""
+    output = int(args.output) if args.output is not None and args.output.lstrip("-").isdigit() else args.output
+    return {
+        "network": args.network, "weights": args.weights, "dataset": args.dataset, "folder": args.data,
+        "images": args.images, "output": output, "batch_size": args.batch_size,
+    }  # fmt: skip
+
+
 def add_evaluate(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv evaluate`."""
-    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its last.safetensors or best.safetensors")
+    _add_network(sub, "evaluate")
     sub.add_argument(
         "--protocol",
         default="table2",
         help="table1, table2, table6, autoattack, or a file (see below; default: table2)",
     )
-    sub.add_argument("--images", type=int, help="number of test images, balanced over the classes")
+    sub.add_argument("--images", type=int, help="number of test images, balanced over the classes (default: all)")
     sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
     sub.add_argument("--fold", action="store_true", help="fold batch norms, on a copy: faster; only ties may change")
     sub.add_argument("--compile", action="store_true", help="torch.compile a copy: pays for long evaluations only")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
     sub.add_argument(
         "--out", type=Path, metavar="FILE",
-        help="JSON file (default: standard output); FILE.journal keeps what is done for the same command to go on",
+        help="JSON file for the result; FILE.journal keeps what is done for the same command to go on",
     )  # fmt: skip
-    add_data(sub)
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Evaluate trained weights, and write or print the result."""
+    """Evaluate trained weights, print the result, and write it if a file is given."""
     from odeadv.evaluation import ProgressLine, Protocol
     from odeadv.experiments import evaluate_run
     from odeadv.support import plain
@@ -48,10 +73,9 @@ def evaluate(args: argparse.Namespace) -> int:
     # A name with a suffix is the path of a protocol file.
     protocol = plain.load(Protocol, Path(args.protocol)) if Path(args.protocol).suffix else args.protocol
     result = evaluate_run(
-        args.checkpoint, protocol, folder=args.data, images=args.images, out=args.out, progress=ProgressLine(),
-        batch_size=args.batch_size, fold=args.fold, compile=args.compile,
-    )  # fmt: skip
-    print(json.dumps(result.to_dict(), indent=1) if args.out is None else result)
+        protocol=protocol, out=args.out, progress=ProgressLine(), fold=args.fold, compile=args.compile, **_network(args)
+    )
+    print(json.dumps(result.to_dict(), indent=1) if args.json else result)
     return 0
 
 
@@ -85,25 +109,36 @@ def compare(args: argparse.Namespace) -> int:
 
 def add_audit(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv audit`."""
-    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
-    sub.add_argument("--images", type=int, default=500, help="test images, balanced over the classes (default: 500)")
-    sub.add_argument("--eps", type=float, default=8.0, help="radius in 1/255 (default: 8)")
+    _add_network(sub, "audit")
+    sub.add_argument(
+        "--images", type=int, help="test images, balanced over the classes (default: 500, or all if fewer)"
+    )
+    sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
+    sub.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
+    sub.add_argument(
+        "--eps",
+        type=float,
+        help="radius: for linf in 1/255 (default: 8), for l2 in pixel units of [0, 1] (default: 0.5)",
+    )
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--surrogate", type=Path, help="another run, whose adversarial images are tried on this one")
-    sub.add_argument("--out", type=Path, help="folder for the page (default: audit in the run's folder)")
-    add_data(sub)
+    sub.add_argument("--surrogate", help="another NETWORK, whose adversarial images are tried on this one")
+    sub.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for the page, its JSON and plots (default: audit in the run's folder; none for your own network)",
+    )  # fmt: skip
 
 
 def audit(args: argparse.Namespace) -> int:
-    """Check a run by the checklist for trustworthy attacks; return status 1 if a line fails."""
+    """Check a network by the checklist for trustworthy attacks; return status 1 if a line fails."""
     from odeadv.experiments import audit_run
 
+    eps = args.eps / 255 if args.eps is not None and args.norm == "linf" else args.eps
     result, out = audit_run(
-        args.checkpoint, folder=args.data, images=args.images, eps_255=args.eps, seed=args.seed,
-        surrogate=args.surrogate, out=args.out,
-    )  # fmt: skip
+        eps=eps, norm=args.norm, seed=args.seed, surrogate=args.surrogate, out=args.out, **_network(args)
+    )
     print(result)
-    print(out)
+    if out is not None:
+        print(out)
     return 0 if result.passed else 1
 
 

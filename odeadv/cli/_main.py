@@ -75,7 +75,7 @@ COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
         _shared.KEYS, _train.add_tune, _train.tune,
     ),
     "evaluate": (
-        "evaluate trained weights: clean and robust accuracy, as JSON",
+        "evaluate trained weights or your own network: clean and robust accuracy",
         _evaluate.ATTACKS, _evaluate.add_evaluate, _evaluate.evaluate,
     ),
     "compare": ("compare two evaluations image by image (McNemar)", None, _evaluate.add_compare, _evaluate.compare),

@@ -21,9 +21,9 @@ from odeadv.evaluation._attack import Rules
 from odeadv.evaluation._evaluation import Evaluation
 from odeadv.evaluation._ifgsm import SHORT
 from odeadv.evaluation._journal import Journal, probe_logits
-from odeadv.evaluation._prepare import Output, Prepared, prepare
+from odeadv.evaluation._prepare import Prepared, prepare
 from odeadv.evaluation._session import Session
-from odeadv.evaluation.data import Examples, read_data
+from odeadv.evaluation.data import Examples, Output, read_data
 from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, resolve_protocol
 from odeadv.evaluation.trust import (
     ACCEPTABLE,

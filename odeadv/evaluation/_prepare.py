@@ -4,46 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from odeadv.attacks.objective import AttackLoss
 from odeadv.evaluation.trust import beyond
-from odeadv.support.checks import shown
-
-
-class Output(nn.Module):
-    """A model whose logits are a part of its outputs (a tuple, a dict, an output of Hugging Face).
-
-    Args:
-        model: images to outputs.
-        output: the key, attribute or index of the logits, or a function of the outputs.
-    """
-
-    def __init__(self, model: nn.Module, output: str | int | Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        if isinstance(output, bool) or not (isinstance(output, str | int) or callable(output)):
-            raise TypeError(f"output: got {shown(output)}, expected a key, an attribute, an index or a function")
-        self.model, self.output = model, output
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of ``x``."""
-        outputs, output = self.model(x), self.output
-        if callable(output):
-            return output(outputs)
-        try:
-            logits: Tensor = (
-                getattr(outputs, output) if isinstance(output, str) and hasattr(outputs, output) else outputs[output]
-            )
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(
-                f"output: got {output!r}, but the model returned {type(outputs).__name__} without it"
-            ) from None
-        return logits
 
 
 @dataclass(frozen=True)

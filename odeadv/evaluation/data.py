@@ -1,22 +1,24 @@
-"""Data as people have them: tensors, arrays, memory-mapped files, datasets and loaders become images and labels."""
+"""Data as people have them (tensors, arrays, memory-mapped files, datasets, loaders), and models with other outputs."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from odeadv.attacks.checks import check_images, check_labels
 from odeadv.attacks.objective import constant
 from odeadv.data import ImageDataset, as_model_input
 from odeadv.evaluation._attack import Batch
+from odeadv.support.checks import shown
 from odeadv.support.files import read_tensors
 
 # Images that are read together from a dataset. Larger batches take more memory and no less time.
@@ -154,3 +156,33 @@ def saved_images(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         for place, name in enumerate(info["attacks"]):
             parts.setdefault(name, []).append(tensors[str(place)])
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+class Output(nn.Module):
+    """A model whose logits are a part of its outputs (a tuple, a dict, an output of Hugging Face).
+
+    Args:
+        model: images to outputs.
+        output: the key, attribute or index of the logits, or a function of the outputs.
+    """
+
+    def __init__(self, model: nn.Module, output: str | int | Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        if isinstance(output, bool) or not (isinstance(output, str | int) or callable(output)):
+            raise TypeError(f"output: got {shown(output)}, expected a key, an attribute, an index or a function")
+        self.model, self.output = model, output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of ``x``."""
+        outputs, output = self.model(x), self.output
+        if callable(output):
+            return output(outputs)
+        try:
+            logits: Tensor = (
+                getattr(outputs, output) if isinstance(output, str) and hasattr(outputs, output) else outputs[output]
+            )
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"output: got {output!r}, but the model returned {type(outputs).__name__} without it"
+            ) from None
+        return logits

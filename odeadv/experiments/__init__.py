@@ -18,8 +18,9 @@ from odeadv.experiments._cost import (
 )
 from odeadv.experiments._figure2 import METHODS, write_figure2
 from odeadv.experiments._folder import RunLockedError, list_runs, load_model
-from odeadv.experiments._inspect import audit_run, diagnose_run, evaluate_run, read_evaluation, run_images
+from odeadv.experiments._inspect import audit_run, diagnose_run, evaluate_run, read_evaluation
 from odeadv.experiments._launch import Failure, Job, first_process, launch, make_table
+from odeadv.experiments._network import run_images
 from odeadv.experiments._presets import PRESETS, Preset, Size, configuration, configurations, with_eta
 from odeadv.experiments._records import RecordWarning, load_record, load_records
 from odeadv.experiments._report import render, write_report

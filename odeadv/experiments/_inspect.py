@@ -7,36 +7,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from odeadv import attacks, data
-from odeadv.audit import audit
-from odeadv.data import ImageDataset, to_float
+from odeadv import attacks
+from odeadv.attacks.balls import Norm
+from odeadv.audit import Audit, audit
+from odeadv.data import to_float
 from odeadv.diagnostics import diagnose
 from odeadv.evaluation import Evaluation, Protocol, evaluate
-from odeadv.experiments._config import DataConfig, RunConfig
-from odeadv.experiments._folder import load_model
+from odeadv.experiments._config import RunConfig
+from odeadv.experiments._network import inspected, is_own, load_run, network_of, run_folder, run_images
 from odeadv.experiments._records import load_record
 from odeadv.models import Averaged
-from odeadv.support import plain
 from odeadv.support.files import check_file, check_folder, write_json
+
+_AUDITED = 500  # images: enough for the checklist, and minutes for a small network
 
 
 def evaluate_run(
-    checkpoint: Path,
+    network: str | Path,
     protocol: str | Protocol = "table2",
     *,
+    weights: Path | None = None,
+    dataset: str | None = None,
     folder: Path | None = None,
     images: int | None = None,
     out: Path | None = None,
     progress: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Evaluate the weights of a run on its own test images.
+    """Evaluate the weights of a run on its own test images, or your own network on a data set.
 
     Args:
-        checkpoint: folder of a run, or its ``last.safetensors`` or ``best.safetensors``.
+        network: folder of a run, or its ``last.safetensors`` or ``best.safetensors``; or ``"module:name"``, such as
+            ``"my_models:resnet"``: a network, or a function without arguments that returns one.
         protocol: a protocol of `odeadv.evaluate`, or its name.
+        weights: a state dict for your own network, ``.safetensors`` or what ``torch.save`` wrote. It may be inside of a
+            checkpoint, under ``"state_dict"`` or ``"model"``.
+        dataset: name of the data set for your own network, see `odeadv.data.load`.
         folder: folder with the data sets.
         images: number of test images, balanced over the classes; all if None.
         out: JSON file for the result. A journal next to it keeps finished work. If the evaluation is stopped, the same
@@ -48,11 +56,11 @@ def evaluate_run(
         ValueError, TypeError, OSError: naming the argument that does not fit.
     """
     check_file("out", out)
-    net, info = _loaded(checkpoint)
-    test = run_images(info, folder, images)
+    subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)
     journal = None if out is None else out.with_name(f"{out.name}.journal")
     result = evaluate(
-        net, (test.test_images, test.test_labels), protocol, progress=progress, resume=journal, **options
+        subject.net, subject.data, protocol, progress=progress, resume=journal, num_classes=subject.data.num_classes,
+        **options,
     )  # fmt: skip
     if out is not None and journal is not None:
         write_json(out, result.to_dict())
@@ -61,45 +69,57 @@ def evaluate_run(
 
 
 def audit_run(
-    checkpoint: Path,
+    network: str | Path,
     *,
+    weights: Path | None = None,
+    dataset: str | None = None,
     folder: Path | None = None,
-    images: int | None = 500,
-    eps_255: float = 8.0,
+    images: int | None = None,
+    eps: float | None = None,
+    norm: Norm = "linf",
     seed: int = 0,
-    surrogate: Path | None = None,
+    surrogate: str | Path | None = None,
     out: Path | None = None,
-) -> tuple[Any, Path]:
-    """Check the attacks on a run by the checklist for trustworthy attacks, and write the page.
+    **options: Any,
+) -> tuple[Audit, Path | None]:
+    """Check the attacks on a network by the checklist for trustworthy attacks, and write the page.
 
     Args:
-        checkpoint: folder of a run, or its weights.
+        network: as for `evaluate_run`.
+        weights: as for `evaluate_run`.
+        dataset: as for `evaluate_run`.
         folder: folder with the data sets.
-        images: number of test images.
-        eps_255: radius in 1/255.
+        images: number of test images, balanced over the classes; None takes 500, or all if there are fewer.
+        eps: radius in pixel units of [0, 1]; None means 8/255, or 0.5 in the L2 norm.
+        norm: ``"linf"`` or ``"l2"``.
         seed: seed of the attacks' random starts.
-        surrogate: another run. Its adversarial images are tried on this run.
-        out: folder for the page; ``audit`` in the folder of the run if None.
+        surrogate: another run or network. Its adversarial images are tried on this one.
+        out: folder for the page. None means ``audit`` in the folder of the run, and no page for your own network.
+        options: further keyword arguments of `odeadv.audit.audit`, such as ``batch_size``.
 
     Returns:
-        The result of `odeadv.audit.audit`, and the folder of the page.
+        The result of `odeadv.audit.audit`, and the folder of the page; None if none was written.
 
     Raises:
         ValueError, TypeError, OSError: naming the argument that does not fit.
     """
-    out = out or _run_folder(checkpoint) / "audit"
+    if out is None and not is_own(network):
+        out = run_folder(Path(network)) / "audit"
     check_folder("out", out)
-    net, info = _loaded(checkpoint)
-    test = run_images(info, folder, images)
+    subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)
+    few = min(_AUDITED, len(subject.data.test_labels))
     result = audit(
-        net,
-        (test.test_images, test.test_labels),
-        eps=eps_255 / 255,
+        subject.net,
+        subject.data.subset(None, few) if images is None else subject.data,
+        eps={"linf": 8 / 255, "l2": 0.5}.get(norm, 8 / 255) if eps is None else eps,
+        norm=norm,
         generator=torch.Generator().manual_seed(seed),
-        surrogate=None if surrogate is None else _loaded(surrogate)[0],
+        surrogate=None if surrogate is None else network_of(surrogate)[0],
+        num_classes=subject.data.num_classes,
+        **options,
     )
-    name = RunConfig.from_dict(info["run"]).name
-    result.write(out, f"{name}, weights of epoch {info['epoch']}, the first test images of each class, seed {seed}.")
+    if out is not None:
+        result.write(out, f"{subject.title}, {subject.data.name}, the first test images of each class, seed {seed}.")
     return result, out
 
 
@@ -133,9 +153,9 @@ def diagnose_run(
     """
     if attack_255 is not None and not 0 < attack_255 <= 255:
         raise ValueError(f"attack: got {attack_255:g}, expected a radius in 1/255, above 0 and at most 255")
-    out = out or _run_folder(checkpoint) / "diagnostics"
+    out = out or run_folder(checkpoint) / "diagnostics"
     check_folder("out", out)
-    loaded = [_loaded(each) for each in (checkpoint, other) if each is not None]
+    loaded = [load_run(each) for each in (checkpoint, other) if each is not None]
     configs = [RunConfig.from_dict(info["run"]) for _, info in loaded]
     # Noise is averaged at inference, but the diagnostics need the dynamics of a single network.
     nets: list[Any] = [net.net if isinstance(net, Averaged) else net for net, _ in loaded]
@@ -179,28 +199,6 @@ def _attacked(net: Any, images: Tensor, labels: Tensor, eps_255: float) -> Tenso
     with torch.no_grad():
         state: Tensor = net.stem(attacks.fgsm(net, images, labels, eps=eps_255 / 255))
     return state
-
-
-def _run_folder(checkpoint: Path) -> Path:
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent
-
-
-def _loaded(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
-    net, info = load_model(checkpoint)
-    return net.to("cuda" if torch.cuda.is_available() else "cpu"), info
-
-
-def run_images(info: dict[str, Any], folder: Path | None, images: int | None) -> ImageDataset:
-    """Return the data of a run (its fold or subset) with some of its test images.
-
-    Args:
-        info: the dict that `load_model` returns.
-        folder: folder with the data sets.
-        images: number of test images, balanced over the classes; all if None.
-    """
-    config = plain.from_dict(DataConfig, info["run"]["data"])
-    subset, _ = config.take(data.load(config.name, folder))
-    return subset.subset(None, images)
 
 
 def read_evaluation(path: Path, protocol: str = "table2", weights: str = "last") -> Evaluation:

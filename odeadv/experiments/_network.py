@@ -1,0 +1,145 @@
+"""Networks to inspect, with their data: those of runs, and your own by the name of a function."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odeadv import data
+from odeadv.data import ImageDataset
+from odeadv.experiments._config import DataConfig
+from odeadv.experiments._folder import load_model
+from odeadv.support import plain
+from odeadv.support.extras import extra
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A network to inspect, with its data.
+
+    Attributes:
+        net: on the device that it is inspected on.
+        data: its data set, with the test images that were asked for.
+        title: the name of the network for a page.
+    """
+
+    net: nn.Module
+    data: ImageDataset
+    title: str
+
+
+def inspected(
+    network: str | Path, *, weights: Path | None, dataset: str | None, folder: Path | None, images: int | None
+) -> Inspected:
+    """Return a network with its data; the arguments are those of `evaluate_run`."""
+    if not is_own(network):
+        if weights is not None or dataset is not None:
+            raise ValueError("weights, dataset: a run says its own, expected them with a network module:name only")
+        net, info = load_run(Path(network))
+        title = f"{run_folder(Path(network)).resolve().name}, weights of epoch {info['epoch']}"
+        return Inspected(net, run_images(info, folder, images), title)
+    if dataset is None:
+        raise ValueError(f"dataset: missing for {network}, expected one of {', '.join(data.names())}")
+    net, title = network_of(network, weights)
+    return Inspected(net, data.load(dataset, folder).subset(None, images), title)
+
+
+def is_own(network: str | Path) -> bool:
+    """Return True for ``module:name``, and False for a path."""
+    module, colon, name = str(network).partition(":")
+    names = all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+    return bool(colon) and names and not Path(network).exists()
+
+
+def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Module, str]:
+    """Return a run's network or your own with its ``weights``, on the device that it is inspected on, and its title."""
+    if not is_own(network):
+        return load_run(Path(network))[0], run_folder(Path(network)).name
+    net, title = _own(str(network)), str(network)
+    if weights is not None:
+        try:
+            net.load_state_dict(_state(weights))
+        except RuntimeError as error:  # torch lists every tensor that does not fit, one per line
+            text = " ".join(str(error).split())
+            why = text if len(text) <= 200 else f"{text[:197]}..."
+            raise ValueError(f"weights: {weights} does not fit {network}: {why}") from None
+        title += f" with {weights.name}"
+    return net.eval().to(_device()), title
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """Return the folder of a run, given it or its weights."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+def load_run(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return what `load_model` returns, on the device that it is inspected on."""
+    net, info = load_model(checkpoint)
+    return net.to(_device()), info
+
+
+def run_images(info: dict[str, Any], folder: Path | None, images: int | None) -> ImageDataset:
+    """Return the data of a run (its fold or subset) with some of its test images.
+
+    Args:
+        info: the dict that `load_model` returns.
+        folder: folder with the data sets.
+        images: number of test images, balanced over the classes; all if None.
+    """
+    config = plain.from_dict(DataConfig, info["run"]["data"])
+    subset, _ = config.take(data.load(config.name, folder))
+    return subset.subset(None, images)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _own(network: str) -> nn.Module:
+    module, _, name = network.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"network: {module} cannot be imported ({error}), expected module:name") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"network: {module} has no {name}, expected a network or a function that returns one")
+        found = getattr(found, part)
+    made = found if isinstance(found, nn.Module) or not callable(found) else found()
+    if not isinstance(made, nn.Module):
+        what = "is" if made is found else "returned"
+        raise TypeError(f"network: {network} {what} {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file, without the ``module.`` that data-parallel training puts before every name."""
+    if not file.is_file():
+        raise FileNotFoundError(f"weights: {file} is not a file, expected a state dict")
+    state: Any  # whatever the file holds
+    try:
+        if file.suffix == ".safetensors":
+            with extra("train"):
+                from safetensors.torch import load_file
+
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # a damaged file may fail in any way
+        raise ValueError(
+            f"weights: {file} cannot be read as a file of tensors ({type(error).__name__}), expected what "
+            "torch.save(net.state_dict(), file) or safetensors wrote"
+        ) from error
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights: {file} holds no state dict, expected what net.state_dict() returns")
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    return {name.removeprefix(prefix): value for name, value in state.items()}
