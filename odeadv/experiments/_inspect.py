@@ -19,6 +19,7 @@ from odeadv.experiments._config import RunConfig
 from odeadv.experiments._network import inspected, is_own, load_run, network_of, run_folder, run_images
 from odeadv.experiments._records import load_record
 from odeadv.models import Averaged
+from odeadv.support import plain
 from odeadv.support.files import check_file, check_folder, write_json
 
 _AUDITED = 500  # images: enough for the checklist, and minutes for a small network
