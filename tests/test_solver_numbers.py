@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchdiffeq
-from torch import Tensor
+from torch import Tensor, nn
 
 import odeadv
 from odeadv.splitting import Stepper
@@ -331,6 +331,40 @@ def test_writes_through_data_are_seen(substep, split):
         odeadv.solve(field, X0, SPAN, steps=3, substep=substep)
 
 
+@pytest.mark.parametrize("substep", ["euler", "exact"])
+def test_writes_through_data_on_the_last_step_are_seen(substep):
+    def late(t: Tensor, x: Tensor) -> Tensor:
+        if t > 0.85:
+            x.data.mul_(2.0)
+        return -x
+
+    one = odeadv.Operator(late, flow=lambda t, dt, x: x + dt * late(t, x))
+    field = odeadv.SplitField(one=one, two=odeadv.Operator(lambda t, x: 0 * x, flow=lambda t, dt, x: x))
+    with pytest.raises(ValueError, match=": modifies the state in place"):
+        odeadv.solve(field, X0, SPAN, steps=10, substep=substep)
+
+
+def test_each_block_of_a_network_is_watched_in_turn():
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x.data.add_(1.0)
+            return x.sin()
+
+    blocks = [nn.Tanh(), Writes(), nn.Tanh()]
+    field = odeadv.models.from_blocks(nn.Identity(), blocks, nn.Identity()).field(
+        torch.ones(2, 3), torch.tensor([0, 1])
+    )
+
+    def complaint() -> str:
+        try:
+            odeadv.solve(field)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert sum("modifies the state in place" in complaint() for _ in blocks) == 1
+
+
 # ---- orders ----
 
 
@@ -373,8 +407,20 @@ def test_a_scheme_on_one_operator():
     assert torch.equal(solve(scheme="kahan-li8").xs, solve(substep="rk4").xs)
     assert torch.equal(solve(scheme="strang").xs, solve(substep="midpoint").xs)
     assert said(lambda: solve()) == said(lambda: solve(scheme="rk4")) == []
-    assert torch.equal(solve().xs, solve(scheme="euler").xs)
-    assert solve().order == 1
+    assert torch.equal(solve().xs, solve(scheme="midpoint").xs)
+    assert solve().order == 2
+    assert repr(solve()) == repr(solve(scheme="midpoint"))
+
+
+def test_euler_remains_the_default_of_the_paper():
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return torch.sin(3 * t + x)
+
+    idle = odeadv.AdversarialField(f, lambda x: (x**2).sum(), eta=0.0)
+    plain = odeadv.solve(f, X0, SPAN, steps=4, scheme="euler").xs
+    switched = odeadv.VectorField({"f": odeadv.Piecewise([odeadv.Operator(f)], edges=SPAN)})
+    for field, scheme in ((idle, None), (idle, "strang"), (switched, None)):
+        assert torch.equal(odeadv.solve(field, X0, SPAN, steps=4, scheme=scheme).xs, plain)
 
 
 def test_what_limits_the_order_is_said():

@@ -171,8 +171,7 @@ def walk(field: VectorField, substep: Any = None, *, scheme: str | Scheme | None
     with torch.inference_mode(False), torch.no_grad(), without_effects(field.modules, _device(field)):
         if isinstance(field, AdversarialField) and scheme is None:
             return _recorded(field, substep)
-        method = "strang" if scheme is None else scheme
-        return path_of(solve(field, scheme=method, substep=substep, sweeps=sweeps, save_at="steps"), field)
+        return path_of(solve(field, scheme=scheme, substep=substep, sweeps=sweeps, save_at="steps"), field)
 
 
 def _device(field: VectorField) -> torch.device:

@@ -284,6 +284,6 @@ class Jump:
         """Return the state at the end of the interval, counted."""
         cost.evaluated()
         before = version(x)
-        end = self.map(x)
+        end = watched("map", lambda: self.map(x), x) if cost.watch else self.map(x)
         check_unmodified("map", x, before)
         return end

@@ -64,9 +64,10 @@ def solve(
             is interpolated by a cubic Hermite polynomial from two more evaluations of the field. If the order is above
             four, or a sub-step is not an explicit Runge-Kutta method, the step is taken again up to that time.
         substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
-            operator. The default is Euler's method for an `AdversarialField` and for a field with one operator if no
-            scheme is given; for all other fields it is the cheapest of Euler, midpoint and RK4 that has the scheme's
-            order (RK4 above order four, with a warning).
+            operator. The default is Euler's method for an `AdversarialField`, and for a network, a `Residual` block or
+            another `Piecewise` field without a scheme. For all other fields it is the cheapest of Euler, midpoint and
+            RK4 that has the scheme's order (RK4 above order four, with a warning): midpoint if no scheme is given. So
+            an `AdversarialField` with eta = 0 equals ``solve(f, ..., scheme="euler")`` bit for bit.
         costate: a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9 integrated back
             from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). The default is the
             scheme's own, or linear; with adaptive steps it is cubic, unless f is advanced by its exact flow.

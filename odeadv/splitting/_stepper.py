@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,11 @@ from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
 from odeadv.support.isolation import Recompute, inside_transform
 
-# One step out of this number is watched: the state is compared before and after each evaluation. More would cost time,
-# and a field that writes to its state does so on most steps.
+# The first step, the last step and one step out of this number are watched: the state is compared before and after each
+# evaluation. More would cost time, and a field that writes to its state does so on most steps.
 WATCHED = 256
+# The steps of a network are its blocks, so one step of each solve is watched, another one in the next solve.
+_TURNS = count()
 WHOLE: tuple[tuple[float, Composition], ...] = ((1.0, (Stage(0, 1.0, 0.0),)),)
 
 
@@ -58,8 +60,7 @@ class Stepper:
         self._tables = [(factor, _clocked(stages)) for factor, stages in self.compositions]
         # Constant operators are not asked again on every step.
         self._constant = all(operator.constant for operator in self.operators)
-        # A residual network is not watched: on a GPU each comparison waits for the device in every training step.
-        self._watches = not any(operator.edges for operator in self.operators)
+        self._piecewise = any(operator.edges for operator in self.operators)
 
     @property
     def counted(self) -> Sequence[Cost]:
@@ -95,19 +96,22 @@ class Stepper:
             yield from ends
 
     def _states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
-        hidden = torch.compiler.is_compiling() or inside_transform()  # values and memory cannot be looked at
-        flat = None if hidden else self._flat_loop()
-        for part in grid.parts(WATCHED):
-            for number, step in enumerate(part):
-                if number == 1 and flat is not None and not any(cost.reuses for cost in self.costs):
-                    for end in flat.states(x, part.part(1, len(part))):
-                        x = end
-                        yield x
-                    break
-                self._watch(number == 0 and self._watches and not hidden)
-                x = self.advance(x, step)
-                yield x
+        flat = None if _hidden() else self._flat_loop()
+        watched = self._watched_steps(x, len(grid))
+        for first, last in pairwise(sorted({0, *watched, len(grid)})):
+            # A readable step first: it is watched, and it finds out whether functions reuse their memory.
+            self._watch(first in watched)
+            x = self.advance(x, grid[first])
             self._watch(False)
+            yield x
+            rest = grid.part(first + 1, last)
+            if flat is not None and not any(cost.reuses for cost in self.costs):
+                ends = flat.states(x, rest)
+            else:
+                ends = self._readable_states(x, rest)
+            for end in ends if len(rest) else ():
+                x = end
+                yield x
 
     def march(self, x: Tensor, grid: Grid, again: Recompute | None = None) -> Tensor:
         """Return the state at the end of ``grid``. Exact flows that continue one another across steps are merged.
@@ -122,30 +126,33 @@ class Stepper:
         ((_, stages),) = self._tables
         outer, head, tail = stages[0].operator, stages[0].weight, stages[-1].weight
         step = grid[0]
-        self._watch(self._watches and not inside_transform())
+        self._watch(not _hidden())
         x = self._outer(outer, x, step.t0, step.h * head)
         every = len(grid) if again is None else again.every
         for first in range(0, len(grid) - 1, every):
             part = grid.part(first, min(first + every, len(grid) - 1) + 1)
             x = self._merged(x, part) if again is None else again(self._merged, x, part)
         step = grid[len(grid) - 1]
+        self._watch(not _hidden())
         x = self._through(x, step, self._flowing(step), stages[1:-1])
-        return self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
+        x = self._outer(outer, x, step.time(1.0 - tail), step.h * tail)
+        self._watch(False)
+        return x
 
     def _merged(self, x: Tensor, grid: Grid) -> Tensor:
         """Advance ``x`` from after the first flow of the first step of ``grid`` to after that of its last step."""
         ((_, stages),) = self._tables
         outer, head, tail = stages[0].operator, stages[0].weight, stages[-1].weight
-        for step, following in pairwise(grid):
+        for number, (step, following) in enumerate(pairwise(grid)):
+            self._watch(number % WATCHED == 0 and not _hidden())
             x = self._through(x, step, self._flowing(step), stages[1:-1])
             x = self._outer(outer, x, step.time(1.0 - tail), step.h * tail + following.h * head)
-            self._watch(False)
         return x
 
     @property
     def merges(self) -> bool:
         """True if the last stage of a step and the first stage of the next step are the same exact flow."""
-        if len(self._tables) > 1 or any(operator.edges for operator in self.operators):
+        if len(self._tables) > 1 or self._piecewise:
             return False
         ((_, stages),) = self._tables
         first, last = stages[0], stages[-1]
@@ -186,6 +193,21 @@ class Stepper:
             return None
         ((_, stages),) = self._tables
         return FlatLoop(self.operators, methods, stages, self.costs)
+
+    def _readable_states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
+        for step in grid:
+            x = self.advance(x, step)
+            yield x
+
+    def _watched_steps(self, x: Tensor, steps: int) -> set[int]:
+        """Return the numbers of the steps on which writes to the state are looked for, see `watched`."""
+        if _hidden():
+            return set()
+        if not self._piecewise:
+            return {*range(0, steps, WATCHED), steps - 1}
+        if x.device.type != "cpu" and torch.is_grad_enabled():
+            return set()  # the comparison would wait for the device in every training step
+        return {next(_TURNS) % steps}
 
     def _watch(self, on: bool) -> None:
         for cost in self.costs:
@@ -231,6 +253,11 @@ class Stepper:
                 clock = Clock(end, end, step.own_time(stage.own))
                 x = self.substeps[stage.operator].advance(operator, clock, step.h * stage.weight, x, cost)
         return x
+
+
+def _hidden() -> bool:
+    """Return whether values and memory cannot be looked at."""
+    return torch.compiler.is_compiling() or inside_transform()
 
 
 def _warn_if_kept(before: Tensor, after: Tensor) -> None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from odeadv.fields import AdversarialField, Forcing, Jump, VectorField
+from odeadv.fields import AdversarialField, Forcing, Jump, Residual, VectorField
 from odeadv.fields.operator import Cost
 from odeadv.fields.terms import Sum, Unrecorded
 from odeadv.splitting import schemes
@@ -104,15 +104,24 @@ def read_discretisation(
     if table is None:
         _check_unsplit(field, name)
     kind = _read_costate(field, name, table, costate)
-    default = "euler"  # the paper's
-    if table is not None and not isinstance(field, AdversarialField) and (count > 1 or scheme is not None):
-        default = cheapest_of_order(table.order)
+    default = "euler" if table is None or _is_papers(field, scheme) else cheapest_of_order(table.order)
     substeps = _read_substeps(field, default if substep is None else substep, default)
-    if table is not None and count > 1:
+    if count == 1:
+        (whole,) = substeps.values()
+        if table is not None and scheme is not None:
+            _warn_unsplit(name, whole)
+        name = whole.name
+    elif table is not None:
         _warn(field, table, substeps, kind, chosen=substep is not None)
-    elif table is not None and scheme is not None:
-        _warn_unsplit(name, next(iter(substeps.values())))
     return Discretisation(name, table, substeps, kind)
+
+
+def _is_papers(field: VectorField, scheme: str | Scheme | None) -> bool:
+    """Return whether the default is the paper's Euler: adversarial fields, and networks, whose blocks are its steps."""
+    if isinstance(field, AdversarialField):
+        return True
+    first, *others = field.operators.values()
+    return not others and scheme is None and (bool(first.edges) or isinstance(first, Residual))
 
 
 def _check_declared_order(scheme: Scheme) -> None:
