@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 from odeadv import cli, data, experiments
 from odeadv.evaluation import Evaluation
@@ -31,9 +32,10 @@ from odeadv.experiments import (
     run,
 )
 from odeadv.experiments._folder import locked
+from odeadv.models import preact_resnet
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 from odeadv.support.plain import identity
-from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended
+from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended, weights_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -69,6 +71,10 @@ class TestFolder:
         net, info = load_model(folder)
         assert info["run"] == config.to_dict()
         assert not net.training
+        plain = preact_resnet(8, 4, num_classes=10)  # the snippet of docs/training.md
+        plain.load_state_dict(load_file(folder / "last.safetensors"))
+        assert plain.state_dict().keys() == net.state_dict().keys()
+        assert all(map(torch.equal, plain.state_dict().values(), net.state_dict().values()))
         evaluated = experiments.load_records(tmp_path)[0]["evaluations"]
         assert set(evaluated) == {"last", "best"}
 
@@ -453,6 +459,48 @@ class TestCommand:
         assert "finished, epoch 1/1" in line
         assert cli.main(["runs", str(runs), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["state"] == "finished"
+
+    def test_a_finished_run_is_extended_started_from_and_drawn(self, digits, tmp_path, capsys):
+        runs = ["--runs", str(tmp_path)]
+        for epochs in (1, 2):
+            (tmp_path / f"{epochs}.json").write_text(json.dumps(small(epochs=epochs).to_dict()))
+        first, second = (tmp_path / small(epochs=epochs).name for epochs in (1, 2))
+        assert cli.main(["train", str(tmp_path / "1.json"), *runs, "--checkpoint-every", "0"]) == 0
+        assert [path.name for path in (first / "checkpoints").iterdir()] == ["step-00000005.safetensors"]
+        assert cli.main(["train", str(tmp_path / "2.json"), *runs, "--extend", str(first)]) == 0
+        assert "goes on with epoch 2/2, step 1/5" in capsys.readouterr().err
+        whole = tmp_path / "whole" / second.name
+        run(small(), digits, whole.parent, log=StringIO())
+        assert not (whole / "checkpoints").exists()
+        for one, other in zip(
+            *(read_tensors(f / "last.safetensors")[0].values() for f in (second, whole)), strict=True
+        ):
+            assert torch.equal(one, other)
+        with pytest.raises(ValueError, match=r"^extend: .* has no checkpoint, expected the folder of a run that kept"):
+            run(small(epochs=3), digits, tmp_path, extend=whole, log=StringIO())
+
+        assert cli.main(["train", str(tmp_path / "1.json"), *runs, "--init", str(second)]) == 0
+        started = Path(capsys.readouterr().out.splitlines()[-1])
+        digest = weights_digest(second)
+        record = experiments.load_record(started / "record.json")
+        assert started not in (first, second)
+        assert record["config"]["init"] == digest == weights_digest(read_tensors(second / "last.safetensors")[0])
+        with pytest.raises(ValueError, match=rf"^init: got none, expected the weights {digest}"):
+            experiments.rerun(record, digits, tmp_path / "again", log=StringIO())
+        with pytest.raises(
+            ValueError, match=rf"^init: .* holds the weights {weights_digest(first)}, expected {digest}"
+        ):
+            experiments.rerun(record, digits, tmp_path / "again", init=first, log=StringIO())
+        assert experiments.rerun(record, digits, tmp_path / "again", init=second, log=StringIO()).same
+
+        (second / "record.json").unlink()
+        assert cli.main(["runs", str(second), "--plot"]) == 0  # from metrics.jsonl
+        assert (second / "training.png").read_bytes()[:4] == b"\x89PNG"
+        assert cli.main(["runs", str(tmp_path), "--plot"]) == 2
+        assert "has neither record.json nor metrics.jsonl" in capsys.readouterr().err
+        (second / "metrics.jsonl").write_text('{"epoch": 1}\n')
+        assert cli.main(["runs", str(second), "--plot"]) == 2
+        assert "metrics.jsonl: EpochResult lacks loss, accuracy, lr, seconds" in capsys.readouterr().err
 
     def test_an_evaluation_by_a_protocol_of_ones_own_goes_on_where_it_was_stopped(
         self, digits, tmp_path, capsys, monkeypatch

@@ -1,6 +1,8 @@
 """Training: the losses it minimises, its reproducibility, and what it refuses."""
 
+import io
 import re
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
@@ -456,6 +458,40 @@ class TestSeeing:
         assert steps == [(1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 2)]
         assert [result.epoch for result in epochs] == [1, 2]
         assert all(0 <= result.accuracy <= 1 for result in epochs)
+
+    def test_a_logger_gets_numbers_and_progress_is_silent_when_piped(self, capsys):
+        logged = []
+        images = tiny_data()
+        result = train(
+            tiny_net(), images, config(defence=LAD), logger=lambda values, epoch: logged.append((epoch, values)),
+            validation=(images.test_images, images.test_labels),
+        )  # fmt: skip
+        assert capsys.readouterr() == ("", "")
+        assert [epoch for epoch, _ in logged] == [1, 2]
+        values, last = logged[-1][1], result.epochs[-1]
+        assert (values["loss"], values["validation/clean"]) == (last.loss, last.validation["clean"])
+        assert values["relative/1"] == last.relative[1]
+        assert all(isinstance(value, float) for value in values.values())
+
+        loss, accuracy, ratio, strength = (axes.lines for axes in result.plot().axes)
+        assert list(loss[0].get_ydata()) == [epoch.loss for epoch in result.epochs]
+        assert [line.get_label() for line in accuracy[:2]] == ["training", "clean"]
+        assert list(ratio[0].get_ydata()) == [epoch.ratio for epoch in result.epochs]
+        assert list(strength[0].get_ydata()) == [epoch.strength for epoch in result.epochs]
+
+    def test_on_a_terminal_there_is_a_bar(self, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        monkeypatch.setattr("sys.stderr", Terminal())
+        result = train(tiny_net(), tiny_data(), config())
+        shown = sys.stderr.getvalue()
+        assert "training: 100%" in shown
+        assert f"loss {result.epochs[0].loss:.4g}" in shown
+        before = len(shown)
+        train(tiny_net(), tiny_data(), config(epochs=1), progress=False)
+        assert len(sys.stderr.getvalue()) == before
 
     def test_the_ratio_and_the_perturbation_of_every_layer_are_measured(self):
         epochs = train(tiny_net(), tiny_data(), config(defence=LAD)).epochs

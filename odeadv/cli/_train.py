@@ -19,6 +19,15 @@ def add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--accelerator", default="auto", help="of lightning-fabric: auto, cpu, cuda, mps")
     sub.add_argument("--devices", type=int, default=1, help="processes on this machine (torchrun's count, under it)")
     sub.add_argument("--nodes", type=int, default=1, help="machines")
+    sub.add_argument("--init", type=Path, metavar="FILE", help="start from these weights: a run's folder or checkpoint")
+    sub.add_argument(
+        "--extend", type=Path, metavar="RUN",
+        help="go on from this finished run, which has the same configuration but fewer epochs",
+    )  # fmt: skip
+    sub.add_argument(
+        "--checkpoint-every", type=float, default=120.0, metavar="SECONDS",
+        help="time between checkpoints within an epoch (default: 120)",
+    )  # fmt: skip
     sub.add_argument("--tensorboard", action="store_true", help="write event files to the run's folder too")
     sub.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
 
@@ -42,10 +51,10 @@ def train(args: argparse.Namespace) -> int:
     fabric.launch()
     record = experiments.run(
         config, images, args.runs, protocols=args.protocol, label=config.method, tensorboard=args.tensorboard,
-        fabric=fabric,
+        init=args.init, extend=args.extend, checkpoint_every=args.checkpoint_every, keep_checkpoint=True, fabric=fabric,
     )  # fmt: skip
     if fabric.is_global_zero:
-        print(args.runs / config.name)
+        print(args.runs / experiments.RunConfig.from_dict(record["config"]).name)
         for protocol in args.protocol:
             print(_summary(protocol, record["evaluations"]["last"][protocol]))
     return 0
@@ -84,14 +93,18 @@ def tune(args: argparse.Namespace) -> int:
 
 def add_runs(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv runs`."""
-    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"))
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="of all runs (default: runs)")
+    sub.add_argument("--plot", action="store_true", help="draw the training of one run, whose folder this is")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
 
 def runs(args: argparse.Namespace) -> int:
-    """List the runs of a folder."""
+    """List the runs of a folder, or draw one run."""
     from odeadv import experiments
 
+    if args.plot:
+        print(experiments.plot_run(args.folder))
+        return 0
     found = experiments.list_runs(args.folder)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -115,6 +128,7 @@ def add_rerun(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("record", type=Path, help="a JSON record, or the folder of a run")
     sub.add_argument("--runs", type=Path, default=Path("reruns"), help="folder for the new run (default: reruns)")
     sub.add_argument("--autoattack", action="store_true", help="AutoAttack again too")
+    sub.add_argument("--init", type=Path, metavar="FILE", help="the weights that the run started from, if it had any")
     add_data(sub)
 
 
@@ -128,7 +142,9 @@ def rerun(args: argparse.Namespace) -> int:
     check_folder("runs", args.runs)
     record = experiments.load_record(file)
     images = data.load(record["config"]["data"]["name"], args.data)
-    found = experiments.rerun(record, images, args.runs, autoattack=args.autoattack, label=record["method"])
+    found = experiments.rerun(
+        record, images, args.runs, autoattack=args.autoattack, label=record["method"], init=args.init
+    )
     print(found)
     return 0 if found.same else 1
 

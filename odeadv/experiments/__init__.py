@@ -17,7 +17,7 @@ from odeadv.experiments._cost import (
     training_passes,
 )
 from odeadv.experiments._figure2 import METHODS, write_figure2
-from odeadv.experiments._folder import RunLockedError, list_runs, load_model
+from odeadv.experiments._folder import RunLockedError, list_runs, load_model, plot_run
 from odeadv.experiments._inspect import audit_run, diagnose_run, evaluate_run, read_evaluation
 from odeadv.experiments._launch import Failure, Job, first_process, launch, make_table
 from odeadv.experiments._network import run_images
@@ -72,6 +72,7 @@ __all__ = [
     "make_table",
     "method_of",
     "parse_method",
+    "plot_run",
     "read_evaluation",
     "rehearse",
     "rehearse_all",

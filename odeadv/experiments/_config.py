@@ -134,11 +134,14 @@ class RunConfig:
         data: the images.
         model: the network.
         training: the training method and its parameters.
+        init: digest of the weights that the training starts from (`odeadv.training.weights_digest`); empty for the
+            weights that the seed draws. `odeadv.experiments.run` sets it from its argument ``init``.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
+    init: str = ""
 
     @property
     def key(self) -> str:

@@ -15,7 +15,9 @@ from odeadv.experiments._config import ModelConfig, load_config
 from odeadv.experiments._records import load_record
 from odeadv.models import averaged
 from odeadv.support import plain as configuration
-from odeadv.support.files import read_tensors
+from odeadv.support.files import read_tensors, replacing
+from odeadv.support.plain import read_json_lines
+from odeadv.training import EpochResult, TrainResult
 
 WEIGHTS_SCHEMA = "odeadv.weights/1"
 
@@ -65,6 +67,33 @@ def _listed(folder: Path) -> dict[str, Any]:
     entry["epoch"] = len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0
     entry["state"] = "training" if _is_locked(folder) else "stopped"
     return entry
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw the training of a run, finished or not, as ``training.png`` in its folder; see `TrainResult.plot`.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: if the folder is not that of a run, or no epoch is finished.
+        OSError: if a file cannot be read or written.
+    """
+    record, metrics = folder / "record.json", folder / "metrics.jsonl"
+    best = None
+    if record.exists():
+        found = load_record(record)
+        file, lines, best = record, found["epochs"], found["best_epoch"]
+    elif metrics.exists():
+        file, lines = metrics, read_json_lines(metrics)
+    else:
+        raise ValueError(f"folder: {folder} has neither record.json nor metrics.jsonl, expected the folder of a run")
+    result = TrainResult([EpochResult.from_dict(line, file) for line in lines], best)
+    out = folder / "training.png"
+    with replacing(out) as path:
+        # The file gets no date and no version, so equal runs give an equal file.
+        result.plot().savefig(path, dpi=120, metadata={"Software": None})
+    return out
 
 
 def _is_locked(folder: Path) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from odeadv.experiments._config import RunConfig
 from odeadv.support.files import write_text
@@ -37,21 +36,9 @@ class Metrics:
         self._lines.append(json.dumps(asdict(result), allow_nan=False))
         write_text(self._path, "\n".join(self._lines) + "\n")
         if self._board is not None and not again:
-            for name, value in _scalars(asdict(result)).items():
+            for name, value in result.scalars().items():
                 self._board.add_scalar(name, value, result.epoch)
             self._board.flush()
-
-
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, tuple | list):
-            found |= {f"{prefix}{name}/{n}": float(item) for n, item in enumerate(value)}
-        elif isinstance(value, int | float):
-            found[f"{prefix}{name}"] = float(value)
-    return found
 
 
 class Progress:

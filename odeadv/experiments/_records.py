@@ -38,7 +38,7 @@ _RECORD: dict[str, Any] = {
     "schema": str,
     "key": str,
     "method": str,
-    "config": {"data": {"name": str, "*": object}, "model": dict, "training": {"seed": int, "*": object}},
+    "config": {"data": {"name": str, "*": object}, "model": dict, "training": {"seed": int, "*": object}, "init?": str},
     "data": {"fingerprint": str, "source": str, "train_images": int, "test_images": int},
     "versions": {"*": str},
     "machine": {"threads": int, "*": object},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -63,6 +64,7 @@ def rerun(
     autoattack: bool = False,
     label: str = "",
     log: TextIO | None = None,
+    init: str | os.PathLike[str] | None = None,
     fabric: Fabric | None = None,
 ) -> Agreement:
     """Train and evaluate the run of ``record`` again, and compare the two runs.
@@ -78,6 +80,7 @@ def rerun(
         autoattack: True to run AutoAttack again too (needs the package pyautoattack).
         label: text shown with the progress.
         log: stream for the progress; standard error if not given.
+        init: the weights that the run started from, if it did not draw its own.
         fabric: the engine, see `odeadv.training.train`.
 
     Raises:
@@ -109,7 +112,7 @@ def rerun(
     best = record["evaluations"].get("best", {})
     wanted = [_measurement(key, key in best) for key in record["evaluations"].get("last", {})]
     chosen = [each for each in wanted if each is not None and (autoattack or not each.key.startswith("autoattack"))]
-    return agreement(record, run(config, data, runs, protocols=chosen, label=label, log=log, fabric=fabric))
+    return agreement(record, run(config, data, runs, protocols=chosen, label=label, log=log, init=init, fabric=fabric))
 
 
 def agreement(first: Record, second: Record) -> Agreement:

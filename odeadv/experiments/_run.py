@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -26,9 +27,9 @@ from odeadv.experiments._progress import Metrics, Progress
 from odeadv.experiments._records import SCHEMA, Record, load_record
 from odeadv.models import FieldNetwork
 from odeadv.support.checks import integer
-from odeadv.support.files import DamagedFileError, read_tensors, write_json, write_tensors
+from odeadv.support.files import DamagedFileError, read_tensors, replacing, write_json, write_tensors
 from odeadv.support.plain import identity as essential
-from odeadv.training import EpochResult, TrainResult, make_fabric, train
+from odeadv.training import EpochResult, Logger, TrainResult, make_fabric, train, weights_digest
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -73,6 +74,11 @@ def run(
     label: str = "",
     log: TextIO | None = None,
     tensorboard: bool = False,
+    logger: Logger | None = None,
+    init: str | os.PathLike[str] | None = None,
+    extend: Path | None = None,
+    checkpoint_every: float = 120.0,
+    keep_checkpoint: bool = False,
     fabric: Fabric | None = None,
 ) -> Record:
     """Train the run of ``config``, evaluate it by ``protocols``, and write its record.
@@ -90,6 +96,13 @@ def run(
         label: text shown with the progress.
         log: stream for the progress; standard error if not given.
         tensorboard: True to write event files for TensorBoard too (needs the package tensorboard).
+        logger: gets the numbers of every epoch, see `odeadv.training.train`.
+        init: weights to start from, see `odeadv.training.train`. Their digest becomes ``config.init``, so such a run
+            has a folder of its own.
+        extend: folder of a run with the same configuration but fewer epochs. Training goes on from its checkpoint, and
+            the result is bit-identical to a run with all epochs.
+        checkpoint_every: seconds between checkpoints within an epoch.
+        keep_checkpoint: True to keep the last checkpoint of a finished run, so that the run can be extended.
         fabric: the engine, see `odeadv.training.train`.
 
     Returns:
@@ -97,9 +110,12 @@ def run(
 
     Raises:
         RunLockedError: if another process is writing this run.
-        ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged.
+        ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged; if
+            ``init`` holds other weights than ``config.init`` names; if ``extend`` has no checkpoint, or that of
+            another run.
         ImportError: if a protocol has AutoAttack and pyautoattack is not installed. It is raised before any work.
     """
+    config = _starting_from(config, init)
     folder = runs / config.name
     wanted = [each if isinstance(each, Measurement) else Measurement(each) for each in protocols]
     for measurement in wanted:
@@ -115,13 +131,19 @@ def run(
         record = _record(folder, config, subset)
         done = (record or {}).get("evaluations", {}).get("last", {})
         missing = [measurement for measurement in wanted if measurement.key not in done]
-        if record is not None:  # a killed process may have left checkpoints
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if record is not None and fabric.is_global_zero:  # a killed process may have left checkpoints
+            _drop_checkpoints(folder, keep_checkpoint)
         if record is not None and not missing:
             print(f"{label} already there: {folder / 'record.json'}", file=log, flush=True)
             return record
         if record is None:
-            record = _trained(config, subset, aside, folder, fabric, Progress(label, config, log), tensorboard)
+            if extend is not None and fabric.is_global_zero:
+                _take_checkpoint(extend, folder)
+            fabric.barrier()
+            options = {"init": init, "checkpoint_every": checkpoint_every, "logger": logger}
+            record = _trained(config, subset, aside, folder, fabric, Progress(label, config, log), tensorboard, options)
+            if fabric.is_global_zero:
+                _drop_checkpoints(folder, keep_checkpoint)
         if fabric.is_global_zero:
             for measurement in missing:
                 _evaluate(record, config, subset, folder, measurement, fabric.device, Progress(label, config, log))
@@ -136,8 +158,11 @@ def _trained(
     fabric: Fabric,
     progress: Progress,
     tensorboard: bool,
+    options: dict[str, Any],
 ) -> Record:
-    """Train the network, then write its weights and a record without evaluations."""
+    """Train the network, then write its weights and a record without evaluations; ``options`` are of `train`."""
+    if config.init and options["init"] is None:
+        raise ValueError(f"init: got none, expected the weights {config.init}, from which this run starts")
     seed = config.training.seed
     net = config.model.build(data, torch.Generator().manual_seed(seed)).to(fabric.device)
     if fabric.is_global_zero:
@@ -157,8 +182,10 @@ def _trained(
         checkpoints=folder / "checkpoints",
         identity=essential(config),
         fabric=fabric,
+        progress=False,
         on_step=progress.step,
         on_epoch=on_epoch,
+        **options,
     )
     record = {
         "schema": SCHEMA,
@@ -180,9 +207,40 @@ def _trained(
     if fabric.is_global_zero:
         _write_weights(folder, net, config, data, result)
         write_json(folder / "record.json", record)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     fabric.barrier()
     return record
+
+
+def _starting_from(config: RunConfig, init: str | os.PathLike[str] | None) -> RunConfig:
+    """Return ``config`` with the digest of the weights ``init``; raise ValueError if it names other weights."""
+    if init is None:
+        return config
+    digest = weights_digest(init)
+    if config.init not in ("", digest):
+        raise ValueError(f"init: {init} holds the weights {digest}, expected {config.init} of the configuration")
+    return replace(config, init=digest)
+
+
+def _take_checkpoint(extend: Path, folder: Path) -> None:
+    """Copy the newest checkpoint of the run ``extend`` to ``folder``, unless that has checkpoints of its own."""
+    found = sorted((extend / "checkpoints").glob("step-*.safetensors"))
+    if not found:
+        raise ValueError(
+            f"extend: {extend} has no checkpoint, expected the folder of a run that kept its last one "
+            "(keep_checkpoint, which `odeadv train` sets); init starts from its weights alone"
+        )
+    own = folder / "checkpoints"
+    if not any(own.glob("step-*.safetensors")):
+        with replacing(own / found[-1].name) as partial:
+            shutil.copyfile(found[-1], partial)
+
+
+def _drop_checkpoints(folder: Path, keep: bool) -> None:
+    """Remove the checkpoints of a finished run; all but the newest if ``keep``."""
+    if not keep:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for path in sorted((folder / "checkpoints").glob("step-*.safetensors"))[:-1]:
+        path.unlink(missing_ok=True)
 
 
 def _described(data: ImageDataset) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -40,6 +40,15 @@ def are_255ths(images: Tensor) -> bool:
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] not in (1, 3):
         return False
     return all(torch.equal((255 * part).round() / 255, part) for part in torch.split(images.detach(), _CHUNK))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits of a SHA-256 over names, dtypes, shapes and values, in any order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        add_tensor(digest, tensors[name])
+    return digest.hexdigest()[:16]
 
 
 def add_tensor(digest: Any, tensor: Tensor) -> None:

@@ -106,7 +106,21 @@ def read_json(file: Path) -> Any:
         ValueError: naming the file, if it is not UTF-8 or JSON, or if a mapping has a key twice.
         OSError: if it cannot be read.
     """
+    return _parsed(_text(file), str(file))
 
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON mapping per line; raise as `read_json`, naming the line."""
+    found = []
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        value = _parsed(line, f"{file}: line {number}")
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: line {number}: got {type(value).__name__}, expected a mapping")
+        found.append(value)
+    return found
+
+
+def _parsed(text: str, name: str) -> Any:
     def refused(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")
 
@@ -118,11 +132,11 @@ def read_json(file: Path) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(_text(file), object_pairs_hook=mapping, parse_constant=refused)
+        return json.loads(text, object_pairs_hook=mapping, parse_constant=refused)
     except ValueError as error:
-        raise ValueError(f"{file}: is not JSON: {error}") from None
+        raise ValueError(f"{name}: is not JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{file}: is nested too deeply") from None
+        raise ValueError(f"{name}: is nested too deeply") from None
 
 
 def _read_yaml(file: Path) -> Any:

@@ -32,6 +32,13 @@ class ProgressLine:
         self._bar: Any = None
         self._first: tuple[float, int] | None = None
         self._printed = 0.0
+        self._note = ""
+
+    def note(self, text: str) -> None:
+        """Show ``text`` at the end of the line from now on."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are done."""
@@ -58,7 +65,7 @@ class ProgressLine:
             line = tqdm.format_meter(
                 done, total, now - began, ncols=0, prefix=self._label, unit=self._unit, initial=earlier
             )
-            print(line, file=stream, flush=True)
+            print(f"{line} {self._note}".rstrip(), file=stream, flush=True)
 
     def write(self, text: str) -> None:
         """Print ``text`` on a line of its own, above the bar if there is one."""

@@ -9,11 +9,12 @@ from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
 from odeadv.training._defences import Layerwise, Penalty, Perturbation, Undefended
 from odeadv.training._distributed import make_fabric
-from odeadv.training._loop import EpochResult, TrainingDiverged, TrainingStopped, TrainResult
+from odeadv.training._loop import TrainingDiverged, TrainingStopped
 from odeadv.training._objectives import Awp, Mart, Natural, Pgd, Trades
+from odeadv.training._results import EpochResult, TrainResult
 from odeadv.training._step import Defence, Draws, Objective, Passed, Step
 from odeadv.training._strength import Strength
-from odeadv.training._train import load_weights, train
+from odeadv.training._train import Logger, load_weights, train, weights_digest
 
 __all__ = [
     "Awp",
@@ -22,6 +23,7 @@ __all__ = [
     "Draws",
     "EpochResult",
     "Layerwise",
+    "Logger",
     "Mart",
     "Natural",
     "Objective",
@@ -40,4 +42,5 @@ __all__ = [
     "load_weights",
     "make_fabric",
     "train",
+    "weights_digest",
 ]

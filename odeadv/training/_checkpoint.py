@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 
-T = TypeVar("T")
-
 SCHEMA = "odeadv-checkpoint/1"
 #: Fields of a configuration that a run may change when it goes on: more epochs extend it.
 EXTENDS = ("config.epochs", "run.training.epochs")
 
 
+#: End of a message about a file with other parts than this version writes.
 _ELSEWHERE = "it was not written by a known version of odeadv; remove it, or give another folder"
 
 
@@ -103,21 +101,6 @@ class Checkpoints:
                 )
             return tensors, {**info, "file": str(path)}
         return None
-
-
-def read_fields(kind: type[T], plain: dict[str, Any], file: str) -> T:
-    """Return the dataclass ``kind`` from its fields in a checkpoint; lists become tuples.
-
-    Raises:
-        ValueError: naming the file and the fields that are missing or unknown.
-    """
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # a dataclass
-    unknown = sorted(plain.keys() - {field.name for field in fields})
-    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in plain]
-    if unknown or missing:
-        said = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
-        raise ValueError(f"{file}: {kind.__name__} {' and '.join(said)}; {_ELSEWHERE}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
 
 
 def _differing(a: Any, b: Any, name: str = "") -> list[str]:

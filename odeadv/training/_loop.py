@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import rows_of, synchronise_batch_norm
 from odeadv.training._recipe import Averaged
+from odeadv.training._results import EpochResult, TrainResult
 from odeadv.training._step import Defence, Draws, StepModule
 from odeadv.training._strength import EpochStrength
 
@@ -39,58 +40,6 @@ AGREE_EVERY = 20
 
 #: Batches that eta is chosen on; their mean differs by a few percent from that of an epoch's.
 CALIBRATION_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """The results of one epoch.
-
-    Attributes:
-        epoch: its number, counted from 1.
-        loss: mean training loss; L_LAD if there is a defence.
-        accuracy: accuracy of the same forward passes, in [0, 1].
-        lr: learning rate of the last step.
-        seconds: wall time.
-        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch (of several parts, on the
-            last one, scaled to the loss averaged over the batch); None if not finite.
-        relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
-        validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
-            objectives (IFGSM-10 at the eps of the objective, with steps of a quarter of it).
-        strength: s, the relative rise of the loss that the perturbation makes, L_LAD / L - 1; None if the defence
-            does not say it. For `Penalty` it is ``strength_first_order``, which is the same unit.
-        strength_first_order: its first order, eta sum |a_n|^2 / L.
-        strength_nodes: the shares of ``strength_first_order`` by node, x_0 first.
-        eta: the defence's eta in the last step of the epoch, as chosen from a strength and warmed up.
-    """
-
-    epoch: int
-    loss: float
-    accuracy: float
-    lr: float
-    seconds: float
-    ratio: float | None = None
-    relative: tuple[float, ...] = ()
-    validation: dict[str, float] | None = None
-    strength: float | None = None
-    strength_first_order: float | None = None
-    strength_nodes: tuple[float, ...] = ()
-    eta: float = 0.0
-
-
-@dataclass
-class TrainResult:
-    """The results of a training.
-
-    Attributes:
-        epochs: one result per epoch.
-        best_epoch: the epoch with the highest validation accuracy (robust, for adversarial objectives), the first of
-            equals; None without validation images.
-        best: parameters and buffers after that epoch; averaged ones, if the configuration averages them.
-    """
-
-    epochs: list[EpochResult] = field(default_factory=list)
-    best_epoch: int | None = None
-    best: dict[str, Tensor] | None = None
 
 
 class TrainingDiverged(RuntimeError):
@@ -563,7 +512,7 @@ class Run:
         self.strength_sum = own["strength_sum"].to(self.fabric.device) if "strength_sum" in own else None
         self.eta = info.get("eta", self.eta)
         self.generator.set_state(tensors["order"])
-        epochs = [saved.read_fields(EpochResult, epoch, info["file"]) for epoch in info["epochs"]]
+        epochs = [EpochResult.from_dict(epoch, info["file"]) for epoch in info["epochs"]]
         if len(epochs) > self.config.epochs:
             raise ValueError(
                 f"epochs: got {self.config.epochs}, but the checkpoint has {len(epochs)}; ask for at least as many"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +19,29 @@ from odeadv.data import Batches, ImageDataset, Stream
 from odeadv.data.checks import check_images, check_labels, check_range
 from odeadv.data.stream import as_inputs, count_samples, stacked
 from odeadv.models import FieldNetwork, Network
-from odeadv.support.digests import data_digest, model_digest
+from odeadv.support.checks import number
+from odeadv.support.digests import data_digest, model_digest, tensors_digest
 from odeadv.support.files import read_tensors
 from odeadv.support.plain import identity as essential
 from odeadv.support.precision import warn_of_imitated_bf16
+from odeadv.support.progress import ProgressLine
 from odeadv.training._checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from odeadv.training._checkpoint import Checkpoints, architecture, without
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import make_fabric
-from odeadv.training._loop import EpochResult, Plan, Run, Source, TrainResult
+from odeadv.training._loop import Plan, Run, Source
+from odeadv.training._results import EpochResult, TrainResult
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 #: Training data: in memory, or read as it is needed.
 Data = ImageDataset | Dataset[Any] | DataLoader[Any]
+
+#: Called after every epoch with numbers by name and the epoch, counted from 1.
+Logger = Callable[[Mapping[str, float], int], object]
+OnStep = Callable[[int, int, int], object]
+OnEpoch = Callable[[EpochResult], object]
 
 
 def train(
@@ -46,6 +55,8 @@ def train(
     identity: Any = None,
     init: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     fabric: Fabric | None = None,
+    progress: bool = True,
+    logger: Logger | None = None,
     on_step: Callable[[int, int, int], object] | None = None,
     on_epoch: Callable[[EpochResult], object] | None = None,
 ) -> TrainResult:
@@ -74,6 +85,10 @@ def train(
         init: weights to start from: a checkpoint, ``last.safetensors`` or ``best.safetensors`` of a run, or a mapping
             of names to tensors. Only weights and buffers are taken.
         fabric: the engine (lightning-fabric), launched; one process on the best device, if not given.
+        progress: show a bar with loss and accuracy of the last epoch on a terminal or in a notebook, and print one line
+            per minute elsewhere, to the standard error.
+        logger: called after every epoch with numbers by name (`EpochResult.scalars`) and the epoch: ``wandb_run.log``,
+            ``mlflow.log_metrics``, or any function. When a run goes on, it is called for the epochs before, too.
         on_step: called after every step with (epoch, step, steps per epoch), counted from 1, in the first process.
         on_epoch: called after every epoch, in the first process. When a run goes on, it is called for the epochs
             before, too.
@@ -96,6 +111,7 @@ def train(
         RuntimeWarning: if bf16 is asked for on a CPU that only imitates it.
     """
     module = _module(net)
+    checkpoint_every = number("checkpoint_every", checkpoint_every, least=0)
     if isinstance(validation, Dataset):
         images, labels = stacked([validation[index] for index in range(count_samples(validation))])
         validation = as_inputs(images), labels
@@ -118,11 +134,36 @@ def train(
         if init is not None:
             whole["init"] = model_digest(module)
         kept = Checkpoints(Path(checkpoints), whole)
+    on_step, on_epoch = _watched(config, progress, logger, on_step, on_epoch)
     generator = torch.Generator().manual_seed(config.seed)
     with _random_state(f"odeadv noise {config.seed} {fabric.global_rank}", fabric.device):
         batches = _batches(data, config, generator, fabric.device)
         plan = Plan(module, batches, generator, config, fabric, validation, kept, checkpoint_every)
         return Run(plan).go(on_step, on_epoch)
+
+
+def _watched(
+    config: TrainConfig, progress: bool, logger: Logger | None, on_step: OnStep | None, on_epoch: OnEpoch | None
+) -> tuple[OnStep | None, OnEpoch | None]:
+    """Return the callbacks of the loop: those of the caller, after the progress line and the logger."""
+    epochs: list[OnEpoch] = [] if on_epoch is None else [on_epoch]
+    steps: list[OnStep] = [] if on_step is None else [on_step]
+    if logger is not None:
+        epochs.insert(0, lambda result: logger(result.scalars(), result.epoch))
+    if progress and importlib.util.find_spec("tqdm") is not None:
+        line = ProgressLine("training", unit="step")
+        steps.insert(0, lambda epoch, step, count: line((epoch - 1) * count + step, config.epochs * count))
+        epochs.insert(0, lambda result: line.note(f"loss {result.loss:.4g}, accuracy {100 * result.accuracy:.1f} %"))
+
+    def every_step(epoch: int, step: int, count: int) -> None:
+        for call in steps:
+            call(epoch, step, count)
+
+    def every_epoch(result: EpochResult) -> None:
+        for call in epochs:
+            call(result)
+
+    return every_step if steps else None, every_epoch if epochs else None
 
 
 def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
@@ -137,17 +178,31 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, T
         FileNotFoundError: if the file does not exist.
         ValueError: naming ``init``, if the tensors do not fit the network.
     """
-    if isinstance(source, Mapping):
-        tensors = dict(source)
-    else:
-        path = Path(source)
-        tensors, info = read_tensors(path / "last.safetensors" if path.is_dir() else path)
-        if info.get("schema") == CHECKPOINT_SCHEMA:
-            tensors = without("averaged", tensors) or without("model", tensors)
+    tensors = _read_weights(source)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"init: the weights do not fit the network: {error}") from None
+
+
+def weights_digest(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits that name weights and buffers, wherever they are kept; for ``source`` see `load_weights`.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged.
+    """
+    return tensors_digest(_read_weights(source))
+
+
+def _read_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    tensors, info = read_tensors(path / "last.safetensors" if path.is_dir() else path)
+    if info.get("schema") == CHECKPOINT_SCHEMA:
+        tensors = without("averaged", tensors) or without("model", tensors)
+    return tensors
 
 
 def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Source:

@@ -1,0 +1,151 @@
+"""The results of a training: numbers of every epoch, the best weights, and a picture of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from odeadv.support.extras import extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """The results of one epoch.
+
+    Attributes:
+        epoch: its number, counted from 1.
+        loss: mean training loss; L_LAD if there is a defence.
+        accuracy: accuracy of the same forward passes, in [0, 1].
+        lr: learning rate of the last step.
+        seconds: wall time.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch (of several parts, on the
+            last one, scaled to the loss averaged over the batch); None if not finite.
+        relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
+        validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
+            objectives (IFGSM-10 at the eps of the objective, with steps of a quarter of it).
+        strength: s, the relative rise of the loss that the perturbation makes, L_LAD / L - 1; None if the defence
+            does not say it. For `Penalty` it is ``strength_first_order``, which is the same unit.
+        strength_first_order: its first order, eta sum |a_n|^2 / L.
+        strength_nodes: the shares of ``strength_first_order`` by node, x_0 first.
+        eta: the defence's eta in the last step of the epoch, as chosen from a strength and warmed up.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    lr: float
+    seconds: float
+    ratio: float | None = None
+    relative: tuple[float, ...] = ()
+    validation: dict[str, float] | None = None
+    strength: float | None = None
+    strength_first_order: float | None = None
+    strength_nodes: tuple[float, ...] = ()
+    eta: float = 0.0
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], file: object = "epoch") -> EpochResult:
+        """Return the result that `dataclasses.asdict` made ``plain`` from.
+
+        Args:
+            plain: the fields; lists become tuples.
+            file: where they are from, for the message.
+
+        Raises:
+            ValueError: naming the file and the fields that are missing or unknown.
+        """
+        fields = dataclasses.fields(cls)
+        unknown = sorted(plain.keys() - {field.name for field in fields})
+        missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in plain]
+        if unknown or missing:
+            said = [f"lacks {', '.join(missing)}"] if missing else []
+            said += [f"has unknown {', '.join(unknown)}"] if unknown else []
+            raise ValueError(f"{file}: {cls.__name__} {' and '.join(said)}; another version of odeadv wrote it")
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        return cls(**values)
+
+    def scalars(self) -> dict[str, float]:
+        """Return all numbers by name, for a logger: ``"loss"``, ``"validation/robust"``, ``"relative/0"``, ..."""
+        return dict(_flat(dataclasses.asdict(self)))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, tuple | list):
+            yield from _flat(dict(zip(map(str, range(len(value))), value, strict=True)), f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", float(value)
+
+
+@dataclass
+class TrainResult:
+    """The results of a training.
+
+    Attributes:
+        epochs: one result per epoch.
+        best_epoch: the epoch with the highest validation accuracy (robust, for adversarial objectives), the first of
+            equals; None without validation images.
+        best: parameters and buffers after that epoch; averaged ones, if the configuration averages them.
+    """
+
+    epochs: list[EpochResult] = field(default_factory=list)
+    best_epoch: int | None = None
+    best: dict[str, Tensor] | None = None
+
+    def plot(self) -> Figure:
+        """Draw loss, clean and robust accuracy, the Eq. 16 ratio and the strength s over the epochs.
+
+        Needs the extra ``plot``.
+
+        Returns:
+            A matplotlib figure. A notebook shows it; ``figure.savefig("training.png")`` saves it.
+
+        Raises:
+            ValueError: if there is no epoch to draw.
+        """
+        if not self.epochs:
+            raise ValueError("epochs: got none, expected at least one to draw")
+        with extra("plot"):
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(2, 2, sharex=True)
+        robust = [(epoch.validation or {}).get("robust") for epoch in self.epochs]
+        clean = [(epoch.validation or {}).get("clean") for epoch in self.epochs]
+        first_order = [epoch.strength_first_order for epoch in self.epochs]
+        _draw(panels[0, 0], "training loss", {"": [epoch.loss for epoch in self.epochs]})
+        accuracies: dict[str, list[float | None]] = {}
+        accuracies |= {"training": [epoch.accuracy for epoch in self.epochs], "clean": clean, "robust": robust}
+        _draw(panels[0, 1], "accuracy", accuracies)
+        _draw(panels[1, 0], "Eq. 16 ratio", {"": [epoch.ratio for epoch in self.epochs]}, log=True)
+        strengths = {"L_LAD / L - 1": [epoch.strength for epoch in self.epochs], "first order": first_order}
+        _draw(panels[1, 1], "strength s", strengths)
+        for axes in panels[1]:
+            axes.set_xlabel("epoch")
+        if self.best_epoch is not None:
+            panels[0, 1].axvline(self.best_epoch, color="0.6", lw=0.8)
+        return figure
+
+
+def _draw(axes: Axes, title: str, lines: Mapping[str, Sequence[float | None]], log: bool = False) -> None:
+    """Draw lines over the epochs; values that are None are left out."""
+    axes.set_title(title, fontsize="medium")
+    for label, values in lines.items():
+        known = [(number + 1, value) for number, value in enumerate(values) if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), ".-", label=label)
+    if log and any(value is not None and value > 0 for values in lines.values() for value in values):
+        axes.set_yscale("log")
+    if len(lines) > 1 and axes.lines:
+        axes.legend(fontsize="small")
