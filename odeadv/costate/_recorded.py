@@ -13,6 +13,7 @@ from torch import Tensor
 
 from odeadv.fields.operator import Cost, Jump, Operator
 from odeadv.splitting import CostateKind, Grid
+from odeadv.splitting.interpolation import cubic, like_real, linear
 from odeadv.support.isolation import differentiating, graph_kept, inside_transform
 
 
@@ -150,7 +151,7 @@ class RecordedCostate:
                 )
             s: Any = (t - step.t0) / step.h
             if self.kind == "linear":
-                return _between(before, after, s)
+                return linear(before, after, s)
             if self.kind == "exact":
                 if not isinstance(s, Tensor):
                     return self._back(part, n, s)
@@ -159,10 +160,7 @@ class RecordedCostate:
             if not slopes:
                 slopes.append(self._vjp(part, step.t0, self.states[n], before))
                 slopes.append(self._vjp(part, step.t1, self.states[n + 1], after))
-            s = _like_real(s, before)
-            ends = _between(before, after, s * s * (3.0 - 2.0 * s))
-            tangents = s * (1.0 - s) ** 2 * slopes[0] - s * s * (1.0 - s) * slopes[1]
-            return torch.add(ends, tangents, alpha=-step.h)
+            return cubic(before, after, slopes, s, -step.h)  # Eq. 9: the slopes are minus these products
 
         return value
 
@@ -171,8 +169,8 @@ class RecordedCostate:
         step, before, after = self.grid[n], self.leaving.get(n, self.nodes[n]), self.nodes[n + 1]
         middle = 0.5 * (1.0 + s)
         with torch.inference_mode(False):
-            x, a = _between(self.states[n], self.states[n + 1], middle), _between(before, after, middle)
-        back: Tensor = after + _like_real((1.0 - s) * step.h, after) * self._vjp(part, step.time(middle), x, a)
+            x, a = linear(self.states[n], self.states[n + 1], middle), linear(before, after, middle)
+        back: Tensor = after + like_real((1.0 - s) * step.h, after) * self._vjp(part, step.time(middle), x, a)
         return back
 
     def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
@@ -251,19 +249,6 @@ def _in_graph(t: float | Tensor, time: float) -> float | Tensor:
     return t + (time - _float(t)) if isinstance(t, Tensor) and t.requires_grad else time
 
 
-def _like_real(s: Any, node: Tensor) -> Any:
-    """Return ``s`` in the real dtype of ``node`` if it is a tensor."""
-    return s.to(node.real.dtype if node.is_complex() else node.dtype) if isinstance(s, Tensor) else s
-
-
-def _between(before: Tensor, after: Tensor, s: Any) -> Tensor:
-    """Return the linear interpolation at the fraction ``s``, a float or a 0-d tensor."""
-    if isinstance(s, Tensor):
-        moved: Tensor = before + _like_real(s, before) * (after - before)
-        return moved
-    return torch.lerp(before, after, s)
-
-
 def _linearised(value: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
     """Return ``value(s)`` with its derivative by ``s`` in the graph, and no other gradient: the costate is a constant.
 
@@ -273,7 +258,7 @@ def _linearised(value: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
     found: Tensor
     slope: Tensor
     found, slope = torch.func.jvp(value, (at,), (torch.ones_like(at),))  # type: ignore[misc]  # without has_aux: two
-    moved: Tensor = found.detach() + _like_real(s - at, found) * slope.detach()
+    moved: Tensor = found.detach() + like_real(s - at, found) * slope.detach()
     return moved
 
 

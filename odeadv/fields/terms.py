@@ -34,17 +34,15 @@ class Forcing(Operator):
         on: Callable[[float, float], Callable[[float], Tensor]] | None = None,
         source: object = None,
     ) -> None:
-        super().__init__(partial(_forced, value, scale), modules=modules_of(value))
-        self.value = value
-        self.scale = 1.0
-        self.source = source
-        self._on = on
+        self.value, self.scale, self._on = value, 1.0, on
         if isinstance(scale, Tensor):
             factor = scale
-            self.value = lambda t: leading(factor, value(t))
+            self.value = _times(factor, value)
             self._on = on and (lambda t0, t1: _times(factor, on(t0, t1)))
         else:
             self.scale = scale
+        self.source = source
+        super().__init__(partial(_forced, self.value, self.scale), modules=modules_of(value))
 
     @property
     def constant(self) -> bool:

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCost
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype
 from odeadv.fields.terms import leading
-from odeadv.solver._saving import states_at
+from odeadv.solver._saving import Dense, Within, solve_path
 from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
 from odeadv.splitting import Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
@@ -46,15 +45,18 @@ class Run:
         grid = self.first_grid if driven is request.field else self._find_grid(driven, costate)
         stepper = request.discretisation.stepper(driven)
         order = request.discretisation.order(driven)
-        final, ts, xs = states_at(stepper, request.x0, grid, self._save_times(grid), order, driven, self._again(grid))
-        output = loss = None
+        within = Within(stepper, order, driven)
+        keep, again = self._keeps_nodes, self._again(grid)
+        path = solve_path(within, request.x0, grid, request.save_at, keep_nodes=keep, again=again)
+        final, xs, output, loss = path.nodes[-1], path.states, None, None
         if isinstance(request.field, AdversarialField):
             output, loss = request.field.evaluate(final)
             if request.field.accumulates:
-                loss, ts, xs = self._objective(loss, grid, stepper, ts, xs)
+                loss = loss + self._accumulated(grid, stepper, path.nodes)
         self._count(costate, stepper)
         self.stats.steps = len(grid)
-        self.stats.states_held = max(self.stats.states_held, _held(costate) + len(xs))
+        held = len(xs) + (len(path.nodes) if keep else 0)
+        self.stats.states_held = max(self.stats.states_held, _held(costate) + held)
         saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
         status = status_of(self.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
         if status is Status.SUCCESS:
@@ -62,7 +64,7 @@ class Run:
         if request.narrow is not None and isinstance(saved, Tensor):
             saved = saved.to(request.narrow)
         return Solution(
-            torch.tensor(ts, dtype=torch.float64, device=request.x0.device),
+            torch.tensor(path.times, dtype=torch.float64, device=request.x0.device),
             saved,
             status=status,
             stats=self.stats,
@@ -72,33 +74,21 @@ class Run:
             loss=loss,
             costate=costate,
             record=self.recorded_costate if isinstance(request.field, AdversarialField) else None,
+            dense=Dense(within, grid, path.nodes, request.narrow) if request.dense and len(grid) else None,
         )
 
-    def _save_times(self, grid: Grid) -> Sequence[float] | Literal["steps"] | None:
-        """Return the times to save at: those asked for, and all nodes if the objective needs the states there."""
-        request = self.request
-        if not isinstance(request.field, AdversarialField) or not request.field.accumulates:
-            return request.save_at
-        if request.save_at is None or request.save_at == "steps":
-            return "steps"
-        return sorted({*grid.times, *map(grid.snap, request.save_at)}, reverse=grid.sign < 0)
+    @property
+    def _keeps_nodes(self) -> bool:
+        """True if the states at all nodes are needed: for dense output, or by the objective."""
+        field = self.request.field
+        return self.request.dense or (isinstance(field, AdversarialField) and field.accumulates)
 
-    def _objective(
-        self, loss: Tensor, grid: Grid, stepper: Stepper, ts: list[float], xs: list[Tensor]
-    ) -> tuple[Tensor, list[float], list[Tensor]]:
-        """Return the whole objective, given the final loss, and the times and states that were asked for."""
-        request = self.request
-        assert isinstance(request.field, AdversarialField)
-        found = dict(zip(ts, xs, strict=True))
-        self.stats.states_held = max(self.stats.states_held, len(found))
-        objective = Objective.on(grid, request.field, self._rule)
-        with without_effects(request.field.modules, request.x0.device):
-            loss = loss + objective.along(grid, stepper, [found[t] for t in grid.times])
-        if request.save_at is None:
-            ts = [ts[0], ts[-1]]
-        elif request.save_at != "steps":
-            ts = [t for t in map(grid.snap, request.save_at) if t in found]
-        return loss, ts, [found[t] for t in ts]
+    def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor]) -> Tensor:
+        """Return the objective without the loss of the final state."""
+        field = self.request.field
+        assert isinstance(field, AdversarialField)
+        with without_effects(field.modules, self.request.x0.device):
+            return Objective.on(grid, field, self._rule).along(grid, stepper, nodes)
 
     @property
     def _rule(self) -> Rule:

@@ -1,81 +1,137 @@
-"""States at the times asked for."""
+"""States at the times asked for, during a solve or after it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from odeadv.fields import VectorField
 from odeadv.splitting import Grid, Stepper, TimeStep
-from odeadv.support.isolation import Recompute, without_effects
+from odeadv.splitting.interpolation import cubic, like_real
+from odeadv.support.isolation import Recompute, outside_inference_mode, version, without_effects
 
 _HERMITE_ORDER = 4  # the error of cubic interpolation within a step is of fourth order
 
 
-def states_at(
-    stepper: Stepper,
+@dataclass(frozen=True)
+class Within:
+    """Gives states within steps, to the order of the method.
+
+    A cubic Hermite polynomial costs two evaluations of the field per step. Its error grows with the slopes of the
+    field. The step is taken again up to each time if the order of the method is higher, or if its sub-steps stay
+    accurate for steep fields, as exact flows do. Evaluations leave buffers and the random state as they are.
+
+    Attributes:
+        stepper: advances the state.
+        order: of the method.
+        field: the field that the stepper advances.
+    """
+
+    stepper: Stepper
+    order: float
+    field: VectorField
+
+    def __call__(self, step: TimeStep, ends: tuple[Tensor, Tensor], t: float) -> Tensor:
+        """Return the state at ``t`` within ``step``, whose ends have the states ``ends``."""
+        if t == step.t0:
+            return ends[0]
+        return ends[1] if t == step.t1 else self._between(step, ends, [t], (t - step.t0) / step.h)
+
+    def all(self, step: TimeStep, ends: tuple[Tensor, Tensor], times: Sequence[float], moving: Tensor) -> list[Tensor]:
+        """Return the states at all ``times``. ``moving`` has the same times as a tensor, and may require a gradient."""
+        s = (moving - step.t0) / step.h
+        return list(self._between(step, ends, times, s.reshape(-1, *(1,) * ends[0].ndim)).unbind())
+
+    def _between(
+        self, step: TimeStep, ends: tuple[Tensor, Tensor], times: Sequence[float], s: Tensor | float
+    ) -> Tensor:
+        """Return the state at the fraction ``s``, or the states at all ``times`` if ``s`` is a tensor of fractions."""
+        before, after = ends
+        with without_effects(self.field.modules, before.device):
+            if self.order <= _HERMITE_ORDER and self.stepper.explicit:
+                left = self.stepper.velocity(before, step.t0, step).clone()
+                return cubic(before, after, (left, self.stepper.velocity(after, step.t1, step)), s, step.h)
+            found = [self.stepper.advance(before, TimeStep(step.t0, t, t - step.t0)) for t in times]
+            if not isinstance(s, Tensor):
+                return found[0]
+            states = torch.stack(found)
+            if s.requires_grad:  # dx/dt by the field: the derivative of the step to its order
+                slopes = [self.stepper.velocity(x, t, step).clone() for x, t in zip(found, times, strict=True)]
+                states = states + like_real((s - s.detach()) * step.h, states) * torch.stack(slopes)
+            return states
+
+
+class Path(NamedTuple):
+    """The result of the steps.
+
+    Attributes:
+        times: the times asked for, as far as they were reached.
+        states: the states there.
+        nodes: the states at all times of the grid if they are kept; otherwise the last one.
+    """
+
+    times: list[float]
+    states: list[Tensor]
+    nodes: list[Tensor]
+
+
+def solve_path(
+    within: Within,
     x0: Tensor,
     grid: Grid,
     save_at: Sequence[float] | Literal["steps"] | None,
-    order: float,
-    field: VectorField,
+    *,
+    keep_nodes: bool = False,
     again: Recompute | None = None,
-) -> tuple[Tensor, list[float], list[Tensor]]:
+) -> Path:
     """Solve along ``grid``.
 
     Args:
-        stepper: advances the state.
+        within: advances the state, and gives the states between nodes.
         x0: initial state.
         grid: the steps; they may end before the last time if a search for steps has failed.
         save_at: the times to save, in the order of the solve; ``"steps"`` for every node, None for the two ends.
-        order: of the method, which dense output keeps.
-        field: its modules' buffers are put back after evaluations for dense output.
+        keep_nodes: keep the states at all nodes.
         again: runs the steps in segments, whose autograd graph is not kept.
-
-    Returns:
-        The final state, the saved times and the saved states.
     """
-    if save_at is None:
-        if not len(grid):
-            return x0, [grid.times[0]], [x0]
-        final = stepper.march(x0, grid, again)
-        return final, [grid.times[0], grid.times[-1]], [x0, final]
-    times = list(grid.times) if save_at == "steps" else _reached(save_at, grid)
-    x, saved = x0, list[Tensor]()
+    ends = list(dict.fromkeys((grid.times[0], grid.times[-1])))
+    times = ends if save_at is None else list(grid.times) if save_at == "steps" else _reached(save_at, grid)
     if not len(grid):
-        return x, times, [x] * len(times)
-    along = partial(_along, stepper, order, field)
-    if again is None or stepper.merges:
-        x, *saved = along(x, grid, times, again)
+        return Path(times, [x0] * len(times), [x0])
+    if save_at is None and not keep_nodes:
+        final = within.stepper.march(x0, grid, again)
+        return Path(times, [x0, final], [final])
+    along = partial(_along, within, keep_nodes)
+    nodes, saved = [x0], list[Tensor]()
+    if again is None or within.stepper.merges:
+        found, saved = along(x0, grid, times, again)
+        nodes += found
     else:
         for part in grid.parts(again.every):
             inside = [t for t in times[len(saved) :] if grid.sign * t <= grid.sign * part.times[-1]]
-            x, *new = again(along, x, part, inside, None)
-            saved += new
-    return x, times[: len(saved)], saved
+            found, new = again(along, nodes[-1], part, inside, None)
+            nodes, saved = [*nodes, *found], [*saved, *new]
+    return Path(times[: len(saved)], saved, nodes if keep_nodes else nodes[-1:])
 
 
 def _along(
-    stepper: Stepper,
-    order: float,
-    field: VectorField,
-    x: Tensor,
-    grid: Grid,
-    times: Sequence[float],
-    again: Recompute | None,
-) -> tuple[Tensor, ...]:
-    """Return the state at the end of ``grid``, and the states at ``times``."""
-    saved: list[Tensor] = []
-    for step, end in _strides(stepper, x, grid, times, again):
-        before, x = x, end
+    within: Within, keep_nodes: bool, x: Tensor, grid: Grid, times: Sequence[float], again: Recompute | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the states at the nodes after the first, or at the last one only, and the states at ``times``."""
+    nodes, saved = list[Tensor](), list[Tensor]()
+    for step, end in _strides(within.stepper, x, grid, grid.times if keep_nodes else times, again):
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
-            saved.append(_within(stepper, step, (before, x), times[len(saved)], order, field))
-    return x, *saved
+            saved.append(within(step, (x, end), times[len(saved)]))
+        x = end
+        if keep_nodes:
+            nodes.append(x)
+    return nodes or [x], saved
 
 
 def _reached(times: Sequence[float], grid: Grid) -> list[float]:
@@ -107,28 +163,64 @@ def _strides(
         yield grid[first] if last == first + 1 else TimeStep(t0, t1, t1 - t0), x
 
 
-def _within(
-    stepper: Stepper,
-    step: TimeStep,
-    ends: tuple[Tensor, Tensor],
-    t: float,
-    order: float,
-    field: VectorField,
-) -> Tensor:
-    """Return the state at ``t`` within ``step``: an end itself, a cubic Hermite polynomial, or a part of the step.
+class Dense:
+    """The steps of a solve, which give the state at any time.
 
-    The polynomial's error grows with the slopes of the field. The step is taken again up to ``t`` if the order of the
-    method is higher, or if its sub-steps stay accurate for steep fields, as exact flows do.
+    Args:
+        within: gives the states within steps.
+        grid: the steps.
+        nodes: the states at their ends.
+        narrow: the 16-bit dtype that states are returned in, if they are kept in float32.
     """
-    before, after = ends
-    if t == step.t0:
-        return before
-    if t == step.t1:
-        return after
-    s = (t - step.t0) / step.h
-    with without_effects(field.modules, before.device):
-        if order > _HERMITE_ORDER or not stepper.explicit:
-            return stepper.advance(before, TimeStep(step.t0, t, t - step.t0))
-        left, right = stepper.velocity(before, step.t0, step).clone(), stepper.velocity(after, step.t1, step)
-    value = torch.lerp(before, after, s * s * (3.0 - 2.0 * s))
-    return torch.add(value, s * (1.0 - s) ** 2 * left - s * s * (1.0 - s) * right, alpha=step.h)
+
+    def __init__(self, within: Within, grid: Grid, nodes: Sequence[Tensor], narrow: torch.dtype | None) -> None:
+        self._within, self._grid, self._nodes, self._narrow = within, grid, nodes, narrow
+        self._weights = self._versions()
+        self._graph = torch.is_grad_enabled()
+
+    def __call__(self, t: float | Sequence[float] | Tensor) -> Tensor:
+        """See `Solution.__call__`."""
+        if self._versions() != self._weights:
+            raise ValueError(
+                "t: weights of the field have changed since the solve, and states between steps need the old ones; "
+                "call the solution before the weights change, or give the times to solve(save_at=...)"
+            )
+        given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        if given.is_complex() or given.dtype == torch.bool:
+            raise TypeError(f"t: got {given.dtype}, expected real times")
+        flat = given.reshape(-1).to(torch.float64)
+        times = [self._grid.snap(time) for time in flat.tolist()]
+        # Exactly these times, with the gradient of the given ones.
+        moving = flat + (flat.new_tensor(times) - flat.detach())
+        steps: dict[int, list[int]] = {}
+        for i, time in enumerate(times):
+            steps.setdefault(self._grid.locate(time), []).append(i)
+        found: dict[int, Tensor] = {}
+        with outside_inference_mode(), torch.set_grad_enabled(torch.is_grad_enabled() and self._graph):
+            for n, members in steps.items():
+                found |= zip(members, self._on_step(n, [times[i] for i in members], moving[members]), strict=True)
+        shapes = {x.shape for x in found.values()} or {self._nodes[0].shape}
+        if len(shapes) > 1:
+            raise ValueError("t: the states at these times differ in shape; ask for one time after the other")
+        states = [found[i] for i in range(len(times))]
+        stacked = torch.stack(states) if states else self._nodes[0].new_empty(0)
+        return stacked.reshape(*given.shape, *shapes.pop()).to(self._narrow or stacked.dtype)
+
+    def _on_step(self, n: int, times: Sequence[float], moving: Tensor) -> list[Tensor]:
+        """Return the states at ``times``, all within step ``n``; ``moving`` has the same times as a tensor."""
+        step, ends = self._grid[n], (self._nodes[n], self._nodes[n + 1])
+        inner = [i for i, t in enumerate(times) if t not in (step.t0, step.t1) or moving.requires_grad]
+        if inner and any(start < 0.5 * (step.t0 + step.t1) < stop for start, stop in self._within.field.jumps):
+            raise ValueError(
+                f"t: {times[inner[0]]:g} lies within the jump from {step.t0:g} to {step.t1:g}, where no state is "
+                "defined"
+            )
+        found = [ends[t == step.t1] for t in times]
+        if inner:
+            between = self._within.all(step, ends, [times[i] for i in inner], moving[inner])
+            for i, x in zip(inner, between, strict=True):
+                found[i] = x
+        return found
+
+    def _versions(self) -> list[int]:
+        return [version(weight) for module in self._within.field.modules for weight in module.parameters()]

@@ -101,6 +101,7 @@ class Solution:
         loss: Tensor | None = None,
         costate: Costate | None = None,
         record: Callable[[], Costate | None] | None = None,
+        dense: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.ts = ts
         self.xs = xs
@@ -112,12 +113,40 @@ class Solution:
         self.loss = loss
         self._costate = costate
         self._record = record
+        self._dense = dense
         self._copied = False
 
     def __getstate__(self) -> dict[str, Any]:
         values: dict[str, Any] = {name: _detached(getattr(self, name)) for name in ("ts", "xs", "output", "loss")}
         values |= {"status": self.status, "stats": self.stats, "scheme": self.scheme, "order": self.order}
-        return {**values, "_costate": None, "_record": None, "_copied": True}
+        return {**values, "_costate": None, "_record": None, "_dense": None, "_copied": True}
+
+    def __call__(self, t: float | Sequence[float] | Tensor) -> Tensor:
+        """Return the state at any time of the span, to the order of the method; needs ``solve(..., dense=True)``.
+
+        A time within a step is interpolated as the times of ``save_at`` are: by a cubic Hermite polynomial, from two
+        evaluations of the field per step; or by taking the step again, if the order is above four or a sub-step is not
+        an explicit Runge-Kutta method. Gradients reach the parameters, ``x0``, and ``t`` if it requires one.
+
+        Args:
+            t: times in any order, a float, a sequence or a tensor of any shape.
+
+        Returns:
+            The states, of shape ``(*t.shape, *state)``.
+
+        Raises:
+            ValueError: if the steps were not kept, ``t`` is outside the span or within a jump, or the weights of the
+                field have changed since the solve.
+            TypeError: if ``t`` is not real.
+
+        Example:
+            >>> sol = odeadv.solve(lambda t, x: -x, torch.ones(3), (0.0, 1.0), substep="rk4", steps=10, dense=True)
+            >>> sol(0.25), sol(torch.linspace(0, 1, 101))
+        """
+        if self._dense is None:
+            kept = "copies and files of a solution do not keep its steps" if self._copied else "the steps were not kept"
+            raise ValueError(f"t: {kept}; call the result of solve(..., dense=True)")
+        return self._dense(t)
 
     @property
     def costate(self) -> Costate:

@@ -29,6 +29,7 @@ def solve(
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
     save_at: SaveAt = None,
+    dense: bool = False,
     substep: SubSteps | None = None,
     costate: CostateKind | None = None,
     sweeps: int | Literal["converge"] | Converge | None = None,
@@ -63,6 +64,7 @@ def solve(
         save_at: None saves the two ends, ``"steps"`` every step, a sequence of times those times. A time within a step
             is interpolated by a cubic Hermite polynomial from two more evaluations of the field. If the order is above
             four, or a sub-step is not an explicit Runge-Kutta method, the step is taken again up to that time.
+        dense: keep the states of all steps, so that ``sol(t)`` gives the state at any time, see `Solution.__call__`.
         substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
             operator. The default is Euler's method for an `AdversarialField`, and for a network, a `Residual` block or
             another `Piecewise` field without a scheme. For all other fields it is the cheapest of Euler, midpoint and
@@ -121,6 +123,7 @@ def solve(
             time_dtype=time_dtype,
             within_span=within_span,
             save_at=save_at,
+            dense=dense,
         )
         solution = Run(request).solution()
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):

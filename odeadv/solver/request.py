@@ -52,6 +52,7 @@ class Request:
         differentiate: let gradients through the costate.
         checkpoints: segments of a recording and of the solve, or None.
         narrow: the 16-bit dtype that states are returned in, if steps are added up in float32.
+        dense: keep the states at all nodes.
     """
 
     field: VectorField
@@ -63,6 +64,7 @@ class Request:
     differentiate: bool
     checkpoints: int | None
     narrow: torch.dtype | None
+    dense: bool = False
 
 
 def read_request(
@@ -84,6 +86,7 @@ def read_request(
     time_dtype: torch.dtype | None,
     within_span: bool,
     save_at: SaveAt = None,
+    dense: bool = False,
 ) -> Request:
     """Return the arguments of `solve` as one object.
 
@@ -119,7 +122,7 @@ def read_request(
     if narrow is not None:
         # In 16 bits a step smaller than a few thousandths of the state would be lost.
         field, x = field.widened(narrow), x.float()
-    return Request(field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow)
+    return Request(field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow, dense)
 
 
 def _smooth_costate(field: VectorField, discretisation: Discretisation) -> Discretisation:

@@ -1,0 +1,39 @@
+"""Interpolation within a step, between the values at its two ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def like_real(s: Any, x: Tensor) -> Any:
+    """Return ``s`` in the real dtype of ``x`` if it is a tensor."""
+    return s.to(x.device, x.real.dtype if x.is_complex() else x.dtype) if isinstance(s, Tensor) else s
+
+
+def linear(before: Tensor, after: Tensor, s: Any) -> Tensor:
+    """Return the linear interpolation at the fraction ``s`` of the step, a float or a tensor that broadcasts."""
+    if isinstance(s, Tensor):
+        moved: Tensor = before + like_real(s, before) * (after - before)
+        return moved
+    return torch.lerp(before, after, s)
+
+
+def cubic(before: Tensor, after: Tensor, slopes: Sequence[Tensor], s: Any, h: float) -> Tensor:
+    """Return the cubic Hermite polynomial at the fraction ``s`` of a step of size ``h``.
+
+    Its error is of fourth order in ``h``.
+
+    Args:
+        before: value at the beginning.
+        after: value at the end.
+        slopes: derivatives by time at the beginning and at the end.
+        s: a float, or a tensor that broadcasts.
+        h: size of the step, with its sign.
+    """
+    s = like_real(s, before)
+    ends = linear(before, after, s * s * (3.0 - 2.0 * s))
+    return torch.add(ends, s * (1.0 - s) ** 2 * slopes[0] - s * s * (1.0 - s) * slopes[1], alpha=h)
