@@ -82,12 +82,6 @@ def test_the_peak_of_a_solve_with_its_gradient_is_lower(problem: str, share: flo
     assert peak(6) < share * peak(None)
 
 
-def test_a_differentiated_costate_is_refused() -> None:
-    field = odeadv.AdversarialField(lambda t, x: -x, squares, 0.1)
-    with pytest.raises(ValueError, match="checkpoints, differentiate_costate"):
-        odeadv.solve(field, torch.ones(3), (0.0, 1.0), steps=4, checkpoints=2, differentiate_costate=True)
-
-
 def test_a_gradient_that_f_takes_itself_is_right() -> None:
     """A Hamiltonian field; each of its gradients runs a part of its segment again."""
 
