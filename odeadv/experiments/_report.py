@@ -360,10 +360,10 @@ def differences(results: Results) -> str:
                 if row.label not in names:
                     names.append(row.label)
     labels = [row.label for row in results.rows]
-    defended = [row.label for row in results.rows if parse_method(row.method).defended]
+    methods = {row.label: parse_method(row.method) for row in results.rows}
+    defended = [label for label, method in methods.items() if method.defended and not method.zero]
     for text, names in said.items():
-        who = "all with LAD" if names == defended and len(names) > 3 else ", ".join(names)
-        parts.append(text if names == labels else f"{text} ({who})")
+        parts.append(text if names == labels else f"{text} ({_who(names, labels, defended)})")
     seeds = sorted({len(runs) for runs in results.runs.values()})
     if seeds[0] < len(PRESETS["paper"].seeds):
         parts.append(
@@ -377,6 +377,16 @@ def differences(results: Results) -> str:
     return f"Not the paper's protocol: {'; '.join(parts)}."
 
 
+def _who(names: Sequence[str], labels: Sequence[str], defended: Sequence[str]) -> str:
+    """Return ``names``, some of the rows ``labels``, in the shortest words."""
+    if list(names) == list(defended) and len(names) > 3:
+        return "all with LAD"
+    others = [label for label in labels if label not in names]
+    if others and all("weight decay" in label for label in others):
+        return "unless the row says another"
+    return f"all but {', '.join(others)}" if len(names) > 3 * len(others) else ", ".join(names)
+
+
 def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> list[str]:
     """Return a text on the difference in eta, also for batches of the paper's size; nothing if eta is equal.
 
@@ -387,6 +397,8 @@ def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> lis
         return []
     batch = paper.training.batch_size
     in_batches = batch / here.training.batch_size
+    if math.isclose(mine * in_batches, theirs):
+        return [f"the paper's eta, scaled to batches of {here.training.batch_size}"]
     unit = mine / theirs if as_factor else mine
     times = " times" if as_factor else ""
     same = f" ({unit * in_batches:g}{times} in batches of {batch})" if in_batches != 1 else ""
