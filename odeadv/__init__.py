@@ -13,18 +13,20 @@ from odeadv import attacks, diagnostics, models
 from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
-from odeadv.fields import AdversarialField, Operator, Piecewise, SplitField, VectorField
+from odeadv.fields import AdversarialField, Newton, Operator, Piecewise, SplitField, VectorField
 from odeadv.solver import Solution, SolveError, Stats, compile_solver, driven, solve
-from odeadv.splitting import Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
+from odeadv.splitting import DIRK, Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
 from odeadv.splitting.method import AccuracyWarning
 from odeadv.splitting.status import Status
 
 __all__ = [
+    "DIRK",
     "AccuracyWarning",
     "Adaptive",
     "AdversarialField",
     "Converge",
     "Nested",
+    "Newton",
     "Operator",
     "Piecewise",
     "Scheme",

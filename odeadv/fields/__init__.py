@@ -6,7 +6,7 @@ costate. Imports `odeadv.support` only.
 """
 
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
-from odeadv.fields.operator import Jump, Operator
+from odeadv.fields.operator import Jump, Newton, Operator
 from odeadv.fields.residual import Residual
 from odeadv.fields.terms import Forcing, Piecewise
 
@@ -14,6 +14,7 @@ __all__ = [
     "AdversarialField",
     "Forcing",
     "Jump",
+    "Newton",
     "Operator",
     "Piecewise",
     "Problem",

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from odeadv.fields._cost import Cost as Cost
+from odeadv.fields._cost import Slopes as Slopes
+from odeadv.fields._linear import Diagonal, Matrix, Transform
+from odeadv.fields._newton import Kept as Kept
+from odeadv.fields._newton import Newton as Newton
 from odeadv.support.discovery import modules_of
-from odeadv.support.isolation import check_unmodified, inside_transform, is_wrapped, version
+from odeadv.support.isolation import check_unmodified, is_wrapped, version
 
 VectorFunction = Callable[[Tensor, Tensor], Tensor]
 Flow = Callable[[Tensor, Tensor, Tensor], Tensor]
+Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NARROW = (torch.float16, torch.bfloat16)
 _CLOCKS = {torch.float64: torch.float64, torch.complex128: torch.float64}
@@ -107,103 +114,121 @@ def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
     return value
 
 
-class Cost:
-    """The cost of one operator in one run, and what the run has learned about its function.
-
-    Attributes:
-        evaluations: evaluations of the right-hand side, the flow or the map.
-        vjps: vector-Jacobian products.
-        watch: compare the state before and after each call, see `watched`.
-        reuses: whether the function returns memory that it returned before; None if that is not known yet.
-    """
-
-    __slots__ = ("evaluations", "reuses", "vjps", "watch")
-
-    def __init__(self) -> None:
-        self.evaluations = 0
-        self.vjps = 0
-        self.watch = False
-        self.reuses: bool | None = None
-
-    def evaluated(self) -> None:
-        """Count one evaluation. Tracing by torch.compile is not counted, since the graph would depend on the count."""
-        if not torch.compiler.is_compiling():
-            self.evaluations += 1
-
-
-class Slopes:
-    """Several results of one operator that are held at the same time.
-
-    A function may return the same memory every time: ``torch.neg(x, out=buffer)``, a replayed CUDA graph, a bridge to
-    C++. Its earlier results are then overwritten by the later ones. In the first step of a run all results are copied
-    and their memory is compared; from then on they are copied only if the function reuses its memory.
-    """
-
-    def __init__(self, cost: Cost) -> None:
-        self.values: list[Tensor] = []
-        self._cost = cost
-        self._copy = cost.reuses is not False and not torch.compiler.is_compiling() and not inside_transform()
-        self._given: list[Tensor] = []
-
-    def add(self, value: Tensor) -> None:
-        """Hold ``value``, or a copy of it."""
-        if not self._copy:
-            self.values.append(value)
-            return
-        place = value.untyped_storage().data_ptr()
-        # The earlier results are kept alive, so equal addresses mean shared memory and not memory that was freed.
-        if place and any(place == other.untyped_storage().data_ptr() for other in self._given):
-            self._cost.reuses = True
-        self._given.append(value)
-        self.values.append(value.clone())
-
-    def done(self) -> list[Tensor]:
-        """Return the values; the function counts as one that reuses no memory if none was shared."""
-        if self._copy and self._cost.reuses is None and len(self._given) > 1:
-            self._cost.reuses = False
-        return self.values
-
-
 class Operator:
-    """One term of a vector field, dx/dt = f(t, x), with its exact flow if that is known.
+    """One term of a vector field, dx/dt = f(t, x), by what is known of it: f, its exact flow, its implicit solve.
+
+    A sub-step uses one of the three. Explicit Runge-Kutta methods evaluate ``f``, ``"exact"`` uses ``flow``, and
+    implicit methods (``"backward-euler"``, ``"sdirk2"``, ...) use ``solve``. `linear` and `diagonal` make operators
+    with all of them.
 
     Args:
         f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state. f must not write to either. It returns a tensor of
-            the shape of ``x``.
+            the shape of ``x``. An operator that is known by its flow or its solve alone does not need it.
         flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``. ``t`` and
-            ``dt`` are 0-d tensors, and ``dt`` may be negative. The sub-step ``"exact"`` uses it.
-        modules: modules that ``f`` or ``flow`` runs, so that a recording pass can protect their buffers. A module, a
-            bound method of one, and modules that a function closes over or names globally are found without this.
+            ``dt`` are 0-d tensors, and ``dt`` may be negative.
+        solve: ``solve(t, c, b)``, the solution y of y - c f(t, y) = b, with 0-d tensors ``t`` and ``c``, if a direct
+            solver is known (multigrid, FFT, a factorisation). Or a `Newton`, to choose how the equation is solved from
+            ``f``; that is what happens if ``solve`` is not given.
+        modules: modules that ``f``, ``flow`` or ``solve`` runs, so that a recording pass can protect their buffers. A
+            module, a bound method of one, and modules that a function closes over or names globally are found without
+            this.
         reversible: False for diffusion and other operators that cannot be run backward in time. A scheme with negative
             weights for such an operator gives a warning.
 
     Raises:
-        TypeError: if ``f`` or ``flow`` is not callable.
+        TypeError: if ``f``, ``flow`` or ``solve`` is not callable, or none of them is given.
 
     Example:
         >>> decay = odeadv.Operator(lambda t, x: -x, flow=lambda t, dt, x: x * torch.exp(-dt))
+        >>> noise_free = odeadv.Operator(flow=lambda t, dt, x: x * torch.exp(-dt))
     """
 
     pieces: Sequence[Operator | Jump] = ()
     edges: Sequence[float] = ()
-    time_dtype: torch.dtype | None = None  # of the times that f and flow are given; None: see `clock_dtype`
+    time_dtype: torch.dtype | None = None  # of the times that f, flow and solve are given; None: see `clock_dtype`
 
     def __init__(
         self,
-        f: VectorFunction,
+        f: VectorFunction | None = None,
         *,
         flow: Flow | None = None,
+        solve: Solve | Newton | None = None,
         modules: Sequence[nn.Module] = (),
         reversible: bool = True,
     ) -> None:
-        if not callable(f):
+        if f is not None and not callable(f):
             raise TypeError(f"f: got {type(f).__name__}, expected a callable f(t, x) returning dx/dt")
         if flow is not None and not callable(flow):
             raise TypeError(f"flow: got {type(flow).__name__}, expected a callable flow(t, dt, x) or None")
-        self.f = f
+        if solve is not None and not isinstance(solve, Newton) and not callable(solve):
+            raise TypeError(f"solve: got {type(solve).__name__}, expected a callable solve(t, c, b) or a Newton")
+        if f is None and flow is None and not callable(solve):
+            raise TypeError("f: got nothing, expected a callable f(t, x), flow=, or a callable solve=")
+        self.f = _unknown if f is None else f
         self.flow = flow
+        self.solver = Newton() if solve is None else solve
         self.reversible = reversible
-        self.modules: tuple[nn.Module, ...] = modules_of(f, flow, *modules)
+        self.modules: tuple[nn.Module, ...] = modules_of(f, flow, solve, *modules)
+
+    @staticmethod
+    def linear(A: Tensor, *, reversible: bool = True) -> Operator:
+        """Return dx/dt = A x, with its right-hand side, its exact flow and its implicit solve.
+
+        The exponential exp(dt A) and the factors of 1 - c A are kept for the step sizes in use, unless a gradient has
+        to pass through them. They are used in the dtype and on the device of the state.
+
+        Args:
+            A: ``(n, n)``, acting on the last axis of the state. Or ``(..., n, n)``, whose leading axes broadcast with
+                those of the state as in `torch.matmul`: one matrix per sample is ``(batch, n, n)``.
+            reversible: see `Operator`.
+
+        Raises:
+            TypeError, ValueError: naming ``A``.
+
+        Example:
+            >>> turn = odeadv.Operator.linear(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+            >>> odeadv.solve(turn, torch.ones(2), (0.0, 1.0), steps=1, substep="exact").xs[-1]
+        """
+        matrix = Matrix(A)
+        return Operator(matrix.rhs, flow=matrix.flow, solve=matrix.solve, reversible=reversible)
+
+    @staticmethod
+    def diagonal(
+        k: Tensor, *, transform: Transform = None, dims: int | None = None, reversible: bool = True
+    ) -> Operator:
+        """Return dx/dt = T^-1 k T x, an operator that a transform T makes diagonal, with flow and implicit solve.
+
+        Linear equations with constant coefficients are of this form. Heat with the diffusivity D on a periodic line of
+        length L with n points has ``k = -D * (2 * pi * torch.fft.fftfreq(n, L / n)) ** 2`` and ``transform="fft"``.
+        Between reflecting (Neumann) ends, with points in the middles of n cells, it has
+        ``k = -D * (pi * torch.arange(n) / L) ** 2`` and ``transform="dct"``. Right-hand side, flow and solve each cost
+        one transform and one inverse.
+
+        Args:
+            k: the symbol on the whole grid, real or complex: an eigenvalue for each frequency.
+            transform: ``"fft"``, ``"dct"`` (the cosine transform of type II), or None for ``k * x``. A real state stays
+                real. For ``"fft"`` the symbol must then have k(-w) = conj(k(w)).
+            dims: number of axes of the grid, the last ones of ``k`` and of the state; by default all axes of ``k``.
+                Axes of ``k`` in front of the grid broadcast with the state: ``(2, n)`` and ``dims=1`` are two species.
+            reversible: see `Operator`.
+
+        Raises:
+            TypeError, ValueError: naming ``k``, ``transform`` or ``dims``.
+
+        Example:
+            >>> heat = odeadv.Operator.diagonal(-torch.fft.fftfreq(64, 1 / 64) ** 2, transform="fft", reversible=False)
+            >>> odeadv.solve(heat, torch.rand(64), (0.0, 0.1), scheme="sdirk2", steps=10).xs[-1]
+        """
+        symbol = Diagonal(k, transform, dims)
+        return Operator(symbol.rhs, flow=symbol.flow, solve=symbol.solve, reversible=reversible)
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What is known of the operator: some of ``"f"``, ``"flow"`` and ``"solve"``. A sub-step needs one of them."""
+        evaluates = self.f is not _unknown
+        solves = evaluates or not isinstance(self.solver, Newton)
+        known = {"f": evaluates, "flow": self.flow is not None, "solve": solves}
+        return frozenset(name for name in known if known[name])
 
     @property
     def acts(self) -> bool:
@@ -245,25 +270,80 @@ class Operator:
 
     def widened(self, narrow: torch.dtype) -> Operator:
         """Return the same operator for a state kept in float32, whose functions are given it in ``narrow``."""
-        f, flow = self.f, self.flow
+        f, flow, solver = self.f, self.flow, self.solver
 
         def wide_flow(t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
             assert flow is not None
             y = x.to(narrow)
             return same_shape("flow", flow(t, dt, y), y).to(x.dtype)
 
+        def wide_solve(t: Tensor, c: Tensor, b: Tensor) -> Tensor:
+            assert callable(solver)
+            y = b.to(narrow)
+            return same_shape("solve", solver(t, c, y), y).to(b.dtype)
+
+        coarse = 4 * torch.finfo(narrow).eps  # Newton's iteration cannot come closer than f is exact
         other = Operator(
-            lambda t, x: checked(f, t, x.to(narrow)).to(x.dtype),
+            None if f is _unknown else lambda t, x: checked(f, t, x.to(narrow)).to(x.dtype),
             flow=wide_flow if flow else None,
+            solve=replace(solver, rtol=max(solver.rtol or 0.0, coarse)) if isinstance(solver, Newton) else wide_solve,
             modules=self.modules,
             reversible=self.reversible,
         )
         other.time_dtype = self.time_dtype
         return other
 
+    def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
+        """Return y with y - c f(t, y) = b, counted: the equation of an implicit stage.
+
+        Args:
+            t: time of the stage.
+            c: a duration, the step size times a coefficient of the method.
+            b: of the shape of the state.
+            cost: counts, and knows if Newton's iteration fails; the result is then NaN.
+            kept: what the last stage of the same sub-step has left.
+
+        Raises:
+            TypeError, ValueError: if a direct solver writes to ``b``, or its result does not fit.
+        """
+        time = as_time(t, b, self.time_dtype)
+        solver = self.solver
+        if isinstance(solver, Newton):
+            cost.solves += 1
+            return solver.solve(lambda y: self.velocity(t, y, cost), time, c, b, cost, kept)
+        duration = as_time(c, b, self.time_dtype)
+        if not torch.compiler.is_compiling():
+            cost.solves += 1
+        before = version(b)
+        y = watched("solve", lambda: solver(time, duration, b), b) if cost.watch else solver(time, duration, b)
+        check_unmodified("solve", b, before)
+        return in_graph("solve", same_shape("solve", y, b), b)
+
     def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
         """Return x + h f(t, x), one step of Euler."""
         return torch.add(x, self.velocity(t, x, cost), alpha=h)
+
+
+def _unknown(t: Tensor, x: Tensor) -> Tensor:
+    raise ValueError(
+        "f: got an operator that is known by its flow or solve alone, so its right-hand side cannot be evaluated; give "
+        "odeadv.Operator(f, flow=..., solve=...)"
+    )
+
+
+def in_graph(name: str, end: Tensor, x: Tensor) -> Tensor:
+    """Return ``end`` if a gradient that ``x`` needs can pass through it.
+
+    Raises:
+        ValueError: if ``end`` was cut from the autograd graph, as results of SciPy and NumPy are. Within a splitting
+            the rest of the gradient would come out wrong without a word.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not end.requires_grad:
+        raise ValueError(
+            f"{name}: returned a tensor without a gradient, but the state or the parameters need one (the recording of "
+            "a costate does); use a differentiable method, or torch.no_grad() if no gradient is wanted"
+        )
+    return end
 
 
 class Jump:

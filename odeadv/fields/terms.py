@@ -11,8 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Cost, Jump, Operator, Slopes, same_shape
+from odeadv.fields.operator import Cost, Jump, Kept, Newton, Operator, Slopes, same_shape
 from odeadv.support.discovery import modules_of
+
+ALL = frozenset(("f", "flow", "solve"))
 
 
 class Forcing(Operator):
@@ -43,6 +45,11 @@ class Forcing(Operator):
             self.scale = scale
         self.source = source
         super().__init__(partial(_forced, self.value, self.scale), modules=modules_of(value))
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """All, see `Operator.abilities`: every sub-step of it is a quadrature rule."""
+        return ALL
 
     @property
     def constant(self) -> bool:
@@ -93,6 +100,11 @@ class Unrecorded(Operator):
         super().__init__(self._refuse)
 
     @property
+    def abilities(self) -> frozenset[str]:
+        """All, as of the `Forcing` that it becomes."""
+        return ALL
+
+    @property
     def acts(self) -> bool:
         """False."""
         return False
@@ -124,6 +136,7 @@ class Sum(Operator):
     ) -> None:
         super().__init__(
             lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
+            solve=_common_newton(operators),
             modules=modules_of(*operators),
             reversible=all(operator.reversible for operator in operators),
         )
@@ -173,6 +186,19 @@ class Sum(Operator):
         values = held.done()
         return sum(values[1:], start=values[0])
 
+    def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
+        """See `Operator.implicit`. If the other terms are forcings, a single term solves, directly if it can."""
+        costs = [cost] * len(self.operators) if self.costs is None else self.costs
+        terms = list(zip(self.operators, costs, strict=True))
+        free = [(term, own) for term, own in terms if not isinstance(term, Forcing)]
+        if len(free) != 1:
+            return super().implicit(t, c, b, cost, kept)
+        for term, own in terms:
+            if isinstance(term, Forcing):
+                b = torch.add(b, term.velocity(t, b, own), alpha=c)
+        ((term, own),) = free
+        return term.implicit(t, c, b, own, kept)
+
     def with_time_dtype(self, dtype: torch.dtype) -> Sum:
         """See `Operator.with_time_dtype`."""
         return Sum([operator.with_time_dtype(dtype) for operator in self.operators], self.names, self.costs)
@@ -180,6 +206,13 @@ class Sum(Operator):
     def widened(self, narrow: torch.dtype) -> Sum:
         """See `Operator.widened`."""
         return Sum([operator.widened(narrow) for operator in self.operators], self.names, self.costs)
+
+
+def _common_newton(operators: Sequence[Operator]) -> Newton:
+    """Return the `Newton` that all terms, forcings excepted, have; the default if they differ."""
+    found = {operator.solver for operator in operators if not isinstance(operator, Forcing | Unrecorded)}
+    only = found.pop() if len(found) == 1 else None
+    return only if isinstance(only, Newton) else Newton()
 
 
 class Piecewise(Operator):
@@ -210,6 +243,11 @@ class Piecewise(Operator):
         if any(b <= a for a, b in pairwise(self.edges)):
             raise ValueError(f"edges: got {self.edges}, expected increasing times")
         super().__init__(self._evaluate, modules=modules_of(*self.pieces))
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """What is known of all pieces; a jump does not need any of it."""
+        return ALL.intersection(*(piece.abilities for piece in self.pieces if isinstance(piece, Operator)))
 
     @property
     def constant(self) -> bool:

@@ -35,6 +35,7 @@ class Run:
         self.request = request
         self.stats = Stats(evaluations=dict.fromkeys(request.field.operators, 0))
         self.status = Status.SUCCESS
+        self._unsolved = 0  # equations of implicit stages
 
     def solution(self) -> Solution:
         """Record the costate if there is one, solve, and return the result, failed or not."""
@@ -58,7 +59,7 @@ class Run:
         held = len(xs) + (len(path.nodes) if keep else 0)
         self.stats.states_held = max(self.stats.states_held, _held(costate) + held)
         saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
-        status = status_of(self.status, final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
+        status = self.outcome(final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
         if status is Status.SUCCESS:
             self._warn_if_still(final, grid, driven)
         if request.narrow is not None and isinstance(saved, Tensor):
@@ -95,6 +96,11 @@ class Run:
         """The quadrature of a running cost, of the order of f's sub-step; an exact flow may belong to a stiff f."""
         substep = self.request.discretisation.substeps["f"]
         return "simpson" if substep.order > 2 and not isinstance(substep, Exact) else "trapezoid"
+
+    def outcome(self, *values: Tensor | None) -> Status:
+        """Return the status of a solve with these results."""
+        status = status_of(self.status, *values)
+        return Status.NEWTON_FAILED if status is Status.NON_FINITE and self._unsolved else status
 
     @cached_property
     def first_grid(self) -> Grid:
@@ -171,6 +177,7 @@ class Run:
         search, steppers = self._search(field, drive)
         for stepper in steppers:
             self._count(None, stepper)
+        self._unsolved = 0  # a trial step that fails is rejected
         self.stats.rejected += search.rejected
         if search.status is not Status.SUCCESS:
             self.status = search.status
@@ -208,11 +215,20 @@ class Run:
             self.stats.evaluations[name] += cost.evaluations
             self.stats.vjps += cost.vjps
             cost.evaluations = cost.vjps = 0
+        # A sum that is solved un-split has a cost next to those of its terms. What has been moved is not moved again.
+        for cost in (*(cost for _, cost in counted), *(stepper.costs if stepper else ())):
+            self.stats.jvps += cost.jvps
+            self.stats.solves += cost.solves
+            self.stats.iterations += cost.iterations
+            self._unsolved += cost.unsolved
+            cost.jvps = cost.solves = cost.iterations = cost.unsolved = 0
 
     def _warn_if_still(self, final: Tensor, grid: Grid, driven: VectorField) -> None:
         """Warn if rounding has kept the whole state where it was, although the field is not zero."""
         x = self.request.x0
         if not len(grid) or driven.edges or final.shape != x.shape or not torch.equal(final, x):
+            return
+        if not all("f" in operator.abilities for operator in driven.operators.values()):
             return
         stepper, step = self.request.discretisation.stepper(driven), grid[0]
         with without_effects(driven.modules, x.device), torch.no_grad():

@@ -25,7 +25,11 @@ class Stats:
         steps: steps of the final solve.
         recordings: recording passes before it.
         evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
-        vjps: vector-Jacobian products of f: back-propagations through its evaluations, and those between nodes.
+        vjps: vector-Jacobian products of f: back-propagations through its evaluations, those between nodes, and those
+            that make the Jacobians of implicit sub-steps.
+        jvps: Jacobian-vector products of f, in implicit sub-steps that solve by GMRES.
+        solves: equations of implicit stages.
+        iterations: of Newton's method for them; none if the operator solves them directly.
         states_held: largest number of tensors of the state's size alive at the same time: states and costates at the
             nodes of recordings, and saved states. The tensors that autograd keeps within a step are not included.
         rejected: with adaptive steps, trial steps that did not meet the tolerances.
@@ -36,6 +40,9 @@ class Stats:
     recordings: int = 0
     evaluations: dict[str, int] = field(default_factory=dict)
     vjps: int = 0
+    jvps: int = 0
+    solves: int = 0
+    iterations: int = 0
     states_held: int = 0
     rejected: int = 0
     residuals: list[float] = field(default_factory=list)
@@ -43,6 +50,8 @@ class Stats:
 
 HINTS = {
     Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
+    Status.NEWTON_FAILED: "take more steps, another sub-step, or more iterations (odeadv.Operator(f, "
+    "solve=odeadv.Newton(most=...))); throw=False returns the solution as it is",
     Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 a fixed point does not exist: take "
     "another eta, or more memory for the acceleration (odeadv.Converge(memory=20)); throw=False returns the last sweep",
     Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",

@@ -10,7 +10,7 @@ from torch import Tensor
 from odeadv.costate import Converge
 from odeadv.fields import AdversarialField, Operator, VectorField
 from odeadv.fields.operator import VectorFunction
-from odeadv.solver._run import Run, status_of
+from odeadv.solver._run import Run
 from odeadv.solver._solution import Solution, SolveError
 from odeadv.solver.request import SaveAt, read_request
 from odeadv.splitting import Adaptive, CostateKind, Scheme, Status
@@ -211,7 +211,7 @@ def driven(
             return VectorField({"f": field.f}, field.problem)
         run = Run(request)
         found = run.recorded_costate()
-    status = run.status if found is None else status_of(run.status, *found.nodes)
+    status = run.status if found is None else run.outcome(*found.nodes)
     if found is None or status not in (Status.SUCCESS, Status.UNKNOWN):
         start = torch.tensor(request.times.span[:1], dtype=torch.float64)
         discretisation = request.discretisation

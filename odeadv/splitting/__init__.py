@@ -10,10 +10,11 @@ from odeadv.splitting._grid import Grid, TimeStep, make_grid
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import CostateKind, Scheme, Stage
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
+from odeadv.splitting._substep import DIRK, Clock, Exact, RungeKutta, SubStep, TorchDiffEq, get_substep, substep_names
 from odeadv.splitting.status import Status
 
 __all__ = [
+    "DIRK",
     "Adaptive",
     "Clock",
     "CostateKind",

@@ -108,5 +108,6 @@ class Nested:
             begin = clock.start + running * (k / self.steps)
             end = clock.stop if k == self.steps - 1 else clock.start + running * ((k + 1) / self.steps)
             x = stepper.advance(x, TimeStep(begin, end, h / self.steps, clock.own + k * h / self.steps))
-        cost.evaluations += sum(own.evaluations for own in inner)
+        for own in inner:
+            cost.include(own)
         return x

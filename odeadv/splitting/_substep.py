@@ -12,10 +12,12 @@ from torch import Tensor
 
 from odeadv.fields.operator import (
     Cost,
+    Kept,
     Operator,
     Slopes,
     VectorFunction,
     as_time,
+    in_graph,
     returned,
     same_shape,
     watched,
@@ -50,6 +52,9 @@ class Clock(NamedTuple):
 
 class SubStep(Protocol):
     """Advances one operator. Any object with these three members can be given as ``substep=``.
+
+    It may also have an attribute ``needs``, some of ``"f"``, ``"flow"`` and ``"solve"``: `odeadv.solve` then refuses
+    operators without these abilities (`Operator.abilities`) before any work.
 
     Attributes:
         name: shown in messages.
@@ -89,6 +94,11 @@ class RungeKutta:
         rows = [_weighted(enumerate(row)) for row in self.matrix]
         stages = list(zip(self.nodes, rows, strict=True))
         object.__setattr__(self, "_table", (stages, _weighted(enumerate(self.weights))))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """``"f"``, see `SubStep`."""
+        return frozenset(("f",))
 
     @property
     def is_euler(self) -> bool:
@@ -168,6 +178,77 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
 
 
 @dataclass(frozen=True)
+class DIRK:
+    """A diagonally implicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, its quadrature rule.
+
+    Stage i solves y_i - h a_ii f(t_i, y_i) = x + h (a_i1 k_1 + ... + a_i,i-1 k_i-1), see `Operator.implicit`. The slope
+    k_i is taken from this equation and not from f, which would multiply the error of y_i by the stiffness (Hairer and
+    Wanner 1996, Solving ODEs II, IV.8). If the last row of the matrix is the weights, the result is y_s.
+
+    Attributes:
+        name: shown in messages.
+        order: order of accuracy. On stiff problems the order may fall to the order of a stage, 1, or 2 for the implicit
+            midpoint rule and Crank-Nicolson.
+        nodes: c_i, s numbers.
+        matrix: a_ij, the s rows of the lower triangle, the diagonal included. A zero there is an explicit stage.
+        weights: b_i, s numbers.
+
+    Raises:
+        ValueError: naming ``nodes``, ``matrix`` or ``weights``, if their lengths do not fit, or the sum of a row is not
+            its node.
+
+    Example:
+        >>> theta = odeadv.DIRK("theta", 1, (0.0, 1.0), ((0.0,), (0.4, 0.6)), (0.4, 0.6))
+        >>> odeadv.solve(lambda t, x: -50 * x, torch.ones(2), (0.0, 1.0), scheme=theta, steps=10).xs[-1]
+    """
+
+    name: str
+    order: float
+    nodes: tuple[float, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        count = len(self.nodes)
+        if len(self.weights) != count or abs(sum(self.weights) - 1.0) > 1e-12:
+            raise ValueError(f"weights: got {self.weights} for {count} nodes, expected as many, with the sum 1")
+        if [len(row) for row in self.matrix] != [*range(1, count + 1)]:
+            raise ValueError(f"matrix: got rows of lengths {[*map(len, self.matrix)]}, expected 1 to {count}")
+        for node, row in zip(self.nodes, self.matrix, strict=True):
+            if abs(sum(row) - node) > 1e-12:
+                raise ValueError(f"matrix: got the row {row} with the sum {sum(row):g}, expected its node, {node:g}")
+        object.__setattr__(self, "_rows", [(_weighted(enumerate(row[:-1])), row[-1]) for row in self.matrix])
+        object.__setattr__(
+            self, "_last", None if self.matrix[-1] == self.weights else _weighted(enumerate(self.weights))
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """``"solve"``, and ``"f"`` if a stage is explicit, see `SubStep`."""
+        return frozenset(("solve", "f") if any(row[-1] == 0.0 for row in self.matrix) else ("solve",))
+
+    def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
+        """See `SubStep.advance`."""
+        if isinstance(operator, Forcing):
+            return _quadrature(operator, self.nodes, self.weights, clock, h, x, cost)
+        rows: list[tuple[Weighted, float]] = self._rows  # type: ignore[attr-defined]
+        last: Weighted = self._last  # type: ignore[attr-defined]
+        slopes: list[Tensor] = []
+        kept, y = Kept(x), x
+        for i, (node, (row, diagonal)) in enumerate(zip(self.nodes, rows, strict=True)):
+            b = _moved(x, slopes, row, h)
+            if diagonal == 0.0:
+                y = b
+                slopes.append(operator.velocity(clock.at(node), y, cost).clone())  # f may reuse the memory
+            else:
+                kept.state = y
+                y = operator.implicit(clock.at(node), h * diagonal, b, cost, kept)
+                if last is not None or i < len(rows) - 1:
+                    slopes.append((y - b) / (h * diagonal))
+        return y if last is None else _moved(x, slopes, last, h)
+
+
+@dataclass(frozen=True)
 class Exact:
     """The operator's own exact flow; for a `Forcing`, Simpson's rule, exact for linear and Hermite costates.
 
@@ -176,6 +257,11 @@ class Exact:
 
     name: str = "exact"
     order: float = math.inf
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """``"flow"``, see `SubStep`."""
+        return frozenset(("flow",))
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`.
@@ -239,6 +325,11 @@ class TorchDiffEq:
         """The name shown in messages."""
         return f"torchdiffeq:{self.method}"
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """``"f"``, see `SubStep`."""
+        return frozenset(("f",))
+
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `SubStep.advance`; all NaN if the steps of the method shrink to nothing.
 
@@ -274,21 +365,6 @@ class TorchDiffEq:
             # The state needs no gradient, but parameters may: an evaluation that is not counted shows it.
             in_graph(f"substep {self.name!r}", path[-1], operator.velocity(clock.start, x, Cost()))
         return in_graph(f"substep {self.name!r}", path[-1], x)
-
-
-def in_graph(name: str, end: Tensor, x: Tensor) -> Tensor:
-    """Return ``end`` if a gradient that ``x`` needs can pass through it.
-
-    Raises:
-        ValueError: if ``end`` was cut from the autograd graph, as results of SciPy and NumPy are. Within a splitting
-            the rest of the gradient would come out wrong without a word.
-    """
-    if x.requires_grad and torch.is_grad_enabled() and not end.requires_grad:
-        raise ValueError(
-            f"{name}: returned a tensor without a gradient, but the state or the parameters need one (the recording of "
-            "a costate does); use a differentiable method, or torch.no_grad() if no gradient is wanted"
-        )
-    return end
 
 
 def _root_mean_square(error: Tensor) -> Tensor:
@@ -327,6 +403,7 @@ def _quadrature(
     return _moved(x, values, _weighted(enumerate(acting.values())), operator.scale * h)
 
 
+_GAMMA = 1.0 - math.sqrt(0.5)
 _NAMED: dict[str, SubStep] = {
     method.name: method
     for method in (
@@ -335,6 +412,25 @@ _NAMED: dict[str, SubStep] = {
         RungeKutta("heun", 2, (0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
         RungeKutta(
             "rk4", 4, (0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+        ),
+        DIRK("backward-euler", 1, (1.0,), ((1.0,),), (1.0,)),
+        DIRK("crank-nicolson", 2, (0.0, 1.0), ((0.0,), (0.5, 0.5)), (0.5, 0.5)),
+        DIRK("implicit-midpoint", 2, (0.5,), ((0.5,),), (1.0,)),
+        # Alexander 1977, SIAM J. Numer. Anal. 14: L-stable.
+        DIRK("sdirk2", 2, (_GAMMA, 1.0), ((_GAMMA,), (1.0 - _GAMMA, _GAMMA)), (1.0 - _GAMMA, _GAMMA)),
+        # Hairer and Wanner 1996, Solving ODEs II, table IV.6.5: L-stable.
+        DIRK(
+            "sdirk4",
+            4,
+            (1 / 4, 3 / 4, 11 / 20, 1 / 2, 1.0),
+            (
+                (1 / 4,),
+                (1 / 2, 1 / 4),
+                (17 / 50, -1 / 25, 1 / 4),
+                (371 / 1360, -137 / 2720, 15 / 544, 1 / 4),
+                (25 / 24, -49 / 48, 125 / 16, -85 / 12, 1 / 4),
+            ),
+            (25 / 24, -49 / 48, 125 / 16, -85 / 12, 1 / 4),
         ),
         Exact(),
     )

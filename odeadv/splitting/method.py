@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from odeadv.fields import AdversarialField, Forcing, Jump, Residual, VectorField
+from odeadv.fields import AdversarialField, Forcing, Operator, Residual, VectorField
 from odeadv.fields.operator import Cost
 from odeadv.fields.terms import Sum, Unrecorded
 from odeadv.splitting import schemes
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import CostateKind, Scheme
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting._substep import Exact, SubStep, cheapest_of_order, get_substep, substep_names
+from odeadv.splitting._substep import SubStep, cheapest_of_order, get_substep, substep_names
 from odeadv.support.checks import choice
 
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
@@ -105,7 +105,7 @@ def read_discretisation(
         _check_unsplit(field, name)
     kind = _read_costate(field, name, table, costate)
     default = "euler" if table is None or _is_papers(field, scheme) else cheapest_of_order(table.order)
-    substeps = _read_substeps(field, default if substep is None else substep, default)
+    substeps = _read_substeps(field, substep, default)
     if count == 1:
         (whole,) = substeps.values()
         if table is not None and scheme is not None:
@@ -146,6 +146,12 @@ def _check_unsplit(field: VectorField, name: str) -> None:
         return
     if name == "exact":
         raise ValueError("scheme: 'exact' needs a field with one operator; choose a splitting scheme")
+    hidden = [other for other, operator in field.operators.items() if "f" not in operator.abilities]
+    if hidden:
+        raise ValueError(
+            f"scheme: {name!r} does not split, but the right-hand side of operator {hidden[0]!r} is not known; use a "
+            "splitting scheme such as 'lie' or 'strang'"
+        )
     if field.jumps:
         raise ValueError(
             f"scheme: {name!r} does not split, but the field jumps from {field.jumps[0][0]:g} to "
@@ -156,6 +162,11 @@ def _check_unsplit(field: VectorField, name: str) -> None:
 def _read_costate(field: VectorField, name: str, table: Scheme | None, costate: CostateKind | None) -> CostateKind:
     kind = costate if costate is not None else (table.costate if table else None) or "linear"
     choice("costate", kind, COSTATE_ORDERS)
+    if kind != "linear" and isinstance(field, AdversarialField) and "f" not in field.f.abilities:
+        raise ValueError(
+            f"costate: got {kind!r} for a field whose right-hand side is not known, which Eq. 9 needs between nodes; "
+            "expected costate='linear'"
+        )
     if kind != "linear" and isinstance(field, AdversarialField) and field.transforms:
         asked = repr(kind) if costate is not None else f"{kind!r} by scheme {name!r}"
         raise ValueError(
@@ -216,26 +227,35 @@ def _warn_accuracy(message: str) -> None:
     warnings.warn(message, AccuracyWarning, stacklevel=6)
 
 
-def _read_substeps(field: VectorField, substep: SubSteps, default: str) -> dict[str, SubStep]:
+def _read_substeps(field: VectorField, substep: SubSteps | None, default: str) -> dict[str, SubStep]:
     if isinstance(substep, Mapping):
         unknown = [name for name in substep if name not in field.operators]
         if unknown:
             raise ValueError(
                 f"substep: no operator is called {unknown[0]!r}; the field has {', '.join(map(repr, field.operators))}"
             )
-        chosen = {name: get_substep(substep.get(name, default)) for name in field.operators}
+        given = substep
     else:
-        chosen = dict.fromkeys(field.operators, get_substep(substep))
-    for name, method in chosen.items():
-        operator = field.operators[name]
+        given = {} if substep is None else dict.fromkeys(field.operators, substep)
+    chosen = {}
+    for name, operator in field.operators.items():
+        only_flow = operator.abilities == {"flow"}
+        method = get_substep(given.get(name, "exact" if only_flow else default))
         if isinstance(method, Nested) and not isinstance(operator, Forcing | Unrecorded):
-            chosen[name] = method.of(operator)
-        known = isinstance(operator, Forcing | Unrecorded) or all(
-            isinstance(part, Jump) or part.flow is not None for part in operator.pieces or (operator,)
-        )
-        if isinstance(method, Exact) and not known:
-            raise ValueError(
-                f"substep: 'exact' is asked for operator {name!r}, whose flow is not known; give "
-                f"odeadv.Operator(f, flow=...) or another sub-step ({', '.join(substep_names())})"
-            )
+            method = method.of(operator)
+        _check_able(name, operator, method)
+        chosen[name] = method
     return chosen
+
+
+def _check_able(name: str, operator: Operator, method: SubStep) -> None:
+    """Check that what the sub-step needs of the operator is known."""
+    missing = sorted(getattr(method, "needs", frozenset()) - operator.abilities)
+    if not missing:
+        return
+    asked = f"substep: {method.name!r} is asked for operator {name!r}, whose"
+    if missing == ["flow"]:
+        others = ", ".join(other for other in substep_names() if other != "exact")
+        raise ValueError(f"{asked} flow is not known; give odeadv.Operator(f, flow=...) or another sub-step ({others})")
+    known = "'exact'" if "flow" in operator.abilities else "an implicit one such as 'sdirk2'"
+    raise ValueError(f"{asked} right-hand side is not known; give odeadv.Operator(f, ...) or another sub-step, {known}")

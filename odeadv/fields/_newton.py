@@ -1,0 +1,378 @@
+"""The equation of an implicit stage, y - c f(t, y) = b: Newton's iteration, and gradients of its solution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from odeadv.fields._cost import Cost
+from odeadv.support.checks import choice, integer, number
+from odeadv.support.isolation import inside_transform, read_value
+from odeadv.support.krylov import gmres
+
+Function = Callable[[Tensor], Tensor]
+Preconditioner = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+DENSE = 512  # unknowns (of a sample, if samples are independent) up to which the Jacobian is made
+SLOW = 0.1  # a Jacobian is made again if an iteration does not reduce the error at least to this fraction
+HALVINGS = 8  # of a Newton step that leads to a much larger residual
+INNER = 1e-3  # GMRES solves for a Newton step to this fraction of the residual; the next step mends the rest
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Solves the equation of an implicit stage, y - c f(t, y) = b, by Newton's iteration.
+
+    It is what an `Operator` without a direct solver uses; give ``Operator(f, solve=Newton(...))`` to choose. The
+    Jacobian is kept as long as the iteration converges fast, and between the stages of one sub-step. Steps are halved
+    if they would more than double the residual.
+
+    Gradients follow from the implicit function theorem. The iteration is not in the graph: the solution is corrected
+    by (1 - c df/dx)^-1 applied to its residual, which is zero, but whose derivatives are those of the solution.
+    First and second derivatives are right; higher ones are not.
+
+    Attributes:
+        jacobian: ``"dense"`` makes the Jacobian by reverse mode and factors it; ``"krylov"`` needs its products only
+            and solves by GMRES. The default is dense up to 512 unknowns.
+        batched: True promises that the leading axis of the state counts samples that do not depend on one another. Each
+            sample then has its own, small Jacobian, and all are made by as many products as one sample has unknowns.
+            The promise is tested on the first sample.
+        precondition: ``precondition(t, c, y, r)`` returns an approximation of (1 - c df/dx)^-1 r, linear in ``r``, of
+            the shape of the state. GMRES uses it.
+        rtol: the error of y to reach, relative to its largest entry (of each sample, if batched); by default 2e-12 in
+            float64 and 6e-6 in float32.
+        most: largest number of iterations.
+        restart: number of vectors that GMRES keeps. It gives up after ten times as many products.
+
+    Raises:
+        TypeError, ValueError: naming the attribute that does not fit.
+
+    Example:
+        >>> field = odeadv.Operator(lambda t, x: -1e4 * (x**3 - torch.cos(t)), solve=odeadv.Newton(batched=True))
+        >>> odeadv.solve(field, torch.ones(8, 1), (0.0, 1.0), scheme="sdirk2", steps=20).stats.iterations
+    """
+
+    jacobian: Literal["dense", "krylov"] | None = None
+    batched: bool = False
+    precondition: Preconditioner | None = None
+    rtol: float | None = None
+    most: int = 30
+    restart: int = 40
+
+    def __post_init__(self) -> None:
+        if self.jacobian is not None:
+            choice("jacobian", self.jacobian, ("dense", "krylov"))
+        if self.precondition is not None and not callable(self.precondition):
+            raise TypeError(
+                f"precondition: got {type(self.precondition).__name__}, expected a callable precondition(t, c, y, r)"
+            )
+        if self.rtol is not None:
+            number("rtol", self.rtol, above=0)
+        integer("most", self.most)
+        integer("restart", self.restart)
+
+    def solve(self, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
+        """Return y with y - c f(y) = b; all NaN if the iteration fails, which ``cost`` then counts.
+
+        Raises:
+            ValueError: inside torch.func.vmap and under torch.compile, where values cannot be read.
+        """
+        equation = _Equation(self, f, t, c, b, cost)
+        if not math.isfinite(equation.norm(b, b)):
+            return b * math.nan  # the failure is not that of this equation
+        found = equation.iterate(kept.state.detach(), kept)
+        if found is None:
+            cost.unsolved += 1
+            return b * math.nan
+        y, residual = found
+        if not (residual.requires_grad or inside_transform()):
+            return y
+        # Here f needs a gradient: the Jacobian must be that at the solution.
+        inverse = kept.system = equation.system(y)
+        once: Tensor = _ForHigherOrders.apply(y - inverse(residual))
+        return once - inverse(equation.residual(once))
+
+
+@dataclass
+class Kept:
+    """What an implicit stage leaves to the next stage of the same sub-step.
+
+    Attributes:
+        state: the state of the last stage, from which Newton's iteration starts. Its slope is no better: in a fast
+            transient it overshoots, and may lead to another solution of the equation.
+        system: (1 - c df/dx)^-1 of the last stage.
+    """
+
+    state: Tensor
+    system: Any = None
+
+
+class _ForHigherOrders(torch.autograd.Function):
+    """The identity. Its gradient is zero except for rounding, and is passed on only if it is differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.again = False
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+        ctx.again = ctx.again or torch.is_grad_enabled()
+        return gradient if ctx.again else None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+class _Equation:
+    """y - c f(y) = b. Linear algebra sees real vectors of shape (rows, m): samples and the unknowns of each."""
+
+    def __init__(self, newton: Newton, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost) -> None:
+        self.newton, self.f, self.t, self.c, self.b, self.cost = newton, f, t, c, b, cost
+        self.rows = len(b) if newton.batched and b.ndim > 1 else 1
+        eps = torch.finfo(b.dtype).eps
+        self.target = eps**0.75 if newton.rtol is None else newton.rtol
+        self.stalled = max(self.target, eps**0.7)  # where rounding may stop the iteration
+        self.size = self.vector(b.detach()).abs().amax(1)
+
+    def vector(self, x: Tensor) -> Tensor:
+        """Return the state ``x`` as real vectors."""
+        return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(self.rows, -1)
+
+    def state(self, v: Tensor) -> Tensor:
+        """Return the real vectors ``v`` as a state."""
+        if self.b.is_complex():
+            return torch.view_as_complex(v.reshape(*self.b.shape, 2))
+        return v.reshape(self.b.shape)
+
+    def residual(self, y: Tensor) -> Tensor:
+        """Return y - c f(y) - b."""
+        return torch.sub(y - self.b, self.f(y), alpha=self.c)
+
+    def norm(self, x: Tensor, y: Tensor) -> float:
+        """Return the largest entry of the state ``x``, relative to the largest of b and ``y`` in its sample."""
+        size = torch.maximum(self.size, self.vector(y.detach()).abs().amax(1)) + torch.finfo(y.dtype).tiny
+        return read_value((self.vector(x.detach()).abs().amax(1) / size).amax(), "substep: an implicit sub-step")
+
+    def system(self, y: Tensor) -> _Dense | _Krylov:
+        """Return (1 - c df/dx)^-1 at ``y``."""
+        unknowns = self.vector(y).shape[1]
+        dense = unknowns <= DENSE if self.newton.jacobian is None else self.newton.jacobian == "dense"
+        return _Dense(self, y) if dense else _Krylov(self, y)
+
+    def iterate(self, y: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | None:
+        """Return the solution and its residual, in the graph of what f and b depend on; None if the iteration fails."""
+        residual = self.residual(y)
+        error, before = self.norm(residual, y), math.nan
+        for _ in range(self.newton.most):
+            if error <= self.target:
+                return y, residual
+            self.cost.iterations += 1
+            fresh = kept.system is None or kept.system.c != self.c
+            if fresh:
+                kept.system = self.system(y)
+            step = kept.system.step(residual.detach())
+            if step is None:
+                return None
+            moved = self.norm(step, y)
+            y, residual, error, whole = self._move(y, step, residual, error)
+            if not math.isfinite(error):
+                return None
+            rate = moved / before if whole else math.nan
+            # If steps keep on shrinking by the rate, those to come add up to this.
+            left = moved * rate / (1 - rate) if rate < 1 else math.inf
+            if left <= self.target or (fresh and (moved <= self.target or (rate >= 0.5 and moved <= self.stalled))):
+                return y, residual
+            if rate > SLOW or not whole:
+                kept.system = None
+            before = moved
+        return None
+
+    def _move(self, y: Tensor, step: Tensor, residual: Tensor, error: float) -> tuple[Tensor, Tensor, float, bool]:
+        """Return the next y, its residual and the norm of that, and whether the step was not shortened."""
+        scale = 1.0
+        for _ in range(HALVINGS):
+            trial = y - scale * step
+            residual = self.residual(trial)
+            size = self.norm(residual, trial)
+            if size <= max(2 * error, self.stalled):
+                break
+            scale *= 0.5
+        return trial, residual, size, scale == 1.0
+
+
+class _Linearisation:
+    """Products with df/dx at a state, from both sides, by reverse mode: f is evaluated once."""
+
+    def __init__(self, equation: _Equation, y: Tensor) -> None:
+        def f(v: Tensor) -> Tensor:
+            return equation.vector(equation.f(equation.state(v)))
+
+        v = equation.vector(y.detach())
+        self.cost, self.zero = equation.cost, torch.zeros_like(v)
+        self._wrapped = inside_transform()
+        self._forward: tuple[Tensor, Tensor] | None = None
+        if self._wrapped:
+            self._pull = torch.func.vjp(f, v)[1]
+        else:
+            with torch.enable_grad():
+                self._leaf = v.clone().requires_grad_()
+                self._value = f(self._leaf)
+        if equation.rows > 1 and self.cost.iterations <= 1:
+            self._check_samples()
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """Return the product of the transposed Jacobian and ``u``."""
+        self.cost.vjps += 1
+        return self._transposed(u)
+
+    def _transposed(self, u: Tensor, **options: bool) -> Tensor:
+        if self._wrapped:
+            pulled: Tensor = self._pull(u)[0]
+            return pulled
+        if not self._value.requires_grad:  # f does not depend on the state
+            return torch.zeros_like(u)
+        return torch.autograd.grad(
+            self._value, self._leaf, u, retain_graph=True, allow_unused=True, materialize_grads=True, **options
+        )[0]
+
+    def product(self, w: Tensor) -> Tensor:
+        """Return the product of the Jacobian and ``w``: the derivative of the transposed product, which is linear."""
+        self.cost.jvps += 1
+        if self._wrapped:
+            found: Tensor = torch.func.vjp(self._transposed, self.zero)[1](w)[0]
+            return found
+        if self._forward is None:
+            with torch.enable_grad():
+                u = self.zero.clone().requires_grad_()
+                self._forward = u, self._transposed(u, create_graph=True)
+        u, back = self._forward
+        if not back.requires_grad:
+            return torch.zeros_like(w)
+        return torch.autograd.grad(back, u, w, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+    def matrix(self) -> Tensor:
+        """Return the Jacobian, (rows, m, m)."""
+        rows, m = self.zero.shape
+        self.cost.vjps += m
+        seeds = torch.eye(m, dtype=self.zero.dtype, device=self.zero.device)[:, None].expand(m, rows, m)
+        try:
+            found = torch.func.vmap(self._pull)(seeds)[0] if self._wrapped else self._batched(seeds)
+        except RuntimeError:  # a function without a rule for batches
+            found = torch.stack([self._transposed(seed) for seed in seeds])
+        return found.transpose(0, 1)
+
+    def _batched(self, seeds: Tensor) -> Tensor:
+        if not self._value.requires_grad:
+            return torch.zeros_like(seeds)
+        return self._transposed(seeds, is_grads_batched=True)
+
+    def _check_samples(self) -> None:
+        """Check that the first sample does not depend on the others."""
+        u = torch.zeros_like(self.zero)
+        u[0] = torch.linspace(0.5, 1.5, u.shape[1])
+        if bool((self.transposed(u)[1:] != 0).any()):
+            raise ValueError(
+                "batched: got True for a function whose first sample depends on other samples, expected samples along "
+                "the leading axis that do not; take batched=False"
+            )
+
+
+class _Dense:
+    """(1 - c df/dx)^-1 at a state, by the factors of the matrix (of each sample)."""
+
+    def __init__(self, equation: _Equation, y: Tensor) -> None:
+        self.c, self._equation = equation.c, equation
+        matrix = _Linearisation(equation, y).matrix().detach()
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(eye - self.c * matrix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        v = self._equation.vector(x).unsqueeze(-1)
+        return self._equation.state(torch.linalg.lu_solve(self._factors, self._pivots, v).squeeze(-1))
+
+    step = __call__
+
+
+class _Krylov:
+    """(1 - c df/dx)^-1 at a state, by GMRES."""
+
+    def __init__(self, equation: _Equation, y: Tensor) -> None:
+        if inside_transform():
+            raise ValueError(
+                "jacobian: got 'krylov' inside a torch.func transform, expected 'dense' there; for larger states take "
+                "torch.autograd"
+            )
+        self.c, self._equation, self._y = equation.c, equation, y
+        self._linear = _Linearisation(equation, y)
+        self._transposed_precondition: Function | None = None
+
+    def step(self, x: Tensor) -> Tensor | None:
+        """Return the solution to a few digits, for Newton's iteration; None if GMRES fails."""
+        found = self._gmres(self._equation.vector(x), False, INNER)
+        return None if found is None else self._equation.state(found)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        solved: Tensor = _Solved.apply(self._equation.vector(x), self, False)
+        return self._equation.state(solved)
+
+    def exactly(self, v: Tensor, transposed: bool) -> Tensor:
+        """Return the solution of the system, or of the transposed one; NaN if GMRES fails."""
+        found = self._gmres(v, transposed, self._equation.target)
+        if found is None:
+            self._equation.cost.unsolved += 1
+            return torch.full_like(v, math.nan)
+        return found
+
+    def _gmres(self, v: Tensor, transposed: bool, rtol: float) -> Tensor | None:
+        shape, restart = v.shape, self._equation.newton.restart
+        jacobian = self._linear.transposed if transposed else self._linear.product
+        precondition = self._precondition(transposed)
+
+        def product(flat: Tensor) -> Tensor:
+            w = precondition(flat.reshape(shape))
+            return (w - self.c * jacobian(w)).reshape(-1)
+
+        found, solved, _ = gmres(product, v.reshape(-1), rtol=rtol, restart=restart, most=10 * restart)
+        return precondition(found.reshape(shape)) if solved else None
+
+    def _precondition(self, transposed: bool) -> Function:
+        own = self._equation.newton.precondition
+        if own is None:
+            return lambda v: v
+        equation, c = self._equation, torch.as_tensor(self.c, dtype=self._equation.t.dtype)
+
+        def direct(v: Tensor) -> Tensor:
+            return equation.vector(own(equation.t, c, self._y, equation.state(v)))
+
+        if not transposed:
+            return direct
+        pull = torch.func.vjp(direct, self._linear.zero)[1]
+        return lambda v: pull(v)[0]
+
+
+class _Solved(torch.autograd.Function):
+    """The solution of the linear system of a `_Krylov`; its derivative is the solution of the transposed system."""
+
+    @staticmethod
+    def forward(v: Tensor, system: _Krylov, transposed: bool) -> Tensor:
+        return system.exactly(v, transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Krylov, bool], output: Tensor) -> None:
+        _, ctx.system, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Solved.apply(gradient, ctx.system, not ctx.transposed), None, None
