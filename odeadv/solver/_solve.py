@@ -12,8 +12,8 @@ from odeadv.fields import AdversarialField, Operator, VectorField
 from odeadv.fields.operator import VectorFunction
 from odeadv.solver._run import Run
 from odeadv.solver._solution import Solution, SolveError
-from odeadv.solver.request import SaveAt, read_request
-from odeadv.splitting import Adaptive, CostateKind, Scheme, Status
+from odeadv.solver.request import Nodes, SaveAt, StepSize, read_request
+from odeadv.splitting import CostateKind, Scheme, Status
 from odeadv.splitting.method import SubSteps
 from odeadv.support.isolation import outside_inference_mode
 
@@ -24,8 +24,9 @@ def solve(
     t_span: tuple[float, float] | None = None,
     *,
     scheme: str | Scheme | None = None,
-    dt: float | Literal["adaptive"] | Adaptive | None = None,
-    steps: int | None = None,
+    dt: StepSize | None = None,
+    steps: Nodes | None = None,
+    clip_last: bool = False,
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
     save_at: SaveAt = None,
@@ -57,8 +58,10 @@ def solve(
         dt: step size. It must divide the span, and it is positive or has the sign of a span that runs backward. Or
             ``"adaptive"`` (or an `Adaptive`): steps that meet the tolerances are found first. The solve then runs on
             them, so gradients and saved times are those of fixed steps. The costate of an `AdversarialField` is
-            recorded on finer steps until it meets the tolerances too.
-        steps: number of steps, instead of ``dt``.
+            recorded on finer steps until it meets the tolerances too. A sequence has the sizes of all steps, which sum
+            to the length of the span.
+        steps: number of steps, instead of ``dt``; or a sequence of the times at which steps begin and end.
+        clip_last: let ``dt`` not divide the span, and make the last step shorter.
         rtol: relative tolerance of an adaptive step, 1e-4 by default.
         atol: absolute tolerance of an adaptive step, 1e-6 by default.
         save_at: None saves the two ends, ``"steps"`` every step, a sequence of times those times. A time within a step
@@ -112,6 +115,7 @@ def solve(
             scheme=scheme,
             dt=dt,
             steps=steps,
+            clip_last=clip_last,
             rtol=rtol,
             atol=atol,
             substep=substep,
@@ -137,8 +141,9 @@ def driven(
     t_span: tuple[float, float] | None = None,
     *,
     scheme: str | Scheme | None = None,
-    dt: float | Literal["adaptive"] | Adaptive | None = None,
-    steps: int | None = None,
+    dt: StepSize | None = None,
+    steps: Nodes | None = None,
+    clip_last: bool = False,
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
     substep: SubSteps | None = None,
@@ -162,7 +167,8 @@ def driven(
         t_span: their time span. Values beyond it, where adaptive solvers step, are extrapolated.
         scheme: see `solve`. The first recording runs along f alone, so the scheme matters from the second one on.
         dt: step size, see `solve`.
-        steps: number of steps, instead of ``dt``.
+        steps: see `solve`.
+        clip_last: see `solve`.
         rtol: see `solve`.
         atol: see `solve`.
         substep: see `solve`; with one recording, only the sub-step of f matters.
@@ -196,6 +202,7 @@ def driven(
             scheme=scheme,
             dt=dt,
             steps=steps,
+            clip_last=clip_last,
             rtol=rtol,
             atol=atol,
             substep=substep,

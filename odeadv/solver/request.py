@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from odeadv.support.checks import integer, number, shown
 from odeadv.support.isolation import read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
+StepSize = float | Sequence[float] | Tensor | Literal["adaptive"] | Adaptive
+Nodes = int | Sequence[float] | Tensor
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,9 @@ def read_request(
     t_span: tuple[float, float] | None,
     *,
     scheme: str | Scheme | None,
-    dt: float | str | Adaptive | None,
-    steps: int | None,
+    dt: StepSize | None,
+    steps: Nodes | None,
+    clip_last: bool,
     rtol: float | Tensor | None,
     atol: float | Tensor | None,
     substep: SubSteps | None,
@@ -99,7 +102,7 @@ def read_request(
     field = as_field(field)
     discretisation = read_discretisation(field, scheme, substep, costate)
     recordings = _read_recordings(field, sweeps, ascent)
-    times = read_times(field, t_span, dt, steps, rtol, atol)
+    times = read_times(field, t_span, dt, steps, rtol, atol, clip_last)
     if times.adaptive is not None and costate is None:
         discretisation = _smooth_costate(field, discretisation)
     segments = _read_checkpoints(checkpoints, differentiate_costate, recordings)
@@ -159,10 +162,11 @@ def _read_recordings(field: VectorField, sweeps: int | str | Converge | None, as
 def read_times(
     field: VectorField,
     t_span: tuple[float, float] | None,
-    dt: float | str | Adaptive | None,
-    steps: int | None,
+    dt: StepSize | None,
+    steps: Nodes | None,
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
+    clip_last: bool = False,
 ) -> Times:
     """Return the steps to take.
 
@@ -187,21 +191,16 @@ def read_times(
         if dt is None and steps is None:
             raise ValueError("dt: neither dt nor steps is given, and the field carries none; give one of the two")
     if isinstance(dt, Adaptive) or (isinstance(dt, str) and dt == "adaptive"):
+        if clip_last:
+            raise ValueError("clip_last: got True for adaptive steps, expected a step size dt with it")
         return _adaptive_times(field, span, dt, rtol, atol)
     if rtol is not None or atol is not None:
         raise ValueError(
             f"rtol, atol: got {shown(rtol)} and {shown(atol)} for fixed steps, expected dt='adaptive' with them"
         )
-    if dt is not None:
-        dt = number("dt", dt)
-        if dt == 0.0:
-            raise ValueError("dt: got 0, expected a step size different from 0")
-        if math.copysign(1.0, dt) < 0.0 and span[1] > span[0]:
-            raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
-    else:
-        steps = integer("steps", steps)
+    sizes, nodes = _read_steps(span, dt, steps, clip_last)
     inside = [(start, stop) for start, stop in field.jumps if start < max(span) and stop > min(span)]
-    grid = make_grid(span, dt, steps, inside)
+    grid = make_grid(span, sizes, nodes, inside, clip_last=clip_last)
     for term in field.operators.values():
         if term.edges:
             for step in grid:
@@ -209,7 +208,31 @@ def read_times(
     return Times(span, grid)
 
 
-def _adaptive_times(field: VectorField, span: tuple[float, float], dt: str | Adaptive, rtol: Any, atol: Any) -> Times:
+def _read_steps(
+    span: tuple[float, float], dt: StepSize | None, steps: Nodes | None, clip_last: bool
+) -> tuple[float | Sequence[float] | None, int | Sequence[float] | None]:
+    """Return ``dt`` and ``steps`` as numbers, or as sequences of numbers."""
+    if clip_last and (dt is None or _is_sequence(dt)):
+        raise ValueError("clip_last: got True without a step size, expected dt=number with it")
+    if dt is None:
+        times = _is_sequence(steps) and len(steps) > 1
+        return None, [number("steps", t) for t in steps] if times else integer("steps", steps)  # type: ignore[union-attr]
+    if _is_sequence(dt):
+        return [number("dt", size) for size in dt], None
+    dt = number("dt", dt)
+    if dt == 0.0:
+        raise ValueError("dt: got 0, expected a step size different from 0")
+    if math.copysign(1.0, dt) < 0.0 and span[1] > span[0]:
+        raise ValueError(f"dt: got {dt:g} for a span that runs forward, {span[0]:g} to {span[1]:g}; expected > 0")
+    return dt, None
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence[float]]:
+    """Return True for lists, tuples, and tensors and arrays of one axis."""
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
+
+
+def _adaptive_times(field: VectorField, span: tuple[float, float], dt: Any, rtol: Any, atol: Any) -> Times:
     if field.jumps:
         raise ValueError("dt: adaptive steps need a field without jumps; a network is solved with dt = 1 or 1/k")
     if isinstance(dt, Adaptive):

@@ -1,4 +1,4 @@
-"""The time grid: equal steps that divide the span, with each jump of the field as one step of its own."""
+"""The time grid, with each jump of the field as one step of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, pairwise, repeat
 from typing import NamedTuple
 
 MOST_STEPS = 1e8  # a grid is a tuple of floats: 3 GB of them
@@ -121,21 +121,50 @@ class Grid:
 
 
 def make_grid(
-    t_span: tuple[float, float], dt: float | None, steps: int | None, jumps: Sequence[tuple[float, float]] = ()
+    t_span: tuple[float, float],
+    dt: float | Sequence[float] | None,
+    steps: int | Sequence[float] | None,
+    jumps: Sequence[tuple[float, float]] = (),
+    *,
+    clip_last: bool = False,
 ) -> Grid:
-    """Return equal steps over ``t_span``: of size ``dt``, or ``steps`` of them. Exactly one of the two is given.
+    """Return the steps over ``t_span``. Exactly one of ``dt`` and ``steps`` is given.
 
     Args:
         t_span: start and end; the end may lie before the start.
-        dt: size of a step, without the sign of the span.
-        steps: number of steps.
+        dt: size of a step, without the sign of the span; or the sizes of all steps.
+        steps: number of steps; or the times of all nodes, both ends included.
         jumps: intervals that are one step each for any ``dt``.
+        clip_last: make the last step shorter if ``dt`` does not divide the span.
 
     Raises:
-        ValueError: if ``dt`` does not divide the span (a shorter last step is never taken silently), or a jump's
-            ends are not on the grid.
+        ValueError: if the steps do not end at the end of the span (a shorter last step is never taken silently), or a
+            jump's ends are not on the grid.
     """
     t0, t1 = t_span
+    times: list[float]
+    h: float | None = None
+    if isinstance(dt, Sequence):
+        times = _nodes_of_sizes(t0, t1, dt)
+    elif isinstance(steps, Sequence):
+        times = _nodes_of_times(t0, t1, steps)
+    else:
+        times, h = _equal_nodes(t0, t1, dt, steps, clip_last)
+    for start, stop in jumps:
+        ends = [min(times, key=lambda time, end=end: abs(time - end)) for end in (start, stop)]  # type: ignore[misc]
+        if t1 < t0 or any(abs(a - b) > 1e-9 * max(1.0, abs(b)) for a, b in zip(ends, (start, stop), strict=True)):
+            raise ValueError(
+                f"dt: the field jumps from {start:g} to {stop:g}, and the steps from {t0:g} to {t1:g} do not end "
+                "there; choose t_span and dt so that they do (dt = 1/k for a network)"
+            )
+        times = [time for time in times if not ends[0] < time < ends[1]]
+    return Grid(tuple(times), h)
+
+
+def _equal_nodes(
+    t0: float, t1: float, dt: float | None, steps: int | None, clip_last: bool
+) -> tuple[list[float], float | None]:
+    """Return the nodes of equal steps, and their signed size, or None if the last step is shorter."""
     span = t1 - t0
     if steps is None:
         assert dt is not None
@@ -144,19 +173,41 @@ def make_grid(
             raise ValueError(f"dt: {dt:g} would take {count:.3g} steps from {t0:g} to {t1:g}, expected a larger one")
         steps = round(count)
         if steps < 1 or not math.isclose(count, steps, rel_tol=1e-6):
+            if clip_last:
+                h = math.copysign(dt, span)
+                return [*(t0 + n * h for n in range(math.ceil(count))), t1], None
             fewer, more = max(1, math.floor(count)), max(1, math.floor(count)) + 1
             raise ValueError(
                 f"dt: {dt:g} does not divide the span from {t0:g} to {t1:g}; the nearest that do are "
-                f"{abs(span) / fewer:.6g} (steps={fewer}) and {abs(span) / more:.6g} (steps={more})"
+                f"{abs(span) / fewer:.6g} (steps={fewer}) and {abs(span) / more:.6g} (steps={more}); "
+                "clip_last=True makes the last step shorter"
             )
     h = span / steps
-    times = [t0 + n * h for n in range(steps)] + [t1]
-    for start, stop in jumps:
-        ends = [min(times, key=lambda time, end=end: abs(time - end)) for end in (start, stop)]  # type: ignore[misc]
-        if span < 0 or any(abs(a - b) > 1e-9 * max(1.0, abs(b)) for a, b in zip(ends, (start, stop), strict=True)):
-            raise ValueError(
-                f"dt: the field jumps from {start:g} to {stop:g}, and the steps from {t0:g} to {t1:g} do not end "
-                "there; choose t_span and dt so that they do (dt = 1/k for a network)"
-            )
-        times = [time for time in times if not ends[0] < time < ends[1]]
-    return Grid(tuple(times), h)
+    return [t0 + n * h for n in range(steps)] + [t1], h
+
+
+def _nodes_of_sizes(t0: float, t1: float, sizes: Sequence[float]) -> list[float]:
+    """Return the nodes of steps of the given sizes, which are positive or have the sign of the span."""
+    sign = math.copysign(1.0, t1 - t0)
+    signed = [sign * abs(size) for size in sizes]
+    if any(size == 0.0 or (size < 0.0 < sign) for size in sizes):
+        raise ValueError(f"dt: got a step of size {min(sizes, key=lambda size: sign * size):g}, expected sizes above 0")
+    if not math.isclose(math.fsum(signed), t1 - t0, rel_tol=1e-6):
+        raise ValueError(
+            f"dt: got {len(signed)} step sizes with the sum {math.fsum(map(abs, signed)):.6g}, expected the length of "
+            f"the span from {t0:g} to {t1:g}, {abs(t1 - t0):.6g}"
+        )
+    return [*accumulate(signed[:-1], initial=t0), t1]
+
+
+def _nodes_of_times(t0: float, t1: float, times: Sequence[float]) -> list[float]:
+    """Return the given nodes, whose ends are those of the span up to rounding."""
+    whole = Grid((t0, t1))
+    nodes = [whole.clamped(t) for t in times]
+    if whole.snap(nodes[0]) != t0 or whole.snap(nodes[-1]) != t1:
+        raise ValueError(
+            f"steps: got {nodes[0]:g} to {nodes[-1]:g}, expected times from {t0:g} to {t1:g}, both ends included"
+        )
+    if any(whole.sign * b <= whole.sign * a for a, b in pairwise(nodes)):
+        raise ValueError(f"steps: the times must be in the order of the solve, {t0:g} to {t1:g}, each once")
+    return [t0, *nodes[1:-1], t1]
