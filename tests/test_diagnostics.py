@@ -88,6 +88,8 @@ class TestPerturbation:
         assert result.costate_norms == pytest.approx(norms(costates), rel=1e-12)
         shares = [0.3 * b / a for a, b in zip(norms(states), norms(costates), strict=True)]
         assert result.relative == pytest.approx(shares, rel=1e-12)
+        moves = [float((b - a).norm() / a.norm()) for a, b in pairwise(states)]
+        assert result.moves == pytest.approx(moves, rel=1e-12)
         assert result.loss == pytest.approx(float(half_square(states[-1])), rel=1e-12)
 
     def test_eta_only_scales_the_relative_size(self):
@@ -131,6 +133,8 @@ class TestPerturbation:
         assert result.ratios == pytest.approx(
             [x / a for x, a in zip(norms(states[1:]), norms(costates), strict=False)], rel=1e-12
         )
+        kept = [x.shape == y.shape for x, y in pairwise(states)]
+        assert not all(kept) and [not math.isnan(move) for move in result.moves] == kept
 
     def test_no_costate_is_an_infinite_ratio_and_null_in_json(self):
         field = odeadv.AdversarialField(lambda t, x: A @ x, lambda x: 0.0 * half_square(x), 0.1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -28,6 +30,8 @@ class Perturbation(Result):
         costate_norms: ||a_n||, one per node.
         ratios: Eq. 16 at each of the N layers, ||x_n + f(x_n, t_n)|| / ||a_n||; the first is ``ratio``.
         relative: |eta| ||a_n|| / ||x_n||, one per node: the size of the perturbation per unit of time.
+        moves: ||x_{n+1} - x_n|| / ||x_n|| at each of the N layers; NaN if the layer changes the shape. If all are small,
+            the network is close to linear, and the costate is nearly the same at every layer.
         eta: strength of the field.
         loss: loss of the final state.
     """
@@ -38,6 +42,7 @@ class Perturbation(Result):
     costate_norms: list[float]
     ratios: list[float]
     relative: list[float]
+    moves: list[float]
     eta: float
     loss: float
 
@@ -52,6 +57,7 @@ class Perturbation(Result):
             "Eq. 16 at t = 0": self.ratio,
             "Eq. 16, lowest of the layers": min(self.ratios),
             "largest |eta| |a| / |x|": max(self.relative),
+            "largest change of the state by a layer / |x|": max((m for m in self.moves if m == m), default=math.nan),
             "loss": self.loss,
         }
 
@@ -105,9 +111,14 @@ def perturbation_of(path: Path, substep: Any = None) -> Perturbation:
         costate_norms=costate_norms,
         ratios=ratios,
         relative=[quotient(abs(path.eta) * a, x) for a, x in zip(costate_norms, state_norms, strict=True)],
+        moves=[_move(x, end) for x, end in pairwise(path.states)],
         eta=path.eta,
         loss=path.loss(),
     )
+
+
+def _move(x: Tensor, end: Tensor) -> float:
+    return quotient(norm(end - x), norm(x)) if end.shape == x.shape else math.nan
 
 
 def _after_one(layer: Layer, euler: bool) -> Tensor:
