@@ -456,6 +456,10 @@ class TestGrowth:
         assert result.bound == pytest.approx(layer**8, rel=1e-3)
         assert all(result.converged)
 
+    @pytest.mark.filterwarnings("error")
+    def test_one_operator_is_followed_without_a_warning(self):
+        diagnostics.growth(linear(0.3), direction=X0)
+
     def test_what_has_not_converged_says_so(self):
         rough = diagnostics.lipschitz(linear(0.3), rtol=1e-6, most=2)
         assert not any(rough.converged)

@@ -177,7 +177,7 @@ def growth(
     dt: float | None = None,
     steps: int | None = None,
     substep: Any = None,
-    scheme: str | Scheme = "strang",
+    scheme: str | Scheme | None = None,
     generator: torch.Generator | None = None,
 ) -> Growth:
     """Follow the growth of a difference in the initial state through the layers of the unperturbed field.
@@ -192,7 +192,7 @@ def growth(
         direction: dx_0 of an infinitesimal difference, propagated by a Jacobian-vector product through the solve. If
             neither ``direction`` nor ``start`` is given, a random one is drawn.
         start: another initial state instead, such as ``net.stem(attacked_images)``; it is solved from as well.
-        scheme: scheme for a field of several operators.
+        scheme: see `odeadv.solve`; it matters for a field of several operators.
         generator: source of the random direction; seed 0 if not given.
 
     Raises:
@@ -211,7 +211,7 @@ def growth_of(
     *,
     direction: Tensor | None = None,
     start: Tensor | None = None,
-    scheme: str | Scheme = "strang",
+    scheme: str | Scheme | None = None,
     generator: torch.Generator | None = None,
 ) -> Growth:
     """Follow a difference in ``field``, which carries its problem; see `growth`."""
