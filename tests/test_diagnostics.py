@@ -134,7 +134,8 @@ class TestPerturbation:
             [x / a for x, a in zip(norms(states[1:]), norms(costates), strict=False)], rel=1e-12
         )
         kept = [x.shape == y.shape for x, y in pairwise(states)]
-        assert not all(kept) and [not math.isnan(move) for move in result.moves] == kept
+        assert not all(kept)
+        assert [not math.isnan(move) for move in result.moves] == kept
 
     def test_no_costate_is_an_infinite_ratio_and_null_in_json(self):
         field = odeadv.AdversarialField(lambda t, x: A @ x, lambda x: 0.0 * half_square(x), 0.1)

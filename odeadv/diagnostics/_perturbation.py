@@ -30,8 +30,8 @@ class Perturbation(Result):
         costate_norms: ||a_n||, one per node.
         ratios: Eq. 16 at each of the N layers, ||x_n + f(x_n, t_n)|| / ||a_n||; the first is ``ratio``.
         relative: |eta| ||a_n|| / ||x_n||, one per node: the size of the perturbation per unit of time.
-        moves: ||x_{n+1} - x_n|| / ||x_n|| at each of the N layers; NaN if the layer changes the shape. If all are small,
-            the network is close to linear, and the costate is nearly the same at every layer.
+        moves: ||x_{n+1} - x_n|| / ||x_n|| at each of the N layers; NaN if the layer changes the shape. If all are
+            small, the network is close to linear, and the costate is nearly the same at every layer.
         eta: strength of the field.
         loss: loss of the final state.
     """
