@@ -384,7 +384,7 @@ def test_a_rehearsal_takes_the_first_steps_of_a_training_and_writes_nothing(caps
     assert [re.match(r"(\S+): 3 of (\d+) steps, loss \d\.\d{3}, ", line).groups() for line in lines[:2]] == [
         (method, str(steps)) for method in methods
     ]
-    assert re.match(r"table2: \S+ h to train 2 of 2 rows, a seed of each$", lines[2])
+    assert re.match(r"table2: \S+ h to train 2 of 2 rows, a seed of each; \S+ h for 5 seeds$", lines[2])
     assert not list(tmp_path.iterdir())
     few = slice(0, 3 * whole.batch_size)
     short = replace(images, train_images=images.train_images[few], train_labels=images.train_labels[few])
@@ -455,21 +455,33 @@ def test_listing_without_a_table_shows_the_cost_of_all(capsys):
 def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
     from dataclasses import replace
 
-    tiny = replace(PRESETS["smoke"].sizes["natural"], width=2, epochs=1, train_images=130, test_images=20)
-    preset = replace(PRESETS["smoke"], sizes=dict.fromkeys(PRESETS["smoke"].sizes, tiny))
+    tiny = replace(PRESETS["smoke"].sizes["natural"], width=2, epochs=1)
+    preset = replace(PRESETS["smoke"], sizes=dict.fromkeys(PRESETS["smoke"].sizes, tiny), seeds=(0,))
     monkeypatch.setitem(PRESETS, "smoke", preset)
-    arguments = ["--methods", "natural", "natural+lad", "--runs", str(tmp_path), "--out", str(tmp_path / "page")]
+    arguments = ["--methods", "natural", "natural+lad", "--images", "100", "20"]
+    arguments += ["--runs", str(tmp_path), "--out", str(tmp_path / "page")]
     assert cli.main(["table", "table1", *arguments]) == 0
     shown = capsys.readouterr().out
     page = tmp_path / "page" / "table1.md"
-    assert page.read_text() in shown
     records = sorted((tmp_path / "page").glob("*.json"))
     assert len(records) == 2
+    plain, defended = (json.loads(record.read_text()) for record in records[::-1])
+    assert [plain["data"][key] for key in ("train_images", "test_images")] == [100, 20]
+    # The summary: rows of equal columns, a difference, and that one seed decides nothing.
+    clean, average = (100 * plain["evaluations"]["last"]["table2"][key] for key in ("clean_accuracy", "average"))
+    assert re.search(rf"^natural +1 +{clean:.1f} .* {average:.1f}$", shown, re.MULTILINE)
+    gain = 100 * defended["evaluations"]["last"]["table2"]["average"] - average
+    assert re.search(rf"^natural \+ LAD minus natural +{re.escape(f'{gain:+.1f}')} ", shown, re.MULTILINE)
+    assert "Not resolved: natural + LAD against natural." in shown
+    assert " ".join(preset.limits.split()) in " ".join(shown.split())
+    assert f"page:    {page}" in shown
     before = page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()
     assert cli.main(["table", "table1", *arguments, "--render"]) == 0
     assert (page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()) == before
     # The paper has no such figure.
-    assert re.search(r"\| natural \+ LAD minus natural \| Acc \|  \| .* \| 1 \|", shown)
+    assert re.search(r"\| natural \+ LAD minus natural \| Acc \|  \| .* \| 1 \|", page.read_text())
+    assert cli.main(["table", "table1", "--images", "1", "2", "3"]) == 2
+    assert "images: got 3 numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", range(1, 8))

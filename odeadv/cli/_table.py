@@ -28,6 +28,10 @@ def add_table(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
     sub.add_argument("--methods", nargs="+", metavar="ROW", help="some of the rows, by name")
     sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
+    sub.add_argument(
+        "--images", type=int, nargs="+", metavar="N",
+        help="number of training images instead of the preset's, and of test images if two numbers are given",
+    )  # fmt: skip
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     sub.add_argument(
         "--out", type=Path, help="folder for the page, the plot and the records (default: RUNS/TABLE-DATASET-PRESET)"
@@ -57,7 +61,7 @@ def add_table(sub: argparse.ArgumentParser) -> None:
 
 def table(args: argparse.Namespace) -> int:
     """Make the missing runs of a table and report it, or list or rehearse its runs."""
-    from odeadv.experiments import METHODS, PRESETS, TABLES, make_table, with_eta, write_figure2, write_report
+    from odeadv.experiments import METHODS, PRESETS, make_table, with_eta, with_images, write_figure2, write_report
 
     preset = PRESETS[args.preset]
     if args.table is None:
@@ -65,11 +69,15 @@ def table(args: argparse.Namespace) -> int:
             raise ValueError("table: got none, expected the name of a table, or --list for the cost of all")
         return _list_all(preset, args.rates)
     figure = args.table == "figure2"
-    chosen = TABLES["table2" if figure else args.table]
-    methods = args.methods or (list(METHODS) if figure else None)
     dataset = args.dataset or preset.dataset
+    chosen = preset.table("table2" if figure else args.table, dataset)
+    methods = args.methods or (list(METHODS) if figure else None)
     if args.eta is not None:
         preset = with_eta(preset, chosen, dataset, args.eta)
+    if args.images is not None:
+        if len(args.images) > 2:
+            raise ValueError(f"images: got {len(args.images)} numbers, expected one (training), or two (and test)")
+        preset = with_images(preset, *args.images)
     if args.list:
         return _list(chosen, preset, dataset, methods, args.seeds, args.rates)
     if args.rehearse is not None:
@@ -88,10 +96,19 @@ def table(args: argparse.Namespace) -> int:
         if not first:  # only the first process writes the page
             return 1 if failures else 0
     if not figure or not args.render:
-        print(write_report(chosen, preset, dataset, out, out))
+        write_report(chosen, preset, dataset, out, out)
+        print(_told(chosen, preset, dataset, out, out))
     if figure:
         print(write_figure2(preset, dataset, out, out))
     return 1 if failures else 0
+
+
+def _told(table: Table, preset: Preset, dataset: str, records: Path, out: Path) -> str:
+    """Return the summary of a table and the paths of its page and picture."""
+    from odeadv.experiments import summary
+
+    page = out / table.name
+    return f"\n{summary(table, preset, dataset, records)}\n\npage:    {page}.md\npicture: {page}.png"
 
 
 def _list_all(preset: Preset, rates: list[float]) -> int:
@@ -162,14 +179,17 @@ def add_report(sub: argparse.ArgumentParser) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Make a page and its plot again from records."""
-    from odeadv.experiments import PRESETS, TABLES, with_eta, write_claims, write_report
+    from odeadv.experiments import PRESETS, with_eta, write_claims, write_report
 
     check_folder("out", args.out)
     if args.table == "claims":
         print(write_claims(args.records, args.out))
         return 0
-    table, preset = TABLES[args.table], PRESETS[args.preset]
+    preset = PRESETS[args.preset]
+    dataset = args.dataset or preset.dataset
+    table = preset.table(args.table, dataset)
     if args.eta is not None:
-        preset = with_eta(preset, table, args.dataset or preset.dataset, args.eta)
-    print(write_report(table, preset, args.dataset, args.records, args.out))
+        preset = with_eta(preset, table, dataset, args.eta)
+    write_report(table, preset, dataset, args.records, args.out)
+    print(_told(table, preset, dataset, args.records, args.out))
     return 0

@@ -21,11 +21,12 @@ from odeadv.experiments._folder import RunLockedError, list_runs, load_model, pl
 from odeadv.experiments._inspect import audit_run, diagnose_run, evaluate_run, read_evaluation
 from odeadv.experiments._launch import Failure, Job, first_process, launch, make_table
 from odeadv.experiments._network import run_images
-from odeadv.experiments._presets import PRESETS, Preset, Size, configuration, configurations, with_eta
+from odeadv.experiments._presets import PRESETS, Preset, Size, configuration, configurations, with_eta, with_images
 from odeadv.experiments._records import RecordWarning, load_record, load_records
 from odeadv.experiments._report import render, write_report
 from odeadv.experiments._rerun import Agreement, agreement, rerun
 from odeadv.experiments._run import Measurement, run
+from odeadv.experiments._summary import summary
 from odeadv.experiments._tables import TABLES, Column, Row, Table
 from odeadv.experiments._tune import tune
 
@@ -81,10 +82,12 @@ __all__ = [
     "run",
     "run_images",
     "run_stage",
+    "summary",
     "table_costs",
     "training_passes",
     "tune",
     "with_eta",
+    "with_images",
     "write_claims",
     "write_figure2",
     "write_report",

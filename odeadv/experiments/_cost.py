@@ -91,9 +91,10 @@ def table_costs(preset: Preset) -> list[TableCost]:
     trained: set[str] = set()
     evaluated: set[tuple[str, str]] = set()
     found = []
-    for table in TABLES.values():
-        protocol = resolve_protocol(table.protocol)
-        for dataset in table.datasets:
+    for name, listed in TABLES.items():
+        for dataset in listed.datasets:
+            table = preset.table(name, dataset)
+            protocol = resolve_protocol(table.protocol)
             configs = [config for _, config in configurations(table, preset, dataset=dataset)]
             new = [config for config in configs if config.key not in trained]
             fresh = [config for config in configs if (config.key, protocol.name) not in evaluated]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -228,7 +229,9 @@ def make_table(
         protocols = (*protocols, Measurement(table.autoattack, autoattack, best=False))
         require_packages(table.autoattack)
     jobs = [Job(config, protocols) for _, config in pairs]
-    records, failures = launch(jobs, runs, folder, launcher=launcher, cpus=cpus, gpus=gpus)
+    with warnings.catch_warnings():  # presets choose eta for their batch size, and the page says so
+        warnings.filterwarnings("ignore", message=r"eta: .* is for the mean over batches")
+        records, failures = launch(jobs, runs, folder, launcher=launcher, cpus=cpus, gpus=gpus)
     first = first_process()
     if first:
         ended = [job for job in jobs if job not in [failure.job for failure in failures]]

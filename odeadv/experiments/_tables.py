@@ -211,7 +211,7 @@ _SMALL = (
     Column("ifgsm_0.5", "ifgsm", 0.5, 20),
     Column("ifgsm_1", "ifgsm", 1, 20),
 )
-_LARGE = (
+LARGE = (
     Column("fgsm_8", "fgsm", 8, 1),
     Column("fgsm_12", "fgsm", 12, 1),
     Column("ifgsm_8", "ifgsm", 8, 20),
@@ -236,20 +236,20 @@ TABLES = {
             autoattack_255=1.0,
         ),
         Table(
-            "table2", "Table 2: PGD training", "table2", _LARGE,
+            "table2", "Table 2: PGD training", "table2", LARGE,
             _rows("pgd", "pgd+damp", "pgd+lambda-damp", "pgd+lad", "pgd+lad-sm", "pgd+lad-midpoint"),
         ),
         Table(
-            "table3", "Table 3: TRADES", "table2", _LARGE,
+            "table3", "Table 3: TRADES", "table2", LARGE,
             _rows("trades", "trades+lad", "trades+lad-sm"),
         ),
         Table(
-            "table4", "Table 4: stochasticity", "table2", _LARGE,
+            "table4", "Table 4: stochasticity", "table2", LARGE,
             _rows("pgd", "pgd+noise", "pgd+lad", "pgd+lad-sm", "pgd+lad+noise", "pgd+lad-sm+noise"),
             datasets=("cifar10",),
         ),
         Table(
-            "table5", "Table 5: effect of eta", "table2", (_LARGE[0], _LARGE[2]),
+            "table5", "Table 5: effect of eta", "table2", (LARGE[0], LARGE[2]),
             (
                 Row("pgd"),
                 *(Row(f"pgd+{m}", eta / 1000, f"pgd+{m}:{eta}") for m in ("lad", "lad-sm") for eta in _ETAS),
@@ -262,7 +262,7 @@ TABLES = {
             average=False,
         ),
         Table(
-            "table7", "Table 7: stochasticity on CIFAR-100", "table2", _LARGE,
+            "table7", "Table 7: stochasticity on CIFAR-100", "table2", LARGE,
             _rows("pgd", "pgd+noise", "pgd+lad", "pgd+lad-sm", "pgd+lad+noise", "pgd+lad-sm+noise"),
             datasets=("cifar100",),
         ),
@@ -282,11 +282,11 @@ TABLES = {
             ),
         ),
         Table(
-            "ablations-pgd", "Ablations of PGD training", "table2", _LARGE,
+            "ablations-pgd", "Ablations of PGD training", "table2", LARGE,
             _rows("pgd", "pgd+matched", "pgd+lad", "pgd+lad+random", "pgd+lad+shuffled", "pgd+lad+input"),
         ),
         Table(
-            "ablations-trades", "Ablations of TRADES: the mix of losses alone", "table2", _LARGE,
+            "ablations-trades", "Ablations of TRADES: the mix of losses alone", "table2", LARGE,
             _rows("trades", "trades+matched", "trades+lad", "trades+lad+eta0"),
         ),
         Table(
