@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odeadv.attacks.balls import Ball, Norm, unit
 from odeadv.support.checks import did_you_mean, number, shown
+from odeadv.support.deferred import holds
 
 Start = Callable[[Tensor, Ball], Tensor]
 GivenStart = Literal["clean", "uniform", "gaussian"] | Tensor | Callable[[Tensor, torch.Generator], Tensor]
@@ -131,7 +132,7 @@ def _tensor_start(given: Tensor, images: Tensor) -> Start:
         raise ValueError(
             f"start: got {_described(given)}, expected floating {tuple(images.shape)} on the device of the images"
         )
-    if not (~given.isnan()).all():
+    if not holds((~given.isnan()).all()):
         raise ValueError("start: contains NaN, expected pixel values")
     return lambda clean, ball: ball.project(torch.empty_like(clean).copy_(given.detach()))
 

@@ -72,9 +72,10 @@ def linf_bounds(images: Tensor, eps: float | Tensor) -> Bounds:
         radius = eps.clamp(max=1).to(images.dtype)
         radius = torch.where(radius.double() > eps, torch.nextafter(radius, zero), radius)
     else:
-        radius = images.new_tensor(min(eps, 1.0))  # beyond 1 the ball holds the whole box
-        if radius.item() > eps:
-            radius = torch.nextafter(radius, zero)
+        # Rounded on the CPU: reading it back would wait for the device. Beyond 1 the ball holds the whole box.
+        near = torch.tensor(min(eps, 1.0), dtype=images.dtype)
+        radius = torch.where(near.double() > eps, torch.nextafter(near, torch.zeros_like(near)), near)
+        radius = radius.to(images.device, non_blocking=True)
     # A floating-point sum minus its larger part is exact, so both comparisons with the rest are exact too.
     # (The lower bound needs no such care if images < radius: the bound is then 0.)
     lower = images - radius

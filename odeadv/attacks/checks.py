@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.support.checks import number, shown
+from odeadv.support.deferred import holds
 from odeadv.support.isolation import version
 
 _WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
@@ -73,10 +74,11 @@ def check_images(images: object) -> None:
         raise TypeError(f"images: got dtype {images.dtype}, expected a floating dtype with values in [0, 1]")
     if images.ndim < 2 or images.numel() == 0:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, channels, height, width), not empty")
-    low, high = (bound.item() for bound in torch.aminmax(images.detach()))
-    if math.isnan(low) or math.isnan(high):
-        raise ValueError("images: contain NaN, expected values in [0, 1]")
-    if low < 0 or high > 1:
+    lowest, highest = torch.aminmax(images.detach())
+    if not holds((lowest >= 0) & (highest <= 1)):  # False if NaN, too
+        low, high = float(lowest), float(highest)
+        if math.isnan(low) or math.isnan(high):
+            raise ValueError("images: contain NaN, expected values in [0, 1]")
         raise ValueError(
             f"images: got values in [{low:.3g}, {high:.3g}], expected [0, 1]; normalisation belongs inside the model"
         )
@@ -92,7 +94,7 @@ def check_labels(labels: object, n: int, device: torch.device | None = None, *, 
         raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one per image")
     if device is not None and labels.device != device:
         raise ValueError(f"{name}: got device {labels.device}, expected {device}, the device of the images")
-    if labels.min() < 0:
+    if not holds(labels.min() >= 0):
         raise ValueError(f"{name}: got {int(labels.min())}, expected class indices >= 0")
 
 

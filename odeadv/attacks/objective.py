@@ -24,6 +24,7 @@ from odeadv.attacks._losses import (
     resolve_loss,
 )
 from odeadv.attacks.checks import answered, check_classes, image_numbers
+from odeadv.support.deferred import holds, is_deferring
 from odeadv.support.isolation import Mode, untouched
 
 __all__ = [
@@ -147,7 +148,10 @@ class AttackLoss:
         self.gradient_evaluations = 0
         self.truth = Truth(labels, target)
         self._model = model
-        highest = {"labels": int(labels.max())} | ({} if target is None else {"target": int(target.max())})
+        given = {"labels": labels} if target is None else {"labels": labels, "target": target}
+        self._highest = {name: values.max() for name, values in given.items()}
+        # Unknown, and compared on the device, where checks are read later.
+        highest = {name: -1 if is_deferring() else int(value) for name, value in self._highest.items()}
         self._highest_in, self._highest_label = max(highest.items(), key=lambda item: item[1])
         self._rule = loss if isinstance(loss, LossRule) else of_labels(loss)
         self._eot = eot
@@ -213,7 +217,7 @@ class AttackLoss:
     def raise_if_not_finite(self) -> None:
         """Raise ValueError if logits, losses or gradients so far were not finite; ``deferred`` checks end here."""
         for what, good in self._finite.items():
-            if not good.all():
+            if not holds(good.all()):
                 raise ValueError(self._message(what, (~good).nonzero()[:, 0]))
 
     def _differentiate(self, images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,6 +248,9 @@ class AttackLoss:
 
     def _forward(self, images: Tensor, index: Tensor | None) -> Tensor:
         logits = check_classes(self._answer(images), len(images), self._highest_label, name=self._highest_in)
+        if is_deferring() and not self.forward_passes:
+            for value in self._highest.values():
+                holds(value < logits.shape[1])
         self._check(_finite_rows(logits), _LOGITS, index)
         self.forward_passes += len(images)
         if self._tally is not None:

@@ -14,6 +14,7 @@ from odeadv.fields import AdversarialField, Operator, Problem, VectorField
 from odeadv.models._layers import Stem
 from odeadv.solver import solve
 from odeadv.splitting import Exact, TorchDiffEq, get_substep
+from odeadv.support.deferred import holds, is_deferring
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -263,8 +264,8 @@ def check_labels(labels: Any, inputs: Any, num_classes: int | None) -> None:
         )
     if labels.shape != (count,):
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({count},), one class number per input")
-    # On a GPU the comparison would wait for the device in every step.
-    if num_classes is not None and labels.device.type == "cpu":
-        low, high = int(labels.min()), int(labels.max())
-        if not 0 <= low <= high < num_classes:
-            raise ValueError(f"labels: got classes {low} to {high}, expected 0 to {num_classes - 1}")
+    # On a GPU the comparison would wait for the device in every step, unless it is read later.
+    if num_classes is not None and (labels.device.type == "cpu" or is_deferring()):
+        low, high = labels.min(), labels.max()
+        if not holds((low >= 0) & (high < num_classes)):
+            raise ValueError(f"labels: got classes {int(low)} to {int(high)}, expected 0 to {num_classes - 1}")

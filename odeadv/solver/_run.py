@@ -19,6 +19,7 @@ from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
 from odeadv.splitting import Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
+from odeadv.support.deferred import holds, is_deferring
 from odeadv.support.isolation import Recompute, inside_transform, without_effects
 
 
@@ -259,8 +260,8 @@ def status_of(so_far: Status, *values: Tensor | None) -> Status:
     """Return ``so_far``, unless a value is not finite, or cannot be read."""
     finite = [(value.detach() * 0).sum() == 0 for value in values if value is not None]  # cheaper than isfinite().all()
     try:
-        if not bool(torch.stack(finite).all()):
+        if not holds(torch.stack(finite).all()):
             return Status.NON_FINITE
     except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
         return Status.UNKNOWN if so_far is Status.SUCCESS else so_far
-    return so_far
+    return Status.UNKNOWN if is_deferring() and so_far is Status.SUCCESS else so_far

@@ -18,6 +18,7 @@ from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
 from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, Scheme, make_grid
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
+from odeadv.support.deferred import holds
 from odeadv.support.isolation import read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
@@ -422,7 +423,7 @@ def read_initial_state(field: VectorField, x0: Any) -> Tensor:
     if not (state.is_floating_point() or state.is_complex()):
         raise TypeError(f"x0: got dtype {state.dtype}, expected a floating or complex dtype; convert with x0.double()")
     try:
-        finite = bool(state.isfinite().all())
+        finite = holds(state.isfinite().all())
     except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
         finite = True
     if not finite:

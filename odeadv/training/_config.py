@@ -41,6 +41,9 @@ class TrainConfig:
         sync_batchnorm: take batch statistics over all processes.
         compile: compile the network that attacks run (``torch.compile``). It changes results by rounding only.
         stop_above: a loss above this counts as diverged.
+        check_every: number of steps between two looks at the checks of the steps. A look waits for the device, so a GPU
+            runs ahead in between. If a check has failed, the steps since the last look are redone, and the error is
+            that of the step that failed. It needs a copy of weights and optimiser state; 1 looks after every step.
         seed: of the initial weights, the order of the images, their augmentation, attacks and noise.
         augment: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror); ``"crop"``, ``"flip"``, or ``"none"``. Images
             are only mirrored if the data set allows it.
@@ -77,6 +80,7 @@ class TrainConfig:
     sync_batchnorm: bool = True
     compile: bool = False
     stop_above: float = 1e3
+    check_every: int = 50
     seed: int = 0
     augment: Literal["crop-flip", "crop", "flip", "none"] = "crop-flip"
     optimizer: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +99,7 @@ class TrainConfig:
         for name, base in (("objective", Objective), ("defence", Defence)):
             if not isinstance(getattr(self, name), base):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected an instance of {base.__name__}")
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "check_every"):
             integer(name, getattr(self, name))
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size ({self.batch_size})")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,10 +20,12 @@ from odeadv.data import to_float
 from odeadv.diagnostics import Perturbation, perturbation
 from odeadv.models import FieldNetwork
 from odeadv.solver import SolveError
+from odeadv.support.deferred import deferring, holds
 from odeadv.support.isolation import untouched, without_effects
 from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import rows_of, synchronise_batch_norm
+from odeadv.training._look import Flags, Snapshot
 from odeadv.training._recipe import Averaged
 from odeadv.training._results import EpochResult, TrainResult
 from odeadv.training._step import Defence, Draws, StepModule
@@ -125,6 +128,9 @@ class Run:
         self.seconds = 0.0  # of the current epoch, before it was interrupted
         self.order_state = self.generator.get_state()
         self.stopped_by: int | None = None  # the signal that asked for a stop
+        self.flags = Flags(fabric.device)
+        self.reads_at_once = config.check_every == 1
+        self.snapshot: Snapshot | None = None
 
     def go(
         self, on_step: Callable[[int, int, int], object] | None, on_epoch: Callable[[EpochResult], object] | None
@@ -189,6 +195,7 @@ class Run:
         if not asked:
             return
         if self.done:  # an epoch that has ended is saved already
+            self._look(epoch)
             self._save()
         self.fabric.barrier()  # the first process has written the file that all of them name
         at = f"in epoch {epoch + 1}, after step {self.done}" if self.done else f"after epoch {epoch + 1}"
@@ -200,9 +207,12 @@ class Run:
         last_saved = time.perf_counter()
         self.order_state = self.generator.get_state()
         self.batches.pass_over(self.done)
+        self._take_snapshot()
         for images, labels in self.batches:
-            self._step(epoch, images, labels)
+            self._checked_step(epoch, images, labels)
             self.done += 1
+            if len(self.flags) >= self.config.check_every:
+                self._look(epoch)
             if on_step is not None:
                 on_step(epoch + 1, self.done, len(self.batches))
             self.seconds = time.perf_counter() - began
@@ -211,7 +221,9 @@ class Run:
             self._stop_if_asked(epoch)
             if self._due(last_saved):
                 last_saved = time.perf_counter()
+                self._look(epoch)
                 self._save()
+        self._look(epoch)
         strength = EpochStrength.of(None if self.strength_sum is None else self._over_processes(self.strength_sum))
         loss, correct = self._over_processes(self.loss_sum), self._over_processes(self.correct)
         with self._watching(epoch):
@@ -251,6 +263,65 @@ class Run:
             return False
         answer: bool = self.fabric.broadcast(time.perf_counter() - last_saved > self.plan.every)
         return answer
+
+    def _checked_step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
+        """Make a step, and keep its checks for `_look` unless they are read at once."""
+        if self.reads_at_once:
+            self._step(epoch, images, labels)
+            return
+        try:
+            with deferring() as checks:
+                self._step(epoch, images, labels)
+        except Exception:
+            if self.fabric.world_size == 1:  # several processes would no longer be at the same step
+                self._redo(epoch, len(self.flags) + 1)  # raises if this step or one before it fails a check
+            raise
+        self.flags.add(checks)
+
+    def _look(self, epoch: int) -> None:
+        """Read the checks of the steps since the last look; redo these steps if one has failed.
+
+        Raises:
+            TrainingDiverged: as a step whose checks are read at once would have raised it.
+        """
+        if not len(self.flags):
+            return
+        failed = self._over_processes(self.flags.failed()).tolist()
+        if any(failed):
+            self._redo(epoch, 1 + next(number for number, found in enumerate(failed) if found))
+            raise self._diverged(epoch, "a state or the loss was not finite, but was finite when the step was redone")
+        self._take_snapshot()
+
+    def _redo(self, epoch: int, steps: int) -> None:
+        """Make the ``steps`` since the last snapshot again, with every check read at once."""
+        assert self.snapshot is not None
+        back, self.reads_at_once = self.snapshot, True
+        back.put_back(self.net, self.optimizer)
+        self._put_sums(back.sums)
+        self.done = back.done
+        self.generator.set_state(self.order_state)
+        self.batches.pass_over(self.done)
+        for images, labels in islice(self.batches, steps):
+            self._step(epoch, images, labels)
+            self.done += 1
+        self.done -= 1  # of the step that was expected to fail
+
+    def _take_snapshot(self) -> None:
+        """Keep what `_look` needs to redo the steps from here on."""
+        if not self.reads_at_once:
+            self.snapshot = Snapshot(self.net, self.optimizer, self._sums(), self.done)
+
+    def _sums(self) -> dict[str, Tensor | None]:
+        averaged = {} if self.averaged is None else saved.prefixed("averaged", self.averaged.tensors)
+        return {"loss": self.loss_sum, "correct": self.correct, "strength": self.strength_sum, **averaged}
+
+    def _put_sums(self, sums: dict[str, Tensor | None]) -> None:
+        loss, correct = sums["loss"], sums["correct"]
+        assert loss is not None
+        assert correct is not None
+        self.loss_sum, self.correct, self.strength_sum = loss, correct, sums["strength"]
+        if self.averaged is not None:
+            self.averaged.load(saved.without("averaged", {n: t for n, t in sums.items() if t is not None}))
 
     def _step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
         """Make forward and backward passes of all micro-batches of this process, and one step of the optimiser."""
@@ -329,10 +400,8 @@ class Run:
         share = 1.0 / (self.config.accumulate * self.fabric.world_size)
         with self._watching(epoch, images, labels):
             loss, logits = self.module(images, labels, draws, share)
-        # Reading the loss waits for the device in every step; a run that trains on after a NaN costs more.
-        value = float(loss.detach())
-        if not value <= self.config.stop_above:
-            raise self._diverged(epoch, f"the loss is {value:g}", images, labels)
+        if not holds(loss.detach() <= self.config.stop_above):
+            raise self._diverged(epoch, f"the loss is {float(loss.detach()):g}", images, labels)
         return loss, logits
 
     @contextlib.contextmanager
@@ -343,6 +412,11 @@ class Run:
         except SolveError as error:
             raise self._diverged(epoch, error.solution.status.message, images, labels) from error
         except ValueError as error:  # attacks refuse logits that are not finite
+            if images is not None and images.is_floating_point() and not bool(images.isfinite().all()):
+                where = f"epoch {epoch + 1}, step {self.done + 1}"
+                raise ValueError(
+                    f"data: got inputs that are NaN or infinite in {where}, expected finite ones"
+                ) from error
             if self._is_finite(images):
                 raise
             raise self._diverged(epoch, "logits or a weight are not finite", images, labels) from error

@@ -1,0 +1,41 @@
+"""Checks of values on a device, which the caller may read later: each read waits until an accelerator has caught up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_KEPT: ContextVar[list[Tensor] | None] = ContextVar("kept checks", default=None)
+
+
+@contextlib.contextmanager
+def deferring() -> Iterator[list[Tensor]]:
+    """Collect the checks of the body instead of reading them.
+
+    Yields:
+        A list that receives a 0-d bool tensor per check. The caller reads them later. If one is False, the caller runs
+        the body again without deferring, and the error is raised where it belongs.
+    """
+    kept: list[Tensor] = []
+    token = _KEPT.set(kept)
+    try:
+        yield kept
+    finally:
+        _KEPT.reset(token)
+
+
+def is_deferring() -> bool:
+    """Return True inside `deferring`."""
+    return _KEPT.get() is not None
+
+
+def holds(good: Tensor) -> bool:
+    """Return the value of ``good``, a 0-d bool tensor; inside `deferring` keep it for later and return True."""
+    kept = _KEPT.get()
+    if kept is None:
+        return bool(good)
+    kept.append(good)
+    return True

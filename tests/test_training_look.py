@@ -1,0 +1,117 @@
+"""A step of training does not wait for the device: its checks are read later, and fail as if they were read at once."""
+
+import pytest
+import torch
+from test_training import LAD, LAD_SM, config, tiny_data, tiny_net
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
+
+from odeadv import attacks, solve
+from odeadv.splitting import Status
+from odeadv.support.deferred import deferring
+from odeadv.training import Awp, Layerwise, Mart, Natural, Penalty, Pgd, Trades, TrainingDiverged, Undefended, train
+from odeadv.training._loop import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches of 8:UserWarning")
+
+READS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero"}
+DEFENCES = (
+    Undefended(), LAD, LAD_SM, Penalty(2.0), Layerwise("strang-midpoint", 2.0), Layerwise("lie", 2.0, ascent=2),
+    Layerwise("lie", 2.0, sweeps=2), Layerwise("lie", 2.0, perturbation="random"),
+    Layerwise("lie", 2.0, perturbation="shuffled"), Layerwise("lie", 2.0, perturbation="input"),
+    Layerwise("strang", strength=0.05, warmup=1),
+)  # fmt: skip
+ATTACKED = (Pgd(steps=2), Trades(steps=2), Trades(steps=1, start="clamped"), Mart(steps=1), Awp(Pgd(steps=1)))
+PAIRS = [(Natural(), each) for each in DEFENCES] + [(each, defence) for each in ATTACKED for defence in (DEFENCES[:3])]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would have to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.counting, self.count = False, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += self.counting and function.name() in READS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("objective", "defence"), PAIRS, ids=str)
+def test_a_step_reads_nothing_from_the_device(objective, defence, monkeypatch):
+    reads, step = Reads(), Run._checked_step
+
+    def counted(self, *arguments):
+        reads.counting = True
+        step(self, *arguments)
+        reads.counting = False
+
+    monkeypatch.setattr(Run, "_checked_step", counted)
+    with reads:
+        train(
+            tiny_net(),
+            tiny_data(),
+            config(objective=objective, defence=defence, epochs=1, milestones=()),
+            progress=False,
+        )
+        assert reads.count == 0
+        reads.counting = True
+        assert bool(torch.ones(1)) and reads.count == 1  # the counter works  # noqa: PT018
+
+
+def bad(where, value):
+    images = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(24) % 3
+    (images if where == "images" else labels)[19] = value
+    return TensorDataset(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        (tiny_data, {"defence": LAD, "lr": 1e30}, "epoch 1, step 2: .*lower lr"),
+        (tiny_data, {"defence": LAD_SM, "stop_above": 1.15, "ema": 0.9}, r"the loss is 1\.\d.* is largest at layer \d"),
+        (tiny_data, {"objective": Pgd(steps=1), "lr": 1e30, "optimizer": {"name": "adamw"}}, "step 2: "),
+        (lambda: bad("images", torch.nan), {"augment": "none"}, "data: got inputs with NaN or .* in epoch 1, step 2"),
+        (lambda: bad("images", 2.0), {"augment": "none", "objective": Pgd(steps=1)}, r"values in \[.*, 2\], exp"),
+        (lambda: bad("labels", 7), {"augment": "none", "defence": LAD}, "labels: got classes 0 to 7, exp"),
+        (lambda: bad("labels", 7), {"augment": "none", "objective": Trades(steps=1)}, "labels: got 7, exp"),
+    ],
+)  # fmt: skip
+def test_what_is_read_later_fails_as_if_it_were_read_at_once(data, changes, message):
+    found = []
+    for often in (1, 50, 2):
+        net = tiny_net()
+        with pytest.raises((TrainingDiverged, ValueError), match=message) as raised:
+            train(net, data(), config(**changes, check_every=often, epochs=4), progress=False)
+        found.append((str(raised.value), net.state_dict()))
+    for said, weights in found[1:]:
+        assert said == found[0][0]
+        for one, other in zip(weights.values(), found[0][1].values(), strict=True):
+            assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_a_fault_that_does_not_come_back_stops_the_run(monkeypatch):
+    steps = []
+
+    def faulty(self, step):
+        steps.append(1)
+        passed = step.defended(step.images)
+        return type(passed)(passed.loss + (torch.inf if len(steps) == 2 else 0.0), passed.logits)
+
+    monkeypatch.setattr(Natural, "__call__", faulty)
+    with pytest.raises(TrainingDiverged, match="step 2: a state or the loss was not finite, but was finite when"):
+        train(tiny_net(), tiny_data(), config(), progress=False)
+
+
+def test_checks_are_kept_for_later_inside_deferring_only():
+    net = tiny_net()
+    images, labels = torch.full((2, 3, 8, 8), 0.5), torch.tensor([0, 1])
+    list(net.parameters())[-2].data.fill_(torch.inf)
+    with deferring() as kept:
+        assert solve(net.field(images, labels), throw=False).status is Status.UNKNOWN
+        attacks.fgsm(net, images, labels, eps=0.1)
+    assert not all(bool(check) for check in kept)
+    with pytest.raises(ValueError, match="not finite"):
+        attacks.fgsm(net, images, labels, eps=0.1)
+    assert solve(net.field(images, labels), throw=False).status is Status.NON_FINITE
