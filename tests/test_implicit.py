@@ -112,7 +112,7 @@ def test_stiff_problems_against_radau(f, x0, span, steps, most):
 def test_gmres_and_dense_jacobians_give_the_same(scheme):
     x0 = torch.rand(3, 2, generator=seeded(), dtype=F64)
     made = {}
-    for newton in (odeadv.Newton(), odeadv.Newton(jacobian="krylov"), odeadv.Newton(batched=True)):
+    for newton in (odeadv.Newton(), odeadv.Newton(jacobian="krylov"), odeadv.Newton(samples=0)):
         made[newton] = odeadv.solve(odeadv.Operator(coupled, solve=newton), x0, SPAN, scheme=scheme, steps=2)
     dense, krylov, batched = made.values()
     for sol in (krylov, batched):
@@ -122,11 +122,14 @@ def test_gmres_and_dense_jacobians_give_the_same(scheme):
     )
     assert krylov.stats.jvps > 0 == dense.stats.jvps
     assert batched.stats.vjps < dense.stats.vjps  # two products per Jacobian instead of six, and one to test samples
+    turned = odeadv.Operator(lambda t, x: coupled(t, x.mT).mT, solve=odeadv.Newton(samples=-1))
+    found = odeadv.solve(turned, x0.mT[None].clone(), SPAN, scheme=scheme, steps=2)
+    torch.testing.assert_close(found.xs[-1][0].mT, dense.xs[-1], rtol=1e-11, atol=1e-12)
 
 
 def test_samples_that_depend_on_one_another_are_noticed():
-    mixing = odeadv.Operator(lambda t, x: -x * x.mean(), solve=odeadv.Newton(batched=True))
-    with pytest.raises(ValueError, match="batched: got True for a function whose first sample depends on other"):
+    mixing = odeadv.Operator(lambda t, x: -x * x.mean(), solve=odeadv.Newton(samples=0))
+    with pytest.raises(ValueError, match="samples: got axes of samples that depend on one another"):
         end(mixing, torch.ones(3, 2, dtype=F64))
 
 
@@ -211,7 +214,7 @@ def test_newton_refuses_what_it_does_not_know():
 
 # ---- gradients and costates ----
 
-NEWTONS = (odeadv.Newton(), odeadv.Newton(jacobian="krylov"), odeadv.Newton(batched=True))
+NEWTONS = (odeadv.Newton(), odeadv.Newton(jacobian="krylov"), odeadv.Newton(samples=0))
 
 
 def parametrised(w: Tensor, newton: odeadv.Newton) -> odeadv.Operator:
@@ -226,7 +229,7 @@ def parametrised(w: Tensor, newton: odeadv.Newton) -> odeadv.Operator:
 @pytest.mark.parametrize("newton", NEWTONS, ids=["dense", "krylov", "batched"])
 @pytest.mark.parametrize("scheme", ["crank-nicolson", "sdirk2"])
 def test_first_and_second_derivatives(newton, scheme):
-    x0 = tensor(1.0, 0.5).expand(2 if newton.batched else 1, 2).clone().requires_grad_()
+    x0 = tensor(1.0, 0.5).expand(2 if newton.axes else 1, 2).clone().requires_grad_()
     w = tensor(1.3, 0.4).requires_grad_()
 
     def solve(x, w):

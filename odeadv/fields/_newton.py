@@ -39,12 +39,12 @@ class Newton:
     Attributes:
         jacobian: ``"dense"`` makes the Jacobian by reverse mode and factors it; ``"krylov"`` needs its products only
             and solves by GMRES. The default is dense up to 512 unknowns.
-        batched: True promises that the leading axis of the state counts samples that do not depend on one another. Each
-            sample then has its own, small Jacobian, and all are made by as many products as one sample has unknowns.
-            The promise is tested on the first sample.
+        samples: the axis, or a tuple of axes, that counts samples which do not depend on one another: 0 for a batch, -1
+            for a reaction at each point of a line. Each sample then has its own, small Jacobian, and all are made by as
+            many products as one sample has unknowns. The promise is tested on the first sample.
         precondition: ``precondition(t, c, y, r)`` returns an approximation of (1 - c df/dx)^-1 r, linear in ``r``, of
             the shape of the state. GMRES uses it.
-        rtol: the error of y to reach, relative to its largest entry (of each sample, if batched); by default 2e-12 in
+        rtol: the error of y to reach, relative to its largest entry, of each sample by itself; by default 2e-12 in
             float64 and 6e-6 in float32.
         most: largest number of iterations.
         restart: number of vectors that GMRES keeps. It gives up after ten times as many products.
@@ -53,12 +53,12 @@ class Newton:
         TypeError, ValueError: naming the attribute that does not fit.
 
     Example:
-        >>> field = odeadv.Operator(lambda t, x: -1e4 * (x**3 - torch.cos(t)), solve=odeadv.Newton(batched=True))
+        >>> field = odeadv.Operator(lambda t, x: -1e4 * (x**3 - torch.cos(t)), solve=odeadv.Newton(samples=0))
         >>> odeadv.solve(field, torch.ones(8, 1), (0.0, 1.0), scheme="sdirk2", steps=20).stats.iterations
     """
 
     jacobian: Literal["dense", "krylov"] | None = None
-    batched: bool = False
+    samples: int | tuple[int, ...] = ()
     precondition: Preconditioner | None = None
     rtol: float | None = None
     most: int = 30
@@ -73,8 +73,15 @@ class Newton:
             )
         if self.rtol is not None:
             number("rtol", self.rtol, above=0)
+        for axis in self.axes:
+            integer("samples", axis, least=None)
         integer("most", self.most)
         integer("restart", self.restart)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """``samples`` as a tuple."""
+        return self.samples if isinstance(self.samples, tuple) else (self.samples,)
 
     def solve(self, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
         """Return y with y - c f(y) = b; all NaN if the iteration fails, which ``cost`` then counts.
@@ -140,7 +147,9 @@ class _Equation:
 
     def __init__(self, newton: Newton, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost) -> None:
         self.newton, self.f, self.t, self.c, self.b, self.cost = newton, f, t, c, b, cost
-        self.rows = len(b) if newton.batched and b.ndim > 1 else 1
+        self._axes, self._front = newton.axes, tuple(range(len(newton.axes)))
+        self._moved = b.movedim(self._axes, self._front).shape
+        self.rows = math.prod(self._moved[: len(self._axes)])
         eps = torch.finfo(b.dtype).eps
         self.target = eps**0.75 if newton.rtol is None else newton.rtol
         self.stalled = max(self.target, eps**0.7)  # where rounding may stop the iteration
@@ -148,13 +157,13 @@ class _Equation:
 
     def vector(self, x: Tensor) -> Tensor:
         """Return the state ``x`` as real vectors."""
+        x = x.movedim(self._axes, self._front)
         return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(self.rows, -1)
 
     def state(self, v: Tensor) -> Tensor:
         """Return the real vectors ``v`` as a state."""
-        if self.b.is_complex():
-            return torch.view_as_complex(v.reshape(*self.b.shape, 2))
-        return v.reshape(self.b.shape)
+        x = torch.view_as_complex(v.reshape(*self._moved, 2)) if self.b.is_complex() else v.reshape(self._moved)
+        return x.movedim(self._front, self._axes)
 
     def residual(self, y: Tensor) -> Tensor:
         """Return y - c f(y) - b."""
@@ -284,8 +293,8 @@ class _Linearisation:
         u[0] = torch.linspace(0.5, 1.5, u.shape[1])
         if bool((self.transposed(u)[1:] != 0).any()):
             raise ValueError(
-                "batched: got True for a function whose first sample depends on other samples, expected samples along "
-                "the leading axis that do not; take batched=False"
+                "samples: got axes of samples that depend on one another (the first one on others), expected "
+                "independent ones; leave samples out"
             )
 
 
