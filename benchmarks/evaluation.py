@@ -6,8 +6,9 @@ compared example by example with those of plain `evaluate`. One gradient of a ba
 evaluation of a compiled model includes the seconds of compiling, which only pay for themselves with many images. The
 floor of an evaluation is the time of the convolutions of its gradients alone, in the same precision. IFGSM-1000, worst
 so far and by its last iterate, is compared with torchattacks, which runs every step on every image, on a naturally
-trained ResNet-20 and on one trained on one-step adversarial examples from random starts. Peers that are not installed
-are left out. Networks are trained once and kept in build/benchmarks/networks.
+trained ResNet-20 and on one trained on one-step adversarial examples from random starts. APGD-T (nine targets, 100
+steps) is compared with pyautoattack, the authors' code, on a ResNet-8 trained in the same way; both draw their own
+starts. Peers that are not installed are left out. Networks are trained once and kept in build/benchmarks/networks.
 """
 
 import warnings
@@ -32,7 +33,7 @@ from ._timing import interleaved, machine, middle, ratio, shown, spread
 from .limits import Limit
 
 EPS, ALPHA = (8 / 255, 12 / 255), 2 / 255
-AIM = {"full": 1.9, "natural": 20.0, "robust": 2.5}
+AIM = {"full": 1.9, "natural": 20.0, "robust": 2.5, "targeted": 1.0}
 COMPILED, ALONE = "odeadv, fold, compile", "its convolutions alone"
 OWN: dict[str, dict[str, object]] = {"odeadv": {}, "odeadv, fold": {"fold": True}}
 Attack = Callable[[float, int], Tensor]  # eps and steps (1: FGSM) to attacked images
@@ -126,6 +127,7 @@ NETWORKS = {
     "ResNet-20, natural": Network(20, 10_000, 8),
     "ResNet-20, robust": Network(20, 4_000, 12, robust=True),
     "ResNet-56, natural": Network(56, 4_000, 5),
+    "ResNet-8, robust": Network(8, 4_000, 8, robust=True),
 }
 QUICK = {name: Network(8, 128, 1, network.robust) for name, network in NETWORKS.items()}
 FOLDER = Path("build/benchmarks/networks")
@@ -280,6 +282,46 @@ def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> 
     }
 
 
+def targeted(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> dict[str, object]:
+    """Time APGD-T at 4/255 on images of which some survive; pyautoattack draws other starts."""
+    spec = AttackSpec("apgd_t", 4 / 255, steps=steps, score="worst")
+    held: dict[str, Tensor] = {}
+    results: list[Evaluation] = []
+
+    def own() -> None:
+        results.append(evaluate(net, (x, y), spec))
+        held["odeadv"] = results[-1].attacks[0].worst_so_far_outcomes
+
+    functions: dict[str, Callable[[], object]] = {"odeadv": own}
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        pass
+    else:
+
+        def authors() -> None:
+            with torch.random.fork_rng(devices=[]):
+                attack = AutoAttack(net, eps=spec.eps, version="custom", attacks=["apgd-t"], seed=0, device="cpu")
+                attack.apgd_targeted.n_iter = steps
+                attacked, _ = attack.run_standard_evaluation(x, y, batch_size=128)
+            with torch.no_grad():
+                held["pyautoattack"] = net(attacked).argmax(dim=1) == y
+
+        functions["pyautoattack"] = authors
+    seconds = interleaved(functions, rounds=rounds, warmup=0)
+    peer = "pyautoattack" in seconds
+    return {
+        "images": len(x),
+        "steps": steps,
+        "clean accuracy": results[-1].clean_accuracy,
+        "accuracy": {name: float(rows.float().mean()) for name, rows in held.items()},
+        "gradients an image": results[-1].gradient_evaluations / len(x),
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "outcomes that differ": int((held["odeadv"] != held["pyautoattack"]).sum()) if peer else None,
+        "times faster than pyautoattack": ratio(seconds, "pyautoattack", "odeadv") if peer else None,
+    }
+
+
 def run(quick: bool = False) -> dict[str, object]:
     many, few, long = (16, 8, 20) if quick else (256, 16, 1000)
     data = dataset()
@@ -304,6 +346,13 @@ def run(quick: bool = False) -> dict[str, object]:
             name: long_runs(nets[f"ResNet-20, {name}"], x[:few].contiguous(), y[:few], long, 1 if quick else 3)
             for name in ("natural", "robust")
         },
+        "targeted": targeted(
+            nets["ResNet-8, robust"],
+            to_float(data.test_images[: few if quick else 1000]).contiguous(),
+            data.test_labels[: few if quick else 1000],
+            5 if quick else 100,
+            1,
+        ),
     }
 
 
@@ -356,6 +405,18 @@ def render(data: dict) -> str:
             notes.append(f"{differ} of {row['images']} ({kind})")
     if notes:
         lines += ["", f"Last iterates with another outcome than torchattacks': {', '.join(notes)}."]
+    row = data.get("targeted")  # results of earlier versions lack it
+    if row is not None:
+        lines += [
+            "",
+            f"| APGD-T of ResNet-8, {row['images']} images, {row['steps']} steps | robust, % | seconds |",
+            "| --- | --- | --- |",
+        ]
+        for name, figure in row["seconds"].items():
+            lines.append(f"| {name} | {100 * row['accuracy'][name]:.1f} | {shown(figure)} |")
+        lines += ["", f"Clean {100 * row['clean accuracy']:.1f} %; {row['gradients an image']:.1f} gradients an image."]
+        if row["outcomes that differ"] is not None:
+            lines[-1] += f" {row['outcomes that differ']} outcomes differ, because the starts do."
     return "\n".join(lines)
 
 
@@ -386,4 +447,8 @@ def limits(data: dict) -> list[Limit]:
             least = _alone(data, "ResNet-20, natural", asked)
             ceiling = middle(row["seconds"]["torchattacks"]) / least if least else None
             found.append(Limit(what, times, ceiling, least=aim, form=".1f"))
+    row = data.get("targeted")
+    if row is not None and row["times faster than pyautoattack"] is not None:
+        what = f"APGD-T, {row['images']} images, ResNet-8: times faster than pyautoattack"
+        found.append(Limit(what, row["times faster than pyautoattack"], least=AIM["targeted"]))
     return found
