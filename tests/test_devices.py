@@ -62,7 +62,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda *a: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda *a: None)
     monkeypatch.setattr(digests, "add_tensor", lambda *a: None)  # digests read the values
-    monkeypatch.setattr(digests, "are_255ths", lambda images: False)
+    monkeypatch.setattr(digests, "are_255ths", lambda *images: False)
     for module in [module for name, module in sys.modules.items() if name.startswith("odeadv.")]:
         for check in ("check_images", "check_labels", "check_range"):  # and so do checks of a range
             if hasattr(module, check):

@@ -259,6 +259,30 @@ class TestNotes:
             assert evaluate(trained(), held_out(100), protocol).notes == ()
 
 
+class TestDoubts:
+    """Data that do not fit the model, and attacks that do not fit the dtype."""
+
+    def test_guessing(self) -> None:
+        x, y = problem(n=60)
+        result = evaluated(Linear(), (x, (y + 3) % 10), "table1")
+        assert f"{100 * result.clean_accuracy:.3g} %, no better than guessing among 10 classes" in result.notes[0]
+        assert not evaluated(Linear(), (x[:40], (y[:40] + 3) % 10), "table1").notes
+
+    def test_divided_by_255_twice(self) -> None:
+        x, _ = problem(n=10)
+        y = Linear()(x / 255).argmax(1)
+        assert "divided by 255 twice" in evaluated(Linear(), (x / 255, y), "table1").notes[0]
+
+    def test_steps_that_the_dtype_cannot_take(self) -> None:
+        x, y = problem(n=10)
+        net = Linear().bfloat16()
+        specs = [AttackSpec("ifgsm", 8 / 255, 1 / 255, 3), AttackSpec("fgsm", 8 / 255)]
+        (note,) = evaluated(net, (x.bfloat16(), y), specs).notes
+        assert "bfloat16, whose numbers between 0.5 and 1 are 1/255 apart: too coarse for the steps of ifgsm-3" in note
+        assert "fgsm at" not in note.replace("ifgsm", "")
+        assert not evaluated(net, (x.bfloat16(), y), "table2").notes
+
+
 class Rounded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return stepped(x)
@@ -319,9 +343,33 @@ class TestData:
         x, y = problem()
         numpy.save(tmp_path / "x.npy", x.numpy())
         mapped = numpy.load(tmp_path / "x.npy", mmap_mode="r")
-        images, _ = read_data((mapped, y))
+        images, _, _ = read_data((mapped, y))
         assert images.data_ptr() == mapped.ctypes.data
         self.check_same((mapped, y))
+
+    @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs the memory figures of Linux")
+    def test_memory_mapped_arrays_may_be_larger_than_memory(self, tmp_path: Path) -> None:
+        numpy.save(tmp_path / "x.npy", numpy.full((256, 3, 128, 128), 0.5, numpy.float32))
+        mapped = numpy.load(tmp_path / "x.npy", mmap_mode="r")
+        mapped_at = f"{mapped.ctypes.data & ~4095:x}"
+        net = nn.Sequential(nn.AvgPool2d(64), nn.Flatten(), nn.Linear(12, 2))
+        most = []
+
+        def progress(done: int, total: int) -> None:
+            """Note the resident kilobytes of the mapping: the line Rss after its address."""
+            lines = Path("/proc/self/smaps").read_text().splitlines()
+            start = next(i for i, line in enumerate(lines) if line.startswith(mapped_at))
+            most.append(int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1]))
+
+        evaluate(net, (mapped, torch.zeros(256).long()), AttackSpec("fgsm", 0.1), batch_size=32, progress=progress)
+        assert len(most) == 8
+        assert max(most) < 0.5 * mapped.nbytes / 1024
+
+    def test_half_precision_in_a_loader(self) -> None:
+        x, y = problem()
+        images, labels, _ = read_data(DataLoader(TensorDataset(x.bfloat16(), y), batch_size=33))
+        assert torch.equal(images, x.bfloat16())
+        assert torch.equal(labels, y)
 
     def test_this_packages_data_set(self) -> None:
         data = load("digits").subset(None, 20)
@@ -399,6 +447,32 @@ class TestSave:
             assert torch.equal(attack.measured[0], expected.measured[0])
             assert len(attack.measured) == 1
             assert float((attacked - x).abs().max()) <= 0.05 + 1e-7
+
+    def test_images_that_were_lost_are_made_again(self, tmp_path: Path) -> None:
+        net, data, folder = trained(), held_out(30), tmp_path / "images"
+        given = {"save": folder, "batch_size": 10, "resume": tmp_path / "j"}
+        first = evaluate(net, data, IFGSM, **given)
+        whole = saved_images(folder)[IFGSM.label]
+        (folder / "batch-00001.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"lacks images 10 to 19; resume the evaluation"):
+            saved_images(folder)
+        again = evaluate(net, data, IFGSM, **given)
+        assert torch.equal(saved_images(folder)[IFGSM.label], whole)
+        assert torch.equal(again.attacks[0].outcomes, first.attacks[0].outcomes)
+        assert again.forward_passes == first.forward_passes
+        (folder / "batch-00002.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"has 20 of 30 images"):
+            saved_images(folder)
+
+    def test_evaluations_are_not_mixed(self, tmp_path: Path) -> None:
+        net, (x, y) = trained(), held_out(30)
+        evaluate(net, (x, y), IFGSM, save=tmp_path / "a", batch_size=10)
+        with pytest.raises(ValueError, match=r"^save: .* holds images of another evaluation"):
+            evaluate(net, (x[:10], y[:10]), IFGSM, save=tmp_path / "a")
+        evaluate(net, (x.flip(0), y.flip(0)), IFGSM, save=tmp_path / "b", batch_size=10)
+        (tmp_path / "b" / "batch-00002.safetensors").replace(tmp_path / "a" / "batch-00002.safetensors")
+        with pytest.raises(ValueError, match=r"batch-00002.safetensors belongs to another evaluation"):
+            saved_images(tmp_path / "a")
 
     def test_a_folder_without_images(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"^folder: .* lacks files batch-\*\.safetensors"):

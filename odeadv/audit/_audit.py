@@ -150,7 +150,7 @@ def _headline(subject: Subject) -> tuple[int | None, int | None]:
 
 
 def _inputs(model: nn.Module, data: object) -> tuple[Tensor, Tensor]:
-    images, labels = read_data(data)
+    images, labels, _ = read_data(data)
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
     if images.dtype == torch.uint8:
         dtype = torch.get_default_dtype() if own is None else own.dtype

@@ -23,7 +23,7 @@ from odeadv.evaluation._ifgsm import SHORT
 from odeadv.evaluation._journal import Journal, probe_logits
 from odeadv.evaluation._prepare import Prepared, prepare
 from odeadv.evaluation._session import Session
-from odeadv.evaluation.data import Examples, Output, read_data
+from odeadv.evaluation.data import Examples, ImageFolder, Output, read_data
 from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, resolve_protocol
 from odeadv.evaluation.trust import (
     ACCEPTABLE,
@@ -34,6 +34,7 @@ from odeadv.evaluation.trust import (
     batch_forwards,
     behaviour,
     differs,
+    doubts,
     is_rounding,
     noted,
     refuse,
@@ -131,7 +132,7 @@ def evaluate(
     batch_size, passes = integer("batch_size", batch_size), integer("passes", passes)
     check_model(model)
     model = model if output is None else Output(model, output)
-    images, labels = read_data(data)
+    images, labels, release = read_data(data)
     device = _device(model, images, device)
     accepted = _accepted(accept)
     _check_options(progress, seed, num_classes)
@@ -152,13 +153,16 @@ def evaluate(
     }
     # This leaves inference mode too, in which the session's tensors must not be made.
     with attacking(model, "eval", device):
-        examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last)
+        examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last, release)
         rules = Rules(
             protocol, seed, stochastic, passes, not stochastic, examples.highest_label, folder is not None, by_example
         )
         seen = _examined(model, examples, batch_size, rules, num_classes, accepted)
         examples, settings["channels_last"] = seen.examples, seen.examples.channels_last
-        identity = {"model": model_digest(model, seen.first.changed_attributes), "data": data_digest(images, labels)}
+        identity = {
+            "model": model_digest(model, seen.first.changed_attributes),
+            "data": data_digest(images, labels, release),
+        }
         header = {
             **identity,
             "protocol": protocol.name,
@@ -167,6 +171,7 @@ def evaluate(
             "probe": probe_logits(seen.first.logits) if seen.is_function else None,
         }
         journal = None if resume is None else _journal(resume, header, model, protocol)
+        saved = None if folder is None else _image_folder(folder, {**identity, "n": len(images)}, journal)
         prepared = prepare(model, seen.whole if fold or compile else seen.probe, folded=fold, compiled=compile)
         notes = [*seen.notes, *prepared.notes, *_not_compiled(protocol, compile)]
         repeatable, tried = _repeats(prepared, examples, rules)
@@ -176,17 +181,16 @@ def evaluate(
                 "order that is not fixed; if they are random, average over passes before you believe the accuracies"
             )
         rules = replace(rules, repeatable=repeatable)
-        session = Session(prepared, examples, rules, batch_size, journal, progress, folder)
+        session = Session(prepared, examples, rules, batch_size, journal, progress, saved)
         session.run()
         if not stochastic:
             _look_again(model, seen)
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
     result = session.result(time.perf_counter() - began, identity, settings, notes)
-    failed = noted(result, session.signs)
+    checks: dict[str, Any] = {"probe_forward_passes": seen.forward_passes + tried}
+    failed = [*doubts(result, seen.probe, seen.first.logits.shape[1]), *noted(result, session.signs)]
     if failed:
         warnings.warn(f"evaluate: {'; '.join(failed)}", RuntimeWarning, stacklevel=2)
-    checks: dict[str, Any] = {"probe_forward_passes": seen.forward_passes + tried}
-    if failed:
         checks["signs"] = {name: int(sign.sum()) for name, sign in session.signs.items()}
     return replace(result, checks=checks, notes=(*result.notes, *failed))
 
@@ -311,6 +315,10 @@ def _journal(path: str | os.PathLike[str], header: dict[str, Any], model: nn.Mod
             f"resume: {found[0]} is a lambda or local function, which a journal cannot identify; define it in a module"
         )
     return Journal(path, header)
+
+
+def _image_folder(folder: Path, about: dict[str, Any], journal: Journal | None) -> ImageFolder:
+    return ImageFolder(folder, about, resumed=journal is not None and bool(journal.records))
 
 
 def _not_compiled(protocol: Protocol, compiled: bool) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from odeadv.evaluation._evaluation import AttackResult, Evaluation, by_pass, maj
 from odeadv.evaluation._ifgsm import Run, WorstSoFar, queues_of, run_of
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation.data import Examples
+from odeadv.evaluation.data import Examples, ImageFolder
 from odeadv.support.digests import derived_seed
-from odeadv.support.files import write_tensors
 from odeadv.support.plain import pack, unpack
 
 SIGNS = ("no gradient", "saturated", "probabilities")
@@ -33,7 +31,7 @@ class Session:
         batch_size: images in one forward pass.
         journal: receives finished batches; None keeps none.
         progress: called as ``progress(done, total)`` after each batch.
-        save: a folder for the attacked images, one file per batch; None keeps none.
+        save: the folder for the attacked images; None keeps none.
     """
 
     def __init__(
@@ -44,7 +42,7 @@ class Session:
         batch_size: int,
         journal: Journal | None,
         progress: Callable[[int, int], object] | None,
-        save: Path | None,
+        save: ImageFolder | None,
     ) -> None:
         self._prepared, self._examples, self._rules, self._batch_size = prepared, examples, rules, batch_size
         self._journal, self._progress, self._save = journal, progress, save
@@ -143,10 +141,7 @@ class Session:
                 raise
             raise ValueError(f"{error} (in the batch of images {part.start} to {part.stop - 1})") from error
         if self._save is not None:
-            # Names of tensors in a file may not repeat and need not be readable: the attacks' names are in the header.
-            tensors = {str(place): images for place, images in enumerate(outcomes.images.values())}
-            info = {"attacks": list(outcomes.images), "first": part.start}
-            write_tensors(self._save / f"batch-{number:05}.safetensors", tensors, info)
+            self._save.write(number, part.start, outcomes.images)
         self._keep(part, outcomes)
         self._finished.add(number)
         record = {
@@ -218,6 +213,9 @@ class Session:
     def _recall(self, record: Mapping[str, Any]) -> None:
         """Take over finished work from a record of the journal."""
         if "batch" in record:
+            lost = self._save is not None and not self._save.file(record["batch"]).exists()
+            if lost or record["batch"] in self._finished:
+                return  # run again, because the images are wanted too; or known already
             part = self._part(record["batch"])
             n, passes = part.stop - part.start, self._rules.passes
             self._keep(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,17 @@ from odeadv.attacks.objective import constant
 from odeadv.data import ImageDataset, as_model_input
 from odeadv.evaluation._attack import Batch
 from odeadv.support.checks import shown
-from odeadv.support.files import read_tensors
+from odeadv.support.digests import chunks
+from odeadv.support.files import read_tensors, write_tensors
 
 # Images that are read together from a dataset. Larger batches take more memory and no less time.
 _READ = 256
+_FILES = "batch-*.safetensors"
 _EXPECTED = "a pair (images, labels), a Dataset, a DataLoader or an ImageDataset"
+
+
+def nothing() -> None:
+    """Do nothing: these images need no release."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Examples:
         device: of the model.
         dtype: of the model.
         channels_last: lay 4-D images out channels-last in memory.
+        release: see `Data`.
     """
 
     images: Tensor
@@ -43,6 +50,7 @@ class Examples:
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
+    release: Callable[[], object] = nothing
 
     @property
     def highest_label(self) -> int:
@@ -51,6 +59,7 @@ class Examples:
 
     def load(self, part: slice | Tensor) -> Batch:
         """Return images and labels as the model takes them."""
+        self.release()  # the images of the last batch
         places = torch.arange(*part.indices(len(self.images))) if isinstance(part, slice) else part.cpu()
         chosen = part if isinstance(part, slice) else part.to(self.images.device)
         x = as_model_input(
@@ -60,7 +69,21 @@ class Examples:
         return Batch(x, constant(self.labels[label]).to(self.device), places)
 
 
-def read_data(data: object) -> tuple[Tensor, Tensor]:
+class Data(NamedTuple):
+    """Data that were checked.
+
+    Attributes:
+        images: floating (n, ...) in [0, 1], or uint8 (n, h, w, channels).
+        labels: (n,) int64.
+        release: gives back the memory of images that were read from a mapped file; does nothing for other images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    release: Callable[[], object]
+
+
+def read_data(data: object) -> Data:
     """Return images and labels.
 
     A memory-mapped array is not read into memory. A dataset or loader is read once, in its order, into a temporary
@@ -72,14 +95,16 @@ def read_data(data: object) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: if it is anything else, or as `check_images` and `check_labels`.
     """
+    release: Callable[[], object] = nothing
     if isinstance(data, ImageDataset):
         images, labels = data.test_images, data.test_labels
     elif isinstance(data, DataLoader):
-        images, labels = _collected(data)
+        images, labels, release = _collected(data)
     elif isinstance(data, Dataset):
-        images, labels = _collected(DataLoader(data, batch_size=_READ))
+        images, labels, release = _collected(DataLoader(data, batch_size=_READ))
     elif isinstance(data, (tuple, list)) and len(data) == 2:
         images, labels = _tensor(data[0]), _tensor(data[1])
+        release = _release_of(data[0])
         if labels is not data[1] and not labels.is_floating_point():
             labels = labels.long()  # NumPy's default integer depends on the platform
     else:
@@ -89,10 +114,26 @@ def read_data(data: object) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"images: got uint8 of shape {tuple(images.shape)}, expected (n, h, w, channels) with 1 or 3 channels"
             )
+    elif not isinstance(images, Tensor) or not images.numel():
+        check_images(images)  # raises
     else:
-        check_images(images)
+        for part in chunks(images, release):
+            check_images(part)
     check_labels(labels, len(images))
-    return images, labels
+    return Data(images, labels, release)
+
+
+def _release_of(array: object) -> Callable[[], object]:
+    """Return a function that gives back the memory of a file that is mapped for reading."""
+    import mmap
+
+    import numpy
+
+    # What was written to a mapping in another mode could be lost.
+    if isinstance(array, numpy.memmap) and array.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        mapped = array._mmap  # type: ignore[attr-defined]
+        return lambda: mapped.madvise(mmap.MADV_DONTNEED)
+    return nothing
 
 
 def _tensor(value: object) -> Tensor:
@@ -106,7 +147,7 @@ def _tensor(value: object) -> Tensor:
         return torch.from_numpy(value)
 
 
-def _collected(batches: Iterable[object]) -> tuple[Tensor, Tensor]:
+def _collected(batches: Iterable[object]) -> Data:
     """Return the images of ``batches`` in a temporary file that is mapped into memory, and their labels."""
     import numpy
 
@@ -123,15 +164,17 @@ def _collected(batches: Iterable[object]) -> tuple[Tensor, Tensor]:
                     f"data: got images of shape {tuple(images.shape[1:])} and dtype {images.dtype} after "
                     f"{tuple(first.shape[1:])} and {first.dtype}, expected equal ones"
                 )
-            file.write(images.detach().cpu().contiguous().numpy().tobytes())
+            # As bytes: NumPy has no bfloat16.
+            file.write(images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             labels.append(label.detach().cpu())
         if first is None or not sum(len(label) for label in labels):
             raise ValueError("data: got no images, expected at least one")
         file.flush()
         together = torch.cat(labels)
         # The mapping stays valid after the file is closed: the system removes the file with its last user.
-        array = numpy.memmap(file, first.cpu().numpy().dtype, "r", shape=(len(together), *first.shape[1:]))
-    return _tensor(array), together
+        array = numpy.memmap(file, numpy.uint8, "r")
+    pixels = _tensor(array).view(first.dtype).view(len(together), *first.shape[1:])
+    return Data(pixels, together, _release_of(array))
 
 
 def _kind(value: object) -> str:
@@ -140,21 +183,63 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
+class ImageFolder:
+    """The folder in which an evaluation saves its attacked images, one .safetensors file per batch.
+
+    Args:
+        path: the folder.
+        about: what identifies the evaluation; every file has it.
+        resumed: True if finished batches of this evaluation may be there.
+
+    Raises:
+        ValueError: if there are images and the evaluation does not resume.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], *, resumed: bool) -> None:
+        self._path, self._about = path, about
+        if not resumed and any(path.glob(_FILES)):
+            raise ValueError(f"save: {path} holds images of another evaluation; give another folder or remove them")
+
+    def file(self, number: int) -> Path:
+        """Return the file of a batch."""
+        return self._path / f"batch-{number:05}.safetensors"
+
+    def write(self, number: int, first: int, images: Mapping[str, Tensor]) -> None:
+        """Save the attacked images of a batch, by the name of the attack; its first image is number ``first``."""
+        # Names of tensors in a file may not repeat and need not be readable: the attacks' names are in the header.
+        tensors = {str(place): attacked for place, attacked in enumerate(images.values())}
+        write_tensors(self.file(number), tensors, {"attacks": list(images), "first": first, **self._about})
+
+
 def saved_images(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the attacked images that `evaluate` saved: by name of the attack, (n, ...) in the order of the data.
 
     Raises:
         FileNotFoundError: if the folder does not contain such files.
+        ValueError: if images are missing, or those of several evaluations are mixed.
         DamagedFileError: if a file is not whole or has been altered.
     """
-    files = sorted(Path(folder).glob("batch-*.safetensors"))
+    files = sorted(Path(folder).glob(_FILES))
     if not files:
-        raise FileNotFoundError(f"folder: {folder} lacks files batch-*.safetensors; give the save= of an evaluation")
+        raise FileNotFoundError(f"folder: {folder} lacks files {_FILES}; give the save= of an evaluation")
     parts: dict[str, list[Tensor]] = {}
+    about: dict[str, Any] = {}
+    found = 0
     for file in files:
         tensors, info = read_tensors(file)
+        first, own = info.pop("first"), info
+        about = about or own
+        if own != about:
+            raise ValueError(f"folder: {file} belongs to another evaluation than {files[0]}; remove those of one")
+        if first != found:
+            raise ValueError(
+                f"folder: {folder} lacks images {found} to {first - 1}; resume the evaluation with this save="
+            )
         for place, name in enumerate(info["attacks"]):
             parts.setdefault(name, []).append(tensors[str(place)])
+        found += len(tensors["0"])
+    if found != about["n"]:
+        raise ValueError(f"folder: {folder} has {found} of {about['n']} images; resume the evaluation with this save=")
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from odeadv.attacks.checks import answered
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
+from odeadv.evaluation.protocols import Radius, in_255ths
 from odeadv.support.digests import is_own, is_plain
 
 # Images in a probing forward pass: two can differ from each other and change places, and cost little.
@@ -33,6 +34,8 @@ _ROUNDING_SHARE = 1e-3
 # A sign of a failed attack is noted if it concerns more than this share of the images, and more than one: single images
 # have dead units or sit on a tie.
 _NOTED = 0.01
+# With fewer images, an accuracy below that of guessing may be chance.
+_FEWEST = 50
 ACCEPTABLE = ("batch dependence",)
 
 
@@ -216,6 +219,51 @@ def _effect_of_rounding(model: nn.Module, images: Tensor) -> float:
 def _logits_without_graph(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         return _logits(model(images))
+
+
+def doubts(result: Evaluation, probe: Tensor, classes: int) -> list[str]:
+    """Return a sentence for every sign that the data do not fit the model, or the attacks not the dtype.
+
+    Args:
+        result: the evaluation.
+        probe: the first images, as the model takes them.
+        classes: the number of logits.
+    """
+    notes = []
+    largest = float(probe.max())
+    if 0 < largest <= 1 / 255:
+        notes.append(
+            f"the first images have values up to {largest:.2g}, so they may have been divided by 255 twice; "
+            "every radius is large for such images"
+        )
+    if result.n >= _FEWEST and result.clean_accuracy <= 1 / classes:
+        notes.append(
+            f"the clean accuracy is {100 * result.clean_accuracy:.3g} %, no better than guessing among {classes} "
+            "classes: check the weights, the order of the classes, and if the model normalises images in [0, 1] itself"
+        )
+    notes += _coarse(result, probe.dtype)
+    return notes
+
+
+def _coarse(result: Evaluation, dtype: torch.dtype) -> list[str]:
+    """Return a note if pixels near 1 in this dtype have no two values within a step of an attack."""
+    spacing = torch.finfo(dtype).eps / 2  # of the numbers between 0.5 and 1
+    rough = [
+        name
+        for name, attack in zip(result.names, result.attacks, strict=True)
+        if in_255ths(attack.options) and 0 < _largest(attack.alpha or attack.eps) < 2 * spacing
+    ]
+    if not rough:
+        return []
+    return [
+        f"the images are in {str(dtype).removeprefix('torch.')}, whose numbers between 0.5 and 1 are "
+        f"{255 * spacing:.2g}/255 apart: too coarse for the steps of {', '.join(rough)}, so this accuracy may be too "
+        "high; evaluate the model in float32"
+    ]
+
+
+def _largest(length: Radius) -> float:
+    return max(length) if isinstance(length, tuple) else length
 
 
 def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:

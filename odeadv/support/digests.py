@@ -5,41 +5,60 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Images that are looked at together: a memory-mapped array may be larger than memory.
-_CHUNK = 1024
+# Bytes that are looked at together: a memory-mapped array may be larger than memory.
+_CHUNK = 2**24
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
-def data_digest(images: Tensor, labels: Tensor) -> str:
+def chunks(tensor: Tensor, release: Callable[[], object] | None = None) -> Iterator[Tensor]:
+    """Yield ``tensor``, (n, ...), part by part.
+
+    Args:
+        tensor: with at least one dimension.
+        release: called after each part, to give back the memory of a mapped file.
+    """
+    rows = max(1, _CHUNK // max(1, tensor.element_size() * tensor[:1].numel()))
+    for part in torch.split(tensor, rows):
+        yield part
+        if release is not None:
+            release()
+
+
+def data_digest(images: Tensor, labels: Tensor, release: Callable[[], object] | None = None) -> str:
     """Return 16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values.
 
     Floating images (n, 1 or 3 channels, h, w) that are exact 255ths have the digest of the same images as uint8 with
     channels last.
+
+    Args:
+        images: (n, ...).
+        labels: (n,).
+        release: as for `chunks`.
     """
     digest = hashlib.sha256()
-    if are_255ths(images):
+    if are_255ths(images, release):
         n, channels, height, width = images.shape
         digest.update(f"{torch.uint8} {(n, height, width, channels)}".encode())
-        for part in torch.split(images, _CHUNK):
+        for part in chunks(images, release):
             _add_values(digest, (255 * part.detach()).round().to(torch.uint8).permute(0, 2, 3, 1))
     else:
-        add_tensor(digest, images)
+        add_tensor(digest, images, release)
     add_tensor(digest, labels)
     return digest.hexdigest()[:16]
 
 
-def are_255ths(images: Tensor) -> bool:
+def are_255ths(images: Tensor, release: Callable[[], object] | None = None) -> bool:
     """Return True if floating images (n, 1 or 3 channels, h, w) could have been made from uint8 without loss."""
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] not in (1, 3):
         return False
-    return all(torch.equal((255 * part).round() / 255, part) for part in torch.split(images.detach(), _CHUNK))
+    return all(torch.equal((255 * part).round() / 255, part) for part in chunks(images.detach(), release))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -51,10 +70,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def add_tensor(digest: Any, tensor: Tensor) -> None:
-    """Feed dtype, shape and values of ``tensor`` to a hash of hashlib."""
+def add_tensor(digest: Any, tensor: Tensor, release: Callable[[], object] | None = None) -> None:
+    """Feed dtype, shape and values of ``tensor`` to a hash of hashlib; ``release`` as for `chunks`."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    for part in torch.split(tensor, _CHUNK) if tensor.ndim else (tensor,):
+    for part in chunks(tensor, release) if tensor.ndim else (tensor,):
         _add_values(digest, part)
 
 
