@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import odeadv
 from benchmarks._expm import matrix_exp
 
+NEWTON = odeadv.Converge(method="newton")
 ACCURATE = {"scheme": "strang-symmetric", "substep": "rk4", "costate": "hermite"}
 
 
@@ -52,13 +53,79 @@ def test_plain_sweeps_that_diverge_are_reported_and_acceleration_solves_them():
     assert torch.allclose(accelerated.xs[-1], X0 * math.exp(LAM * T) / (1 - 1.7), rtol=1e-3)
 
 
+@pytest.mark.parametrize("sweeps", ["converge", NEWTON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_where_there_is_no_fixed_point_none_is_returned(dtype):
+def test_where_there_is_no_fixed_point_none_is_returned(dtype, sweeps):
     h = T / 4
     integral = sum(h * (1 + h * LAM) ** (2 * (3 - n)) for n in range(4))  # the discrete I of Lie with Euler
     field = scalar_field(1.0 / integral)
-    sol = odeadv.solve(field, X0.to(dtype), (0.0, T), steps=4, scheme="lie", sweeps="converge", throw=False)
+    sol = odeadv.solve(field, X0.to(dtype), (0.0, T), steps=4, scheme="lie", sweeps=sweeps, throw=False)
     assert sol.status is not odeadv.Status.SUCCESS
+
+
+# ---- Newton's method, coarse grids, gradients of the fixed point ----
+
+
+def bent(rate: float | Tensor = 1.0, eta: float | Tensor = 0.2) -> odeadv.AdversarialField:
+    return odeadv.AdversarialField(lambda t, x: torch.tanh(rate * A @ x), lambda x: 0.5 * x @ Q @ x, eta=eta)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hermite", "exact"])
+def test_newton_squares_the_error_and_finds_the_same_fixed_point(kind):
+    problem = {"x0": Y0, "t_span": (0.0, T), "steps": 4, "scheme": "rk4", "costate": kind}
+    sol = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(method="newton", rtol=1e-13))
+    assert torch.allclose(sol.xs, odeadv.solve(bent(), **problem, sweeps="converge").xs, rtol=1e-9)
+    errors = [error for error in sol.stats.residuals if 1e-7 < error < 0.05]
+    assert len(errors) >= 2
+    assert all(b < 3.0 * a * a for a, b in zip(errors, [*errors[1:], sol.stats.residuals[-1]], strict=True))
+    assert sol.stats.residuals[-1] <= 1e-13
+
+
+def test_newton_beyond_eta_I_of_one_in_more_directions_than_anderson_remembers():
+    rates = torch.linspace(0.3, 1.0, 8, dtype=torch.float64)
+    integral = (torch.exp(2 * rates) - 1) / (2 * rates)
+    field = odeadv.AdversarialField(lambda t, x: rates * x, lambda x: 0.5 * (x**2).sum(), eta=3.0)
+    problem = {"x0": torch.ones(8, dtype=torch.float64), "t_span": (0.0, 1.0), "steps": 16, "scheme": "rk4"}
+    found = odeadv.solve(field, **problem, costate="hermite", sweeps=NEWTON)
+    assert torch.allclose(found.xs[-1], torch.exp(rates) / (1 - 3.0 * integral), rtol=1e-4)
+    with pytest.raises(odeadv.SolveError, match="did not converge"):
+        odeadv.solve(field, **problem, sweeps=odeadv.Converge(memory=3, most=20))
+
+
+def test_coarse_grids_save_work():
+    problem = {"x0": Y0, "t_span": (0.0, T), "steps": 32, "scheme": "rk4", "costate": "hermite"}
+    whole = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(rtol=1e-6))
+    nested = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(rtol=1e-6, nested=True))
+    assert torch.allclose(nested.xs, whole.xs, rtol=1e-6)
+    assert nested.stats.evaluations["f"] + nested.stats.vjps < 0.75 * (whole.stats.evaluations["f"] + whole.stats.vjps)
+    assert nested.costate.grid == whole.costate.grid
+    odd = odeadv.solve(bent(), **{**problem, "steps": 9}, sweeps=odeadv.Converge(nested=True))
+    assert odd.stats == odeadv.solve(bent(), **{**problem, "steps": 9}, sweeps="converge").stats
+
+
+def test_the_gradient_of_the_fixed_point_of_the_scalar_problem():
+    """x(T) = x0 e^(LAM T) / (1 - eta I), so dx(T)/d eta = x(T) I / (1 - eta I)."""
+    eta = torch.tensor(0.5 / INTEGRAL, dtype=torch.float64, requires_grad=True)
+    problem = {"x0": X0, "t_span": (0.0, T), "steps": 16, "scheme": "rk4", "costate": "hermite"}
+    for sweeps in ("converge", NEWTON):
+        sol = odeadv.solve(scalar_field(eta), **problem, sweeps=sweeps, differentiate_costate=True)
+        (gradient,) = torch.autograd.grad(sol.xs[-1].sum(), eta)
+        assert gradient.item() == pytest.approx(float((X0 * math.exp(LAM * T)).sum()) * INTEGRAL / 0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hermite", "exact"])
+def test_gradients_of_the_fixed_point_are_those_of_finite_differences(kind):
+    def end(x0: Tensor, rate: Tensor, eta: Tensor) -> Tensor:
+        sol = odeadv.solve(
+            bent(rate, eta), x0, (0.0, T), steps=3, scheme="rk4", costate=kind,
+            sweeps=odeadv.Converge(rtol=1e-14, memory=8), differentiate_costate=True, throw=False,
+        )  # fmt: skip
+        assert sol.stats.residuals[-1] < 1e-12
+        return torch.cat([sol.xs[-1], sol.costate(0.2), sol.loss[None]])
+
+    one = torch.ones((), dtype=torch.float64)
+    inputs = [v.clone().requires_grad_() for v in (Y0, one, 0.2 * one)]
+    assert torch.autograd.gradcheck(end, inputs, eps=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("eta", [0.2, 0.6, 1.5])
@@ -113,9 +180,20 @@ def test_complex_states_and_float32_converge():
         (lambda: odeadv.Converge(memory=-1), r"^memory: got -1, expected an integer, at least 0"),
         (lambda: odeadv.Converge(rtol=math.inf), r"^rtol: got inf"),
         (lambda: odeadv.solve(scalar_field(0.1), X0, (0, T), steps=2, sweeps="forever"), r"^sweeps: got 'forever'"),
+        (lambda: odeadv.Converge(method="broyden"), r"^method: got 'broyden', expected one of 'anderson', 'newton'"),
         (
-            lambda: odeadv.solve(scalar_field(0.1), X0, (0, T), steps=2, sweeps="converge", differentiate_costate=True),
-            r"^differentiate_costate: cannot be combined with sweeps='converge'",
+            lambda: odeadv.solve(scalar_field(0.1), X0, (0, T), steps=2, sweeps=NEWTON, checkpoints=2),
+            r"^checkpoints, sweeps: Newton's method keeps the graph",
+        ),
+        (
+            lambda: torch.func.grad(
+                lambda x: (
+                    odeadv.solve(
+                        scalar_field(0.1), x, (0, T), steps=2, sweeps="converge", differentiate_costate=True
+                    ).loss
+                )
+            )(X0),
+            r"^sweeps: .* work with torch\.autograd, not inside torch\.func",
         ),
         (
             lambda: odeadv.solve(scalar_field(0.1), X0, (0, T), steps=2, checkpoints=2, differentiate_costate=True),

@@ -4,10 +4,12 @@ Imports `odeadv.support`, `odeadv.fields` and `odeadv.splitting`. It does not im
 function that makes one recording.
 """
 
+from odeadv.costate._converge import Recorder, coarser
 from odeadv.costate._objective import Objective, Rule
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
-from odeadv.costate._sweeps import Converge, Recorder, Recordings, Swept, sweep
+from odeadv.costate._settings import Converge, Recordings
+from odeadv.costate._sweeps import Swept, sweep
 
 __all__ = [
     "Converge",
@@ -19,6 +21,7 @@ __all__ = [
     "Rule",
     "SummedCostate",
     "Swept",
+    "coarser",
     "record",
     "sweep",
 ]

@@ -59,6 +59,7 @@ class RecordedCostate:
         running: the running cost l(t, x), if there is one: Eq. 9 then is da/dt = -(df/dx)^T a - dl/dx.
         leaving: a(t_n) after the loss at t_n, by n, if the field has losses at given times. ``nodes`` has a(t_n) before
             it, which is dJ/dx(t_n) of the whole objective J.
+        work: evaluations of f and vector-Jacobian products that the recording took.
         kind: the evaluation between nodes.
         cost: counts the vector-Jacobian products between nodes.
         differentiate: whether a(t) is part of the autograd graph.
@@ -73,6 +74,8 @@ class RecordedCostate:
     cost: Cost = field(default_factory=Cost)
     running: Callable[[float | Tensor, Tensor], Tensor] | None = None
     leaving: Mapping[int, Tensor] = field(default_factory=dict)
+    work: int = 0
+    _slope: list[tuple[Operator, int, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """Return a(t), of the shape of the state.
@@ -158,11 +161,19 @@ class RecordedCostate:
                 # Detached within forward mode, the vector-Jacobian product would lose its derivative by time.
                 return _linearised(partial(replace(self, differentiate=True)._back, part, n), s)
             if not slopes:
-                slopes.append(self._vjp(part, step.t0, self.states[n], before))
+                slopes.append(self._slope_before(part, n, before))
                 slopes.append(self._vjp(part, step.t1, self.states[n + 1], after))
+                self._slope[:] = [(part, n + 1, slopes[1])]
             return cubic(before, after, slopes, s, -step.h)  # Eq. 9: the slopes are minus these products
 
         return value
+
+    def _slope_before(self, part: Operator, n: int, a: Tensor) -> Tensor:
+        """Return (df/dx)^T a at the beginning of step ``n``: that at the end of the step before, if it is the same."""
+        same = self._slope and self._slope[0][0] is part and self._slope[0][1] == n and n not in self.leaving
+        if same and not self.differentiate and not inside_transform():
+            return self._slope[0][2]
+        return self._vjp(part, self.grid.times[n], self.states[n], a)
 
     def _back(self, part: Operator, n: int, s: Any) -> Tensor:
         """Return Eq. 9 integrated back from the end of step ``n`` to its fraction ``s``, by the midpoint rule."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odeadv.costate import record
-from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
+from odeadv.diagnostics._linear import check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, needs_loss, norm, posed, quotient, with_strength
 from odeadv.diagnostics._result import Result, style
 from odeadv.fields import AdversarialField
@@ -20,6 +20,7 @@ from odeadv.splitting import Scheme
 from odeadv.splitting.method import read_discretisation
 from odeadv.splitting.status import Status
 from odeadv.support.isolation import differentiating
+from odeadv.support.linearised import Linearised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv.diagnostics._linear import Linearised
 from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import Jump
+from odeadv.support.linearised import Linearised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv.diagnostics._linear import Linearised, check_iteration, largest, random_like
+from odeadv.diagnostics._linear import check_iteration, largest, random_like
 from odeadv.diagnostics._path import AnyField, Path, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import AdversarialField, Jump, VectorField
 from odeadv.solver import solve
 from odeadv.splitting import Scheme
 from odeadv.support.isolation import differentiating
+from odeadv.support.linearised import Linearised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

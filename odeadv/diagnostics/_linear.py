@@ -1,4 +1,4 @@
-"""Derivatives of a map at a point as products: J v and J^T a, never J."""
+"""Derivatives of a layer by time, and the largest eigenvalue of a linear map."""
 
 from __future__ import annotations
 
@@ -11,54 +11,7 @@ from torch import Tensor
 
 from odeadv.diagnostics._path import Layer, inner, norm
 from odeadv.support.checks import integer, number
-
-
-class Linearised:
-    """The map ``g`` at ``x``: its value, and products with its Jacobian J, all from one evaluation.
-
-    J^T w is linear in w, so J v is its derivative with respect to w: two backward passes. They work for everything that
-    can be differentiated twice, including batch norm in training mode, which forward-mode differentiation refuses. For
-    a complex state J^T is the adjoint of J in the real inner product.
-
-    Args:
-        g: the map. Make the object while autograd is on.
-        x: the point.
-    """
-
-    def __init__(self, g: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._x = x.detach().clone().requires_grad_()
-        self._y = g(self._x)
-        self._probe: Tensor | None = None
-        self._pulled: Tensor | None = None
-
-    @property
-    def value(self) -> Tensor:
-        """The value g(x)."""
-        return self._y.detach()
-
-    def vjp(self, a: Tensor) -> Tensor:
-        """Return J^T a."""
-        if not self._y.requires_grad:
-            return torch.zeros_like(self._x, requires_grad=False)
-        return _grad(self._y, self._x, a)
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """Return J v."""
-        if not self._y.requires_grad:
-            return torch.zeros_like(self.value)
-        if self._pulled is None:
-            self._probe = torch.zeros_like(self._y, requires_grad=True)
-            self._pulled = _grad(self._y, self._x, self._probe, keep=True)
-        assert self._probe is not None
-        return _grad(self._pulled, self._probe, v) if self._pulled.requires_grad else torch.zeros_like(self.value)
-
-
-def _grad(y: Tensor, x: Tensor, weights: Tensor, *, keep: bool = False) -> Tensor:
-    result: Tensor
-    (result,) = torch.autograd.grad(
-        y, x, weights, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True
-    )
-    return result
+from odeadv.support.linearised import gradient
 
 
 def time_derivative(layer: Layer, x: Tensor) -> Tensor:
@@ -75,7 +28,7 @@ def time_derivative(layer: Layer, x: Tensor) -> Tensor:
         probe = torch.zeros_like(y, requires_grad=True)
         (pulled,) = torch.autograd.grad(y, t, probe, create_graph=True, allow_unused=True)
         if pulled is not None and pulled.requires_grad:
-            exact = _grad(pulled, probe, torch.ones_like(pulled))
+            exact = gradient(pulled, probe, torch.ones_like(pulled))
     eps = torch.finfo(start.dtype).eps
     delta = eps ** (1.0 / 3.0) * max(1.0, abs(layer.step.t0))
     delta = min(delta, 0.25 * abs(layer.step.h)) * (1.0 if layer.step.h > 0 else -1.0)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from odeadv.diagnostics._linear import Linearised, time_derivative
+from odeadv.diagnostics._linear import time_derivative
 from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
 from odeadv.fields import Jump
 from odeadv.splitting import Scheme
+from odeadv.support.linearised import Linearised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

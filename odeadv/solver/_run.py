@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCostate, record, sweep
+from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCostate, coarser, record, sweep
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype
 from odeadv.fields.terms import leading
@@ -112,21 +113,36 @@ class Run:
         """Make all recordings; return None if the steps of the first one do not reach the end of the span."""
         if not len(self.first_grid) or self.status is not Status.SUCCESS:
             return None
-        swept = sweep(self.record, self.request.recordings)
+        request, converge = self.request, self.request.recordings.converge
+        coarse: list[Grid] = []
+        if converge is not None and request.times.grid is not None and not request.field.edges:
+            assert isinstance(request.field, AdversarialField)
+            nested = converge.method == "newton" if converge.nested is None else converge.nested
+            coarse = coarser(request.times.grid, 4) if nested and not request.field.at else []
+        swept = sweep(
+            self.record, request.recordings, grid=request.times.grid, coarse=coarse, implicit=request.differentiate
+        )
         self.stats.residuals += swept.residuals
+        self.stats.vjps += swept.products
         if not swept.converged:
             self.status = Status.NOT_CONVERGED
         return swept.costate
 
-    def record(self, drive: Costate | None, grid: Grid | None = None) -> RecordedCostate:
+    def record(
+        self, drive: Costate | None, grid: Grid | None = None, differentiate: bool | None = None
+    ) -> RecordedCostate:
         """Make one recording along the trajectory that ``drive`` drives, on ``grid`` or on steps found for it."""
         field = self.request.field
         assert isinstance(field, AdversarialField)
+        if differentiate is None:
+            differentiate = self.request.differentiate and self.request.recordings.converge is None
+        if isinstance(drive, RecordedCostate):
+            drive = replace(drive, differentiate=differentiate)
         along: VectorField = field if drive is None else field.driven_by(drive)
         if grid is not None:
-            return self._record_on(grid, along, drive)
+            return self._record_on(grid, along, drive, differentiate)
         grid = self.first_grid if drive is None else self._find_grid(along, drive)
-        found = self._record_on(grid, along, drive)
+        found = self._record_on(grid, along, drive, differentiate)
         adaptive = self.request.times.adaptive
         while adaptive is not None and self.status is Status.SUCCESS:
             # The steps were found for the state. They are halved until the costate is as accurate as a step of the
@@ -135,7 +151,7 @@ class Run:
                 self.status = Status.TOO_MANY_STEPS
                 break
             grid = grid.halved()
-            finer = self._record_on(grid, along, drive)
+            finer = self._record_on(grid, along, drive, differentiate)
             error, largest = found.difference(finer)
             self._count(found)
             found = finer
@@ -143,7 +159,7 @@ class Run:
                 break
         return found
 
-    def _record_on(self, grid: Grid, along: VectorField, drive: Costate | None) -> RecordedCostate:
+    def _record_on(self, grid: Grid, along: VectorField, drive: Costate | None, differentiate: bool) -> RecordedCostate:
         request = self.request
         assert isinstance(request.field, AdversarialField)
         stepper = request.discretisation.stepper(along)
@@ -153,15 +169,17 @@ class Run:
             grid,
             stepper,
             kind=request.discretisation.costate,
-            differentiate=request.differentiate,
+            differentiate=differentiate,
             again=self._again(grid),
             keep_states=request.times.adaptive is not None,
             rule=self._rule,
         )
         self.stats.recordings += 1
         self.stats.states_held = max(self.stats.states_held, _held(drive) + 2 * len(grid.times))
+        costs = [stepper.counted[0], *(part.cost for part in _parts(drive))]
+        work = sum(cost.evaluations + cost.vjps for cost in costs)
         self._count(drive, stepper)
-        return found
+        return replace(found, work=work)
 
     def _again(self, grid: Grid) -> Recompute | None:
         """Return how ``grid`` is run in segments, or None if its whole graph is kept."""

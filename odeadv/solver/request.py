@@ -19,7 +19,7 @@ from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, Scheme, make_gr
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
 from odeadv.support.deferred import holds
-from odeadv.support.isolation import read_value
+from odeadv.support.isolation import inside_transform, read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 StepSize = float | Sequence[float] | Tensor | Literal["adaptive"] | Adaptive
@@ -114,7 +114,7 @@ def read_request(
     if isinstance(field, AdversarialField):
         _check_eta(field, x)
         _check_objective(field, times)
-    _check_readable(x, recordings, times)
+    _check_readable(x, recordings, times, differentiate_costate)
     saved = _read_save_times(field, save_at, times.span)
     if time_dtype is not None:
         if not isinstance(time_dtype, torch.dtype) or not time_dtype.is_floating_point:
@@ -320,7 +320,7 @@ def _check_objective(field: AdversarialField, times: Times) -> None:
             )
 
 
-def _check_readable(x0: Tensor, recordings: Recordings, times: Times) -> None:
+def _check_readable(x0: Tensor, recordings: Recordings, times: Times, differentiate: bool) -> None:
     """Check that values of states can be read if the solve depends on them.
 
     Raises:
@@ -330,6 +330,11 @@ def _check_readable(x0: Tensor, recordings: Recordings, times: Times) -> None:
         read_value(x0.isfinite().all(), "dt: adaptive")
     if recordings.converge is not None:
         read_value(x0.isfinite().all(), "sweeps: 'converge'")
+        if inside_transform() and (differentiate or recordings.converge.method == "newton"):
+            raise ValueError(
+                "sweeps: Newton's method, and gradients of 'converge' by differentiate_costate=True, work with "
+                "torch.autograd, not inside torch.func transforms"
+            )
 
 
 def warn_of_coarse_clock(grid: Grid, dtype: torch.dtype) -> None:
@@ -394,17 +399,14 @@ def _read_save_times(
 
 
 def _read_checkpoints(checkpoints: int | None, differentiate: bool, recordings: Recordings) -> int | None:
-    if differentiate and recordings.converge is not None:
-        raise ValueError(
-            "differentiate_costate: cannot be combined with sweeps='converge', whose iterations are not in the graph; "
-            "give a number of sweeps"
-        )
     if checkpoints is None:
         return None
     if differentiate:
         raise ValueError(
             "checkpoints, differentiate_costate: a differentiated costate keeps the graph of every step; drop one"
         )
+    if recordings.converge is not None and recordings.converge.method == "newton":
+        raise ValueError("checkpoints, sweeps: Newton's method keeps the graph of a recording; drop one of the two")
     return integer("checkpoints", checkpoints)
 
 

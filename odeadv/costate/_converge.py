@@ -1,0 +1,297 @@
+"""The fixed point of the sweeps: Anderson acceleration, Newton's method, coarse grids, and gradients of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from odeadv.costate._recorded import Costate, RecordedCostate
+from odeadv.costate._settings import Converge
+from odeadv.splitting import Grid
+from odeadv.support.isolation import read_value
+from odeadv.support.krylov import gmres
+from odeadv.support.linearised import Linearised, gradient
+
+GROWTH = 1e8  # a sweep that changes the costate by this factor has diverged
+FIRST = 1e-3  # change at which the coarsest grid is left
+REDUCED = 0.03  # the change on a finer grid is at least that of the difference of two grids, a fourth-order one over 16
+POINTS = 6  # nodes of the polynomials between grids
+
+
+class Recorder(Protocol):
+    """Makes one recording."""
+
+    def __call__(self, drive: Costate | None, grid: Grid | None = None, differentiate: bool = False) -> RecordedCostate:
+        """Record the costate along the trajectory driven by ``drive`` (None: by f alone), on ``grid`` if given.
+
+        With ``differentiate`` the recording is in the graph of the nodes and states of ``drive``.
+        """
+        ...
+
+
+@dataclass
+class Level:
+    """An iteration on one grid.
+
+    Attributes:
+        record: makes a recording on the grid.
+        recorded: the last recording.
+        residuals: relative change of each sweep.
+        secants: pairs of differences of (change, image), which Anderson acceleration combines.
+        converged: whether the last change is below the tolerance.
+        largest: norm beyond which a costate is out of proportion.
+        products: cost of the products with linearised sweeps: each counts as much as the sweep.
+    """
+
+    record: Recorder
+    recorded: RecordedCostate
+    residuals: list[float]
+    secants: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    converged: bool = False
+    largest: float = 0.0
+    products: int = 0
+
+
+def fixed_point(record: Recorder, settings: Converge, coarse: Sequence[Grid], finest: Grid | None) -> Level:
+    """Iterate u -> the costate recorded on the trajectory driven by u, from the coarsest grid to the finest.
+
+    Args:
+        record: makes a recording.
+        settings: tolerance and method.
+        coarse: the grids before the finest, each with every second node of the next one.
+        finest: the grid to converge on; None if the first recording finds it.
+    """
+    recorded = record(None, coarse[0] if coarse else finest)
+    eps = torch.finfo(recorded.nodes[0].dtype).eps
+    rtol = settings.rtol or eps ** (2.0 / 3.0)
+    first = read_value(_flat(recorded.nodes).norm(), "sweeps: 'converge'")
+    # A costate larger than the first one by half of all digits is out of proportion: a blow-up, not a solution.
+    level = Level(record, recorded, [], largest=max(first, 1e-300) * eps**-0.5)
+    iterate = _newton if settings.method == "newton" else _anderson
+    for k, finer in enumerate([*coarse[1:], finest] if coarse else []):
+        assert finer is not None
+        iterate(level, settings, max(rtol, FIRST) if k == 0 else rtol, 0.0 if k == 0 else REDUCED)
+        level = _prolonged(level, finer)
+    iterate(level, settings, rtol)
+    return level
+
+
+# ---- Anderson acceleration ----
+
+
+def _anderson(level: Level, settings: Converge, rtol: float, reduced: float = 0.0) -> None:
+    """Sweep with Anderson acceleration on the nodes, until the change is below ``rtol``, or ``reduced`` of the first.
+
+    Anderson (1965), J. ACM 12; in the form of Walker & Ni (2011), SIAM J. Numer. Anal. 49.
+    """
+    recorded = level.recorded
+    u = _flat(_driving(recorded, states=False))
+    before: tuple[Tensor, Tensor] | None = None
+    done = len(level.residuals)
+    for _ in range(settings.most - 1):
+        level.recorded = level.record(_like(recorded, u), recorded.grid)
+        last, recorded = recorded, level.recorded
+        image = _flat(_driving(recorded, states=False))
+        change = image - u
+        settled = _settled(level, change, image, max(rtol, reduced * (level.residuals[done:] or [0.0])[0]))
+        if not level.residuals[-1] < GROWTH:
+            level.recorded = last
+            return
+        if before is not None:
+            level.secants.append((change - before[0], image - before[1]))
+        level.secants = level.secants[-settings.memory :] if settings.memory else []
+        before = change, image
+        u = _combined(change, image, level.secants)
+        if settled:
+            level.recorded = _like(recorded, u)  # better than the image, whose change is known
+            return
+
+
+def _settled(level: Level, change: Tensor, image: Tensor, rtol: float) -> bool:
+    """Note the change of a sweep and return whether it is small, and the costate in proportion."""
+    scale = image.norm().item()
+    level.residuals.append(change.norm().item() / scale if scale else change.norm().item())
+    level.converged = level.residuals[-1] <= rtol and scale <= level.largest
+    return level.converged
+
+
+def _combined(change: Tensor, image: Tensor, secants: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the combination of images with the smallest change."""
+    if not secants:
+        return image
+    changes, images = (torch.stack(parts) for parts in zip(*secants, strict=True))
+    lengths = changes.norm(dim=1, keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
+    changes, images = changes / lengths, images / lengths
+    gram = (changes @ changes.T).double()
+    weights = torch.linalg.pinv(gram, hermitian=True, rtol=1e-12) @ (changes @ change).double()
+    step: Tensor = weights.to(image.dtype) @ images
+    return image - step
+
+
+# ---- Newton's method ----
+
+
+def _newton(level: Level, settings: Converge, rtol: float, reduced: float = 0.0) -> None:
+    """Solve u = Phi(u), where Phi is a sweep, by Newton's method with GMRES.
+
+    The unknown is all that drives: the nodes, and the states that a cubic or exact costate takes its slopes from.
+    """
+    recorded = level.recorded
+    w = _flat(_driving(recorded))
+    size = _flat(_driving(recorded, states=False)).numel()
+    done = len(level.residuals)
+    for _ in range(settings.most - 1):
+        with torch.enable_grad():
+            sweep = Linearised(partial(_image, level, level.recorded), w)
+        change = sweep.value - w
+        aim = max(rtol, reduced * (level.residuals[done:] or [0.0])[0])
+        if _settled(level, change[:size], sweep.value[:size], aim) or not level.residuals[-1] < GROWTH:
+            return
+        # The error of the next iterate is of the order of the square of this one; solving more exactly is wasted.
+        inner = max(min(0.1, level.residuals[-1]), 0.1 * rtol / level.residuals[-1])
+        step, solved, products = gmres(partial(_without_sweep, sweep), change, rtol=inner)
+        level.products += (products + 1) * level.recorded.work
+        if not solved:
+            return
+        w = w + step
+
+
+def _image(level: Level, last: RecordedCostate, w: Tensor) -> Tensor:
+    recorded = level.record(_like(last, w), last.grid, differentiate=True)
+    image = _flat(_driving(recorded))
+    level.recorded = replace(_like(recorded, image.detach()), differentiate=False)
+    return image
+
+
+def _without_sweep(sweep: Linearised, v: Tensor) -> Tensor:
+    """Return (1 - dPhi/du) v."""
+    return v - sweep.jvp(v)
+
+
+# ---- from grid to grid ----
+
+
+def coarser(grid: Grid, least: int) -> list[Grid]:
+    """Return the grids with every second node of the next one, the coarsest of at least ``least`` steps first."""
+    grids: list[Grid] = []
+    while len(grid) % 2 == 0 and len(grid) >= 2 * least:
+        grid = Grid(grid.times[::2], grid.h and 2.0 * grid.h)
+        grids.insert(0, grid)
+    return grids
+
+
+def _prolonged(level: Level, grid: Grid) -> Level:
+    """Return the iteration of ``level`` on the finer ``grid``, by polynomials through its nodes."""
+    recorded = level.recorded
+    weights = _between_nodes(recorded.grid.times, grid.times).to(recorded.nodes[0].device)
+
+    def finer(values: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not values:
+            return values
+        stacked = torch.stack(list(values)).detach()
+        return list(torch.tensordot(weights.to(stacked.dtype), stacked, 1))
+
+    def finer_flat(flat: Tensor) -> Tensor:
+        return (weights.to(flat.dtype) @ flat.reshape(weights.shape[1], -1)).reshape(-1)
+
+    fine = replace(recorded, grid=grid, nodes=finer(recorded.nodes), states=finer(recorded.states))
+    secants = [(finer_flat(change), finer_flat(image)) for change, image in level.secants]
+    return replace(level, recorded=fine, secants=secants)
+
+
+def _between_nodes(coarse: Sequence[float], fine: Sequence[float]) -> Tensor:
+    """Return the matrix that interpolates from ``coarse`` to ``fine``, which has every second node in common."""
+    rows = torch.zeros(len(fine), len(coarse), dtype=torch.float64)
+    count = min(POINTS, len(coarse))
+    for i, t in enumerate(fine):
+        if i % 2 == 0:
+            rows[i, i // 2] = 1.0
+            continue
+        first = min(max(i // 2 - count // 2 + 1, 0), len(coarse) - count)
+        near = range(first, first + count)
+        for j in near:
+            weight = 1.0
+            for k in near:
+                if k != j:
+                    weight *= (t - coarse[k]) / (coarse[j] - coarse[k])
+            rows[i, j] = weight
+    return rows
+
+
+# ---- gradients ----
+
+
+def attached(level: Level, rtol: float) -> RecordedCostate:
+    """Return the fixed point with its gradient, by the implicit function theorem.
+
+    One more sweep is in the graph of all that it depends on. Its gradient g is replaced by the solution of
+    (1 - (dPhi/du)^T) g' = g.
+    """
+    last = level.recorded
+    u = _flat(_driving(last)).detach().requires_grad_()
+    recorded = level.record(_like(last, u), last.grid, differentiate=True)
+    image = _flat(_driving(recorded))
+
+    def solve(g: Tensor) -> Tensor:
+        with torch.enable_grad():
+            found, solved, _ = gmres(lambda v: v - gradient(image, u, v), g, rtol=rtol)
+        if not solved:
+            raise RuntimeError(
+                "sweeps: 'converge' has a fixed point near which sweeps are singular (eta * I = 1), so its gradient "
+                "cannot be computed; take another eta"
+            )
+        return found
+
+    return _like(recorded, _WithGradient.apply(image, solve))
+
+
+class _WithGradient(torch.autograd.Function):
+    """The identity, whose gradient goes through ``solve``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.solve = solve
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.solve(g), None
+
+
+# ---- costates as vectors ----
+
+
+def _driving(costate: RecordedCostate, states: bool = True) -> list[Tensor]:
+    """Return the tensors that a costate drives with."""
+    own = costate.states if states and costate.kind != "linear" else ()
+    return [*costate.nodes, *costate.leaving.values(), *own]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return ``tensors`` as one real vector, of float32 at least."""
+    parts = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    return flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+
+
+def _like(costate: RecordedCostate, flat: Tensor) -> RecordedCostate:
+    """Return ``costate`` with the tensors of `_driving` in ``flat``; its own states if ``flat`` ends before them."""
+    values = []
+    for like in _driving(costate):
+        if not len(flat):
+            break
+        count = like.numel() * (2 if like.is_complex() else 1)
+        part, flat = flat[:count], flat[count:]
+        if like.is_complex():
+            part = torch.view_as_complex(part.reshape(*like.shape, 2).to(like.real.dtype).contiguous())
+        values.append(part.reshape(like.shape).to(like.dtype))
+    first, second = len(costate.nodes), len(costate.nodes) + len(costate.leaving)
+    leaving = dict(zip(costate.leaving, values[first:second], strict=True))
+    return replace(costate, nodes=values[:first], leaving=leaving, states=values[second:] or costate.states)
