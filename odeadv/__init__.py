@@ -15,7 +15,18 @@ from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
 from odeadv.fields import AdversarialField, Newton, Operator, Piecewise, SplitField, VectorField
 from odeadv.solver import Solution, SolveError, Stats, compile_solver, driven, solve
-from odeadv.splitting import DIRK, Adaptive, Nested, Scheme, Stage, TorchDiffEq, schemes, substep_names
+from odeadv.splitting import (
+    DIRK,
+    Adaptive,
+    Nested,
+    RungeKutta,
+    Scheme,
+    Stage,
+    SubStep,
+    TorchDiffEq,
+    schemes,
+    substep_names,
+)
 from odeadv.splitting.method import AccuracyWarning
 from odeadv.splitting.status import Status
 
@@ -29,6 +40,7 @@ __all__ = [
     "Newton",
     "Operator",
     "Piecewise",
+    "RungeKutta",
     "Scheme",
     "Solution",
     "SolveError",
@@ -36,6 +48,7 @@ __all__ = [
     "Stage",
     "Stats",
     "Status",
+    "SubStep",
     "TorchDiffEq",
     "VectorField",
     "__version__",

@@ -823,7 +823,7 @@ def test_nested_says_what_it_needs():
     field = odeadv.SplitField(pair=odeadv.SplitField(a=decay, b=decay), c=decay)
     with pytest.raises(ValueError, match=r"^substep: no inner operator is called 'd'; it has 'a', 'b'"):
         odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"pair": odeadv.Nested(substep={"d": "rk4"})})
-    with pytest.raises(ValueError, match=r"^substep: Nested is for an operator that is a SplitField"):
+    with pytest.raises(ValueError, match=r"^substep: Nested with a scheme is for an operator that is a SplitField"):
         odeadv.solve(field, X0, (0.0, 1.0), steps=2, substep={"c": odeadv.Nested()})
     three = odeadv.Nested(odeadv.schemes.get("lie", 3))
     with pytest.raises(ValueError, match=r"^scheme: 'lie' splits 3 operators, the field has 2 \(a, b\)"):

@@ -13,8 +13,8 @@ from odeadv.fields.operator import VectorFunction
 from odeadv.solver._run import Run
 from odeadv.solver._solution import Solution, SolveError
 from odeadv.solver.request import Nodes, SaveAt, StepSize, read_request
-from odeadv.splitting import CostateKind, Scheme, Status
-from odeadv.splitting.method import SubSteps
+from odeadv.splitting import CostateKind, Status
+from odeadv.splitting.method import SchemeLike, SubSteps
 from odeadv.support.isolation import outside_inference_mode
 
 
@@ -23,7 +23,7 @@ def solve(
     x0: Tensor | None = None,
     t_span: tuple[float, float] | None = None,
     *,
-    scheme: str | Scheme | None = None,
+    scheme: SchemeLike | None = None,
     dt: StepSize | None = None,
     steps: Nodes | None = None,
     clip_last: bool = False,
@@ -53,8 +53,8 @@ def solve(
         x0: initial state, any shape, floating or complex, any device; the field's own if not given. Steps of a state of
             16 bits are added up in float32, except those of a network's blocks.
         t_span: ``(t0, t1)``, in either direction; the field's own if not given.
-        scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``; or the name of a sub-step, which then
-            advances the whole field without splitting it. A field with one operator is never split.
+        scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``; or a sub-step or its name, which
+            then advances the whole field without splitting it. A field with one operator is never split.
         dt: step size. It must divide the span, and it is positive or has the sign of a span that runs backward. Or
             ``"adaptive"`` (or an `Adaptive`): steps that meet the tolerances are found first. The solve then runs on
             them, so gradients and saved times are those of fixed steps. The costate of an `AdversarialField` is
@@ -68,11 +68,12 @@ def solve(
             is interpolated by a cubic Hermite polynomial from two more evaluations of the field. If the order is above
             four, or a sub-step is not an explicit Runge-Kutta method, the step is taken again up to that time.
         dense: keep the states of all steps, so that ``sol(t)`` gives the state at any time, see `Solution.__call__`.
-        substep: how each operator is advanced: a name (`odeadv.substep_names`), a sub-step, or a dict of them by
-            operator. The default is Euler's method for an `AdversarialField`, and for a network, a `Residual` block or
-            another `Piecewise` field without a scheme. For all other fields it is the cheapest of Euler, midpoint and
-            RK4 that has the scheme's order (RK4 above order four, with a warning): midpoint if no scheme is given. So
-            an `AdversarialField` with eta = 0 equals ``solve(f, ..., scheme="euler")`` bit for bit.
+        substep: how each operator is advanced: a name (`odeadv.substep_names`, or a method of torchdiffeq), a `SubStep`
+            such as `RungeKutta`, `DIRK`, `Nested` or `TorchDiffEq`, or a dict of them by operator. The default is
+            Euler's method for an `AdversarialField`, and for a network, a `Residual` block or another `Piecewise` field
+            without a scheme. For all other fields it is the cheapest of Euler, midpoint and RK4 that has the scheme's
+            order (RK4 above order four, with a warning): midpoint if no scheme is given. So an `AdversarialField` with
+            eta = 0 equals ``solve(f, ..., scheme="euler")`` bit for bit.
         costate: a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9 integrated back
             from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). The default is the
             scheme's own, or linear; with adaptive steps it is cubic, unless f is advanced by its exact flow.
@@ -140,7 +141,7 @@ def driven(
     x0: Tensor | None = None,
     t_span: tuple[float, float] | None = None,
     *,
-    scheme: str | Scheme | None = None,
+    scheme: SchemeLike | None = None,
     dt: StepSize | None = None,
     steps: Nodes | None = None,
     clip_last: bool = False,

@@ -15,8 +15,8 @@ from torch import Tensor
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, Operator, VectorField, as_field
 from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
-from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, Scheme, make_grid
-from odeadv.splitting.method import AccuracyWarning, Discretisation, SubSteps, read_discretisation
+from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, make_grid
+from odeadv.splitting.method import AccuracyWarning, Discretisation, SchemeLike, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
 from odeadv.support.deferred import holds
 from odeadv.support.isolation import inside_transform, read_value
@@ -75,7 +75,7 @@ def read_request(
     x0: Tensor | None,
     t_span: tuple[float, float] | None,
     *,
-    scheme: str | Scheme | None,
+    scheme: SchemeLike | None,
     dt: StepSize | None,
     steps: Nodes | None,
     clip_last: bool,

@@ -23,6 +23,8 @@ from odeadv.fields.operator import (
     watched,
 )
 from odeadv.fields.terms import Forcing
+from odeadv.splitting import schemes
+from odeadv.splitting._tableau import Tableau
 from odeadv.support.checks import did_you_mean
 from odeadv.support.extras import extra
 from odeadv.support.isolation import check_unmodified, version
@@ -80,17 +82,42 @@ class SubStep(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class RungeKutta:
-    """An explicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, the quadrature rule with its weights."""
+class RungeKutta(Tableau):
+    """An explicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, the quadrature rule with its weights.
 
-    name: str
-    order: float
-    nodes: tuple[float, ...]
-    matrix: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
+    Give it as ``substep=`` or ``scheme=`` of `odeadv.solve`, which warns if the order is lower than the declared one.
+
+    Attributes:
+        name: shown in messages.
+        order: order of accuracy, see `measure_order`.
+        nodes: c_i, s numbers.
+        matrix: a_ij, s rows below the diagonal: of i - 1 numbers, or square with zeros on and above the diagonal.
+        weights: b_i, s numbers.
+
+    Raises:
+        ValueError: naming ``nodes``, ``matrix`` or ``weights``, if their lengths do not fit, the method is not
+            explicit, or the sum of a row is not its node.
+
+    Example:
+        >>> ralston = odeadv.RungeKutta("ralston", 2, (0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4))
+        >>> odeadv.solve(lambda t, x: -x, torch.ones(2), (0.0, 1.0), substep=ralston, steps=10).xs[-1]
+    """
+
+    def _check_rows(self) -> None:
+        count = len(self.nodes)
+        if len(self.matrix) != count or not all(len(row) in (i, count) for i, row in enumerate(self.matrix)):
+            raise ValueError(
+                f"matrix: got rows of lengths {[*map(len, self.matrix)]}, expected 0 to {count - 1}, or all {count}"
+            )
+        if any(a for i, row in enumerate(self.matrix) for a in row[i:]):
+            raise ValueError(
+                "matrix: got numbers on or above the diagonal, expected an explicit method; odeadv.DIRK is for "
+                "diagonally implicit ones"
+            )
+        object.__setattr__(self, "matrix", tuple(row[:i] for i, row in enumerate(self.matrix)))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rows = [_weighted(enumerate(row)) for row in self.matrix]
         stages = list(zip(self.nodes, rows, strict=True))
         object.__setattr__(self, "_table", (stages, _weighted(enumerate(self.weights))))
@@ -177,8 +204,7 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
     return x.add(total, alpha=h * unit)
 
 
-@dataclass(frozen=True)
-class DIRK:
+class DIRK(Tableau):
     """A diagonally implicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, its quadrature rule.
 
     Stage i solves y_i - h a_ii f(t_i, y_i) = x + h (a_i1 k_1 + ... + a_i,i-1 k_i-1), see `Operator.implicit`. The slope
@@ -202,21 +228,13 @@ class DIRK:
         >>> odeadv.solve(lambda t, x: -50 * x, torch.ones(2), (0.0, 1.0), scheme=theta, steps=10).xs[-1]
     """
 
-    name: str
-    order: float
-    nodes: tuple[float, ...]
-    matrix: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
+    def _check_rows(self) -> None:
         count = len(self.nodes)
-        if len(self.weights) != count or abs(sum(self.weights) - 1.0) > 1e-12:
-            raise ValueError(f"weights: got {self.weights} for {count} nodes, expected as many, with the sum 1")
         if [len(row) for row in self.matrix] != [*range(1, count + 1)]:
             raise ValueError(f"matrix: got rows of lengths {[*map(len, self.matrix)]}, expected 1 to {count}")
-        for node, row in zip(self.nodes, self.matrix, strict=True):
-            if abs(sum(row) - node) > 1e-12:
-                raise ValueError(f"matrix: got the row {row} with the sum {sum(row):g}, expected its node, {node:g}")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "_rows", [(_weighted(enumerate(row[:-1])), row[-1]) for row in self.matrix])
         object.__setattr__(
             self, "_last", None if self.matrix[-1] == self.weights else _weighted(enumerate(self.weights))
@@ -438,8 +456,23 @@ _NAMED: dict[str, SubStep] = {
 
 
 def substep_names() -> tuple[str, ...]:
-    """Return the sub-steps known by name; ``"torchdiffeq:METHOD"`` names the methods of torchdiffeq."""
+    """Return the sub-steps known by name, besides the methods of torchdiffeq."""
     return tuple(_NAMED)
+
+
+def is_named(substep: SubStep) -> bool:
+    """Return True if the sub-step is one of those known by name."""
+    return _NAMED.get(substep.name) is substep
+
+
+def is_substep(value: object) -> bool:
+    """Return True for sub-steps and their names. A name of a scheme is not one, even if torchdiffeq has it."""
+    if not isinstance(value, str):
+        return not isinstance(value, type) and callable(getattr(value, "advance", None))
+    key = value.strip().lower()
+    if key in _NAMED or key.startswith("torchdiffeq:"):
+        return True
+    return not schemes.knows(key) and key in _torchdiffeq_methods()
 
 
 def cheapest_of_order(order: float) -> str:
@@ -450,6 +483,8 @@ def cheapest_of_order(order: float) -> str:
 def get_substep(substep: str | SubStep) -> SubStep:
     """Return the sub-step called ``substep``, or ``substep`` itself if it is one.
 
+    ``"dopri5"`` or ``"torchdiffeq:dopri5"`` is a method of torchdiffeq. Without the prefix, names of ours come first.
+
     Raises:
         TypeError: if it is neither a name nor an object with a method ``advance``.
         ValueError: if the name is unknown; the message lists near matches.
@@ -458,13 +493,26 @@ def get_substep(substep: str | SubStep) -> SubStep:
         key = substep.strip().lower()
         if key.startswith("torchdiffeq:"):
             return TorchDiffEq(key.removeprefix("torchdiffeq:"))
-        if key not in _NAMED:
-            known = f"{', '.join(_NAMED)}, or torchdiffeq:METHOD"
-            raise ValueError(f"substep: got {substep!r}, expected one of {known}{did_you_mean(key, _NAMED, most=2)}")
-        return _NAMED[key]
-    if isinstance(substep, type) or not callable(getattr(substep, "advance", None)):
+        if key in _NAMED:
+            return _NAMED[key]
+        methods = _torchdiffeq_methods()
+        if key in methods:
+            return TorchDiffEq(key)
+        known = f"{', '.join(_NAMED)}, or a method of torchdiffeq ({', '.join(methods) or 'not installed'})"
+        near = did_you_mean(key, [*_NAMED, *methods], most=2)
+        raise ValueError(f"substep: got {substep!r}, expected one of {known}{near}")
+    if not is_substep(substep):
         raise TypeError(
             f"substep: got {type(substep).__name__}, expected a name, a sub-step such as odeadv.TorchDiffEq('dopri5'), "
             "or a dict of them by operator"
         )
     return substep
+
+
+def _torchdiffeq_methods() -> tuple[str, ...]:
+    """Return the names of torchdiffeq's methods; none if it is not installed."""
+    try:
+        from torchdiffeq._impl.odeint import SOLVERS
+    except ImportError:
+        return ()
+    return tuple(SOLVERS)

@@ -13,9 +13,11 @@ from odeadv.splitting import schemes
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import CostateKind, Scheme
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting._substep import SubStep, cheapest_of_order, get_substep, substep_names
+from odeadv.splitting._substep import SubStep, cheapest_of_order, get_substep, is_named, is_substep, substep_names
+from odeadv.splitting._tableau import Tableau
 from odeadv.support.checks import choice
 
+SchemeLike = str | Scheme | SubStep
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
 
 # Orders of the interpolation between recorded nodes: linear; Eq. 9 by the midpoint rule, of third order locally; cubic.
@@ -76,7 +78,7 @@ class Discretisation:
 
 
 def read_discretisation(
-    field: VectorField, scheme: str | Scheme | None, substep: SubSteps | None, costate: CostateKind | None
+    field: VectorField, scheme: SchemeLike | None, substep: SubSteps | None, costate: CostateKind | None
 ) -> Discretisation:
     """Return the three choices as objects, with their defaults.
 
@@ -92,14 +94,15 @@ def read_discretisation(
         scheme.check()
         _check_declared_order(scheme)
         name, table = scheme.name, scheme.numbered(list(field.operators)) if count > 1 else scheme
-    elif isinstance(scheme, str) and (scheme in substep_names() or scheme.startswith("torchdiffeq:")):
+    elif scheme is not None and is_substep(scheme):
         if substep not in (None, scheme):
             raise ValueError(
                 f"scheme: {scheme!r} is itself a sub-step and does not split; give it as substep, or leave substep out"
             )
-        name, table, substep = scheme, None, scheme
+        substep = get_substep(scheme)
+        name, table = substep.name, None
     else:
-        table = schemes.get("strang" if scheme is None else scheme, max(2, count))
+        table = schemes.get("strang" if scheme is None else scheme, max(2, count))  # type: ignore[arg-type]
         name = table.name
     if table is None:
         _check_unsplit(field, name)
@@ -116,7 +119,7 @@ def read_discretisation(
     return Discretisation(name, table, substeps, kind)
 
 
-def _is_papers(field: VectorField, scheme: str | Scheme | None) -> bool:
+def _is_papers(field: VectorField, scheme: SchemeLike | None) -> bool:
     """Return whether the default is the paper's Euler: adversarial fields, and networks, whose blocks are its steps."""
     if isinstance(field, AdversarialField):
         return True
@@ -241,11 +244,23 @@ def _read_substeps(field: VectorField, substep: SubSteps | None, default: str) -
     for name, operator in field.operators.items():
         only_flow = operator.abilities == {"flow"}
         method = get_substep(given.get(name, "exact" if only_flow else default))
-        if isinstance(method, Nested) and not isinstance(operator, Forcing | Unrecorded):
+        if isinstance(method, Nested):
             method = method.of(operator)
+        _check_tableau(method)
         _check_able(name, operator, method)
         chosen[name] = method
     return chosen
+
+
+def _check_tableau(method: SubStep) -> None:
+    """Warn if a user's Runge-Kutta method does not have the order it declares."""
+    if isinstance(method, Tableau) and not is_named(method) and method.measure_order() < min(method.order, 8):
+        warnings.warn(
+            f"substep: {method.name!r} declares order {method.order:g}, but has order {method.measure_order()}; "
+            "correct the tableau or the declared order",
+            AccuracyWarning,
+            stacklevel=6,
+        )
 
 
 def _check_able(name: str, operator: Operator, method: SubStep) -> None:

@@ -288,9 +288,19 @@ def get(name: str, operators: int = 2) -> Scheme:
         raise TypeError(f"scheme: got {type(name).__name__}, expected a name or a Scheme")
     if operators < 2:
         raise ValueError(f"operators: got {operators}, expected at least 2")
-    key = name.strip().lower().replace("_", "-").replace(" ", "-")
-    key = _ALIASES.get(key, key)
+    key = _key(name)
     if key not in _BUILDERS:
         near = did_you_mean(key, [*_BUILDERS, *_ALIASES], most=3)
         raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(_BUILDERS)}{near}")
     return _BUILDERS[key](operators)
+
+
+def knows(name: str) -> bool:
+    """Return True if `get` knows the name, for two operators."""
+    return _key(name) in _BUILDERS
+
+
+def _key(name: str) -> str:
+    """Return the name as it is listed, of a name in any spelling, or of an alias."""
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    return _ALIASES.get(key, key)
