@@ -1,5 +1,6 @@
 """Recipes of training: optimisers, schedules, averages, objectives around others; data as people have it; stopping."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from PIL import Image
 from test_training import LAD, LAD_SM, batch, config, costates_by_hand, lad_by_hand, loss_of, tiny_data, tiny_net
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from odeadv import attacks
-from odeadv.data import random_crop_flip, to_float
+from odeadv.data import Batches, make_transform, random_crop_flip, to_float
 from odeadv.data._batches import Window, draw_moves
 from odeadv.data.stream import as_inputs, moved, stacked
 from odeadv.support.files import read_tensors, write_tensors
@@ -32,6 +35,7 @@ from odeadv.training import (
     TrainingStopped,
     Undefended,
     load_weights,
+    make_fabric,
     train,
 )
 from odeadv.training._step import Step, StepModule
@@ -56,6 +60,12 @@ RECIPES = {
         "schedule": {"name": "polynomial", "power": 2.0},
     },
 }
+
+
+TRANSFORMS = [
+    {"name": "RandomCrop", "size": 8, "padding": 2},
+    {"name": "RandomApply", "transforms": [{"name": "ColorJitter", "brightness": 0.5}], "p": 0.5},
+]
 
 
 class StopHereError(Exception):
@@ -153,6 +163,23 @@ class TestRecipes:
             assert decayed == {id(p) for p in net.parameters() if decay == "all" or p.ndim > 1}
             assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
 
+    def test_fp16_scales_gradients_and_is_refused_on_a_cpu(self, tmp_path):
+        settings = config(epochs=2, precision="fp16", clip=1.0)
+        with pytest.raises(ValueError, match=r'^precision: got "fp16" on cpu, .* set "bf16" or "fp32"'):
+            make_fabric(precision="fp16", accelerator="cpu")
+        with pytest.raises(ValueError, match=r'^precision: got "fp16" on cpu'):
+            train(tiny_net(), tiny_data(), settings, fabric=make_fabric(accelerator="cpu"))
+        scales = []
+        for folder, stops in ((None, ()), (tmp_path, (3, 5))):
+            # The scale overflows in the first steps, which are left out, and is lowered until gradients are finite.
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)
+            engine = Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu", scaler))
+            scales.append((run(settings, folder, stops, fabric=engine), scaler.state_dict()))
+        (whole, one), (resumed, other) = scales
+        assert_same(whole, resumed)
+        assert one == other
+        assert one["scale"] < 2.0**40
+
     def test_clipping_bounds_the_step(self):
         data = tiny_data(8)
         moves = []
@@ -226,6 +253,12 @@ class TestRecipes:
             ({"schedule": {"name": "cosine", "warmup": 99}}, "^schedule: warmup: got 99"),
             ({"decay": "norms"}, "^decay: got 'norms'"),
             ({"clip": 0.0}, "^clip: got 0"),
+            ({"augment": "twist"}, "^augment: got 'twist', expected one of 'crop-flip'"),
+            ({"augment": {"name": "RandomCropp"}}, "^augment: got 'RandomCropp'.*did you mean 'RandomCrop'"),
+            ({"augment": [{"name": "RandAugment", "ops": 2}]}, "^augment: RandAugment: .*'ops'"),
+            ({"augment": []}, r"^augment: got \[\], expected a name, a transform or a list"),
+            ({"augment": [{"n": 1}]}, r"^augment: got \{'n': 1\}, expected a mapping with a name"),
+            ({"precision": "fp8"}, "^precision: got 'fp8'"),
             ({"label_smoothing": 2.0}, "^label_smoothing: got 2"),
             ({"ema": -1.0}, "^ema: got -1"),
             ({"patience": 0}, "^patience: got 0"),
@@ -354,7 +387,7 @@ class TestData:
         assert results[0].epochs[0].loss == pytest.approx(results[1].epochs[0].loss, rel=1e-5)
         assert results[0].epochs[0].strength == pytest.approx(results[1].epochs[0].strength, rel=1e-4)
 
-    @pytest.mark.parametrize("augment", ["none", "crop-flip"])
+    @pytest.mark.parametrize("augment", ["none", "crop-flip", TRANSFORMS])
     @pytest.mark.parametrize("kind", ["dataset", "loader", "loader with a generator"])
     def test_runs_resume_to_the_bit(self, kind, augment, tmp_path):
         def data():
@@ -365,6 +398,34 @@ class TestData:
 
         settings = config(epochs=3, augment=augment)
         assert_same(run(settings, data=data), run(settings, tmp_path, (1, 2, 4), data=data))
+
+    def test_transforms_of_torchvision_are_applied_to_each_image_and_survive_plain_data(self):
+        settings = config(epochs=1, augment=TRANSFORMS, precision="bf16")
+        assert settings.augment == tuple(TRANSFORMS)
+        plain = json.loads(json.dumps(to_dict(settings)))
+        assert from_dict(TrainConfig, plain) == settings
+        assert key(settings) == key(from_dict(TrainConfig, plain)) != key(config(epochs=1, precision="bf16"))
+        assert config(augment=TRANSFORMS[0]).augment == (TRANSFORMS[0],)
+        images, global_state = tiny_data().train_images, torch.get_rng_state()
+
+        def batches(seed, **other):
+            generator, transform = torch.Generator().manual_seed(seed), make_transform(TRANSFORMS)
+            given = {"generator": generator, "transform": transform, "batch_size": 10, **other}
+            return [
+                x for x, _ in Batches(images[:1].expand(20, -1, -1, -1), torch.zeros(20, dtype=torch.int64), **given)
+            ]
+
+        one, two = batches(0)
+        assert (one.shape, one.dtype) == ((10, 3, 8, 8), torch.float32)
+        assert len({image.numpy().tobytes() for image in torch.cat([one, two])}) > 10  # of the same image
+        assert all(map(torch.equal, batches(0), (one, two)))
+        assert not torch.equal(batches(1)[0], one)
+        assert torch.equal(torch.get_rng_state(), global_state)
+        (first, rest), _ = (batches(0, transform=make_transform([{"name": "Identity"}]))), None
+        assert torch.equal(first, to_float(images[:1]).expand(10, -1, -1, -1))
+        assert rest.is_contiguous(memory_format=torch.channels_last)
+        data = tiny_data()
+        assert_same(run(settings, data=lambda: data), run(settings, data=lambda: data))
 
     def test_every_epoch_has_an_order_of_its_own_and_the_global_state_is_left_alone(self):
         seen = []

@@ -9,6 +9,7 @@ models or solvers; torchvision, PIL and scikit-learn are imported only if a data
 from odeadv.data._batches import Batches, as_model_input, random_crop_flip, to_float
 from odeadv.data._dataset import ImageDataset
 from odeadv.data._load import DatasetNotFoundError, load, names
+from odeadv.data._transforms import make_transform
 from odeadv.data.stream import Stream
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Stream",
     "as_model_input",
     "load",
+    "make_transform",
     "names",
     "random_crop_flip",
     "to_float",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from odeadv.data._transforms import Transform, draw_seed, transformed
 from odeadv.data.checks import check_images, check_labels
 from odeadv.support.checks import integer
 
@@ -29,6 +30,13 @@ def to_float(images: Tensor) -> Tensor:
     check_images("images", images)
     # Dividing and not multiplying by 1/255, which is off by one ulp for some pixels.
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Return images (n, channels, height, width) as floats in ``channels_last``; uint8 pixels divided by 255."""
+    if images.dtype != torch.uint8:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def random_crop_flip(
@@ -75,6 +83,7 @@ class Batches:
             so this keeps a copy of (height + 2*pad)(width + 2*pad)*3 bytes per image.
         flip: True lets augmenting mirror; pass ``dataset.flip``.
         pad: zeros added on each side before cropping, in pixels.
+        transform: of one image, uint8 (3, height, width), instead of ``augment``; see `make_transform`.
         drop_last: True leaves out a last batch that is not full.
         generator: the source of randomness, needed for ``shuffle`` and ``augment``.
         device: where the arrays are kept and the batches made.
@@ -94,6 +103,7 @@ class Batches:
         augment: bool = False,
         flip: bool = True,
         pad: int = 4,
+        transform: Transform | None = None,
         drop_last: bool = False,
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
@@ -108,7 +118,9 @@ class Batches:
                 f"images: got {len(labels)} samples, which make no batch of batch_size={batch_size} with drop_last="
                 f"{drop_last}; give more samples, a smaller batch_size or drop_last=False"
             )
-        if shuffle or augment:
+        if augment and transform is not None:
+            raise ValueError("transform: got one with augment=True, expected one of the two")
+        if shuffle or augment or transform is not None:
             _check_generator(generator, f"shuffle={shuffle}, augment={augment}")
         self._window = Window(images.shape[1], images.shape[2], pad, flip) if augment else None
         self._images = _padded(images.to(device), pad) if augment else images.to(device).contiguous()
@@ -118,6 +130,7 @@ class Batches:
         self._drop_last = drop_last
         self._generator = generator
         self._passed_over = 0
+        self._transform = transform
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -151,6 +164,13 @@ class Batches:
                 if batch < first:
                     continue
                 images = _augmented(self._images, chosen, self._window, moves)
+            elif self._transform is not None and self._generator is not None:
+                seed = draw_seed(self._generator)
+                if batch < first:
+                    continue
+                pixels = self._images.index_select(0, chosen).permute(0, 3, 1, 2)
+                yield as_floats(transformed(pixels, self._transform, seed)), self._labels.index_select(0, chosen)
+                continue
             elif batch < first:
                 continue
             else:

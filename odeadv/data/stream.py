@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from odeadv.data._batches import Moves, Window, draw_moves
+from odeadv.data._transforms import Transform, draw_seed, transformed
 from odeadv.support.checks import integer, shown
 
 
@@ -27,6 +28,7 @@ class Stream:
         batch_size: samples per batch; a loader has this one.
         pad: zeros around an image before it is cropped to its size at a random place; 0 for none.
         flip: True mirrors half of the images.
+        transform: of one image, (channels, height, width), uint8 or as the data set has it; see `make_transform`.
         generator: the source of randomness.
         device: of the batches.
 
@@ -41,6 +43,7 @@ class Stream:
         batch_size: int,
         pad: int = 0,
         flip: bool = False,
+        transform: Transform | None = None,
         generator: torch.Generator,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -55,6 +58,7 @@ class Stream:
         if self._samples < batch_size:
             raise ValueError(f"data: got {self._samples} samples, expected at least batch_size={batch_size}")
         self._passed_over = 0
+        self._transform = transform
 
     def __len__(self) -> int:
         """Return the number of full batches in an epoch."""
@@ -72,14 +76,17 @@ class Stream:
         for number, batch in enumerate(batches):
             if number == len(self):
                 return
-            moves = None
+            moves, seed = None, None if self._transform is None else draw_seed(self._generator)
             if self._pad or self._flip:
                 window = Window(0, 0, self._pad, self._flip)
                 moves = draw_moves(self._batch_size, window, self._generator)
             if number < first:
                 continue
             assert batch is not None
-            inputs = as_inputs(batch[0]).to(self._device)
+            inputs = channels_first(batch[0]).to(self._device)
+            if self._transform is not None and seed is not None:
+                inputs = transformed(inputs, self._transform, seed)
+            inputs = as_inputs(inputs)
             labels = torch.as_tensor(batch[1]).to(self._device, torch.int64)
             yield inputs if moves is None else moved(inputs, moves, self._pad), labels
 
@@ -156,6 +163,12 @@ def as_inputs(inputs: Any) -> Tensor:
 
     Pixels with channels last are recognised by 1, 3 or 4 channels there and not after the first axis.
     """
+    batch = channels_first(inputs)
+    return batch.to(torch.float32) / 255 if batch.dtype == torch.uint8 else batch
+
+
+def channels_first(inputs: Any) -> Tensor:
+    """Return uint8 images as (n, channels, height, width), and other inputs as they are; see `as_inputs`."""
     batch = torch.as_tensor(inputs)
     if batch.dtype != torch.uint8:
         return batch
@@ -163,7 +176,7 @@ def as_inputs(inputs: Any) -> Tensor:
         batch = batch[:, None]
     if batch.ndim == 4 and batch.shape[3] in (1, 3, 4) and batch.shape[1] not in (1, 3, 4):
         batch = batch.permute(0, 3, 1, 2)
-    return batch.to(torch.float32) / 255
+    return batch
 
 
 def moved(images: Tensor, moves: Moves, pad: int) -> Tensor:

@@ -136,11 +136,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave, in the memory format of the parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    on_device = any(group.get("fused") or group.get("capturable") for group in groups)
     for name, value in tensors.items():
         number, _, entry = name.partition(".")
         parameter = parameters[int(number)]
-        if value.shape == parameter.shape and entry != "step":  # counts of steps stay on the CPU
+        if entry == "step":  # counts of steps stay on the CPU, unless the device counts
+            value = value.to(parameter.device) if on_device else value
+        elif value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         optimizer.state[parameter][entry] = value.clone()
 

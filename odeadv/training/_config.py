@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
+from odeadv.data import make_transform
 from odeadv.support.checks import choice, integer, number, shown
 from odeadv.support.plain import with_floats
 from odeadv.training._defences import Undefended
@@ -17,6 +18,8 @@ from odeadv.training._recipe import OPTIMIZERS, learning_rates, make_optimizer, 
 from odeadv.training._step import Defence, Objective
 
 PAPER_MILESTONES = (80, 120)
+
+Augment = Literal["crop-flip", "crop", "flip", "none"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class TrainConfig:
             becomes half and three quarters of them.
         momentum: of SGD and RMSprop.
         weight_decay: of the optimiser.
-        precision: ``"fp32"``, or ``"bf16"`` for autocast.
+        precision: ``"fp32"``; ``"bf16"`` for autocast; ``"fp16"`` for autocast with scaled gradients, if the device has
+            it. Costates and the gradients of attacks are not scaled, and fp16 loses numbers below 6e-8, so prefer bf16
+            if the device has both.
         channels_last: memory layout of images and weights. It changes speed, and results by rounding only.
         sync_batchnorm: take batch statistics over all processes.
         compile: compile the network that attacks run (``torch.compile``). It changes results by rounding only.
@@ -46,7 +51,9 @@ class TrainConfig:
             that of the step that failed. It needs a copy of weights and optimiser state; 1 looks after every step.
         seed: of the initial weights, the order of the images, their augmentation, attacks and noise.
         augment: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror); ``"crop"``, ``"flip"``, or ``"none"``. Images
-            are only mirrored if the data set allows it.
+            are only mirrored if the data set allows it. Or transforms of torchvision.transforms.v2 by name and
+            arguments, ``{"name": "RandAugment", "num_ops": 2}`` or a list of them. Each image gets random numbers of
+            its own. Pixels are uint8 if the data set has them so.
         optimizer: ``{"name": "adamw", "lr": 1e-3, ...}``: a class of torch.optim by its name in lower case, and its
             arguments. ``lr``, ``momentum`` and ``weight_decay`` above are used unless they are given here. The default
             is SGD.
@@ -75,14 +82,14 @@ class TrainConfig:
     milestones: tuple[int, ...] = PAPER_MILESTONES
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     sync_batchnorm: bool = True
     compile: bool = False
     stop_above: float = 1e3
     check_every: int = 50
     seed: int = 0
-    augment: Literal["crop-flip", "crop", "flip", "none"] = "crop-flip"
+    augment: tuple[Mapping[str, Any], ...] | Mapping[str, Any] | Augment = "crop-flip"
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] | None = None
     decay: Literal["all", "weights"] = "all"
@@ -109,8 +116,8 @@ class TrainConfig:
             raise ValueError(f"stop_above: got {self.stop_above}, expected a number above 0")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
-        choice("augment", self.augment, ("crop-flip", "crop", "flip", "none"))
-        choice("precision", self.precision, ("fp32", "bf16"))
+        self._check_augment()
+        choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         choice("decay", self.decay, ("all", "weights"))
         number("label_smoothing", self.label_smoothing, least=0, most=1)
         number("ema", self.ema, least=0, most=1)
@@ -119,6 +126,16 @@ class TrainConfig:
         if self.patience is not None:
             integer("patience", self.patience)
         self._check_schedule()
+
+    def _check_augment(self) -> None:
+        if isinstance(self.augment, str):
+            choice("augment", self.augment, get_args(Augment))
+            return
+        specs = [self.augment] if isinstance(self.augment, Mapping) else self.augment
+        if not isinstance(specs, list | tuple) or not specs:
+            raise TypeError(f"augment: got {shown(self.augment)}, expected a name, a transform or a list of them")
+        make_transform(specs)
+        object.__setattr__(self, "augment", tuple(specs))
 
     def _check_schedule(self) -> None:
         for name in ("optimizer", "schedule"):
@@ -130,8 +147,8 @@ class TrainConfig:
         if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
             raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        # So that a wrong argument is known before anything is trained. On this device nothing is drawn at random.
-        self.make_optimizer(nn.Linear(2, 2, device="meta"))
+        # So that a wrong argument is known before anything is trained. Nothing is drawn at random.
+        self.make_optimizer(nn.utils.skip_init(nn.Linear, 2, 2))  # type: ignore[no-untyped-call]
         if self.schedule is not None:
             learning_rates(self.schedule, self.base_lr, self.epochs, 2)
         elif self.milestones and max(self.milestones) > self.epochs:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from odeadv.support.checks import choice
 from odeadv.support.extras import extra
 
 if TYPE_CHECKING:
@@ -25,10 +27,13 @@ def make_fabric(
     """Return the engine: device, precision and processes. Under ``torchrun``, its numbers are taken.
 
     Args:
-        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` (autocast).
         accelerator: of lightning-fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         devices: processes on this machine.
         nodes: machines.
+
+    Raises:
+        ValueError: if the device does not have the precision.
     """
     with extra("train"):
         from lightning_fabric import Fabric
@@ -36,13 +41,28 @@ def make_fabric(
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started us and knows better
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
-    return Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy="ddp" if devices * nodes > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
+    names = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+    choice("precision", precision, names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # the error says it
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
+            precision=names[precision],  # type: ignore[arg-type]
+        )
+    check_precision(precision, fabric)
+    return fabric
+
+
+def check_precision(precision: str, fabric: Fabric) -> None:
+    """Raise ValueError if ``precision`` is fp16 and the engine does not scale gradients."""
+    if precision == "fp16" and not fabric.strategy.precision.state_dict():
+        raise ValueError(
+            f'precision: got "fp16" on {fabric.device.type}, which has no gradient scaling; set "bf16" or "fp32", or '
+            'train on a GPU with an engine of make_fabric(precision="fp16")'
+        )
 
 
 def rows_of(rank: int, world: int, part: int, parts: int, batch: int) -> slice:

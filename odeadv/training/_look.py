@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,12 +40,18 @@ class Snapshot:
         optimizer: of its parameters.
         sums: other tensors by name.
         done: steps of the epoch that are done.
+        scaling: state of the scaling of gradients, of fp16.
     """
 
     def __init__(
-        self, net: nn.Module, optimizer: torch.optim.Optimizer, sums: dict[str, Tensor | None], done: int
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sums: dict[str, Tensor | None],
+        done: int,
+        scaling: dict[str, Any],
     ) -> None:
-        self.done = done
+        self.done, self.scaling = done, dict(scaling)
         self.sums = {name: None if value is None else value.clone() for name, value in sums.items()}
         self._net = {name: value.detach().clone() for name, value in net.state_dict().items()}
         self._optimizer = {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}

@@ -118,6 +118,7 @@ class Run:
         self.optimizer = config.make_optimizer(self.net)
         self.rates = config.learning_rates(len(self.batches))
         self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
+        self.precision = fabric.strategy.precision
         self.averaged = Averaged(self.net, config.ema) if config.ema else None
         self.result = TrainResult()
         self.done = 0  # steps of the current epoch
@@ -297,6 +298,8 @@ class Run:
         assert self.snapshot is not None
         back, self.reads_at_once = self.snapshot, True
         back.put_back(self.net, self.optimizer)
+        if back.scaling:
+            self.precision.load_state_dict(back.scaling)
         self._put_sums(back.sums)
         self.done = back.done
         self.generator.set_state(self.order_state)
@@ -309,7 +312,8 @@ class Run:
     def _take_snapshot(self) -> None:
         """Keep what `_look` needs to redo the steps from here on."""
         if not self.reads_at_once:
-            self.snapshot = Snapshot(self.net, self.optimizer, self._sums(), self.done)
+            scaling = self.precision.state_dict()
+            self.snapshot = Snapshot(self.net, self.optimizer, self._sums(), self.done, scaling)
 
     def _sums(self) -> dict[str, Tensor | None]:
         averaged = {} if self.averaged is None else saved.prefixed("averaged", self.averaged.tensors)
@@ -345,6 +349,7 @@ class Run:
             self._add_strength()
             self.correct += (logits.argmax(1) == labels[rows]).sum()
         if self.config.clip is not None:
+            self.precision.unscale_gradients(self.optimizer)  # of fp16; it does nothing otherwise
             nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.engine_optimizer.step()
         if self.averaged is not None:
@@ -561,6 +566,7 @@ class Run:
                 "done": self.done,
                 "eta": self.eta,
                 "seconds": self.seconds,
+                **({"scaling": self.precision.state_dict()} if self.precision.state_dict() else {}),
             }
             self.checkpoints.save(len(self.result.epochs) * len(self.batches) + self.done, tensors, info)
 
@@ -585,6 +591,8 @@ class Run:
         # Checkpoints of odeadv before the strength was recorded lack it; their epoch counts the steps that are left.
         self.strength_sum = own["strength_sum"].to(self.fabric.device) if "strength_sum" in own else None
         self.eta = info.get("eta", self.eta)
+        if "scaling" in info:
+            self.precision.load_state_dict(info["scaling"])
         self.generator.set_state(tensors["order"])
         epochs = [EpochResult.from_dict(epoch, info["file"]) for epoch in info["epochs"]]
         if len(epochs) > self.config.epochs:

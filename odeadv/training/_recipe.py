@@ -67,8 +67,9 @@ def make_optimizer(
         ]
     try:
         return kind([group for group in groups if group["params"]], **arguments)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"optimizer: {kind.__name__}: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError from fused=True on other devices
+        raised = TypeError if isinstance(error, TypeError) else ValueError
+        raise raised(f"optimizer: {kind.__name__}: {error}") from None
 
 
 def learning_rates(schedule: Mapping[str, Any], lr: float, epochs: int, steps: int) -> list[float]:

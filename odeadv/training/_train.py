@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from odeadv.data import Batches, ImageDataset, Stream
+from odeadv.data import Batches, ImageDataset, Stream, make_transform
 from odeadv.data.checks import check_images, check_labels, check_range
 from odeadv.data.stream import as_inputs, count_samples, stacked
 from odeadv.models import FieldNetwork, Network
@@ -28,7 +28,7 @@ from odeadv.support.progress import ProgressLine
 from odeadv.training._checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from odeadv.training._checkpoint import Checkpoints, architecture, without
 from odeadv.training._config import TrainConfig
-from odeadv.training._distributed import make_fabric
+from odeadv.training._distributed import check_precision, make_fabric
 from odeadv.training._loop import Plan, Run, Source
 from odeadv.training._results import EpochResult, TrainResult
 
@@ -118,6 +118,7 @@ def train(
     _check(module, data, config, fabric, validation)
     if fabric is None:
         fabric = make_fabric(precision=config.precision)
+    check_precision(config.precision, fabric)
     if config.precision == "bf16":
         warn_of_imitated_bf16("precision", fabric.device, "fp32")
     if init is not None:
@@ -206,17 +207,23 @@ def _read_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict
 
 
 def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Source:
-    pad, flip = 4 if "crop" in config.augment else 0, "flip" in config.augment
+    named = config.augment if isinstance(config.augment, str) else ""
+    pad, flip = 4 if "crop" in named else 0, "flip" in named
+    transform = make_transform(config.augment) if isinstance(config.augment, tuple) else None
     if not isinstance(data, ImageDataset):
-        return Stream(data, batch_size=config.batch_size, pad=pad, flip=flip, generator=generator, device=device)
+        return Stream(
+            data, batch_size=config.batch_size, pad=pad, flip=flip, transform=transform, generator=generator,
+            device=device,
+        )  # fmt: skip
     return Batches(
         data.train_images,
         data.train_labels,
         batch_size=config.batch_size,
         shuffle=True,
-        augment=config.augment != "none",
+        augment=bool(pad or flip),
         flip=data.flip and flip,
         pad=pad,
+        transform=transform,
         drop_last=True,
         generator=generator,
         device=device,

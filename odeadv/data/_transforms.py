@@ -1,0 +1,84 @@
+"""Augmentation by torchvision's transforms: from plain data to a function of a batch, repeatable from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odeadv.support.checks import did_you_mean, shown
+from odeadv.support.extras import extra
+
+#: A transform of one image, (channels, height, width).
+Transform = Callable[[Tensor], Tensor]
+
+
+def make_transform(specs: Sequence[Mapping[str, Any]]) -> Transform:
+    """Return transforms of torchvision.transforms.v2, one after the other, as a function of one image.
+
+    Args:
+        specs: one mapping per transform: its class under ``name``, and its arguments. An argument may itself be such a
+            mapping, or a list of them (``RandomApply``, ``RandomChoice``).
+
+    Raises:
+        TypeError, ValueError: naming ``augment``, if a class is unknown or does not take the arguments.
+        ImportError: if torchvision is missing.
+    """
+    with extra("train"):
+        from torchvision.transforms import v2
+    made = [_make(v2, spec) for spec in specs]
+    return made[0] if len(made) == 1 else v2.Compose(made)  # type: ignore[no-any-return]
+
+
+def _make(v2: Any, spec: Any) -> Any:
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise TypeError(f"augment: got {shown(spec)}, expected a mapping with a name and its arguments")
+    name = spec["name"]
+    known = [key for key, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)]
+    if name not in known:
+        raise ValueError(
+            f"augment: got {name!r}, expected a class of torchvision.transforms.v2{did_you_mean(name, known)}"
+        )
+    arguments = {key: _value(v2, value) for key, value in spec.items() if key != "name"}
+    try:
+        return getattr(v2, name)(**arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"augment: {name}: {error}") from None
+
+
+def _value(v2: Any, value: Any) -> Any:
+    if isinstance(value, Mapping) and "name" in value:
+        return _make(v2, value)
+    if isinstance(value, list | tuple):
+        return [_value(v2, item) for item in value]
+    return value
+
+
+def transformed(images: Tensor, transform: Transform, seed: int) -> Tensor:
+    """Return each of ``images``, (n, channels, height, width), after ``transform``, with random numbers of its own.
+
+    Torch's global random state, from which the transforms draw, is seeded inside and put back afterwards.
+
+    Raises:
+        TypeError, ValueError: naming ``augment``, if the images that come out are not tensors of one shape.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"augment: got inputs of shape {tuple(images.shape)}, expected images (n, c, h, w)")
+    cuda = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        found = [transform(image) for image in images]
+    for image in found:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"augment: returned {type(image).__name__}, expected a tensor (channels, height, width)")
+    shapes = {tuple(image.shape) for image in found}
+    if len(shapes) > 1:
+        raise ValueError(f"augment: returned images of shapes {sorted(shapes)[:3]}, expected one shape")
+    return torch.stack(found)
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """Draw the seed of the transforms of a batch."""
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
