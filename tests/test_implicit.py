@@ -211,6 +211,11 @@ def test_newton_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"jacobian: got 'krylov' inside a torch\.func transform"):
         torch.func.grad(lambda x: end(operator, x).sum())(tensor(1.0, 0.5))
 
+    with pytest.raises(
+        ValueError, match="'sdirk2' solves operator 'f' by Newton's iteration, which cannot be compiled"
+    ):
+        odeadv.compile_solver(coupled, dt=0.1, scheme="sdirk2")
+
 
 # ---- gradients and costates ----
 

@@ -14,6 +14,7 @@ from odeadv.support.isolation import is_wrapped, version
 
 Transform = Literal["fft", "dct"] | None
 _NARROW = (torch.float16, torch.bfloat16)
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 MOST = 32  # numbers that a linear operator remembers; a step of a scheme of order eight has about as many
 
 
@@ -163,7 +164,8 @@ class Diagonal:
     @staticmethod
     def _fitting(factor: Tensor, x: Tensor) -> Tensor:
         """Return ``factor`` in the precision of ``x``, and real if it is real."""
-        return factor.to(x.device, x.dtype.to_complex() if factor.is_complex() else x.dtype.to_real())
+        real = x.real.dtype if x.is_complex() else x.dtype
+        return factor.to(x.device, _COMPLEX[real] if factor.is_complex() else real)
 
     def _check(self, x: Tensor) -> None:
         if self.transform is not None and x.shape[-self.dims :] != self.k.shape[-self.dims :]:
@@ -176,7 +178,7 @@ class Diagonal:
         elif not self.symmetric and not x.is_complex():
             raise TypeError(
                 "k: got a symbol that is not conjugate-symmetric, k(-w) = conj(k(w)), so a real state would become "
-                f"complex; expected a complex state, for example {x.dtype.to_complex()}"
+                f"complex; expected a complex state, for example {_COMPLEX[x.dtype]}"
             )
 
 

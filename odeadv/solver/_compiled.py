@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeadv.fields import AdversarialField, Operator, VectorField, as_field
+from odeadv.fields import AdversarialField, Newton, Operator, VectorField, as_field
 from odeadv.fields.operator import VectorFunction, clock_dtype
 from odeadv.solver._run import status_of
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver.request import read_initial_state, read_times
-from odeadv.splitting import Scheme, TimeStep, TorchDiffEq
+from odeadv.splitting import DIRK, Scheme, TimeStep, TorchDiffEq
 from odeadv.splitting.method import SubSteps, read_discretisation
 from odeadv.splitting.status import Status
 from odeadv.support.checks import number
@@ -74,6 +74,12 @@ class CompiledSolver:
         self.field, self.dt = field, dt
         self.discretisation = read_discretisation(field, scheme, substep, None)
         self._options = {"fullgraph": True, **options}
+        for name, method in self.discretisation.substeps.items():
+            if isinstance(method, DIRK) and isinstance(field.operators[name].solver, Newton):
+                raise ValueError(
+                    f"substep: {method.name!r} solves operator {name!r} by Newton's iteration, which cannot be "
+                    "compiled as one graph; give odeadv.Operator(f, solve=...) a direct solver"
+                )
         if any(isinstance(method, TorchDiffEq) for method in self.discretisation.substeps.values()):
             raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
         self._steps: dict[tuple[object, ...], Callable[[Tensor, Tensor], Tensor]] = {}
