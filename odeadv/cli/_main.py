@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from odeadv._version import __version__
+from odeadv.support.checks import did_you_mean
 
 from . import _evaluate, _shared, _table, _train
 
@@ -50,8 +53,18 @@ def _in_options(message: str) -> str:
     return {"root": "data", "test": "images"}.get(argument, argument) + colon + rest
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors name the nearest choice instead of printing the usage of every option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error with a hint, and exit with status 2."""
+        found = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
+        hint = did_you_mean(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n{self.prog} --help lists the arguments\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="odeadv",
         description="Layer-wise adversarial defence as an ODE: training, evaluation, tables, diagnostics.",
     )

@@ -115,6 +115,7 @@ class SplitField(VectorField):
 
     Raises:
         ValueError: if there are fewer than two operators.
+        TypeError: if an operator has no name.
 
     Example:
         >>> field = odeadv.SplitField(diffusion=odeadv.Operator(laplace, flow=heat), reaction=lambda t, x: x - x**3)
@@ -122,13 +123,17 @@ class SplitField(VectorField):
 
     def __init__(
         self,
-        *,
+        *unnamed: object,
         x0: Tensor | Callable[[], Tensor] | None = None,
         t_span: tuple[float, float] | None = None,
         dt: float | None = None,
         steps: int | None = None,
         **operators: Operator | VectorFunction,
     ) -> None:
+        if unnamed:
+            raise TypeError(
+                f"operators: got {len(unnamed)} without a name, expected names: SplitField(diffusion=f, reaction=g)"
+            )
         if len(operators) < 2:
             raise ValueError(
                 f"operators: got {len(operators)} ({', '.join(operators) or 'none'}), expected at least two; a field "

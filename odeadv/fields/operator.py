@@ -14,6 +14,7 @@ from odeadv.fields._cost import Slopes as Slopes
 from odeadv.fields._linear import Diagonal, Matrix, Transform
 from odeadv.fields._newton import Kept as Kept
 from odeadv.fields._newton import Newton as Newton
+from odeadv.fields._signature import check_arguments
 from odeadv.support.deferred import holds, is_deferring
 from odeadv.support.discovery import modules_of
 from odeadv.support.isolation import check_unmodified, is_wrapped, version
@@ -119,6 +120,11 @@ def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
     return value
 
 
+def _name(function: object) -> str:
+    """Return a short name of a callable for a ``repr``."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 class Operator:
     """One term of a vector field, dx/dt = f(t, x), by what is known of it: f, its exact flow, its implicit solve.
 
@@ -169,11 +175,20 @@ class Operator:
             raise TypeError(f"solve: got {type(solve).__name__}, expected a callable solve(t, c, b) or a Newton")
         if f is None and flow is None and not callable(solve):
             raise TypeError("f: got nothing, expected a callable f(t, x), flow=, or a callable solve=")
+        check_arguments("f", f, "f(t, x)")
+        check_arguments("flow", flow, "flow(t, dt, x)")
         self.f = _unknown if f is None else f
         self.flow = flow
         self.solver = Newton() if solve is None else solve
         self.reversible = reversible
         self.modules: tuple[nn.Module, ...] = modules_of(f, flow, solve, *modules)
+
+    def __repr__(self) -> str:
+        parts = [] if self.f is _unknown else [_name(self.f)]
+        parts += [] if self.flow is None else [f"flow={_name(self.flow)}"]
+        parts += [] if isinstance(self.solver, Newton) else [f"solve={_name(self.solver)}"]
+        parts += [] if self.reversible else ["reversible=False"]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @staticmethod
     def linear(A: Tensor, *, reversible: bool = True) -> Operator:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from odeadv.costate import Costate
+from odeadv.solver._plot import draw
 from odeadv.splitting.status import Status
-from odeadv.support.extras import extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,10 +181,14 @@ class Solution:
         return self._costate
 
     def plot(self, most: int = 8) -> Figure:
-        """Draw a few components of the saved states against time, and of the costate at the same times below.
+        """Draw the saved states against time, and the costate at the same times below.
+
+        A state with few components is drawn as curves, a profile (its last axis has more than ``most`` points) as an
+        image over time and points, and a state with two axes in space as images at up to four of the saved times. Of
+        further axes the first entry is drawn, and of complex states the real part.
 
         Args:
-            most: largest number of components, the first ones of the flattened state.
+            most: largest number of curves, the first components of the flattened state.
 
         Returns:
             A `matplotlib.figure.Figure` that pyplot does not know and does not show; ``figure.savefig("solution.png")``
@@ -193,24 +197,14 @@ class Solution:
         Raises:
             ValueError: if the state changes its shape, as the state of a network does.
         """
-        with extra("plot"):
-            from matplotlib.figure import Figure
-
         if not isinstance(self.xs, Tensor):
             raise ValueError("plot: the state changes its shape, so its components cannot be followed")
         times = self.ts.tolist()
-        rows = [("x", self.xs.detach().reshape(len(times), -1)[:, :most])]
+        rows = [("x", self.xs)]
         if self._costate is not None:
-            costates = [self._costate(t).detach().reshape(-1)[:most] for t in times]
-            rows.append(("dL/dx", torch.stack(costates)))
-        figure = Figure(figsize=(6.0, 2.6 * len(rows)), layout="constrained")
-        for axes, (label, values) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            real = values.real if values.is_complex() else values
-            axes.plot(times, real.to(torch.float64).cpu().numpy(), marker="." if len(times) < 50 else None)
-            axes.set_ylabel(label)
-        axes.set_xlabel("t")
-        figure.suptitle(f"{self.scheme}, {self.stats.steps} steps")
-        return figure
+            rows.append(("dL/dx", torch.stack([self._costate(t) for t in times])))
+        real = [(label, (x.real if x.is_complex() else x).detach().to(torch.float64).cpu()) for label, x in rows]
+        return draw(times, real, most, f"{self.scheme}, {self.stats.steps} steps")
 
     def __repr__(self) -> str:
         shape = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else f"{len(self.xs)} tensors"

@@ -220,6 +220,8 @@ def _read_steps(
         return None, [number("steps", t) for t in steps] if times else integer("steps", steps)  # type: ignore[union-attr]
     if _is_sequence(dt):
         return [number("dt", size) for size in dt], None
+    if isinstance(dt, str):
+        raise TypeError(f"dt: got {dt!r}, expected a number, or dt='adaptive' with rtol and atol")
     dt = number("dt", dt)
     if dt == 0.0:
         raise ValueError("dt: got 0, expected a step size different from 0")

@@ -361,9 +361,8 @@ def _read_fields(kind: Any, data: Any, path: str) -> Any:
     dot = f"{path}." if path else ""
     for name in data:
         if name not in names:
-            raise ValueError(
-                f"{dot}{name}: is not a key of {kind.__name__}{_near(str(name), names)}; keys are {', '.join(names)}"
-            )
+            near = _near(str(name), names) or _deeper(kind, str(name), dot)
+            raise ValueError(f"{dot}{name}: is not a key of {kind.__name__}{near}; keys are {', '.join(names)}")
     values = {name: _read(hints[name], value, f"{dot}{name}") for name, value in data.items()}
     added = {field.name: field.metadata["before"] for field in dataclasses.fields(kind) if "before" in field.metadata}
     if set(names) - set(data) <= added.keys():
@@ -401,6 +400,22 @@ def _read_scalar(kind: Any, data: Any, path: str) -> Any:
         expected = {int: "an integer", str: "a string", bool: "true or false"}.get(kind, str(kind))
         raise TypeError(f"{path}: got {data!r}, expected {expected}")
     return data
+
+
+def _deeper(kind: Any, name: str, dot: str, above: tuple[Any, ...] = ()) -> str:
+    """Return a hint if a key of this name lies below one of the fields of ``kind``."""
+    for field, hint in get_type_hints(kind).items():
+        parts = get_args(hint) or (hint,)
+        below = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
+        below += [each for part in parts for each in getattr(part, "choices", {}).values()]
+        for part in below:
+            if part in above:  # an objective may contain an objective
+                continue
+            if name in (inner.name for inner in dataclasses.fields(part)):
+                return f" (did you mean '{dot}{field}.{name}'?)"
+            if found := _deeper(part, name, f"{dot}{field}.", (*above, part)):
+                return found
+    return ""
 
 
 def _near(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield f"{prefix}{name}", float(value)
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainResult:
     """The results of a training.
 
@@ -101,6 +101,16 @@ class TrainResult:
     epochs: list[EpochResult] = field(default_factory=list)
     best_epoch: int | None = None
     best: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        if not self.epochs:
+            return "TrainResult(no epochs)"
+        last = self.epochs[-1]
+        parts = [f"{len(self.epochs)} epochs", f"loss {last.loss:.4g}", f"accuracy {100 * last.accuracy:.1f} %"]
+        parts += [f"{name} {100 * value:.1f} %" for name, value in (last.validation or {}).items()]
+        parts += [] if not last.strength else [f"s {100 * last.strength:.2g} %"]
+        parts += [] if self.best_epoch is None else [f"best epoch {self.best_epoch}"]
+        return f"TrainResult({', '.join(parts)})"
 
     def plot(self) -> Figure:
         """Draw loss, clean and robust accuracy, the Eq. 16 ratio and the strength s over the epochs.

@@ -1,0 +1,72 @@
+"""What people type wrongly in their first hour, and what they are told."""
+
+import pytest
+import torch
+
+import odeadv
+from odeadv import cli
+from odeadv.training import EpochResult, TrainResult
+
+X0 = torch.ones(2)
+
+
+def decay(t, x):
+    return -x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["table", "tabel1"], "did you mean 'table1'?"),
+        (["train", "--method", "natural", "--set", "lr=0.1"], "did you mean 'training.lr'?"),
+        (["train", "--method", "natural", "--set", "eta=3"], "did you mean 'training.defence.eta'?"),
+        (["train", "--method", "natural", "--set", "training.nothing=3"], "nothing: is not a key of TrainConfig; keys"),
+    ],
+)
+def test_commands_and_keys_have_a_near_match(arguments, told, capsys):
+    try:
+        status = cli.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert told in capsys.readouterr().err
+
+
+def test_operators_need_names():
+    with pytest.raises(TypeError, match=r"^operators: got 2 without a name, expected names: SplitField\(diffusion=f"):
+        odeadv.SplitField(decay, decay)
+
+
+def test_a_word_for_the_step_size():
+    with pytest.raises(TypeError, match=r"^dt: got 'auto', expected a number, or dt='adaptive' with rtol and atol"):
+        odeadv.solve(decay, X0, (0.0, 1.0), dt="auto")
+
+
+def test_arguments_in_the_wrong_order():
+    with pytest.raises(TypeError, match=r"^f: takes \(x, t\), expected f\(t, x\): the state comes last"):
+        odeadv.solve(lambda x, t: -x, X0, (0.0, 1.0), dt=0.1)
+    with pytest.raises(TypeError, match=r"^f: takes \(x\), expected f\(t, x\)"):
+        odeadv.solve(lambda x: -x, X0, (0.0, 1.0), dt=0.1)
+    for flow, shown in ((lambda x, t, dt: x, r"x, t, dt"), (lambda dt, x: x, "dt, x")):
+        with pytest.raises(TypeError, match=rf"^flow: takes \({shown}\), expected flow\(t, dt, x\)"):
+            odeadv.Operator(decay, flow=flow)
+    odeadv.Operator(lambda t, x, rate=2.0: -rate * x)  # a default is no mistake
+    odeadv.Operator(lambda *arguments: -arguments[1])
+
+
+def test_operators_and_results_say_what_they_are():
+    assert repr(odeadv.Operator(decay, reversible=False)) == "Operator(decay, reversible=False)"
+    assert repr(odeadv.Operator(flow=lambda t, dt, x: x)) == "Operator(flow=<lambda>)"
+    result = TrainResult([EpochResult(1, 0.5, 0.9, 0.1, 3.0, validation={"clean": 0.875}, strength=0.05)], best_epoch=1)
+    assert repr(result) == "TrainResult(1 epochs, loss 0.5, accuracy 90.0 %, clean 87.5 %, s 5 %, best epoch 1)"
+
+
+def test_the_picture_of_a_field_is_a_profile_or_images():
+    profile = odeadv.solve(decay, torch.rand(32), (0.0, 1.0), steps=4, save_at="steps")
+    mesh = profile.plot().axes[0].collections[0]
+    torch.testing.assert_close(torch.from_numpy(mesh.get_array().data).reshape(32, 5), profile.xs.T.double())
+    plane = odeadv.solve(decay, torch.rand(2, 9, 8), (0.0, 1.0), steps=6, save_at="steps")
+    pictures = [axes.images[0].get_array().data for axes in plane.plot().axes if axes.images]
+    assert len(pictures) == 4
+    torch.testing.assert_close(torch.from_numpy(pictures[-1]), plane.xs[-1, 0].double())
