@@ -25,6 +25,7 @@ NAMES = (
     "fisher_kpp",
     "recording",
     "training_step",
+    "own_network",
     "schemes_training",
     "evaluation",
     "agreement",

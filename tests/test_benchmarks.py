@@ -32,6 +32,7 @@ HERE = (
     "fisher_kpp",
     "recording",
     "training_step",
+    "own_network",
     pytest.param("evaluation", marks=pytest.mark.slow),
 )
 
