@@ -64,7 +64,7 @@ def stepped(method: str, solve: Callable[[int], odeadv.Solution], counts: Iterab
     def run(steps: int) -> Answer:
         solution = solve(steps)
         evaluations = sum(count for name, count in solution.stats.evaluations.items() if name != "costate")
-        return solution.xs[-1], evaluations + solution.stats.vjps
+        return solution.xs[-1], evaluations + solution.stats.vjps + solution.stats.jvps
 
     return [Candidate("odeadv", method, f"{n} steps", lambda n=n: run(n)) for n in counts]
 

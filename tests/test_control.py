@@ -242,3 +242,57 @@ def test_the_fixed_point_is_the_linear_quadratic_regulator(at):
 def test_objectives_that_do_not_fit(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# ---- spans and step sizes with gradients ----
+
+SPLIT = odeadv.SplitField(
+    decay=odeadv.Operator(lambda t, x: -t * x, flow=lambda t, dt, x: x * torch.exp(-dt * (t + 0.5 * dt))),
+    wave=f,
+    wind=odeadv.fields.Forcing(lambda t: torch.cos(torch.as_tensor(t, dtype=torch.float64)) * START),
+)
+DRIVEN = odeadv.AdversarialField(f, squared, 0.2, running=running)
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        (f, {"scheme": "rk4"}),
+        (SPLIT, {"scheme": "strang", "substep": {"decay": "exact", "wave": "rk4", "wind": "midpoint"}}),
+        (SPLIT, {"scheme": "rk4"}),
+        (odeadv.AdversarialField(f, squared, 0.2), {"scheme": "lie", "differentiate_costate": True}),
+        (DRIVEN, {"scheme": "strang-midpoint", "differentiate_costate": True}),
+        (DRIVEN, {"scheme": "rk4", "costate": "hermite", "sweeps": 2, "differentiate_costate": True}),
+    ],
+)
+def test_gradients_by_the_span_are_those_of_finite_differences(field, options):
+    def end(t0: Tensor | float, t1: Tensor | float) -> Tensor:
+        sol = odeadv.solve(field, START, (t0, t1), steps=3, **options)
+        return sol.xs[-1] if sol.loss is None else torch.cat([sol.xs[-1], sol.loss[None]])
+
+    ends = [torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in (0.2, 1.1)]
+    assert torch.allclose(end(*ends), end(0.2, 1.1), rtol=1e-14)
+    assert torch.autograd.gradcheck(end, ends)
+
+
+def test_the_gradient_by_the_end_is_the_velocity_there_and_by_the_step_size_is_that_of_all_steps():
+    t1, dt = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, 0.05))
+    end = odeadv.solve(f, START, (0.0, t1), scheme="rk4", steps=20).xs[-1]
+    by_end = torch.stack([torch.autograd.grad(x, t1, retain_graph=True)[0] for x in end])
+    assert torch.allclose(by_end, f(t1, end), rtol=1e-5)
+    stepped = odeadv.solve(f, START, (0.0, 1.0), scheme="rk4", dt=dt).xs[-1]
+    assert torch.autograd.grad(stepped.sum(), dt)[0] == pytest.approx(20 * by_end.sum().item())
+    inside = torch.func.grad(lambda t: odeadv.solve(f, START, (0.0, t), scheme="rk4", steps=20).xs[-1].sum())
+    assert inside(t1.detach()) == pytest.approx(by_end.sum().item())
+    adaptive = odeadv.solve(f, START, torch.stack([0 * t1, t1]), dt="adaptive", substep="rk4", rtol=1e-6).xs[-1]
+    assert torch.autograd.grad(adaptive.sum(), t1)[0] == pytest.approx(by_end.sum().item(), rel=1e-4)
+
+
+def test_spans_with_gradients_that_do_not_fit():
+    one = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^t_span: got a tensor that requires a gradient for a field with pieces or"):
+        odeadv.solve(posed(), START, (0.0, one), steps=2)
+    with pytest.raises(ValueError, match=r"^dt: got a tensor that requires a gradient for a field with pieces"):
+        odeadv.solve(odeadv.Piecewise([f, f], [0, 1, 2]), START, (0.0, 2.0), dt=one)
+    with pytest.raises(ValueError, match=r"^t_span, dt: got gradients for the end of the span and for the step size"):
+        odeadv.solve(f, START, (0.0, one), dt=one / 4)

@@ -21,7 +21,7 @@ class Swept:
         costate: drives the solve.
         residuals: relative change of each sweep, if they are to converge.
         converged: whether they did; True for a fixed number of recordings.
-        products: vector-Jacobian products, or derivatives of them, that Newton's method took besides.
+        products: products with the Jacobian of f, or derivatives of them, that Newton's method took.
     """
 
     costate: Costate

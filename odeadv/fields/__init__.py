@@ -5,6 +5,7 @@ A field is a named sum of operators, and may carry its own problem (initial stat
 costate. Imports `odeadv.support` only.
 """
 
+from odeadv.fields._clock import Clock
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
 from odeadv.fields.operator import Jump, Newton, Operator
 from odeadv.fields.residual import Residual
@@ -12,6 +13,7 @@ from odeadv.fields.terms import Forcing, Piecewise
 
 __all__ = [
     "AdversarialField",
+    "Clock",
     "Forcing",
     "Jump",
     "Newton",

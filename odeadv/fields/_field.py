@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from odeadv.fields._clock import Clock
 from odeadv.fields.operator import Operator, VectorFunction, as_time
 from odeadv.fields.terms import Forcing, Sum, Unrecorded
 from odeadv.support.checks import number
@@ -80,6 +81,10 @@ class VectorField:
     def widened(self: Field, narrow: torch.dtype) -> Field:
         """Return the same field for a state kept in float32, whose functions are given it in ``narrow``."""
         return self._mapped(lambda operator: operator.widened(narrow))
+
+    def timed(self: Field, clock: Clock) -> Field:
+        """Return the field with the times and the rate of ``clock``."""
+        return self._mapped(lambda operator: operator.timed(clock))
 
     def _mapped(self: Field, change: Callable[[Operator], Operator]) -> Field:
         field = copy.copy(self)
@@ -203,6 +208,7 @@ class AdversarialField(VectorField):
             if given is not None and not callable(given):
                 raise TypeError(f"{name}: got {type(given).__name__}, expected a callable or None")
         self.eta = _strength(eta)
+        self._rate: float | Tensor = 1.0
         self.loss: Loss = _nothing if loss is None else loss
         self.readout = readout
         self.running = running
@@ -268,7 +274,7 @@ class AdversarialField(VectorField):
                 its span, since adaptive solvers step beyond the end.
         """
         value = getattr(costate, "extrapolated", costate)
-        forcing = Forcing(value, scale=self.eta, on=getattr(costate, "on", None), source=costate)
+        forcing = Forcing(value, scale=self.eta * self._rate, on=getattr(costate, "on", None), source=costate)
         return VectorField({"f": self.f, "costate": forcing}, self.problem)
 
     def widened(self, narrow: torch.dtype) -> AdversarialField:
@@ -277,6 +283,13 @@ class AdversarialField(VectorField):
         field.readout = lambda x: x.to(narrow) if readout is None else readout(x.to(narrow))
         field.running = running and (lambda t, x: running(t, x.to(narrow)))
         field.at = {t: _widened_loss(loss, narrow) for t, loss in self.at.items()}
+        return field
+
+    def timed(self, clock: Clock) -> AdversarialField:
+        """See `VectorField.timed`; the rate is a factor of eta and of the running cost too."""
+        field, running = super().timed(clock), self.running
+        field._rate = clock.rate
+        field.running = running and (lambda t, x: clock.rate * running(clock(t), x))
         return field
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from odeadv.fields._clock import Clock as Clock
 from odeadv.fields._cost import Cost as Cost
 from odeadv.fields._cost import Slopes as Slopes
 from odeadv.fields._linear import Diagonal, Matrix, Transform
@@ -41,6 +42,14 @@ def as_time(value: float | Tensor, like: Tensor, dtype: torch.dtype | None = Non
     if isinstance(value, Tensor):
         return value
     return torch.scalar_tensor(value, dtype=dtype or clock_dtype(like.dtype), device=like.device)
+
+
+def leading(factor: float | Tensor, x: Tensor) -> Tensor:
+    """Return ``factor`` times ``x``. The axes of a tensor ``factor`` are the leading axes of ``x``, or of size one."""
+    if not isinstance(factor, Tensor):
+        return factor * x
+    whole = factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
+    return whole.to(x.real.dtype if x.is_complex() else x.dtype) * x
 
 
 def same_shape(name: str, value: object, x: Tensor) -> Tensor:
@@ -311,6 +320,19 @@ class Operator:
             reversible=self.reversible,
         )
         other.time_dtype = self.time_dtype
+        return other
+
+    def timed(self, clock: Clock) -> Operator:
+        """Return rate * f(t, x) with the time and the rate of ``clock``."""
+        f, flow, solver = self.f, self.flow, self.solver
+        rate = clock.rate
+        other = copy.copy(self)
+        if f is not _unknown:
+            other.f = lambda t, x: leading(rate, f(clock(t), x))
+        if flow is not None:
+            other.flow = lambda t, dt, x: flow(clock(t), leading(rate, dt), x)
+        if not isinstance(solver, Newton):
+            other.solver = lambda t, c, b: solver(clock(t), leading(rate, c), b)
         return other
 
     def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from odeadv.fields.operator import Cost, Jump, Kept, Newton, Operator, Slopes, same_shape
+from odeadv.fields._clock import Clock
+from odeadv.fields.operator import Cost, Jump, Kept, Newton, Operator, Slopes, leading, same_shape
 from odeadv.support.discovery import modules_of
 
 ALL = frozenset(("f", "flow", "solve"))
@@ -74,19 +75,25 @@ class Forcing(Operator):
         """Return the forcing itself: it does not see the state."""
         return self
 
+    def timed(self, clock: Clock) -> Forcing:
+        """See `Operator.timed`."""
+
+        def with_gradient(value: Callable[..., Tensor]) -> Callable[[float], Tensor]:
+            return lambda t: value(clock(torch.as_tensor(t, dtype=torch.float64)))
+
+        on = self._on
+        return Forcing(
+            with_gradient(self.value),
+            scale=self.scale * clock.rate,
+            on=on and (lambda t0, t1: with_gradient(on(t0, t1))),
+            source=self.source,
+        )
+
 
 def _forced(value: Callable[[float], Tensor], scale: float, t: Tensor, x: Tensor) -> Tensor:
     # torchdiffeq keeps the sizes of its steps in the graph. The gradient of a solve is right only if the time is in the
     # graph as well, for the two cancel.
     return scale * value(t if t.requires_grad else float(t.detach()))  # type: ignore[arg-type]
-
-
-def leading(factor: float | Tensor, x: Tensor) -> Tensor:
-    """Return ``factor`` times ``x``. The axes of a tensor ``factor`` are the leading axes of ``x``, or of size one."""
-    if not isinstance(factor, Tensor):
-        return factor * x
-    whole = factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
-    return whole.to(x.real.dtype if x.is_complex() else x.dtype) * x
 
 
 def _times(factor: Tensor, value: Callable[[float], Tensor]) -> Callable[[float], Tensor]:
@@ -110,6 +117,10 @@ class Unrecorded(Operator):
         return False
 
     def widened(self, narrow: torch.dtype) -> Unrecorded:
+        """Return the term itself: it is never evaluated."""
+        return self
+
+    def timed(self, clock: Clock) -> Unrecorded:
         """Return the term itself: it is never evaluated."""
         return self
 
@@ -198,6 +209,10 @@ class Sum(Operator):
                 b = torch.add(b, term.velocity(t, b, own), alpha=c)
         ((term, own),) = free
         return term.implicit(t, c, b, own, kept)
+
+    def timed(self, clock: Clock) -> Sum:
+        """See `Operator.timed`."""
+        return Sum([operator.timed(clock) for operator in self.operators], self.names, self.costs)
 
     def with_time_dtype(self, dtype: torch.dtype) -> Sum:
         """See `Operator.with_time_dtype`."""

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCostate, coarser, record, sweep
 from odeadv.fields import AdversarialField, VectorField
-from odeadv.fields.operator import Cost, clock_dtype
-from odeadv.fields.terms import leading
+from odeadv.fields.operator import Cost, clock_dtype, leading
 from odeadv.solver._saving import Dense, Within, solve_path
 from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
@@ -123,7 +122,7 @@ class Run:
             self.record, request.recordings, grid=request.times.grid, coarse=coarse, implicit=request.differentiate
         )
         self.stats.residuals += swept.residuals
-        self.stats.vjps += swept.products
+        self.stats.jvps += swept.products
         if not swept.converged:
             self.status = Status.NOT_CONVERGED
         return swept.costate

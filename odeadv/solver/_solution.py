@@ -27,7 +27,8 @@ class Stats:
         evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
         vjps: vector-Jacobian products of f: back-propagations through its evaluations, those between nodes, and those
             that make the Jacobians of implicit sub-steps.
-        jvps: Jacobian-vector products of f, in implicit sub-steps that solve by GMRES.
+        jvps: Jacobian-vector products of f, in implicit sub-steps that solve by GMRES. A product with a linearised
+            sweep (``Converge(method="newton")``) counts as much as the sweep: one per evaluation and product of it.
         solves: equations of implicit stages.
         iterations: of Newton's method for them; none if the operator solves them directly.
         states_held: largest number of tensors of the state's size alive at the same time: states and costates at the

@@ -52,7 +52,8 @@ def solve(
             tensor of the real dtype of the state (at least float32).
         x0: initial state, any shape, floating or complex, any device; the field's own if not given. Steps of a state of
             16 bits are added up in float32, except those of a network's blocks.
-        t_span: ``(t0, t1)``, in either direction; the field's own if not given.
+        t_span: ``(t0, t1)``, in either direction; the field's own if not given. Its times may be 0-d tensors that
+            require gradients, and so may ``dt``: the steps then scale with the span, see docs/solver.md.
         scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``; or a sub-step or its name, which
             then advances the whole field without splitting it. A field with one operator is never split.
         dt: step size. It must divide the span, and it is positive or has the sign of a span that runs backward. Or

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from odeadv.costate import Converge, Recordings
-from odeadv.fields import AdversarialField, Operator, VectorField, as_field
+from odeadv.fields import AdversarialField, Clock, Operator, VectorField, as_field
 from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
 from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, make_grid
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SchemeLike, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
 from odeadv.support.deferred import holds
-from odeadv.support.isolation import inside_transform, read_value
+from odeadv.support.isolation import inside_transform, is_wrapped, read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 StepSize = float | Sequence[float] | Tensor | Literal["adaptive"] | Adaptive
@@ -103,6 +103,7 @@ def read_request(
     field = as_field(field)
     discretisation = read_discretisation(field, scheme, substep, costate)
     recordings = _read_recordings(field, sweeps, ascent)
+    t_span, dt, clock = _read_clock(field, t_span, dt)
     times = read_times(field, t_span, dt, steps, rtol, atol, clip_last)
     if times.adaptive is not None and costate is None:
         discretisation = _smooth_costate(field, discretisation)
@@ -120,6 +121,8 @@ def read_request(
         if not isinstance(time_dtype, torch.dtype) or not time_dtype.is_floating_point:
             raise TypeError(f"time_dtype: got {shown(time_dtype)}, expected a floating dtype such as torch.float64")
         field = field.with_time_dtype(time_dtype)
+    if clock is not None:
+        field = field.timed(clock)
     if times.grid is not None:
         warn_of_coarse_clock(times.grid, time_dtype or clock_dtype(x.dtype))
     narrow = x.dtype if x.dtype in NARROW and not field.edges else None
@@ -158,6 +161,41 @@ def _read_recordings(field: VectorField, sweeps: int | str | Converge | None, as
             return Recordings(converge=Converge() if isinstance(value, str) else value)
         return Recordings(integer(name, value), adding=name == "ascent")
     return Recordings()
+
+
+def _read_clock(field: VectorField, t_span: Any, dt: Any) -> tuple[Any, Any, Clock | None]:
+    """Return ``t_span`` and ``dt`` without gradients, and a clock if they have some.
+
+    A step size with a gradient moves the end of the span: the number of steps is what it is.
+
+    Raises:
+        ValueError: naming ``t_span``, ``dt`` or ``at``.
+    """
+    given = field.problem.t_span if t_span is None else t_span
+    try:
+        ends = list(given)  # type: ignore[arg-type]
+    except TypeError:
+        return t_span, dt, None  # refused by what reads it next
+    span_moves, step_moves = any(map(_has_gradient, ends)), _has_gradient(dt)
+    if len(ends) != 2 or not (span_moves or step_moves):
+        return t_span, dt, None
+    if field.edges or (isinstance(field, AdversarialField) and field.at):
+        raise ValueError(
+            f"{'t_span' if span_moves else 'dt'}: got a tensor that requires a gradient for a field with pieces or "
+            "with losses at given times, whose times are fixed; expected numbers"
+        )
+    first, last = (number("t_span", t.detach() if isinstance(t, Tensor) else t) for t in ends)
+    if step_moves:
+        if _has_gradient(ends[1]):
+            raise ValueError("t_span, dt: got gradients for the end of the span and for the step size, expected one")
+        size = dt
+        dt = number("dt", dt.detach())
+        ends[1] = ends[0] + round((last - first) / dt) * size if dt else ends[1]
+    return (first, last), dt, Clock(first, last, *ends)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and (value.requires_grad or is_wrapped(value))
 
 
 def read_times(
