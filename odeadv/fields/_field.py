@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.fields._clock import Clock
+from odeadv.fields._signature import check_arguments
 from odeadv.fields.operator import Operator, VectorFunction, as_time
 from odeadv.fields.terms import Forcing, Sum, Unrecorded
 from odeadv.support.checks import number
@@ -207,6 +208,8 @@ class AdversarialField(VectorField):
         for name, given in (("readout", readout), ("running", running)):
             if given is not None and not callable(given):
                 raise TypeError(f"{name}: got {type(given).__name__}, expected a callable or None")
+        if running is not None:
+            check_arguments("running", running, "running(t, x)")
         self.eta = _strength(eta)
         self._rate: float | Tensor = 1.0
         self.loss: Loss = _nothing if loss is None else loss
