@@ -374,25 +374,27 @@ def test_every_row_of_every_table_can_be_built(preset):
 
 def test_a_rehearsal_takes_the_first_steps_of_a_training_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    methods = ["pgd", "pgd+lad"]
-    assert cli.main(["table", "table2", "--preset", "smoke", "--methods", *methods, "--rehearse", "3"]) == 0
+    methods = ["natural", "natural+lad"]
+    assert cli.main(["table", "table1", "--preset", "smoke", "--methods", *methods, "--rehearse", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    ((_, config),) = configurations(TABLES["table2"], PRESETS["smoke"], dataset="digits", methods=["pgd"], seeds=(0,))
+    ((_, config),) = configurations(
+        TABLES["table1"], PRESETS["smoke"], dataset="digits", methods=["natural"], seeds=(0,)
+    )
     whole = config.training
     images, _ = config.data.take(data.load("digits"))
     steps = len(images.train_images) // whole.batch_size * whole.epochs
-    assert [re.match(r"(\S+): 3 of (\d+) steps, loss \d\.\d{3}, ", line).groups() for line in lines[:2]] == [
+    assert [re.match(r"(\S+): 2 of (\d+) steps, loss \d\.\d{3}, ", line).groups() for line in lines[:2]] == [
         (method, str(steps)) for method in methods
     ]
-    assert re.match(r"table2: \S+ h to train 2 of 2 rows, a seed of each; \S+ h for 5 seeds$", lines[2])
+    assert re.match(r"table1: \S+ h to train 2 of 2 rows, a seed of each(; \S+ h for \d+ seeds)?$", lines[2])
     assert not list(tmp_path.iterdir())
-    few = slice(0, 3 * whole.batch_size)
+    few = slice(0, 2 * whole.batch_size)
     short = replace(images, train_images=images.train_images[few], train_labels=images.train_labels[few])
     net = config.model.build(images, torch.Generator().manual_seed(0))
     first = train(net, short, replace(whole, epochs=1, milestones=())).epochs[0].loss
-    found = rehearse(config, data.load("digits"), 3)
+    found = rehearse(config, data.load("digits"), 2)
     assert found.loss == first
-    assert (found.taken, found.steps, found.hours) == (3, steps, steps * found.seconds / 3600)
+    assert (found.taken, found.steps, found.hours) == (2, steps, steps * found.seconds / 3600)
     assert str(replace(found, memory=2**30)).endswith(f" s a step, 1.00 GiB: {found.hours:.3g} h to train")
     with pytest.raises(ValueError, match=r"^steps: got 1, expected 2 or more"):
         rehearse(config, data.load("digits"), 1)
@@ -485,12 +487,21 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(1, 8))
-def test_examples_run_as_programs(number):
-    program = ROOT / "examples" / f"table{number}.py"
-    command = [sys.executable, str(program), "--list", "--seeds", "0", "--preset", "bf16"]
-    command += ["--dataset", "cifar100"] if number in (5, 7) else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert len(done.stdout.splitlines()) == len(rows_at(TABLES[f"table{number}"]))
+def test_examples_run_as_programs(number, capsys, monkeypatch):
+    program = str(ROOT / "examples" / f"table{number}.py")
+    arguments = [program, "--list", "--seeds", "0", "--preset", "bf16"]
+    arguments += ["--dataset", "cifar100"] if number in (5, 7) else []
+    if number == 1:
+        command = [sys.executable, *arguments]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    else:  # as python does, without the time that a new process needs to import torch
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.syspath_prepend(str(ROOT / "examples"))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(program, run_name="__main__")
+        assert not end.value.code
+        shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == len(rows_at(TABLES[f"table{number}"]))
 
 
 def evaluated(table, outcomes: dict[str, list[bool]]) -> dict:

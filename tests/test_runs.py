@@ -35,7 +35,7 @@ from odeadv.experiments._folder import locked
 from odeadv.models import preact_resnet
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 from odeadv.support.plain import identity
-from odeadv.training import Layerwise, Natural, Pgd, TrainConfig, TrainingDiverged, Undefended, weights_digest
+from odeadv.training import Layerwise, Pgd, TrainConfig, TrainingDiverged, Undefended, weights_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -375,6 +375,23 @@ def train_in_a_process(runs: Path, *, processes: int = 1, extra: tuple[str, ...]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def written(config: RunConfig, runs: Path) -> str:
+    """Write the configuration into the folder ``runs``, and return the path of the file."""
+    runs.mkdir()
+    (runs / "run.json").write_text(json.dumps(config.to_dict()))
+    return str(runs / "run.json")
+
+
+def train_here(config: RunConfig, runs: Path) -> None:
+    """Train as the other processes do: with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert cli.main(["train", written(config, runs), "--runs", str(runs), "--accelerator", "cpu"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -384,43 +401,35 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     config = replace(small(epochs=4, objective=Pgd(steps=3)), model=ModelConfig(depth=8, width=4, noise=0.1))
-    weights = []
-    for name, kills in (("whole", 0), ("killed", 2)):
-        runs = tmp_path / name
-        runs.mkdir()
-        (runs / "run.json").write_text(json.dumps(config.to_dict()))
-        for kill in range(kills):
-            process = train_in_a_process(runs)
-            metrics = runs / config.name / "metrics.jsonl"
-            while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) <= kill):
-                time.sleep(0.02)
-            time.sleep(0.1 * kill)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
-            assert not (runs / config.name / "record.json").exists(), "killed too late to prove anything"
-            assert list((runs / config.name / "checkpoints").glob("*.safetensors"))
-        told = finish(train_in_a_process(runs))
-        assert ("goes on with epoch" in told) == bool(kills)
-        weights.append(read_tensors(runs / config.name / "last.safetensors")[0])
+    whole, runs = tmp_path / "whole", tmp_path / "killed"
+    train_here(config, whole)
+    written(config, runs)
+    process = train_in_a_process(runs)
+    metrics = runs / config.name / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (runs / config.name / "record.json").exists(), "killed too late to prove anything"
+    assert list((runs / config.name / "checkpoints").glob("*.safetensors"))
+    assert "goes on with epoch" in finish(train_in_a_process(runs))
+    weights = [read_tensors(folder / config.name / "last.safetensors")[0] for folder in (whole, runs)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [Natural(), Pgd(steps=2)])
-def test_two_processes_give_the_loss_curve_of_one(tmp_path, objective):
+def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     """The same global batch: LAD's mean, batch statistics and the attack's start are those of the whole batch."""
-    config = small(objective=objective, defence=Layerwise("strang", 20.0), epochs=3)
-    curves, processes_seen = [], []
-    for processes in (1, 2):
-        runs = tmp_path / str(processes)
-        runs.mkdir()
-        (runs / "run.json").write_text(json.dumps(config.to_dict()))
-        finish(train_in_a_process(runs, processes=processes))
-        record = json.loads((runs / config.name / "record.json").read_text())
-        curves.append([(epoch["loss"], epoch["accuracy"]) for epoch in record["epochs"]])
-        processes_seen.append(record["machine"]["processes"])
-    assert processes_seen == [1, 2]
+    config = small(objective=Pgd(steps=2), defence=Layerwise("strang", 20.0), epochs=3)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_here(config, one)
+    written(config, two)
+    finish(train_in_a_process(two, processes=2))
+    records = [json.loads((runs / config.name / "record.json").read_text()) for runs in (one, two)]
+    curves = [[(epoch["loss"], epoch["accuracy"]) for epoch in record["epochs"]] for record in records]
+    assert [record["machine"]["processes"] for record in records] == [1, 2]
     for (loss, accuracy), (other_loss, other_accuracy) in zip(*curves, strict=True):
         assert loss == pytest.approx(other_loss, rel=2e-3)
         assert accuracy == pytest.approx(other_accuracy, abs=0.02)

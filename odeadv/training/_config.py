@@ -147,8 +147,9 @@ class TrainConfig:
         if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
             raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        # So that a wrong argument is known before anything is trained. Nothing is drawn at random.
-        self.make_optimizer(nn.utils.skip_init(nn.Linear, 2, 2))  # type: ignore[no-untyped-call]
+        if self.optimizer:
+            # So that a wrong argument is known before anything is trained. Nothing is drawn at random.
+            self.make_optimizer(nn.utils.skip_init(nn.Linear, 2, 2))  # type: ignore[no-untyped-call]
         if self.schedule is not None:
             learning_rates(self.schedule, self.base_lr, self.epochs, 2)
         elif self.milestones and max(self.milestones) > self.epochs:
