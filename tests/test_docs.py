@@ -3,9 +3,11 @@
 import importlib
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import odeadv
 from odeadv.cli import main
@@ -48,3 +50,28 @@ def test_the_index_reaches_every_page():
         for path in DOCS.glob(f"{line}.md")
     }
     assert listed == {path for path in DOCS.rglob("*.md") if "_build" not in path.parts} - {DOCS / "index.md"}
+
+
+def test_the_lines_of_the_questions_run():
+    """Block after block, as a reader would paste them."""
+    page = (DOCS / "faq.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    for block in blocks:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            exec(block, names)
+    assert len(blocks) == page.count("\n### ")  # one for each question, one for the names, none for the command line
+
+
+@pytest.mark.parametrize("page", ["comparison", "faq", "evaluation", "attacks"])
+def test_links_between_pages_lead_somewhere(page):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    for file, part in re.findall(r"\]\((?!http)([\w/.]*)(?:#([\w-]*))?\)", text):
+        target = (DOCS / (file or f"{page}.md")).read_text(encoding="utf-8")
+        titles = {
+            re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)", target, re.M)
+        }
+        assert not part or part in titles, f"{file}#{part}"
