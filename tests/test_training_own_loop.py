@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training import config, tiny_data, tiny_net
 from torch import Tensor, nn
 
 import odeadv
 from odeadv import models
-from odeadv.training import Layerwise, Penalty, Undefended
+from odeadv.training import Layerwise, Penalty, Undefended, train
 
 ETA = 5.0
 
@@ -111,11 +112,40 @@ def test_a_foreign_network_learns_in_a_plain_loop():
     assert F.mse_loss(plain(x), y).item() < 0.2 * first
 
 
+def test_the_loggers_of_the_page_fit(monkeypatch):
+    """They are no dependencies: functions with their signatures stand in for them."""
+    logged = []
+
+    class Run:
+        def log(self, data, step=None, commit=None):
+            logged.append(("wandb", step, data["loss"]))
+
+    class SummaryWriter:
+        def add_scalar(self, tag, scalar_value, global_step=None):
+            if tag == "loss":
+                logged.append(("tensorboard", global_step, scalar_value))
+
+    def log_metrics(metrics, step=None):
+        logged.append(("mlflow", step, metrics["loss"]))
+
+    stand_ins = {
+        "wandb": types.SimpleNamespace(init=lambda project: Run()),
+        "mlflow": types.SimpleNamespace(log_metrics=log_metrics),
+        "torch.utils.tensorboard": types.SimpleNamespace(SummaryWriter=SummaryWriter),
+    }
+    for name, module in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (program,) = (each for each in re.findall(r"```py\n(.*?)```", page, re.S) if "import wandb" in each)
+    exec(program, {"net": tiny_net(), "digits": tiny_data(), "config": config(epochs=1, milestones=()), "train": train})
+    assert [(name, step) for name, step, _ in logged] == [("wandb", 1), ("mlflow", 1), ("tensorboard", 1)]
+
+
 def test_the_lightning_module_of_the_page_returns_the_loss(monkeypatch):
     """Lightning is no dependency: its base class is stood in for by a module."""
     monkeypatch.setitem(sys.modules, "lightning", types.SimpleNamespace(LightningModule=nn.Module))
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```py\n(.*?)```", page, re.S)
+    (program,) = (each for each in re.findall(r"```py\n(.*?)```", page, re.S) if "import lightning" in each)
     scope: dict[str, object] = {}
     exec(program, scope)
     net, (images, labels) = resnet(), batch()
