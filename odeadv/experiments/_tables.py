@@ -226,6 +226,7 @@ _HALF = (
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
 _DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # in addition to the preset's and to 2e-2, the best of the pilot
+_FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 TABLES = {
     table.name: table
@@ -318,12 +319,12 @@ TABLES = {
             "mechanism-eta", "What the strength of LAD does to PGD training", "eps4", _HALF,
             (
                 Row("pgd"),
-                *(Row(f"pgd+{m}", factor) for m in ("lad", "lad-sm") for factor in (0.001, 0.01, 0.1, 1.0, 10.0)),
+                *(Row(f"pgd+{m}", factor) for m in ("lad", "lad-sm") for factor in _FACTORS),
             ),
             datasets=("cifar10",), autoattack_255=4.0,
             primary=tuple(
                 (Row(f"pgd+{m}", factor).name, "pgd")
-                for m in ("lad", "lad-sm") for factor in (0.001, 0.01, 0.1, 1.0, 10.0)
+                for m in ("lad", "lad-sm") for factor in _FACTORS
             ),
         ),
         Table(
