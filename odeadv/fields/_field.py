@@ -362,7 +362,9 @@ def _strength(eta: Any) -> float | Tensor:
     return eta
 
 
-def _nothing(output: Tensor) -> Tensor:
+def _nothing(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        return torch.zeros(())
     return torch.zeros((), dtype=output.real.dtype if output.is_complex() else output.dtype, device=output.device)
 
 

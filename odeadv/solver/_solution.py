@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odeadv.costate import Costate
 from odeadv.solver._plot import draw
+from odeadv.solver._trees import mapped, named_tensors
 from odeadv.splitting.status import Status
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Solution:
 
     Attributes:
         ts: the saved times, float64, shape ``(K,)``.
-        xs: the saved states: one tensor ``(K, *state)``, or a tuple of K tensors if the state changes its shape.
+        xs: the saved states: one tensor ``(K, *state)``, or a tuple of K tensors if the state changes its shape. If the
+            initial state was a tuple, list, dict or named tuple of tensors, so is ``xs``, of tensors ``(K, *shape)``.
         status: a `Status`.
         stats: a `Stats`.
         scheme: name of the scheme used.
@@ -101,7 +103,7 @@ class Solution:
     def __init__(
         self,
         ts: Tensor,
-        xs: Tensor | Sequence[Tensor],
+        xs: Any,
         *,
         status: Status,
         stats: Stats,
@@ -125,11 +127,16 @@ class Solution:
         self._record = record
         self._dense = dense
         self._copied = False
+        self._structured = False  # the state is a structure of tensors
 
     def __getstate__(self) -> dict[str, Any]:
-        values: dict[str, Any] = {name: _detached(getattr(self, name)) for name in ("ts", "xs", "output", "loss")}
-        values |= {"status": self.status, "stats": self.stats, "scheme": self.scheme, "order": self.order}
-        return {**values, "_costate": None, "_record": None, "_dense": None, "_copied": True}
+        values = {name: getattr(self, name) for name in ("ts", "xs", "output", "loss")}
+        kept: dict[str, Any] = {
+            k: None if value is None else mapped(Tensor.detach, value) for k, value in values.items()
+        }
+        kept |= {"status": self.status, "stats": self.stats, "scheme": self.scheme, "order": self.order}
+        kept |= {"_costate": None, "_record": None, "_dense": None, "_copied": True, "_structured": self._structured}
+        return kept
 
     def __call__(self, t: float | Sequence[float] | Tensor) -> Tensor:
         """Return the state at any time of the span, to the order of the method; needs ``solve(..., dense=True)``.
@@ -198,17 +205,19 @@ class Solution:
         Raises:
             ValueError: if the state changes its shape, as the state of a network does.
         """
-        if not isinstance(self.xs, Tensor):
+        if not isinstance(self.xs, Tensor) and not self._structured:
             raise ValueError("plot: the state changes its shape, so its components cannot be followed")
         times = self.ts.tolist()
-        rows = [("x", self.xs)]
+        rows = list(named_tensors(self.xs, "x"))
         if self._costate is not None:
-            rows.append(("dL/dx", torch.stack([self._costate(t) for t in times])))
+            found = [dict(named_tensors(self._costate(t), "dL/dx")) for t in times]
+            rows += [(label, torch.stack([values[label] for values in found])) for label in found[0]]
         real = [(label, (x.real if x.is_complex() else x).detach().to(torch.float64).cpu()) for label, x in rows]
         return draw(times, real, most, f"{self.scheme}, {self.stats.steps} steps")
 
     def __repr__(self) -> str:
-        shape = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else f"{len(self.xs)} tensors"
+        whole = isinstance(self.xs, Tensor) or self._structured
+        shape = mapped(lambda x: tuple(x.shape), self.xs) if whole else f"{len(self.xs)} tensors"
         cost = ", ".join(f"{name} {count}" for name, count in self.stats.evaluations.items())
         loss = "" if self.loss is None or self.status is Status.UNKNOWN else f", loss={self.loss.item():.6g}"
         return (
@@ -216,9 +225,3 @@ class Solution:
             f"{self.stats.steps} steps, "
             f"xs {shape}{loss}, evaluations: {cost}, vjps {self.stats.vjps}, {self.status.name})"
         )
-
-
-def _detached(value: Tensor | Sequence[Tensor] | None) -> Tensor | tuple[Tensor, ...] | None:
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.detach()
-    return tuple(item.detach() for item in value)

@@ -12,6 +12,7 @@ from odeadv.fields import AdversarialField, Operator, VectorField
 from odeadv.fields.operator import VectorFunction
 from odeadv.solver._run import Run
 from odeadv.solver._solution import Solution, SolveError
+from odeadv.solver._structure import State, read_structure
 from odeadv.solver.request import Nodes, SaveAt, StepSize, read_request
 from odeadv.splitting import CostateKind, Status
 from odeadv.splitting.method import SchemeLike, SubSteps
@@ -20,7 +21,7 @@ from odeadv.support.isolation import outside_inference_mode
 
 def solve(
     field: VectorField | Operator | VectorFunction,
-    x0: Tensor | None = None,
+    x0: State | None = None,
     t_span: tuple[float, float] | None = None,
     *,
     scheme: SchemeLike | None = None,
@@ -51,7 +52,9 @@ def solve(
         field: an `AdversarialField`, a `SplitField`, an `Operator` or a callable ``f(t, x)``. f is given ``t`` as a 0-d
             tensor of the real dtype of the state (at least float32).
         x0: initial state, any shape, floating or complex, any device; the field's own if not given. Steps of a state of
-            16 bits are added up in float32, except those of a network's blocks.
+            16 bits are added up in float32, except those of a network's blocks. Or a tuple, list, dict or named tuple
+            of tensors of one dtype, also nested: then functions of the state are given the structure and return it
+            (None for a derivative that is zero), and ``xs``, ``output``, ``sol(t)`` and the costate have it.
         t_span: ``(t0, t1)``, in either direction; the field's own if not given. Its times may be 0-d tensors that
             require gradients, and so may ``dt``: the steps then scale with the span, see docs/solver.md.
         scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``; or a sub-step or its name, which
@@ -110,6 +113,9 @@ def solve(
         >>> sol.xs[-1], sol.costate(0.5), sol.loss
     """
     with outside_inference_mode():
+        x0, flat = read_structure(field, x0, dt, rtol, atol)
+        if flat is not None:
+            field, x0, dt, rtol, atol = flat.field, flat.x0, flat.dt, flat.rtol, flat.atol
         request = read_request(
             field,
             x0,
@@ -132,6 +138,8 @@ def solve(
             dense=dense,
         )
         solution = Run(request).solution()
+        if flat is not None:
+            solution = flat.restored(solution)
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
         raise SolveError(solution)
     return solution

@@ -72,7 +72,7 @@ class Request:
 
 def read_request(
     field: VectorField | Operator | VectorFunction,
-    x0: Tensor | None,
+    x0: Any,
     t_span: tuple[float, float] | None,
     *,
     scheme: SchemeLike | None,

@@ -94,16 +94,18 @@ class Adaptive:
         atol, rtol = (_on(value, x) for value in (self.atol, self.rtol))
         scale = atol + rtol * torch.maximum(x.abs(), y.abs())
         ratio = torch.where(difference == 0, torch.zeros_like(scale), difference.abs() / scale)
-        if callable(self.norm):
-            value = self.norm(ratio)
-        elif self.norm == "max":
-            value = ratio.max()
-        elif self.norm == "rms" or ratio.ndim < 2:
-            value = ratio.square().mean().sqrt()
-        else:
-            value = ratio.square().flatten(1).mean(dim=1).max().sqrt()
-        found = read_value(value, "dt: adaptive")
+        found = read_value(self.size(ratio), "dt: adaptive")
         return found if found == found else float("inf")
+
+    def size(self, ratio: Tensor) -> Tensor:
+        """Return the norm of ``ratio``, a tensor like the state, real and at least 0."""
+        if callable(self.norm):
+            return self.norm(ratio)
+        if self.norm == "max":
+            return ratio.max()
+        if self.norm == "rms" or ratio.ndim < 2:
+            return ratio.square().mean().sqrt()
+        return ratio.square().flatten(1).mean(dim=1).max().sqrt()
 
 
 def _checked_tolerance(name: str, value: float | Tensor) -> float:
