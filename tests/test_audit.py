@@ -183,7 +183,7 @@ def honest() -> Audit:
 def test_an_honest_network_passes_every_line(honest: Audit) -> None:
     assert [(check.name, check.found) for check in honest.checks if check.status != "pass"] == []
     assert honest.passed
-    assert len(honest.checks) == 17
+    assert len(honest.checks) == 18
 
 
 def test_figures_of_the_honest_network(honest: Audit) -> None:
@@ -234,6 +234,14 @@ def test_no_headline_without_a_figure_that_can_be_believed(make: Callable[[], nn
     found = run(make(), num_classes=10)
     assert found.robust_accuracy is None
     assert "accuracy under everything tried: unknown" in repr(found)
+
+
+def test_a_model_that_guesses_fails() -> None:
+    images, labels = held_out(60)
+    found = audit(trained(), (images, (labels + 5) % 10), eps=EPS, steps=1, more_steps=2, restarts=1, queries=1)
+    line = found["better than guessing"]
+    assert line.status == "fail"
+    assert line.figures["clean"] <= line.figures["guessing"] == 0.1
 
 
 def test_noise_is_not_counted_as_an_attack() -> None:
@@ -468,9 +476,9 @@ def test_write(honest: Audit, tmp_path: Path) -> None:
     assert data == json.loads(json.dumps(honest.to_dict() | {"about": "A small network."}))
     assert data["schema"] == "odeadv.audit/1"
     page = (tmp_path / "report" / "audit.md").read_text()
-    assert page.startswith("# Audit of a robustness evaluation\n\nA small network.\n\n17 checks passed")
+    assert page.startswith("# Audit of a robustness evaluation\n\nA small network.\n\n18 checks passed")
     assert all(check.name in page and check.meaning in page for check in honest.checks)
-    assert "17 checks passed, 0 failed, 0 not applicable; 80 examples" in page
+    assert "18 checks passed, 0 failed, 0 not applicable; 80 examples" in page
 
 
 def test_write_of_an_unusable_model(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from odeadv.attacks.checks import answered, check_classes
 from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
-from odeadv.evaluation.trust import PROBES, batch_dependence, behaviour, is_rounding
+from odeadv.evaluation.trust import FEWEST, PROBES, batch_dependence, behaviour, is_rounding
 
 # A float32 softmax over 1,000 classes sums to 1 within 1e-5; logits hardly ever do by accident.
 _SUM_TOLERANCE = 1e-4
@@ -151,9 +151,26 @@ def logits_not_probabilities(subject: Subject) -> Finding:
     return Finding(not probabilities, found, {"probabilities": probabilities, "log_probabilities": logs})
 
 
+@check(
+    "better than guessing",
+    "The model is right no more often than by guessing, so attacks have nothing to break and the lines below mean "
+    "little. Check the weights, the order of the classes, and if the model normalises images in [0, 1] itself.",
+    attacks=False,
+)
+def better_than_guessing(subject: Subject) -> Finding:
+    """Check that the clean accuracy is above that of guessing."""
+    width = subject.outputs.shape[1]
+    right = int((subject.outputs.argmax(dim=1) == subject.labels).sum())
+    found = f"{right} of {subject.n} clean examples are right, of {width} classes"
+    if subject.n < FEWEST:
+        return not_applicable(f"{found}: too few examples to tell")
+    return Finding(right > subject.n / width, found, {"clean": right / subject.n, "guessing": 1 / width})
+
+
 BEHAVIOUR = (
     finite_logits,  # first: the others read what it records
     number_of_classes,
+    better_than_guessing,
     same_answer_twice,
     same_answer_in_any_batch,
     state_left_alone,

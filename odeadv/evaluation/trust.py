@@ -35,7 +35,7 @@ _ROUNDING_SHARE = 1e-3
 # have dead units or sit on a tie.
 _NOTED = 0.01
 # With fewer images, an accuracy below that of guessing may be chance.
-_FEWEST = 50
+FEWEST = 50
 ACCEPTABLE = ("batch dependence",)
 
 
@@ -236,7 +236,7 @@ def doubts(result: Evaluation, probe: Tensor, classes: int) -> list[str]:
             f"the first images have values up to {largest:.2g}, so they may have been divided by 255 twice; "
             "every radius is large for such images"
         )
-    if result.n >= _FEWEST and result.clean_accuracy <= 1 / classes:
+    if result.n >= FEWEST and result.clean_accuracy <= 1 / classes:
         notes.append(
             f"the clean accuracy is {100 * result.clean_accuracy:.3g} %, no better than guessing among {classes} "
             "classes: check the weights, the order of the classes, and if the model normalises images in [0, 1] itself"
