@@ -11,6 +11,7 @@ from odeadv.models._mlp import MlpBlock, ResidualMlp, residual_mlp
 from odeadv.models._network import FieldNetwork, Network
 from odeadv.models._noise import Averaged, Noise, averaged
 from odeadv.models._ode import ConvField, OdeNet, ode_net
+from odeadv.models._pretrained import pretrained, pretrained_names, pretrained_record
 from odeadv.models._refine import Refined, refine
 from odeadv.models._registry import build, names
 from odeadv.models._resnet import PreActBlock, PreActResNet, preact_resnet, resnet20, resnet56
@@ -42,6 +43,9 @@ __all__ = [
     "names",
     "ode_net",
     "preact_resnet",
+    "pretrained",
+    "pretrained_names",
+    "pretrained_record",
     "refine",
     "residual_mlp",
     "resnet20",

@@ -1,0 +1,86 @@
+"""Small trained networks that come with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from odeadv.models._network import FieldNetwork
+from odeadv.models._registry import build
+from odeadv.support.checks import choice
+from odeadv.support.files import read_tensors
+
+SCHEMA = "odeadv.pretrained/1"
+_SUFFIX = ".safetensors"
+_FILES = files("odeadv.models").joinpath("weights")
+
+
+def pretrained(name: str) -> FieldNetwork:
+    """Return a small trained network that comes with the package, in evaluation mode.
+
+    The networks are examples for attacks, audits and diagnostics. They are far too small to be good classifiers.
+    ``examples/pretrained.py`` trained them. The digest in the file is checked.
+
+    Args:
+        name: one of `pretrained_names`: the data set, then the method, such as ``"digits-pgd-lad-sm"``.
+
+    Returns:
+        The network. It takes images in [0, 1] of shape (n, 3, h, w) and returns logits (n, 10). It was trained on
+        images of ``pretrained_record(name)["image_size"]`` pixels; ``odeadv.data.load(...).resized(...)`` makes them.
+
+    Raises:
+        ValueError: if the name is unknown, or the file is damaged.
+        TypeError: if ``name`` is not a string.
+        ModuleNotFoundError: if safetensors is missing; the extra ``train`` brings it.
+
+    Example:
+        >>> import torch
+        >>> from odeadv import models
+        >>> net = models.pretrained("digits-natural")
+        >>> net(torch.rand(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
+    """
+    tensors, record = _read(name)
+    net = build(**record["model"])
+    net.load_state_dict(tensors)
+    return net.eval()
+
+
+def pretrained_names() -> tuple[str, ...]:
+    """Return the names that `pretrained` knows.
+
+    Example:
+        >>> from odeadv import models
+        >>> "cifar10-pgd" in models.pretrained_names()
+        True
+    """
+    return tuple(sorted(Path(file.name).stem for file in _FILES.iterdir() if file.name.endswith(_SUFFIX)))
+
+
+def pretrained_record(name: str) -> dict[str, Any]:
+    """Return how a network of `pretrained` was made and how accurate it is, as plain data.
+
+    Args:
+        name: one of `pretrained_names`.
+
+    Returns:
+        A dict with ``"model"`` (arguments of `build`), ``"image_size"``, ``"run"`` (the configuration of the run, see
+        `odeadv.experiments.RunConfig`), ``"clean_accuracy"``, ``"robust_accuracy"`` (by attack and radius), and
+        ``"versions"``.
+
+    Raises:
+        ValueError, TypeError, ModuleNotFoundError: as `pretrained`.
+    """
+    return _read(name)[1]
+
+
+def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    choice("name", name, pretrained_names())
+    with as_file(_FILES.joinpath(name + _SUFFIX)) as path:
+        tensors, record = read_tensors(path)
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema is {record.get('schema')!r}, expected {SCHEMA!r}")
+    return tensors, record
