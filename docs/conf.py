@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -13,13 +15,18 @@ from docutils.statemachine import StringList
 import odeadv
 from odeadv.cli import main
 
+sys.path.insert(0, str(Path(__file__).parent))  # programs.py and reference.py
+
 project = "odeadv"
 author = "The odeadv contributors"
 copyright = author
 release = version = odeadv.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
-exclude_patterns = ["_build"]
+extensions = [
+    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax",
+    "sphinx_copybutton", "programs", "reference",
+]  # fmt: skip
+exclude_patterns = ["_build", "_pictures"]
 html_theme = "furo"
 html_title = f"odeadv {release}"
 
@@ -31,7 +38,7 @@ default_role = "py:obj"  # `solve` in a docstring is a link where there is such 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"show-inheritance": True}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes of dataclasses are described once
 

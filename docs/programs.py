@@ -1,0 +1,116 @@
+"""Run the programs of tutorials while the site is made, and show what they print and draw.
+
+Every ``python`` block of a page runs in order, in one namespace per page and in a temporary folder. Printed text, the
+value of a last expression, and matplotlib figures follow their block. An error stops the build. What a page printed and
+drew is kept in ``docs/_pictures`` until its text changes; remove that folder to run all pages again.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import io
+import json
+import re
+import sys
+import tempfile
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+pyplot.rcParams["figure.figsize"] = (5.5, 3.4)
+HERE = Path(__file__).parent
+PICTURES = HERE / "_pictures"
+BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+
+
+def run_pages(app: Any) -> None:
+    """Run all tutorials, so that their pictures are there before any page is read."""
+    for path in sorted((HERE / "tutorials").glob("*.md")):
+        outputs(path.stem, path.read_text(encoding="utf-8"))
+
+
+def add_outputs(app: Any, docname: str, source: list[str]) -> None:
+    """Put what the blocks of a tutorial print and draw after each of them."""
+    if docname == "gallery":
+        source[0] += gallery()
+    folder, _, name = docname.rpartition("/")
+    if folder != "tutorials":
+        return
+    found = iter(outputs(name, source[0]))
+    source[0] = BLOCK.sub(lambda block: block.group(0) + next(found), source[0])
+
+
+def gallery() -> str:
+    """Return the pictures of all tutorials, each with a link to its page."""
+    lines = []
+    for path in sorted((HERE / "tutorials").glob("*.md")):
+        title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        pictures = sorted(PICTURES.glob(f"{path.stem}-*.png"))
+        if pictures:
+            lines += ["", f"## [{title}](tutorials/{path.name})", ""]
+            lines += [f"[![{title}](_pictures/{picture.name})](tutorials/{path.name})" for picture in pictures]
+    return "\n".join(lines) + "\n"
+
+
+def outputs(name: str, text: str) -> list[str]:
+    """Return the Markdown that follows each block of the page ``name``."""
+    digest, kept = hashlib.sha256(text.encode()).hexdigest(), PICTURES / f"{name}.json"
+    if kept.exists() and (read := json.loads(kept.read_text(encoding="utf-8")))["page"] == digest:
+        return list(read["outputs"])
+    PICTURES.mkdir(exist_ok=True)
+    module = types.ModuleType("tutorial")  # dataclasses look their module up
+    sys.modules["tutorial"] = module
+    names = module.__dict__
+    drawn: list[Path] = []
+    found = []
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, block in enumerate(BLOCK.finditer(text)):
+            line = text[: block.start()].count("\n") + 2
+            try:
+                printed, figures = run(block.group(1), names, f"{name}.md", line)
+            except Exception as error:
+                error.add_note(f"docs/tutorials/{name}.md, block {number + 1}, line {line}")
+                raise
+            shown = f"\n```text\n{printed.rstrip()}\n```\n" if printed.strip() else ""
+            for figure in figures:
+                drawn.append(PICTURES / f"{name}-{len(drawn) + 1}.png")
+                figure.savefig(drawn[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
+                shown += f"\n![Picture made by the program above](../_pictures/{drawn[-1].name})\n"
+            found.append(shown)
+    kept.write_text(json.dumps({"page": digest, "outputs": found}), encoding="utf-8")
+    return found
+
+
+def run(program: str, names: dict[str, Any], file: str, line: int) -> tuple[str, list[Figure]]:
+    """Run one block as a notebook would; return what it prints and the figures it draws."""
+    tree = ast.parse("\n" * (line - 1) + program, file)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    figures = []
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()):
+        exec(compile(tree, file, "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), file, "eval"), names)
+            if isinstance(value, Figure):
+                figures.append(value)
+            elif value is not None and not type(value).__module__.startswith("matplotlib"):
+                print(repr(value))
+    figures += [pyplot.figure(number) for number in pyplot.get_fignums() if pyplot.figure(number) not in figures]
+    pyplot.close("all")
+    return output.getvalue(), figures
+
+
+def setup(app: Any) -> None:
+    """Connect the functions above; Sphinx calls this."""
+    app.connect("builder-inited", run_pages)
+    app.connect("source-read", add_outputs)

@@ -1,0 +1,113 @@
+"""Write one page per public object, and the lists of them, while the site is made.
+
+The pages go to ``docs/api/objects``, which is not committed. `PACKAGES` gives the order. An object that ``odeadv``
+exports has its page under that name only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import odeadv
+
+HERE = Path(__file__).parent
+OBJECTS = HERE / "api" / "objects"
+PACKAGES = (
+    "odeadv", "fields", "schemes", "splitting", "costate", "solver", "models", "training", "attacks", "evaluation",
+    "audit", "diagnostics", "data", "experiments",
+)  # fmt: skip
+FIRST = ("solve", "AdversarialField", "SplitField", "Operator", "Solution")
+
+
+def objects(package: str) -> list[str]:
+    """Return the full names of the objects that the page of ``package`` lists, in its order."""
+    module = _module(package)
+    names = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name)) and name != "__version__"]
+    if package == "odeadv":
+        names = [*FIRST, *(name for name in names if name not in FIRST)]
+    else:
+        names = [name for name in names if getattr(odeadv, name, None) is not getattr(module, name)]
+    prefix = "odeadv" if package == "odeadv" else f"odeadv.{package}"
+    return [f"{prefix}.{name}" for name in names]
+
+
+def shared(package: str) -> list[str]:
+    """Return the full names of the objects of ``package`` that ``odeadv`` exports, whose pages are there."""
+    module = _module(package)
+    own = {name.rpartition(".")[2] for name in objects(package)}
+    public = [name for name in module.__all__ if name not in own and not inspect.ismodule(getattr(module, name))]
+    return [f"odeadv.{name}" for name in public if name in odeadv.__all__]
+
+
+def write_objects(app: Any) -> None:
+    """Write the page of each object. Pages of objects that are gone are removed."""
+    OBJECTS.mkdir(exist_ok=True)
+    wanted = {}
+    for package in PACKAGES:
+        for name in objects(package):
+            wanted[OBJECTS / f"{name}.rst"] = _page(name)
+    for path in OBJECTS.glob("*.rst"):
+        if path not in wanted:
+            path.unlink()
+    for path, text in wanted.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def add_lists(app: Any, docname: str, source: list[str]) -> None:
+    """Put the list of objects at the end of the page of a package."""
+    folder, _, package = docname.rpartition("/")
+    if folder != "api" or package not in PACKAGES:
+        return
+    name = "odeadv" if package == "odeadv" else f"odeadv.{package}"
+    summary = "" if package == "schemes" else f"{inspect.getdoc(_module(package))}\n"
+    lines = ["```{eval-rst}", f".. py:module:: {name}", "", *_quoted(summary).splitlines(), "```", ""]
+    lines += ["| name | |", "| --- | --- |"]
+    lines += [f"| [`{full.rpartition('.')[2]}`](objects/{full}) | {_first(_get(full))} |" for full in objects(package)]
+    if package != "odeadv" and shared(package):
+        lines += ["", f"Documented under `odeadv`: {', '.join(f'{{py:obj}}`{full}`' for full in shared(package))}."]
+    lines += ["", "```{toctree}", ":hidden:", "", *(f"objects/{full}" for full in objects(package)), "```"]
+    source[0] += "\n" + "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _module(package: str) -> Any:
+    """Return a package by its public name. ``odeadv.schemes`` is an attribute, whose file lies elsewhere."""
+    return (
+        odeadv
+        if package == "odeadv"
+        else getattr(odeadv, package, None) or importlib.import_module(f"odeadv.{package}")
+    )
+
+
+def _get(full: str) -> object:
+    module, _, name = full.rpartition(".")
+    return getattr(_module(module.rpartition(".")[2]), name)
+
+
+def _first(value: object) -> str:
+    """Return the first line of a docstring, for a table."""
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return ""
+    line = (inspect.getdoc(value) or "").partition("\n")[0]
+    return line.replace("``", "`").replace("|", "\\|")
+
+
+def _page(full: str) -> str:
+    """Return the page of one object as reStructuredText."""
+    value, name = _get(full), full.rpartition(".")[2]
+    kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "autodata"
+    members = "   :members:\n   :show-inheritance:\n" if kind == "autoclass" else ""
+    return f"{name}\n{'=' * len(name)}\n\n.. {kind}:: {full}\n{members}"
+
+
+def setup(app: Any) -> None:
+    """Connect the functions above; Sphinx calls this."""
+    app.connect("builder-inited", write_objects)
+    app.connect("source-read", add_lists)
