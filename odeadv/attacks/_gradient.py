@@ -70,6 +70,13 @@ def fgsm(
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
         ValueError: if an argument is out of range or of the wrong shape, or if logits or gradient are not finite.
+
+    Example:
+        >>> net = odeadv.models.pretrained("digits-natural")
+        >>> images, labels = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> attacked = odeadv.attacks.fgsm(net, images, labels, eps=8 / 255)
+        >>> (attacked - images).abs().max() <= 8 / 255 + 1e-6
+        tensor(True)
     """
     return _attack(
         "fgsm", model, images, labels, eps=eps, alpha=eps, steps=1, momentum=0.0, start="clean", restarts=1,
@@ -132,6 +139,12 @@ def ifgsm(
     Raises:
         TypeError: as `fgsm`.
         ValueError: as `fgsm`.
+
+    Example:
+        >>> net = odeadv.models.pretrained("digits-natural")
+        >>> images, labels = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> odeadv.attacks.ifgsm(net, images, labels, eps=8 / 255, alpha=2 / 255, steps=5).shape
+        torch.Size([2, 3, 16, 16])
     """
     return _attack(
         "ifgsm", model, images, labels, eps=eps, alpha=alpha, steps=steps, momentum=momentum, start=start, restarts=1,
@@ -192,6 +205,12 @@ def pgd(
     Raises:
         TypeError: as `fgsm`.
         ValueError: as `fgsm`.
+
+    Example:
+        >>> net = odeadv.models.pretrained("digits-natural")
+        >>> images, labels = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
+        >>> odeadv.attacks.pgd(net, images, labels, eps=8 / 255, steps=5).shape
+        torch.Size([2, 3, 16, 16])
     """
     return _attack(
         "pgd", model, images, labels, eps=eps, alpha=alpha, steps=steps, momentum=momentum, start=start,

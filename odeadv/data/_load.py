@@ -54,6 +54,11 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
         TypeError: ``name`` or ``root`` is of the wrong type.
         ImportError: a package that this dataset needs is missing.
         DatasetNotFoundError: nothing was found, and the download was off or failed.
+
+    Example:
+        >>> digits = odeadv.data.load("digits")
+        >>> digits.train_images.shape, digits.num_classes
+        (torch.Size([1438, 32, 32, 3]), 10)
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected one of {', '.join(_NAMES)}")

@@ -124,6 +124,13 @@ def evaluate(
 
     Warns:
         RuntimeWarning: if the model could not be folded or compiled, or if the figures show that an attack failed.
+
+    Example:
+        >>> digits = odeadv.data.load("digits").resized(16)
+        >>> net = odeadv.models.pretrained("digits-pgd")
+        >>> result = odeadv.evaluate(net, (digits.test_images[:10], digits.test_labels[:10]), "table2")
+        >>> result.clean_accuracy, result.attacks[2].label
+        (1.0, 'ifgsm-20 at 8/255')
     """
     with extra("evaluate"):
         import numpy  # noqa: F401  # a missing package is reported before any work, not when outcomes are packed

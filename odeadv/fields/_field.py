@@ -124,7 +124,9 @@ class SplitField(VectorField):
         TypeError: if an operator has no name.
 
     Example:
-        >>> field = odeadv.SplitField(diffusion=odeadv.Operator(laplace, flow=heat), reaction=lambda t, x: x - x**3)
+        >>> field = odeadv.SplitField(decay=lambda t, x: -x, growth=lambda t, x: x - x**3)
+        >>> odeadv.solve(field, torch.ones(2), (0.0, 1.0), scheme="strang", steps=20).xs[-1]
+        tensor([0.5774, 0.5774])
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class AdversarialField(VectorField):
     Example:
         >>> field = odeadv.AdversarialField(lambda t, x: -x, lambda x: (x**2).sum(), eta=0.1)
         >>> odeadv.solve(field, torch.ones(3), (0.0, 1.0), scheme="strang", dt=0.1).xs[-1]
+        tensor([0.3771, 0.3771, 0.3771])
     """
 
     def __init__(

@@ -160,7 +160,9 @@ class Operator:
 
     Example:
         >>> decay = odeadv.Operator(lambda t, x: -x, flow=lambda t, dt, x: x * torch.exp(-dt))
-        >>> noise_free = odeadv.Operator(flow=lambda t, dt, x: x * torch.exp(-dt))
+        >>> known_by_flow = odeadv.Operator(flow=lambda t, dt, x: x * torch.exp(-dt))
+        >>> odeadv.SplitField(decay=decay, growth=lambda t, x: x**2)
+        SplitField(decay, growth)
     """
 
     pieces: Sequence[Operator | Jump] = ()

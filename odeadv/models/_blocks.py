@@ -40,11 +40,11 @@ def from_blocks(
         TypeError, ValueError: naming the argument that does not fit.
 
     Example:
-        >>> net = torchvision.models.resnet18()
-        >>> stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        >>> blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
-        >>> wrapped = from_blocks(stem, blocks, nn.Sequential(net.avgpool, nn.Flatten(), net.fc))
-        >>> odeadv.solve(wrapped.field(images, labels, eta=50.0), scheme="strang").loss.backward()
+        >>> stem, head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)
+        >>> wrapped = odeadv.models.from_blocks(stem, [torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)], head)
+        >>> field = wrapped.field(torch.rand(5, 4), torch.tensor([0, 1, 2, 0, 1]), eta=0.1)
+        >>> odeadv.solve(field, scheme="lie").output.shape
+        torch.Size([5, 3])
     """
     return BlockNetwork(stem, blocks, head, loss=loss)
 

@@ -230,7 +230,13 @@ def preact_resnet(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """Return a `PreActResNet`; its arguments are described there."""
+    """Return a `PreActResNet`; its arguments are described there.
+
+    Example:
+        >>> net = odeadv.models.preact_resnet(20, 16)
+        >>> net(torch.rand(2, 3, 32, 32)).shape, len(net.blocks)
+        (torch.Size([2, 10]), 9)
+    """
     return PreActResNet(
         depth,
         width,

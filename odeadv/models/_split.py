@@ -30,8 +30,11 @@ def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | Non
         TypeError, ValueError: naming ``net`` or ``layers``, with the layer at fault.
 
     Example:
-        >>> net = torchvision.models.vit_b_16()
-        >>> wrapped = from_module(net, [f"encoder.layers.encoder_layer_{n}" for n in range(12)])
+        >>> net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        >>> wrapped = odeadv.models.from_module(net, ["1", "2"])
+        >>> field = wrapped.field(torch.rand(3, 4), torch.tensor([0, 1, 2]), eta=0.1)
+        >>> odeadv.solve(field, scheme="strang").output.shape
+        torch.Size([3, 4])
     """
     names = _read_names(net, layers)
     modes = {part: part.training for part in net.modules()}

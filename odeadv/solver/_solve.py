@@ -111,6 +111,9 @@ def solve(
         >>> field = odeadv.AdversarialField(lambda t, x: -0.5 * x, lambda x: 0.5 * (x**2).sum(), eta=0.1)
         >>> sol = odeadv.solve(field, torch.tensor([1.0, -2.0]), (0.0, 1.0), scheme="strang", dt=0.1)
         >>> sol.xs[-1], sol.costate(0.5), sol.loss
+        (tensor([ 0.6357, -1.2714]), tensor([ 0.4633, -0.9266]), tensor(1.0103))
+        >>> sol.order, sol.stats.steps
+        (1, 10)
     """
     with outside_inference_mode():
         x0, flat = read_structure(field, x0, dt, rtol, atol)
@@ -198,7 +201,12 @@ def driven(
         SolveError: if a recording fails.
 
     Example:
-        >>> torchdiffeq.odeint(odeadv.driven(field, x0, (0.0, 1.0), steps=100), x0, torch.tensor([0.0, 1.0]))
+        >>> import torchdiffeq
+        >>> field = odeadv.AdversarialField(lambda t, x: -x, lambda x: (x**2).sum(), eta=0.1)
+        >>> x0 = torch.ones(2)
+        >>> plain = odeadv.driven(field, x0, (0.0, 1.0), steps=100)
+        >>> torchdiffeq.odeint(plain, x0, torch.tensor([0.0, 1.0])).shape
+        torch.Size([2, 2])
     """
     if not isinstance(field, AdversarialField):
         raise TypeError(

@@ -29,6 +29,10 @@ class Stage:
 
     Raises:
         TypeError: if ``weight`` or ``start`` is not a real number, as in compositions with complex steps.
+
+    Example:
+        >>> odeadv.schemes.get("lie").stages
+        (Stage(operator=0, weight=1.0, start=0.0, frozen=False), Stage(operator=1, weight=1.0, start=1.0, frozen=True))
     """
 
     operator: int | str
@@ -76,6 +80,12 @@ class Scheme:
     Raises:
         ValueError: if there are both stages and a mixture, or neither; names for some operators and numbers for
             others; or a frozen stage without a start.
+
+    Example:
+        >>> S = odeadv.Stage
+        >>> scheme = odeadv.Scheme("mine", (S("a", 0.5), S("b", 1.0), S("a", 0.5)), order=2, source="notes")
+        >>> round(scheme.measure_order())
+        2
     """
 
     name: str

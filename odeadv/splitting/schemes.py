@@ -271,7 +271,12 @@ _ALIASES = {
 
 
 def names(operators: int = 2) -> tuple[str, ...]:
-    """Return the names that `get` knows for a number of operators, without their aliases."""
+    """Return the names that `get` knows for a number of operators, without their aliases.
+
+    Example:
+        >>> "yoshida4" in odeadv.schemes.names()
+        True
+    """
     tables = {"best22", "mclachlan2", "ruth3", "aks3", "blanes-moan4", "blanes-moan6"}
     return tuple(name for name in _BUILDERS if operators == 2 or name not in tables)
 
@@ -283,6 +288,10 @@ def get(name: str, operators: int = 2) -> Scheme:
         TypeError: if ``name`` is not a string.
         ValueError: for an unknown name, listing near matches; for fewer than two operators; or for more than two
             where the scheme is a table for two.
+
+    Example:
+        >>> odeadv.schemes.get("lad-sm").name
+        'strang'
     """
     if not isinstance(name, str):
         raise TypeError(f"scheme: got {type(name).__name__}, expected a name or a Scheme")

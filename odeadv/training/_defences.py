@@ -44,6 +44,13 @@ class Layerwise(Defence, name="layerwise"):
 
     Raises:
         TypeError, ValueError: naming the attribute that is out of range.
+
+    Example:
+        >>> net = odeadv.models.residual_mlp(4, 16, image_size=8)
+        >>> passed = odeadv.training.Layerwise("strang", eta=5.0)(net, torch.rand(2, 3, 8, 8), torch.tensor([3, 7]))
+        >>> passed.loss.backward()
+        >>> passed.logits.shape
+        torch.Size([2, 10])
     """
 
     scheme: str = "lie"

@@ -109,6 +109,13 @@ def train(
 
     Warns:
         RuntimeWarning: if bf16 is asked for on a CPU that only imitates it.
+
+    Example:
+        >>> digits = odeadv.data.load("digits").resized(8).subset(200, 50)
+        >>> net = odeadv.models.residual_mlp(4, 16, image_size=8, mean=digits.mean, std=digits.std)
+        >>> config = odeadv.training.TrainConfig(epochs=1, milestones=(), augment="none")
+        >>> len(odeadv.training.train(net, digits, config).epochs)
+        1
     """
     module = _module(net)
     checkpoint_every = number("checkpoint_every", checkpoint_every, least=0)
