@@ -1,5 +1,10 @@
-"""One graph for a step, whatever the number of steps, and the values of `solve`."""
+"""Whole solves as one call: one graph for any number of steps, and the values and gradients of `solve`.
 
+Most tests run the loops by torch's own interpreter (``backend="eager"``), since code takes ten seconds to compile. The
+graphs are the same.
+"""
+
+import math
 from collections.abc import Callable
 
 import pytest
@@ -7,106 +12,157 @@ import torch
 from torch import Tensor
 
 import odeadv
+from odeadv.fields import Piecewise
+from odeadv.solver import CompileWarning, _loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 X0 = torch.linspace(-1, 1, 6, dtype=torch.float64)
+MATRIX = 0.3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 class CountingBackend:
     def __init__(self) -> None:
-        self.graphs: list[int] = []
+        self.graphs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        self.graphs.append(len(graph.graph.nodes))
+        self.graphs += 1
         return graph.forward
 
 
-def field() -> odeadv.SplitField:
+def split(matrix: Tensor = MATRIX) -> odeadv.SplitField:
     return odeadv.SplitField(
-        a=lambda t, x: torch.sin(t) * torch.tanh(x),
+        a=lambda t, x: torch.sin(t) * torch.tanh(matrix @ x),
         b=odeadv.Operator(lambda t, x: -x, flow=lambda t, dt, x: x * torch.exp(-dt)),
     )
 
 
-@pytest.mark.parametrize("scheme", ["lie", "strang", "strang-symmetric", "blanes-moan4", "extrapolated-strang4"])
-@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)])
-def test_a_step_is_one_graph_and_its_values_are_those_of_solve(scheme, span):
-    torch._dynamo.reset()
-    backend = CountingBackend()
-    substep = {"a": "rk4", "b": "exact"}
-    solver = odeadv.compile_solver(field(), dt=0.05, scheme=scheme, substep=substep, backend=backend)
-    for end, steps in ((span[1], 20), (span[0] + 4 * (span[1] - span[0]), 80)):
-        expected = odeadv.solve(field(), X0, (span[0], end), scheme=scheme, dt=0.05, substep=substep)
-        sol = solver(X0, (span[0], end))
-        assert torch.allclose(sol.xs[-1], expected.xs[-1], rtol=1e-12, atol=1e-13)
-        assert sol.stats.steps == steps
-    assert len(backend.graphs) == 1
+def adversarial(matrix: Tensor, eta: float | Tensor = 0.1) -> odeadv.AdversarialField:
+    return odeadv.AdversarialField(lambda t, x: torch.cos(t) * torch.tanh(matrix @ x), lambda x: (x**2).sum(), eta)
 
 
-def test_gradients_pass_through_the_compiled_steps():
-    torch._dynamo.reset()
-    solver = odeadv.compile_solver(field(), dt=0.1, substep="rk4", backend="aot_eager")
+def compare(field: odeadv.VectorField, choices: dict, call: dict, learned: list[Tensor], **options: object) -> None:
+    """Check that a compiled solve has the states, costates and gradients of `solve`."""
     x0 = X0.clone().requires_grad_()
-    (compiled,) = torch.autograd.grad(solver(x0, (0.0, 1.0)).xs[-1].sum(), x0)
-    (eager,) = torch.autograd.grad(odeadv.solve(field(), x0, (0.0, 1.0), dt=0.1, substep="rk4").xs[-1].sum(), x0)
-    assert torch.allclose(compiled, eager, rtol=1e-12)
+    found = odeadv.compile_solver(field, **choices, **options)(x0, (0.0, 1.0), **call)
+    expected = odeadv.solve(field, x0, (0.0, 1.0), **choices, **call)
+    assert torch.equal(found.ts, expected.ts)
+    assert torch.allclose(found.xs, expected.xs, rtol=1e-12, atol=1e-13)
+    if expected.loss is not None:
+        assert torch.allclose(found.loss, expected.loss, rtol=1e-12)
+        pairs = zip(found.costate.nodes, expected.costate.nodes, strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in pairs)
+    weights = torch.randn(expected.xs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = [torch.autograd.grad((sol.xs * weights).sum(), [x0, *learned]) for sol in (found, expected)]
+    assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(*gradients, strict=True))
 
 
-def test_many_solvers_and_many_kinds_of_state():
-    torch._dynamo.reset()
-    for k in range(10):
-        solver = odeadv.compile_solver(lambda t, x, k=k: -0.1 * k * x, dt=0.5, backend="eager")
-        expected = X0 * (1 - 0.05 * k + 0.5 * (0.05 * k) ** 2) ** 2  # two midpoint steps
-        assert torch.allclose(solver(X0, (0.0, 1.0)).xs[-1], expected)
-    solver = odeadv.compile_solver(lambda t, x: torch.sin(t) * x, dt=0.5, backend="eager")
-    for x0 in (X0, X0[:3], X0.float(), X0.to(torch.complex64), X0.reshape(2, 3), X0.reshape(1, 2, 3)):
-        for asked in (False, True):
-            start = x0.clone().requires_grad_(asked)
-            expected = odeadv.solve(lambda t, x: torch.sin(t) * x, start, (0.0, 1.0), dt=0.5).xs[-1]
-            assert torch.allclose(solver(start, (0.0, 1.0)).xs[-1], expected)
+@pytest.fixture(autouse=True)
+def _short_iterations(monkeypatch):
+    monkeypatch.setattr(_loop, "UNROLLED", 2)
 
 
-def test_fields_within_fields_compile():
-    torch._dynamo.reset()
-    inner = odeadv.SplitField(p=lambda t, x: -0.1 * x, q=lambda t, x: 0.2 * x)
-    nested = odeadv.SplitField(pair=inner, other=lambda t, x: torch.sin(x))
-    for field, arguments in (
-        (inner, {"scheme": "rk4"}),
-        (nested, {"substep": {"pair": odeadv.Nested("strang"), "other": "midpoint"}}),
-        (nested, {"substep": "midpoint"}),
-    ):
-        compiled = odeadv.compile_solver(field, dt=0.25, backend="eager", **arguments)(X0, (0.0, 1.0))
-        eager = odeadv.solve(field, X0, (0.0, 1.0), dt=0.25, **arguments)
-        assert torch.allclose(compiled.xs[-1], eager.xs[-1], rtol=1e-12)
+class TestValues:
+    def test_code_has_the_values_of_solve(self):
+        solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (MATRIX @ x), scheme="midpoint")
+        for span, steps in (((0.0, 1.0), 1), ((0.0, 2.0), 7), ((1.0, -1.0), 16)):
+            found = solver(X0, span, steps=steps)
+            expected = odeadv.solve(solver.field, X0, span, scheme="midpoint", steps=steps)
+            assert torch.allclose(found.xs, expected.xs, rtol=1e-13, atol=1e-14)
+            assert found.stats.steps == steps
+
+    def test_merged_flows_with_gradients(self):
+        matrix = MATRIX.clone().requires_grad_()
+        choices = {"scheme": "strang", "substep": {"a": "midpoint", "b": "exact"}}
+        compare(split(matrix), choices, {"dt": 0.2}, [matrix], backend="eager")
+
+    def test_saved_steps_and_weighted_tables_with_gradients(self):
+        matrix = MATRIX.clone().requires_grad_()
+        choices = {"scheme": "averaged-strang", "substep": "euler"}
+        compare(split(matrix), choices, {"steps": 5, "save_at": [0.0, 0.4, 1.0]}, [matrix], backend="eager")
+
+    def test_adversarial_sweeps_with_gradients(self):
+        matrix, eta = MATRIX.clone().requires_grad_(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        choices = {"scheme": "strang-symmetric", "costate": "hermite", "sweeps": 2}
+        compare(adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], backend="eager")
+
+    def test_second_derivatives(self):
+        x0 = X0.clone().requires_grad_()
+        solver = odeadv.compile_solver(lambda t, x: torch.sin(x), dt=0.25, backend="eager")
+        products = []
+        for sol in (solver(x0, (0.0, 1.0)), odeadv.solve(solver.field, x0, (0.0, 1.0), dt=0.25)):
+            (first,) = torch.autograd.grad(sol.xs[-1].sum(), x0, create_graph=True)
+            products.append(torch.autograd.grad((first**2).sum(), x0)[0])
+        assert torch.allclose(*products, rtol=1e-12)
 
 
-def test_what_cannot_be_compiled_is_said():
-    adversarial = odeadv.AdversarialField(lambda t, x: -x, lambda x: (x**2).sum(), eta=0.1)
-    with pytest.raises(ValueError, match=r"^field: an AdversarialField cannot be compiled"):
-        odeadv.compile_solver(adversarial, dt=0.1)
-    from odeadv.fields import Piecewise
+class TestCompilation:
+    def test_steps_spans_and_rounding_ask_for_no_other_graph(self):
+        backend = CountingBackend()
+        solver = odeadv.compile_solver(split(), dt=0.1, scheme="lie", substep="euler", backend=backend)
+        for k in range(5):
+            solver(X0, (0.1 * k, 0.1 * k + 0.1))
+            solver(X0, (0.0, 0.1 * (k + 1)))
+            solver(X0, (1.0, 0.0), steps=5 + k, dt=None)
+        assert backend.graphs == 1
 
-    pieces = Piecewise([odeadv.Operator(lambda t, x: x)], (0.0, 1.0))
-    with pytest.raises(ValueError, match=r"^field: a piecewise field"):
-        odeadv.compile_solver(pieces, dt=0.1)
-    with pytest.raises(ValueError, match=r"^dt: got 0"):
-        odeadv.compile_solver(lambda t, x: -x, dt=0.0)
-    with pytest.raises(ValueError, match=r"^substep: torchdiffeq's methods"):
-        odeadv.compile_solver(lambda t, x: -x, dt=0.1, substep="torchdiffeq:rk4")
-    solver = odeadv.compile_solver(lambda t, x: -x, dt=0.3, backend="eager")
-    with pytest.raises(ValueError, match=r"^dt: 0\.3 does not divide"):
-        solver(X0, (0.0, 1.0))
-    with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
-        odeadv.compile_solver(lambda t, x: 1e300 * x**3, dt=0.25, backend="eager")(X0, (0.0, 1.0))
+    def test_what_a_field_closes_over_may_change(self):
+        module = torch.nn.Linear(6, 6, bias=False).double()
+        solver = odeadv.compile_solver(lambda t, x: module(x), dt=0.5, substep="euler", backend="eager")
+        for weight in (MATRIX, -MATRIX):
+            module.weight = torch.nn.Parameter(weight)
+            expected = X0 + 0.5 * X0 @ weight.T
+            assert torch.allclose(solver(X0, (0.0, 0.5)).xs[-1], expected)
+
+    def test_kinds_of_states_and_tensors_that_share_memory(self):
+        pair = torch.stack([MATRIX, MATRIX])
+        field = odeadv.VectorField({"f": lambda t, x: torch.sin(t) * (pair[0] @ x.to(pair.dtype) - x).to(x.dtype)})
+        solver = odeadv.compile_solver(field, dt=0.5, backend="eager")
+        for x0 in (X0, X0.float(), X0.bfloat16(), X0.reshape(6, 1)):
+            expected = odeadv.solve(field, x0, (0.0, 1.0), dt=0.5).xs
+            found = solver(x0, (0.0, 1.0)).xs
+            assert found.dtype == x0.dtype
+            assert torch.allclose(found, expected, rtol=1e-6)
+
+    def test_without_a_compiler_the_loop_stays_in_python(self, monkeypatch):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        matrix = MATRIX.clone().requires_grad_()
+        with pytest.warns(CompileWarning, match="the C\\+\\+ compiler 'no-such-compiler' was not found"):
+            compare(adversarial(matrix), {"scheme": "strang"}, {"dt": 0.25}, [matrix])
+
+    def test_a_loop_operator_still_has_its_restrictions(self):
+        """`_loop` counts by tensors and copies inputs that share memory. It need not, once this fails."""
+        torch._dynamo.reset()
+        pair = torch.ones(2)
+
+        def loop(a: Tensor, b: Tensor) -> Tensor:
+            return torch.while_loop(lambda x: x.sum() < 5, lambda x: (x + a + b,), (torch.zeros(1),))[0]
+
+        with pytest.raises(Exception, match="aliasing"):
+            torch.compile(lambda: loop(pair[0], pair[1]), backend="eager", fullgraph=True)()
 
 
-def test_the_rounding_of_a_span_asks_for_no_other_graph():
-    backend = CountingBackend()
-    solver = odeadv.compile_solver(field(), dt=0.1, substep="midpoint", backend=backend)
-    for k in range(20):
-        solver(X0, (0.1 * k, 0.1 * k + 0.1))
-        solver(X0, (0.0, 0.1 * (k + 1)))
-    assert len(backend.graphs) == 1
-    assert torch.allclose(
-        solver(X0, (0.1, 0.0)).xs[-1], odeadv.solve(field(), X0, (0.1, 0.0), dt=0.1, substep="midpoint").xs[-1]
-    )
+class TestMessages:
+    def test_of_fields_and_choices(self):
+        with pytest.raises(ValueError, match=r"^field: a piecewise field"):
+            odeadv.compile_solver(Piecewise([odeadv.Operator(lambda t, x: x)], (0.0, 1.0)))
+        with pytest.raises(ValueError, match=r"^field: got an AdversarialField with a transform"):
+            odeadv.compile_solver(adversarial(MATRIX).transformed(list))
+        with pytest.raises(ValueError, match=r"^substep: torchdiffeq's methods"):
+            odeadv.compile_solver(lambda t, x: -x, substep="torchdiffeq:rk4")
+        with pytest.raises(TypeError, match="sweeps"):
+            odeadv.compile_solver(adversarial(MATRIX), sweeps="converge")
+        with pytest.raises(ValueError, match=r"^dt: got 'adaptive'"):
+            odeadv.compile_solver(lambda t, x: -x, dt="adaptive")
+
+    def test_of_calls(self):
+        solver = odeadv.compile_solver(lambda t, x: -x, dt=0.3, backend="eager")
+        with pytest.raises(ValueError, match=r"^dt: 0\.3 does not divide"):
+            solver(X0, (0.0, 1.0))
+        with pytest.raises(ValueError, match=r"^dt: got adaptive or uneven"):
+            solver(X0, (0.0, 1.0), dt="adaptive")
+        with pytest.raises(ValueError, match=r"^save_at: got 0.1, which is not the end of a step"):
+            solver(X0, (0.0, 0.9), save_at=[0.1])
+        with pytest.raises(ValueError, match=r"^field: draws random numbers"):
+            odeadv.compile_solver(lambda t, x: torch.rand_like(x))(X0, (0.0, 1.0), steps=2)
+        with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
+            odeadv.compile_solver(lambda t, x: math.inf * x, dt=0.5, backend="eager")(X0, (0.0, 1.0))

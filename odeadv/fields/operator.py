@@ -38,9 +38,9 @@ def clock_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_time(value: float | Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the time ``value`` as a 0-d tensor on the device of the state ``like``; a tensor is returned as it is."""
+    """Return the time ``value`` as a 0-d tensor on the device of the state ``like``."""
     if isinstance(value, Tensor):
-        return value
+        return value.to(dtype or clock_dtype(like.dtype))
     return torch.scalar_tensor(value, dtype=dtype or clock_dtype(like.dtype), device=like.device)
 
 
@@ -50,6 +50,11 @@ def leading(factor: float | Tensor, x: Tensor) -> Tensor:
         return factor * x
     whole = factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
     return whole.to(x.real.dtype if x.is_complex() else x.dtype) * x
+
+
+def plus(x: Tensor, slope: Tensor, h: float | Tensor) -> Tensor:
+    """Return x + h * slope. ``h`` is a tensor if one graph serves steps of every size, see `leading`."""
+    return x + leading(h, slope) if isinstance(h, Tensor) else x.add(slope, alpha=h)
 
 
 def same_shape(name: str, value: object, x: Tensor) -> Tensor:
@@ -308,6 +313,11 @@ class Operator:
             y = x.to(narrow)
             return same_shape("flow", flow(t, dt, y), y).to(x.dtype)
 
+        def wide(t: Tensor, x: Tensor) -> Tensor:
+            y = x.to(narrow)
+            value = same_shape("f", f(t, y), y) if torch.compiler.is_compiling() else checked(f, t, y)
+            return value.to(x.dtype)
+
         def wide_solve(t: Tensor, c: Tensor, b: Tensor) -> Tensor:
             assert callable(solver)
             y = b.to(narrow)
@@ -315,7 +325,7 @@ class Operator:
 
         coarse = 4 * torch.finfo(narrow).eps  # Newton's iteration cannot come closer than f is exact
         other = Operator(
-            None if f is _unknown else lambda t, x: checked(f, t, x.to(narrow)).to(x.dtype),
+            None if f is _unknown else wide,
             flow=wide_flow if flow else None,
             solve=replace(solver, rtol=max(solver.rtol or 0.0, coarse)) if isinstance(solver, Newton) else wide_solve,
             modules=self.modules,
@@ -365,7 +375,7 @@ class Operator:
 
     def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
         """Return x + h f(t, x), one step of Euler."""
-        return torch.add(x, self.velocity(t, x, cost), alpha=h)
+        return plus(x, self.velocity(t, x, cost), h)
 
 
 def _unknown(t: Tensor, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Imports `odeadv.support`, `odeadv.fields`, `odeadv.splitting` and `odeadv.costat
 """
 
 from odeadv.solver._compiled import CompiledSolver, compile_solver
+from odeadv.solver._loop import CompileWarning
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver._solve import driven, solve
 
-__all__ = ["CompiledSolver", "Solution", "SolveError", "Stats", "compile_solver", "driven", "solve"]
+__all__ = ["CompileWarning", "CompiledSolver", "Solution", "SolveError", "Stats", "compile_solver", "driven", "solve"]

@@ -1,147 +1,397 @@
-"""`compile_solver`: a solve whose step is one compiled graph."""
+"""`compile_solver`: a solve with fixed steps as one compiled call."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from odeadv.fields import AdversarialField, Newton, Operator, VectorField, as_field
-from odeadv.fields.operator import VectorFunction, clock_dtype
+from odeadv.costate import RecordedCostate
+from odeadv.fields import AdversarialField, Forcing, Newton, Operator, VectorField, as_field
+from odeadv.fields.operator import Cost, VectorFunction
+from odeadv.solver._loop import Bound, Steps, Tensors, time_step
 from odeadv.solver._run import status_of
 from odeadv.solver._solution import Solution, SolveError, Stats
-from odeadv.solver.request import read_initial_state, read_times
-from odeadv.splitting import DIRK, Scheme, TimeStep, TorchDiffEq
-from odeadv.splitting.method import SubSteps, read_discretisation
+from odeadv.solver._solve import solve
+from odeadv.solver.request import Request, SaveAt, read_request
+from odeadv.splitting import DIRK, CostateKind, Grid, TorchDiffEq
+from odeadv.splitting.method import SchemeLike, SubSteps, read_discretisation
 from odeadv.splitting.status import Status
-from odeadv.support.checks import number
-from odeadv.support.isolation import inside_transform, outside_inference_mode, without_effects
+from odeadv.support.checks import integer
+from odeadv.support.isolation import differentiating, inside_transform, outside_inference_mode, without_effects
+
+# Arguments of a request that a compiled solver does not have.
+_FIXED: dict[str, Any] = {
+    "rtol": None,
+    "atol": None,
+    "ascent": None,
+    "checkpoints": None,
+    "differentiate_costate": False,
+    "time_dtype": None,
+    "within_span": False,
+    "clip_last": False,
+}
 
 
 def compile_solver(
     field: VectorField | Operator | VectorFunction,
     *,
-    dt: float,
-    scheme: str | Scheme | None = None,
+    dt: float | None = None,
+    scheme: SchemeLike | None = None,
     substep: SubSteps | None = None,
+    costate: CostateKind | None = None,
+    sweeps: int | None = None,
     **options: Any,
 ) -> CompiledSolver:
-    """Return a solver for ``field`` with fixed steps of size ``dt``. Its step is compiled once, as one graph.
+    """Return a solver for ``field`` with fixed steps, whose whole solve is one compiled call.
 
-    The steps are a Python loop over that graph, so the time to compile does not grow with their number. Make the solver
-    once and call it often: ``solver(x0, (0.0, 1.0))`` returns the same `Solution` as `odeadv.solve` up to rounding,
-    with gradients.
+    The first call compiles, which takes some ten seconds; make the solver once and call it often. The steps are a loop
+    in C++, so the time to compile does not grow with their number. Another ``t_span``, ``dt`` or number of steps uses
+    the same code; another shape, dtype or grad mode is compiled anew. The result is that of `odeadv.solve` up to
+    rounding. Gradients of ``x0``, and of parameters and other tensors that the field closes over, come from the
+    discrete adjoint equation, a second compiled loop. Second derivatives are computed without compilation.
+
+    An `AdversarialField` is recorded by a compiled loop forward and one in reverse, and is then solved by a third one.
 
     Args:
-        field: a plain or split field that is the same on every step, of functions that torch.compile understands.
-        dt: step size.
+        field: a field that is the same on every step, of functions that torch.compile understands. Numbers and other
+            Python values that it uses are constants of the code; if they change, it is compiled again.
+        dt: step size, if it is not given in each call.
         scheme: see `odeadv.solve`.
-        substep: see `odeadv.solve`.
-        options: passed on to `torch.compile`; the default is ``fullgraph=True``.
+        substep: see `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
+        costate: see `odeadv.solve`.
+        sweeps: see `odeadv.solve`; a number.
+        options: for `torch.compile`, such as ``backend="aot_eager"``.
+
+    Returns:
+        A `CompiledSolver`.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, by name.
+
+    Warns:
+        CompileWarning: in the first call, if there is no C++ compiler, or the state is not on the CPU. The steps are
+            then a loop in Python.
+
+    Example:
+        >>> solver = odeadv.compile_solver(lambda t, x: -x, scheme="rk4")
+        >>> solver(torch.ones(3), (0.0, 1.0), dt=0.1).xs[-1]
     """
     field = as_field(field)
-    if isinstance(field, AdversarialField):
-        raise ValueError(
-            "field: an AdversarialField cannot be compiled step by step; compile the functions it is made of"
-        )
     if not all(operator.constant for operator in field.operators.values()):
         raise ValueError(
             "field: a piecewise field, or one driven by a recorded costate, differs from step to step and cannot be "
             "compiled as one graph"
         )
-    return CompiledSolver(field, number("dt", dt), scheme, substep, options)
+    if isinstance(field, AdversarialField) and (field.transforms or field.accumulates):
+        raise ValueError(
+            "field: got an AdversarialField with a transform, a running cost or losses at given times, expected one "
+            "with a final loss alone; use odeadv.solve"
+        )
+    if sweeps is not None:
+        integer("sweeps", sweeps)
+    if isinstance(dt, str):
+        raise ValueError(f"dt: got {dt!r}, expected a number: a compiled solve has fixed steps")
+    method = read_discretisation(field, scheme, substep, costate)
+    for name, chosen in method.substeps.items():
+        if isinstance(chosen, DIRK) and isinstance(field.operators[name].solver, Newton):
+            raise ValueError(
+                f"substep: {chosen.name!r} solves operator {name!r} by Newton's iteration, which cannot be compiled as "
+                "one graph; give odeadv.Operator(f, solve=...) a direct solver"
+            )
+    if any(isinstance(chosen, TorchDiffEq) for chosen in method.substeps.values()):
+        raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
+    choices = {"scheme": scheme, "substep": substep, "costate": costate, "sweeps": sweeps}
+    return CompiledSolver(field, choices, dt, options)
 
 
 class CompiledSolver:
     """Made by `compile_solver`."""
 
-    def __init__(
+    def __init__(self, field: VectorField, choices: dict[str, Any], dt: float | None, options: dict[str, Any]) -> None:
+        self.field = field
+        self._choices, self._dt, self._options = choices, dt, options
+        self._compiled: dict[tuple[object, ...], Steps] = {}
+        self._checked: set[tuple[object, ...]] = set()
+
+    def __call__(
         self,
-        field: VectorField,
-        dt: float,
-        scheme: str | Scheme | None,
-        substep: SubSteps | None,
-        options: dict[str, Any],
-    ) -> None:
-        if dt == 0.0:
-            raise ValueError("dt: got 0, expected a step size different from 0")
-        self.field, self.dt = field, dt
-        self.discretisation = read_discretisation(field, scheme, substep, None)
-        self._options = {"fullgraph": True, **options}
-        for name, method in self.discretisation.substeps.items():
-            if isinstance(method, DIRK) and isinstance(field.operators[name].solver, Newton):
-                raise ValueError(
-                    f"substep: {method.name!r} solves operator {name!r} by Newton's iteration, which cannot be "
-                    "compiled as one graph; give odeadv.Operator(f, solve=...) a direct solver"
-                )
-        if any(isinstance(method, TorchDiffEq) for method in self.discretisation.substeps.values()):
-            raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
-        self._steps: dict[tuple[object, ...], Callable[[Tensor, Tensor], Tensor]] = {}
+        x0: Tensor | None = None,
+        t_span: tuple[float, float] | None = None,
+        *,
+        dt: float | None = None,
+        steps: int | None = None,
+        save_at: SaveAt = None,
+        throw: bool = True,
+    ) -> Solution:
+        """Solve from ``x0`` over ``t_span``; see `odeadv.solve`. Evaluations are not counted.
 
-    def __call__(self, x0: Tensor, t_span: tuple[float, float], *, throw: bool = True) -> Solution:
-        """Solve from ``x0`` over ``t_span``, which ``dt`` must divide; see `odeadv.solve`.
+        Inside torch.func transforms this is `odeadv.solve`.
 
-        Evaluations are not counted.
+        Args:
+            x0: initial state.
+            t_span: ``(t0, t1)``.
+            dt: step size, which must divide the span.
+            steps: number of steps, instead of ``dt``.
+            save_at: None, ``"steps"``, or times that are ends of steps.
+            throw: raise if the solve fails.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit, by name.
+            SolveError: if the result is not finite and ``throw`` is set.
         """
-        grid = read_times(self.field, t_span, self.dt, None).grid
-        x = read_initial_state(self.field, x0)
-        assert grid is not None
-        assert grid.h is not None
-        signed = math.copysign(self.dt, grid.h)
-        # The size of a step is a constant of its graph; how the ends of a span round must not ask for another one.
-        step = self._step(signed if math.isclose(grid.h, signed, rel_tol=1e-12) else grid.h, x, grid[0])
-        start = x
-        for t in torch.tensor(grid.times[:-1], dtype=clock_dtype(x.dtype), device=x.device).unbind():
-            x = step(x, t)
-        solution = Solution(
-            torch.tensor([grid.times[0], grid.times[-1]], dtype=torch.float64, device=x.device),
-            torch.stack([start, x]),
-            status=status_of(Status.SUCCESS, x),
-            stats=Stats(steps=len(grid)),
-            scheme=self.discretisation.name,
-            order=self.discretisation.order(self.field),
-        )
-        if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
+        size = {"dt": self._dt if dt is None and steps is None else dt, "steps": steps}
+        if inside_transform():
+            return solve(self.field, x0, t_span, save_at=save_at, throw=throw, **size, **self._choices)  # type: ignore[arg-type]
+        with outside_inference_mode():
+            request = read_request(self.field, x0, t_span, save_at=save_at, **size, **self._choices, **_FIXED)  # type: ignore[arg-type]
+            if request.times.grid is None or request.times.grid.h is None:
+                raise ValueError(
+                    "dt: got adaptive or uneven steps, expected a number: a compiled solve has equal steps"
+                )
+            self._check(request)
+            solution = _Call(self._steps, request, request.times.grid).solution()
+        if throw and solution.status is not Status.SUCCESS:
             raise SolveError(solution)
         return solution
 
-    def _step(self, h: float, x: Tensor, first: TimeStep) -> Callable[[Tensor, Tensor], Tensor]:
-        key = (
-            h,
-            x.dtype,
-            x.ndim,
-            x.device,
-            x.requires_grad,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        )
-        if key not in self._steps:
-            stepper = self.discretisation.stepper(self.field)
-            self._check(x, first)
+    def _steps(self, make: Callable[[Request], Callable[..., Tensor]], request: Request) -> Steps:
+        key = (make, request.narrow)
+        if key not in self._compiled:
+            self._compiled[key] = Steps(make(request), self._options)
+        return self._compiled[key]
 
-            def step(x: Tensor, t: Tensor) -> Tensor:
-                # Times are tensors here, so that one graph serves every step.
-                return stepper.advance(x, TimeStep(t, t + h, h))  # type: ignore[arg-type]
-
-            # torch.compile allows only a few graphs for one code object, which all solvers would share.
-            step.__code__ = step.__code__.replace(co_name=f"step_{len(self._steps)}")
-            self._steps[key] = torch.compile(step, **self._options)
-        return self._steps[key]
-
-    def _check(self, x: Tensor, step: TimeStep) -> None:
-        """One step as `solve` takes it, without effect: graphs cannot see a field that writes to its state, say.
+    def _check(self, request: Request) -> None:
+        """Take one step as `solve` does, without effect, for what a graph cannot see: a field that writes to its state.
 
         Raises:
-            TypeError, ValueError: as from `solve`, by name.
+            TypeError, ValueError: as from `solve`, by name; or if the field draws random numbers or writes to buffers.
         """
-        with outside_inference_mode(), without_effects(self.field.modules, x.device):
-            start = x.detach().clone()
-            if x.requires_grad and torch.is_grad_enabled() and not inside_transform():
-                start.requires_grad_()
-            self.discretisation.stepper(self.field).advance(start, step)
+        x, grid = request.x0, request.times.grid
+        asked = x.requires_grad and torch.is_grad_enabled()
+        key = (x.shape, x.dtype, x.device, asked)
+        if key in self._checked:
+            return
+        assert grid is not None
+        with without_effects(request.field.modules, x.device):
+            buffers = [buffer for module in request.field.modules for buffer in module.buffers()]
+            before = torch.get_rng_state(), [buffer._version for buffer in buffers]
+            start = x.detach().clone().requires_grad_(asked)
+            request.discretisation.stepper(request.field).advance(start, grid[0])
+            if not torch.equal(before[0], torch.get_rng_state()) or before[1] != [b._version for b in buffers]:
+                raise ValueError(
+                    "field: draws random numbers or writes to a buffer of a module, which a compiled solve cannot; "
+                    "put modules into evaluation mode, or use odeadv.solve"
+                )
+        self._checked.add(key)
+
+
+@dataclass
+class _Call:
+    """One call of a compiled solver: recordings, and the solve.
+
+    Attributes:
+        steps: returns the compiled steps of a kind.
+        request: the arguments.
+        grid: the steps.
+        stats: the cost so far.
+    """
+
+    steps: Callable[[Callable[[Request], Callable[..., Tensor]], Request], Steps]
+    request: Request
+    grid: Grid
+    stats: Stats = field(default_factory=Stats)
+
+    def solution(self) -> Solution:
+        """Record the costate if there is one, solve, and return the result."""
+        request, costate, bound = self.request, None, None
+        field, x = request.field, request.x0
+        if isinstance(field, AdversarialField) and not field.idle:
+            costate, tables = self.recorded()
+            bound = self.steps(_driven_step, request).on(x, _clock(self.grid, x), tables)
+        final, ts, xs = self._states(bound)
+        output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
+        self.stats.steps = len(self.grid)
+        return Solution(
+            torch.tensor(ts, dtype=torch.float64, device=x.device),
+            xs if request.narrow is None else xs.to(request.narrow),
+            status=status_of(Status.SUCCESS, loss, xs),
+            stats=self.stats,
+            scheme=request.discretisation.name,
+            order=request.discretisation.order(field),
+            output=output,
+            loss=loss,
+            costate=costate,
+            record=(lambda: self.recorded()[0]) if isinstance(field, AdversarialField) else None,
+        )
+
+    def recorded(self) -> tuple[RecordedCostate, Tensors]:
+        """Make all recordings; return the last one, and its nodes and states as tables."""
+        request, x = self.request, self.request.x0
+        assert isinstance(request.field, AdversarialField)
+        kind = request.discretisation.costate
+        clock = _clock(self.grid, x)
+        tables: Tensors = ()
+        for number in range(request.recordings.passes):
+            make = _driven_step if number else _plain_step
+            bound = self.steps(make, request).on(x, clock, tables)
+            states = bound.forward(x, all_of_them=True)
+            given = torch.zeros_like(states)
+            given[-1] = _loss_gradient(request.field, states[-1])
+            nodes, _ = bound.costates(states, given)
+            tables = (nodes,) if kind == "linear" else (nodes, states)
+            self.stats.recordings += 1
+        kept = () if kind == "linear" else states.unbind()
+        return RecordedCostate(self.grid, nodes.unbind(), kept, request.field.f, kind), tables
+
+    def _states(self, bound: Bound | None) -> tuple[Tensor, Sequence[float], Tensor]:
+        """Return the final state, the saved times and the saved states."""
+        request, grid, x = self.request, self.grid, self.request.x0
+        saved = request.save_at
+        stepper = request.discretisation.stepper(request.field)
+        if bound is None and saved is None and stepper.merges and len(grid) > 1:
+            end = stepper.march(x, grid, _Merged(self))  # type: ignore[arg-type]
+        else:
+            bound = bound or self.steps(_plain_step, request).on(x, _clock(grid, x))
+            states = bound.states(x, all_of_them=saved is not None)
+            end = states[-1]
+        if saved is None:
+            return end, (grid.times[0], grid.times[-1]), torch.stack([x, end])
+        if saved == "steps":
+            return end, grid.times, states
+        numbers = [_number(grid, t) for t in saved]
+        return end, [grid.times[n] for n in numbers], states[numbers]
+
+
+@dataclass
+class _Merged:
+    """Runs the merged steps of `Stepper.march`, in the place of a recomputation."""
+
+    call: _Call
+
+    @property
+    def every(self) -> int:
+        """All steps at once."""
+        return len(self.call.grid)
+
+    def __call__(self, merged: object, x: Tensor, part: Grid) -> Tensor:
+        """Return the state after all steps of ``part`` but the last one."""
+        grid = Grid(part.times[:-1], part.h)
+        bound = self.call.steps(_merged_step, self.call.request).on(x, _clock(grid, x))
+        return bound.states(x, all_of_them=False)[-1]
+
+
+def _plain_step(request: Request) -> Callable[..., Tensor]:
+    """Return a step of the field, without its costate."""
+    stepper = request.discretisation.stepper(request.field)
+    return lambda number, x, clock: stepper.advance(x, time_step(number, clock))
+
+
+def _merged_step(request: Request) -> Callable[..., Tensor]:
+    """Return a step from after the first exact flow of a step to after that of the next one."""
+    stepper = request.discretisation.stepper(request.field)
+    return lambda number, x, clock: stepper.merged(x, [time_step(number, clock)] * 2)
+
+
+def _driven_step(request: Request) -> Callable[..., Tensor]:
+    """Return a step of an adversarial field with a recorded costate, whose nodes are the rows that it is given."""
+    field = request.field
+    assert isinstance(field, AdversarialField)
+    drive = _Drive(field.f, request.discretisation.costate)
+    driven = VectorField({"f": field.f, "costate": Forcing(drive, scale=field.eta)})
+    stepper = request.discretisation.stepper(driven)
+
+    def step(number: Tensor, x: Tensor, clock: Tensor, *rows: Tensor) -> Tensor:
+        drive.step, drive.rows = time_step(number, clock), rows
+        end = stepper.advance(x, drive.step)
+        drive.step, drive.rows = None, ()  # no tensor of the graph may stay behind
+        return end
+
+    return step
+
+
+class _Drive:
+    """a(t) on one step as part of a graph, by the formulas of `RecordedCostate`.
+
+    Args:
+        f: the operator whose Jacobian Eq. 9 needs.
+        kind: the evaluation between nodes.
+    """
+
+    def __init__(self, f: Operator, kind: CostateKind) -> None:
+        self._f, self._kind = f, kind
+        self.step: Any = None  # a `TimeStep` of tensors
+        self.rows: Tensors = ()
+
+    def __call__(self, t: Any) -> Any:
+        """Return a(t) on ``step``, from the nodes at its ends, and the states there, in ``rows``."""
+        (before, after, *states), step = self.rows, self.step
+        t0, t1, h = step.t0, step.t1, step.h
+        if t is t0 or t is t1:
+            return before if t is t0 else after
+        real = before.real.dtype if before.is_complex() else before.dtype
+        s, size = ((t - t0) / h).to(real), h.to(real)
+        if self._kind == "linear":
+            return before + s * (after - before)
+        if self._kind == "exact":
+            middle = 0.5 * (1.0 + s)
+            x, a = (start + middle * (end - start) for start, end in (states, (before, after)))
+            return after + (1.0 - s) * size * self._vjp(t0 + 0.5 * (t - t0 + h), x, a)
+        left, right = self._vjp(t0, states[0], before), self._vjp(t1, states[1], after)
+        ends = before + s * s * (3.0 - 2.0 * s) * (after - before)
+        return ends - size * (s * (1.0 - s) ** 2 * left - s * s * (1.0 - s) * right)
+
+    def _vjp(self, t: Any, x: Tensor, a: Tensor) -> Tensor:
+        """Return (df/dx)^T a at (t, x), a constant."""
+        product: Tensor = torch.func.vjp(lambda y: self._f.velocity(t, y, Cost()), x)[1](a)[0]
+        return _constant(product)
+
+
+def _constant(x: Tensor) -> Tensor:
+    """Return ``x`` without a gradient: as integers and back, since `detach` is lost in graphs of plain operations."""
+    if x.is_complex():
+        return torch.view_as_complex(_constant(torch.view_as_real(x)))
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    return x.view(integers).view(x.dtype)
+
+
+def _clock(grid: Grid, x: Tensor) -> Tensor:
+    """Return what `time_step` needs."""
+    return torch.tensor([grid.times[0], grid.times[-1], grid.h, len(grid)], dtype=torch.float64, device=x.device)
+
+
+def _loss_gradient(field: AdversarialField, x: Tensor) -> Tensor:
+    """Return dL/dx of the final loss.
+
+    Raises:
+        ValueError: if the loss does not depend on the state by differentiable operations.
+    """
+    with differentiating(field.modules, x.device):
+        leaf = x.detach().clone().requires_grad_()
+        _, loss = field.evaluate(leaf)
+        if not loss.requires_grad:
+            raise ValueError(
+                "loss: does not depend on the state by differentiable operations; expected a function of x"
+            )
+        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+    return gradient
+
+
+def _number(grid: Grid, t: float) -> int:
+    """Return the number of the node at ``t``.
+
+    Raises:
+        ValueError: if ``t`` is not a node.
+    """
+    time = grid.snap(t)
+    n = grid.locate(time, "save_at")
+    n += grid.times[n] != time
+    if grid.times[n] != time:
+        raise ValueError(
+            f"save_at: got {t:g}, which is not the end of a step; a compiled solve does not interpolate; choose dt "
+            "such that it is, or use odeadv.solve"
+        )
+    return n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from typing import NamedTuple
@@ -131,7 +131,7 @@ class Stepper:
         every = len(grid) if again is None else again.every
         for first in range(0, len(grid) - 1, every):
             part = grid.part(first, min(first + every, len(grid) - 1) + 1)
-            x = self._merged(x, part) if again is None else again(self._merged, x, part)
+            x = self.merged(x, part) if again is None else again(self.merged, x, part)
         step = grid[len(grid) - 1]
         self._watch(not _hidden())
         x = self._through(x, step, self._flowing(step), stages[1:-1])
@@ -139,7 +139,7 @@ class Stepper:
         self._watch(False)
         return x
 
-    def _merged(self, x: Tensor, grid: Grid) -> Tensor:
+    def merged(self, x: Tensor, grid: Iterable[TimeStep]) -> Tensor:
         """Advance ``x`` from after the first flow of the first step of ``grid`` to after that of its last step."""
         ((_, stages),) = self._tables
         outer, head, tail = stages[0].operator, stages[0].weight, stages[-1].weight

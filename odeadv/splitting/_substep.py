@@ -18,6 +18,7 @@ from odeadv.fields.operator import (
     VectorFunction,
     as_time,
     in_graph,
+    plus,
     returned,
     same_shape,
     watched,
@@ -49,6 +50,8 @@ class Clock(NamedTuple):
 
     def at(self, node: float) -> float:
         """Return the time at the fraction ``node`` of the stage; the ends exactly."""
+        if node == 0.0:
+            return self.start
         return self.stop if node == 1.0 else self.start + node * (self.stop - self.start)
 
 
@@ -141,11 +144,10 @@ class RungeKutta(Tableau):
         stages: list[tuple[float, Weighted]]
         weights: Weighted
         stages, weights = self._table  # type: ignore[attr-defined]
-        start, length = clock.start, clock.stop - clock.start
         held = Slopes(cost)
         for node, row in stages:
             y = _moved(x, held.values, row, h)
-            held.add(operator.velocity(start + node * length if node != 1.0 else clock.stop, y, cost))
+            held.add(operator.velocity(clock.at(node), y, cost))
         return _moved(x, held.done(), weights, h)
 
     def bound(self, f: VectorFunction, *, versioned: bool) -> Bound:
@@ -201,7 +203,7 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
     total = slopes[j]
     for j, ratio in others:
         total = total.add(slopes[j], alpha=ratio)
-    return x.add(total, alpha=h * unit)
+    return plus(x, total, h * unit)
 
 
 class DIRK(Tableau):

@@ -1,0 +1,342 @@
+"""Many steps as one call: a loop operator over the graph of a step, forward and in reverse.
+
+`torch.compile` reads the step twice. The first time it captures the step as a graph, with guards on everything that the
+field depends on, and turns the tensors that the field closes over into inputs. The second time it lowers a
+`torch.while_loop` over this graph to C++. Only public interfaces are used; ``torch.while_loop`` is a prototype in torch
+2.14, on which this file was tested. `tests/test_compile.py` says if a later version breaks it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odeadv.splitting import TimeStep
+
+# step(number, x, clock, *rows) -> the state at the end of step ``number`` from ``x`` at its beginning. ``clock`` is
+# (t0, t1, h, number of steps) in float64, and ``rows`` are given data of this step.
+Step = Callable[..., Tensor]
+Tensors = tuple[Tensor, ...]
+
+# Steps in one iteration of the loop. An iteration costs half a microsecond; compilation takes longer with more steps.
+UNROLLED = 4
+
+
+# Every solver has graphs of its own, one per kind of state.
+_OWN_GRAPHS: dict[str, Any] = {"fullgraph": True, "isolate_recompiles": True, "recompile_limit": 64}
+
+
+class CompileWarning(UserWarning):
+    """A solve is not compiled as a whole."""
+
+
+def time_step(number: Tensor, clock: Tensor) -> TimeStep:
+    """Return step ``number`` as tensors, with the ends that the grid of a solve has."""
+    t0, t1, h, count = clock.unbind()
+    after = number + 1
+    end = torch.where(after == count, t1, t0 + after * h)
+    return TimeStep(t0 + number * h, end, h)  # type: ignore[arg-type]  # tensors: one graph serves all steps
+
+
+class Steps:
+    """The steps of ``step``, to be run on given tensors by `on`.
+
+    Args:
+        step: see `Step`.
+        options: for `torch.compile`.
+    """
+
+    def __init__(self, step: Step, options: dict[str, Any]) -> None:
+        self._options = {**_OWN_GRAPHS, **options}
+        if "backend" not in options and "mode" not in options:
+            self._options["options"] = {"cpp_wrapper": True, **options.get("options", {})}
+        self._capture = torch.compile(step, **{**_OWN_GRAPHS, "backend": self._bind, "dynamic": False})
+        self._given: Tensors = ()
+        self._bound: Bound
+
+    def on(self, x: Tensor, clock: Tensor, tables: Tensors = ()) -> Bound:
+        """Return the steps with all that they depend on, captured if they have changed.
+
+        Args:
+            x: a state.
+            clock: see `Step`.
+            tables: data by steps, N + 1 rows each. Step n is given the rows n and n + 1 of each in turn.
+        """
+        rows = [torch.empty_like(x) for _ in range(2 * len(tables))]
+        self._given = (torch.zeros((), dtype=torch.int64, device=x.device), x.detach(), clock, *rows)
+        with torch.no_grad():
+            self._capture(*self._given)
+        self._bound.tables = tables
+        return self._bound
+
+    def _bind(self, graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Tensors]:
+        """Keep ``graph`` and its inputs instead of running it: the backend of the first compilation."""
+        loops: list[_Loops] = []
+
+        def bind(*inputs: Tensor) -> Tensors:
+            numbers = {id(tensor): k for k, tensor in enumerate(self._given)}
+            places = [numbers.get(id(tensor)) for tensor in inputs]
+            lifted = tuple(tensor for tensor, place in zip(inputs, places, strict=True) if place is None)
+            if not loops:
+                loops.append(_Loops(graph, places, self._given, lifted, self._options))
+            self._bound = Bound(loops[0], self._given[2], lifted)
+            return (self._given[1],)
+
+        return bind
+
+
+@dataclass
+class Bound:
+    """Steps on given tensors.
+
+    Attributes:
+        loops: the compiled loops.
+        clock: see `Step`.
+        lifted: the tensors that the field closes over.
+        tables: see `Steps.on`.
+    """
+
+    loops: _Loops
+    clock: Tensor
+    lifted: Tensors
+    tables: Tensors = ()
+
+    def states(self, x: Tensor, *, all_of_them: bool) -> Tensor:
+        """Return the states from ``x`` on as the rows of a tensor, in the autograd graph: N + 1 or the last one."""
+        learned = [p for p in self.lifted if p.requires_grad]
+        if torch.is_grad_enabled() and (x.requires_grad or learned):
+            states: Tensor = _Differentiable.apply(self, x, *learned)
+            return states
+        return self.forward(x, all_of_them=all_of_them)
+
+    def forward(self, x: Tensor, *, all_of_them: bool) -> Tensor:
+        """Return the states as `states` does, outside of the graph."""
+        count = int(self.clock[3])
+        # Two rows are enough for the last state. torch.compile would make another graph for one row.
+        states = x.new_empty((count + 1 if all_of_them and count else 2, *x.shape))
+        x = x.detach().contiguous()
+        states[0] = x
+        tables = tuple(_by_rows(table.detach()) for table in self.tables)
+        with torch.no_grad():
+            last = self.loops.forward(x, self.clock, _by_rows(states), tables, _apart(self.lifted))
+        return states if all_of_them else last.unsqueeze(0)
+
+    def costates(self, states: Tensor, given: Tensor, *, learned: bool = False) -> tuple[Tensor, Tensors]:
+        """Return dL/dx_n, from the partial derivatives ``given`` by each of the ``states``; in reverse.
+
+        Returns:
+            dL/dx_n as the rows of a tensor, and, if ``learned``, the derivatives by those lifted tensors that require a
+            gradient.
+        """
+        wrt = tuple(k for k, p in enumerate(self.lifted) if learned and p.requires_grad)
+        nodes = given.detach().clone(memory_format=torch.contiguous_format)
+        tables = tuple(_by_rows(table.detach()) for table in self.tables)
+        sums = tuple(torch.zeros_like(self.lifted[k], memory_format=torch.contiguous_format) for k in wrt)
+        with torch.no_grad():
+            reverse = self.loops.reverse(wrt)
+            found = reverse(_by_rows(nodes), self.clock, _by_rows(states.detach()), tables, _apart(self.lifted), sums)
+        return nodes, tuple(found)
+
+    def eager(self, x: Tensor, lifted: Tensors) -> Tensor:
+        """Return all states by operations of torch alone, so that they have derivatives of every order."""
+        states = [x]
+        for n in range(int(self.clock[3])):
+            rows = tuple(row for table in self.tables for row in (table[n], table[n + 1]))
+            number = torch.tensor(n, device=x.device)
+            states.append(self.loops.step(number, states[-1], self.clock, *rows, *lifted))
+        return torch.stack(states)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The states with their gradient by the discrete adjoint equation."""
+
+    @staticmethod
+    def forward(ctx: Any, bound: Bound, x: Tensor, *learned: Tensor) -> Tensor:
+        states = bound.forward(x, all_of_them=True)
+        ctx.bound = bound
+        ctx.save_for_backward(states, x, *learned)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        bound: Bound = ctx.bound
+        states, x, *learned = ctx.saved_tensors
+        if torch.is_grad_enabled():  # derivatives of the result are wanted
+            others = iter(learned)
+            again = bound.eager(x, tuple(next(others) if p.requires_grad else p for p in bound.lifted))
+            wanted = [p for p in (x, *learned) if p.requires_grad]
+            found = iter(torch.autograd.grad(again, wanted, given, create_graph=True, materialize_grads=True))
+            return (None, *(next(found) if p.requires_grad else None for p in (x, *learned)))
+        nodes, sums = bound.costates(states, given, learned=True)
+        return (None, nodes[0], *sums)
+
+
+class _Loops:
+    """The loops over the graph of a step.
+
+    Args:
+        graph: of the step.
+        places: for each input of the graph, its number among the arguments of the step; None for a lifted tensor.
+        given: arguments of the step.
+        lifted: the other inputs.
+        options: for torch.compile.
+    """
+
+    def __init__(
+        self,
+        graph: nn.Module,
+        places: Sequence[int | None],
+        given: Tensors,
+        lifted: Tensors,
+        options: dict[str, Any],
+    ) -> None:
+        self._options, self._own = options, len(given)
+        self._examples = tuple(torch.zeros_like(tensor) for tensor in (*given, *lifted))
+        reason = _why_not(given[1].device, options)
+        self._whole = reason is None
+
+        def ordered(*inputs: Tensor) -> Tensor:
+            others = iter(inputs[len(given) :])
+            end: Tensor = graph(*(next(others) if place is None else inputs[place] for place in places))[0]
+            return end
+
+        self.step = _flat(ordered, self._examples)
+        self._fast: Callable[..., Tensor] = self.step
+        if reason is not None:
+            warnings.warn(f"compile_solver: {reason}, so the loop over the steps stays in Python", CompileWarning, 2)
+            if given[1].device.type != "cpu":
+                self._fast = torch.compile(self.step, **_OWN_GRAPHS)
+        self.forward = self._compiled(self._forward)
+        self._reversed: dict[tuple[int, ...], Callable[..., Tensors]] = {}
+
+    def reverse(self, wrt: tuple[int, ...]) -> Callable[..., Tensors]:
+        """Return the loop in reverse, with derivatives by the lifted tensors of the numbers ``wrt``."""
+        if wrt not in self._reversed:
+            examples = (*self._examples, torch.zeros_like(self._examples[1]))
+            self._reversed[wrt] = self._compiled(partial(self._reverse, _flat(partial(self._pull, wrt), examples)))
+        return self._reversed[wrt]
+
+    def _pull(self, wrt: tuple[int, ...], *inputs: Tensor) -> Tensors:
+        """Return the vector-Jacobian product of a step: by the state, and by the lifted tensors ``wrt``."""
+        *given, a = inputs
+        chosen = (1, *(self._own + k for k in wrt))
+
+        def step(*varied: Tensor) -> Tensor:
+            whole = list(given)
+            for k, value in zip(chosen, varied, strict=True):
+                whole[k] = value
+            end: Tensor = self.step(*whole)
+            return end
+
+        _, pull = torch.func.vjp(step, *(given[k] for k in chosen))  # type: ignore[misc]  # without has_aux: two
+        products: Tensors = pull(a)
+        return products
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, **self._options) if self._whole else function
+
+    def _loop(self, more: Callable[..., Tensor], body: Callable[..., Tensors], carried: Tensors) -> Tensors:
+        if self._whole:
+            result: Tensors = torch.while_loop(more, body, carried)  # type: ignore[no-untyped-call]
+            return result
+        while more(*carried):
+            carried = body(*carried)
+        return carried
+
+    def _forward(self, x: Tensor, clock: Tensor, states: Tensor, tables: Tensors, lifted: Tensors) -> Tensor:
+        """Return the last state; write each state to the row of ``states`` with its number modulo their count."""
+
+        def one(n: Tensor, x: Tensor) -> Tensors:
+            x = self._fast(n, x, clock, *_rows(tables, n), *lifted).contiguous()
+            states.index_copy_(0, ((n + 1) % states.shape[0]).view(1), x.unsqueeze(0))
+            return n + 1, x
+
+        def several(n: Tensor, x: Tensor) -> Tensors:
+            for _ in range(UNROLLED):
+                n, x = one(n, x)
+            return n, x
+
+        start: Tensors = (torch.zeros((), dtype=torch.int64, device=x.device), x)
+        start = self._loop(lambda n, x: n + UNROLLED <= clock[3], several, start)
+        return self._loop(lambda n, x: n < clock[3], one, start)[1]
+
+    def _reverse(
+        self,
+        pull: Callable[..., Tensors],
+        nodes: Tensor,
+        clock: Tensor,
+        states: Tensor,
+        tables: Tensors,
+        lifted: Tensors,
+        sums: Tensors,
+    ) -> Tensors:
+        """Add to each row of ``nodes`` the pull-back of the next one; return ``sums`` plus those by lifted tensors."""
+
+        def one(n: Tensor, *sums: Tensor) -> Tensors:
+            m = n - 1
+            first, *parts = pull(m, _row(states, m), clock, *_rows(tables, m), *lifted, _row(nodes, n))
+            nodes.index_add_(0, m.view(1), first.unsqueeze(0))
+            return m, *(total + part for total, part in zip(sums, parts, strict=True))
+
+        def several(n: Tensor, *sums: Tensor) -> Tensors:
+            for _ in range(UNROLLED):
+                n, *sums = one(n, *sums)  # type: ignore[assignment]
+            return n, *sums
+
+        start = (clock[3].to(torch.int64), *sums)
+        start = self._loop(lambda n, *sums: n >= UNROLLED, several, start)
+        return self._loop(lambda n, *sums: n > 0, one, start)[1:]
+
+
+def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModule:
+    """Return ``function`` as a graph of plain operations, without derivatives and modules."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy
+
+    with torch.no_grad():
+        return make_fx(function, tracing_mode="fake")(*examples)
+
+
+def _why_not(device: torch.device, options: dict[str, Any]) -> str | None:
+    """Return the reason why a loop cannot be compiled, if there is one."""
+    if options.get("backend", "inductor") != "inductor":
+        return None
+    if device.type != "cpu":
+        return f"the loop operator waits for the device {str(device)!r} in every step"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return (
+        None if shutil.which(compiler) else f"the C++ compiler {compiler!r} was not found (set CXX to the path of one)"
+    )
+
+
+def _row(table: Tensor, n: Tensor) -> Tensor:
+    return table.index_select(0, n.view(1)).squeeze(0)
+
+
+def _rows(tables: Tensors, n: Tensor) -> Tensors:
+    return tuple(_row(table, number) for table in tables for number in (n, n + 1))
+
+
+def _by_rows(table: Tensor) -> Tensor:
+    """Return ``table`` marked as one whose number of rows must not ask for another graph."""
+    torch._dynamo.mark_dynamic(table, 0)
+    return table
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """Return ``tensors`` without their graphs; those that share memory are copied, which a loop operator needs."""
+    seen: set[int] = set()
+    found = []
+    for tensor in tensors:
+        place = tensor.untyped_storage().data_ptr()
+        found.append(tensor.detach().clone() if place in seen else tensor.detach())
+        seen.add(place)
+    return tuple(found)
