@@ -81,4 +81,4 @@ def _layer(module: nn.Module) -> Function:
         return lambda x: x.mean((2, 3), keepdims=True)
     if isinstance(module, nn.Flatten):
         return lambda x: x.reshape(len(x), -1)
-    raise TypeError(f"{type(module).__name__} has no counterpart here")
+    raise TypeError(f"{type(module).__name__} is not translated here")

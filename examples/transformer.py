@@ -1,11 +1,11 @@
-"""LAD on the residual stream of a small transformer on tokens, beside the same network trained without it.
+"""LAD on the residual stream of a small transformer on tokens, next to the same network trained without it.
 
     python examples/transformer.py            # under a minute on one core, no download
 
 The task: does the first token of a sequence occur again? The network is an embedding, two encoder layers and a readout
-of the first position, all from torch.nn. The printed robust accuracy is that of embeddings moved by one signed step of
-the loss's gradient: tokens have no pixels, so the attack acts on the first state. The numbers are those of one seed:
-they show how it is done, not that it helps.
+of the first position, all from torch.nn. The printed robust accuracy is measured on embeddings that one
+signed step of the loss's gradient has moved: tokens are not pixels, so the attack acts on the first state. The numbers
+belong to one seed: they show how it is done, not that it helps.
 """
 
 import torch

@@ -97,7 +97,7 @@ class TestLosses:
 
     @pytest.mark.parametrize("name", ["dlr", "margin", "ce"])
     def test_no_scale_hides_the_gradient_of_dlr_and_margin(self, name: str) -> None:
-        """A head that multiplies its logits by 1e4 rounds the softmax to 0 and 1: cross-entropy has no gradient."""
+        """A head that multiplies its logits by 1e4 rounds the softmax to 0 and 1: the cross-entropy's gradient is 0."""
         images = middle(1, 3).float()
         model = linear([1e4, 0, 0], [0, 1e4, 0], [0, 0, 1e3], [0, 0, -1e3]).float()
         model.bias = nn.Parameter(torch.tensor([1e4, 0.0, 0.0, 0.0]))
@@ -207,7 +207,7 @@ class TestLinearModels:
             pgd(self.MODEL, images, labels, alpha=0.05, steps=60, restarts=2, generator=seeded(), **shared),
             apgd(self.MODEL, images, labels, steps=60, generator=seeded(), **shared),
         ):
-            moved = torch.tensor([True, True, norm == "l2", True])  # the third pixel has no weight
+            moved = torch.tensor([True, True, norm == "l2", True])  # the weight of the third pixel is 0
             torch.testing.assert_close(attacked[:, moved], expected[:, moved], rtol=0, atol=2e-3)
 
     def test_l2_without_a_gradient_stays(self) -> None:

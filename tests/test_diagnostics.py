@@ -231,7 +231,7 @@ class TestSecondOrder:
         assert result.drift == pytest.approx([float((matrix @ matrix @ z).norm())], rel=1e-12)
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_network_beside_explicit_jacobians(self, training: bool):
+    def test_network_against_explicit_jacobians(self, training: bool):
         net, images, labels = small_net()
         net.train(training)
         eta = 20.0
@@ -459,7 +459,7 @@ class TestGrowth:
 
     @pytest.mark.filterwarnings("error")
     def test_one_operator_is_followed_without_a_warning(self):
-        diagnostics.growth(linear(0.3), direction=X0)
+        assert all(ratio > 0 for ratio in diagnostics.growth(linear(0.3), direction=X0).ratios)
 
     def test_what_has_not_converged_says_so(self):
         rough = diagnostics.lipschitz(linear(0.3), rtol=1e-6, most=2)

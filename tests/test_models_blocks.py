@@ -258,7 +258,7 @@ def test_bound_masks_are_used_and_move_with_the_network():
     assert set(masked.state_dict()) == {
         name.replace("blocks.0.", "blocks.0.module.").replace("blocks.1.", "blocks.1.module.")
         for name in free.state_dict()
-    }  # the mask is no weight
+    }  # the mask is not a weight
     with pytest.raises(TypeError, match=r"^module: got function, expected a torch.nn.Module"):
         models.bind(lambda x: x)
 

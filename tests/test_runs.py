@@ -485,7 +485,7 @@ class TestCommand:
             *(read_tensors(f / "last.safetensors")[0].values() for f in (second, whole)), strict=True
         ):
             assert torch.equal(one, other)
-        with pytest.raises(ValueError, match=r"^extend: .* has no checkpoint, expected the folder of a run that kept"):
+        with pytest.raises(ValueError, match=r"^extend: .* lacks a checkpoint, expected the folder of a run that kept"):
             run(small(epochs=3), digits, tmp_path, extend=whole, log=StringIO())
 
         assert cli.main(["train", str(tmp_path / "1.json"), *runs, "--init", str(second)]) == 0
@@ -580,7 +580,7 @@ class TestCommand:
         assert "so eta is 0; --eta measures another" in capsys.readouterr().err
         assert (tmp_path / plain.name / "diagnostics" / "diagnostics.md").exists()
         options = ["--images", "20", "--attack", "8", "--out", str(out)]
-        assert cli.main(["diagnose", first, "--beside", second, *options]) == 0
+        assert cli.main(["diagnose", first, "--other", second, *options]) == 0
         found = json.loads((out / "diagnostics.json").read_text())
         assert set(found["fields"]) == {lad.name, plain.name}
         for measured in found["fields"].values():
@@ -588,8 +588,8 @@ class TestCommand:
             assert measured["growth"]["linear"] is False
             assert measured["growth"]["size"] > 0
         assert f"{lad.name} | {plain.name} |" in (out / "diagnostics.md").read_text()
-        assert cli.main(["diagnose", first, "--beside", first, "--images", "20"]) == 2
-        assert "beside: expected another run" in capsys.readouterr().err
+        assert cli.main(["diagnose", first, "--other", first, "--images", "20"]) == 2
+        assert "other: expected another run" in capsys.readouterr().err
 
     def test_a_seed_and_an_objective_of_the_working_directory(self, tmp_path, capsys, monkeypatch):
         (tmp_path / "objective_of_mine.py").write_text(

@@ -30,7 +30,7 @@ ONE = torch.ones(1, dtype=torch.float64)
 
 
 class TestSaveTimes:
-    """A time that is small beside the span is not its beginning."""
+    """A time that is small compared with the span is not its beginning."""
 
     @pytest.mark.parametrize("steps", [{"dt": "adaptive"}, {"steps": 200}])
     @pytest.mark.parametrize("end", [50.0, 1e5])

@@ -51,7 +51,7 @@ def test_arguments_in_the_wrong_order():
     for flow, shown in ((lambda x, t, dt: x, r"x, t, dt"), (lambda dt, x: x, "dt, x")):
         with pytest.raises(TypeError, match=rf"^flow: takes \({shown}\), expected flow\(t, dt, x\)"):
             odeadv.Operator(decay, flow=flow)
-    odeadv.Operator(lambda t, x, rate=2.0: -rate * x)  # a default is no mistake
+    odeadv.Operator(lambda t, x, rate=2.0: -rate * x)  # a default is not a mistake
     odeadv.Operator(lambda *arguments: -arguments[1])
 
 

@@ -728,7 +728,7 @@ class TestPenalty:
         Penalty(20.0)(nets[0], images, labels).loss.backward()
         for i in (0, 4):
             (Penalty(20.0)(nets[1], images[i : i + 4], labels[i : i + 4], share=0.5).loss / 2).backward()
-        # The square of the batch's costate has no products between images, so parts add up exactly.
+        # The square of the batch's costate does not mix images, so parts add up exactly.
         for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
             assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
 

@@ -142,7 +142,7 @@ def test_the_loggers_of_the_page_fit(monkeypatch):
 
 
 def test_the_lightning_module_of_the_page_returns_the_loss(monkeypatch):
-    """Lightning is no dependency: its base class is stood in for by a module."""
+    """Lightning is not a dependency: a module replaces its base class."""
     monkeypatch.setitem(sys.modules, "lightning", types.SimpleNamespace(LightningModule=nn.Module))
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     (program,) = (each for each in re.findall(r"```py\n(.*?)```", page, re.S) if "import lightning" in each)

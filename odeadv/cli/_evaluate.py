@@ -145,7 +145,7 @@ def audit(args: argparse.Namespace) -> int:
 def add_diagnose(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv diagnose`."""
     sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
-    sub.add_argument("--beside", type=Path, help="another one, on the same images and page, such as one without LAD")
+    sub.add_argument("--other", type=Path, help="another run, on the same images and page, such as one without LAD")
     sub.add_argument(
         "--attack", type=float, metavar="EPS",
         help="follow the difference that FGSM of this radius in 1/255 makes, not a random one",
@@ -161,7 +161,7 @@ def diagnose(args: argparse.Namespace) -> int:
     from odeadv.experiments import diagnose_run
 
     out, etas = diagnose_run(
-        args.checkpoint, args.beside, folder=args.data, images=args.images, eta=args.eta, attack_255=args.attack,
+        args.checkpoint, args.other, folder=args.data, images=args.images, eta=args.eta, attack_255=args.attack,
         out=args.out,
     )  # fmt: skip
     if args.eta is None and not any(etas):

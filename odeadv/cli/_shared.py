@@ -90,5 +90,5 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 
 
 def percent(share: float | None) -> str:
-    """Return a share in %, or "-" for None: attacks scored only by the worst iterate have no last-iterate accuracy."""
+    """Return a share in %, or "-" for None: attacks scored only by the worst iterate lack a last-iterate accuracy."""
     return "-" if share is None else f"{100 * share:.2f}"

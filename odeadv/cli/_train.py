@@ -154,6 +154,6 @@ def _summary(protocol: str, result: dict[str, object]) -> str:
     assert isinstance(attacks, list)
     parts = []
     for attack in attacks:
-        radius = attack.get("radius") or f"{attack['eps_255']:g}/255"  # version 2 of the schema has no radius
+        radius = attack.get("radius") or f"{attack['eps_255']:g}/255"  # version 2 of the schema lacks the radius
         parts.append(f"{attack['name']}{attack['steps'] or ''} {radius}: {percent(attack['robust_accuracy'])}")
     return f"{protocol}: clean {100 * float(str(result['clean_accuracy'])):.2f}, " + ", ".join(parts)

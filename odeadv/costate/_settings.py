@@ -28,7 +28,7 @@ class Converge:
             graph of a recording, which f must allow to be differentiated twice.
         nested: begin on coarser grids (every second node, down to 4 steps) and continue on each finer one from what the
             coarser one found, so that few sweeps remain on the given steps. By default with ``"newton"`` only. Fields
-            with pieces or with losses at given times, odd numbers of steps and adaptive steps have no coarser grids.
+            with pieces or with losses at given times, odd numbers of steps and adaptive steps lack coarser grids.
 
     Raises:
         ValueError: naming the attribute that is out of range.

@@ -164,7 +164,7 @@ def _collected(batches: Iterable[object]) -> Data:
                     f"data: got images of shape {tuple(images.shape[1:])} and dtype {images.dtype} after "
                     f"{tuple(first.shape[1:])} and {first.dtype}, expected equal ones"
                 )
-            # As bytes: NumPy has no bfloat16.
+            # As bytes: NumPy lacks bfloat16.
             file.write(images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             labels.append(label.detach().cpu())
         if first is None or not sum(len(label) for label in labels):

@@ -246,7 +246,7 @@ def doubts(result: Evaluation, probe: Tensor, classes: int) -> list[str]:
 
 
 def _coarse(result: Evaluation, dtype: torch.dtype) -> list[str]:
-    """Return a note if pixels near 1 in this dtype have no two values within a step of an attack."""
+    """Return a note if a step of an attack is less than the spacing of pixels near 1 in this dtype."""
     spacing = torch.finfo(dtype).eps / 2  # of the numbers between 0.5 and 1
     rough = [
         name

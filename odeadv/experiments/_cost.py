@@ -114,7 +114,7 @@ def cost_page(preset: Preset, rates: Sequence[float]) -> str:
         rates: images per second in natural training.
 
     Raises:
-        ValueError: if there are no rates, or if a rate is not above 0.
+        ValueError: if ``rates`` is empty, or if a rate is not above 0.
     """
     if not rates or not all(rate > 0 for rate in rates):
         raise ValueError(f"rates: got {list(rates)}, expected images per second, above 0")

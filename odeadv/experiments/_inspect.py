@@ -182,7 +182,7 @@ def _common_substep(configs: Sequence[RunConfig], nets: Sequence[Any]) -> Any:
         config.data.name != configs[0].data.name or substep != substeps[0]
         for config, substep in zip(configs, substeps, strict=True)
     ):
-        raise ValueError("beside: expected another run, on the same data, of a network solved by the same sub-steps")
+        raise ValueError("other: expected another run, on the same data, of a network solved by the same sub-steps")
     return substeps[0]
 
 

@@ -59,7 +59,7 @@ class Size:
     def can_run(self, row: Row) -> bool:
         """Return True if the network supports ``row``.
 
-        A ResNet-8 has no block to damp. Networks other than ``"preact_resnet"`` take no damping or noise.
+        A ResNet-8 lacks a block to damp. Only ``"preact_resnet"`` takes damping or noise.
         """
         method = parse_method(row.method)
         if self.model != "preact_resnet":
@@ -108,7 +108,7 @@ class Preset:
         """Return the table called ``name`` as this preset runs it on ``dataset`` (the preset's if None).
 
         Raises:
-            ValueError: if there is no such table.
+            ValueError: if the table is unknown.
         """
         choice("table", name, TABLES)
         return self.tables.get(name, {}).get(dataset or self.dataset, TABLES[name])
@@ -227,7 +227,7 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
     """Return the configuration of the run of ``row`` at ``size`` on ``dataset``.
 
     Raises:
-        ValueError: if ``size`` has no eta for ``dataset``, or the method of ``row`` is unknown.
+        ValueError: if ``size`` lacks an eta for ``dataset``, or the method of ``row`` is unknown.
     """
     if dataset not in size.eta:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {', '.join(size.eta)}")
@@ -307,7 +307,7 @@ def configurations(
         seeds: seeds; None for the preset's.
 
     Raises:
-        ValueError: if a method is not a row of the table, or the preset has no eta for the data set.
+        ValueError: if a method is not a row of the table, or the preset lacks an eta for the data set.
     """
     rows = [table.row(name) for name in methods or table.methods]
     sizes = {row.name: preset.sizes[row.method.split("+")[0]] for row in rows}

@@ -85,7 +85,7 @@ def rerun(
 
     Raises:
         ValueError: if the configuration has another key in this version of odeadv, if the data differ, or if an
-            evaluation has no stored outcomes. Also if ``runs`` has a record from other versions. It is raised before
+            evaluation lacks its outcomes. Also if ``runs`` has a record from other versions. It is raised before
             any work.
         RunLockedError, ImportError: as `odeadv.experiments.run`.
     """

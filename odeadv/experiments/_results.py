@@ -83,7 +83,7 @@ class Results:
     Attributes:
         table, preset, dataset: the table, the preset and the name of the data set.
         runs: records by row name, then by seed. Rows without a run are left out.
-        missing: names of the runs that have no record.
+        missing: names of the runs that lack a record.
     """
 
     table: Table
@@ -117,7 +117,7 @@ class Results:
     def etas(self, row: Row) -> tuple[str, str]:
         """Return the paper's eta and our eta as text for the page.
 
-        Both are empty if the table does not vary eta or ``row`` has no defence.
+        Both are empty if the table does not vary eta or ``row`` is undefended.
         """
         if not self.sweeps_eta or not parse_method(row.method).defended:
             return "", ""
@@ -224,7 +224,7 @@ class Results:
         """Return the strength s = eta sum |a_n|^2 / L in the middle of training, averaged over the seeds.
 
         Here a_n is the costate at layer n and L is the loss. The result is None if s is not recorded,
-        eta is 0, or ``row`` has no defence.
+        eta is 0, or ``row`` is undefended.
         """
         if not parse_method(row.method).defended or parse_method(row.method).zero:
             return None

@@ -111,8 +111,8 @@ def run(
     Raises:
         RunLockedError: if another process is writing this run.
         ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged; if
-            ``init`` holds other weights than ``config.init`` names; if ``extend`` has no checkpoint, or that of
-            another run.
+            ``init`` holds other weights than ``config.init`` names; if ``extend`` lacks a checkpoint, or has one
+            of another run.
         ImportError: if a protocol has AutoAttack and pyautoattack is not installed. It is raised before any work.
     """
     config = _starting_from(config, init)
@@ -226,7 +226,7 @@ def _take_checkpoint(extend: Path, folder: Path) -> None:
     found = sorted((extend / "checkpoints").glob("step-*.safetensors"))
     if not found:
         raise ValueError(
-            f"extend: {extend} has no checkpoint, expected the folder of a run that kept its last one "
+            f"extend: {extend} lacks a checkpoint, expected the folder of a run that kept its last one "
             "(keep_checkpoint, which `odeadv train` sets); init starts from its weights alone"
         )
     own = folder / "checkpoints"

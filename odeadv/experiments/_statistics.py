@@ -76,7 +76,7 @@ class TwoWay:
         values: the values by row, then by seed.
 
     Raises:
-        ValueError: if there are no values.
+        ValueError: if ``values`` is empty.
     """
 
     def __init__(self, values: Mapping[str, Mapping[int, float]]) -> None:
@@ -85,7 +85,7 @@ class TwoWay:
         cells = [(row, seed, value) for row in self.rows for seed, value in values[row].items()]
         if not cells:
             raise ValueError("values: got none, expected at least one run")
-        # One column per row and one per seed. The first seed has no column, because the columns would be dependent.
+        # One column per row and one per seed. The first seed is left out, because the columns would be dependent.
         design = np.zeros((len(cells), len(self.rows) + len(seeds) - 1))
         for n, (row, seed, _) in enumerate(cells):
             design[n, self.rows.index(row)] = 1.0

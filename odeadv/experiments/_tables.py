@@ -137,7 +137,7 @@ class Table:
         """Return the row called ``name``.
 
         Raises:
-            ValueError: if the table has no such row. The message lists the rows.
+            ValueError: if the row is unknown. The message lists the rows.
         """
         for row in self.rows:
             if row.name == name:

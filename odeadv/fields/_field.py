@@ -121,7 +121,7 @@ class SplitField(VectorField):
 
     Raises:
         ValueError: if there are fewer than two operators.
-        TypeError: if an operator has no name.
+        TypeError: if an operator lacks a name.
 
     Example:
         >>> field = odeadv.SplitField(decay=lambda t, x: -x, growth=lambda t, x: x - x**3)

@@ -110,7 +110,7 @@ class Kept:
     """What an implicit stage leaves to the next stage of the same sub-step.
 
     Attributes:
-        state: the state of the last stage, from which Newton's iteration starts. Its slope is no better: in a fast
+        state: the state of the last stage, from which Newton's iteration starts. Its slope is not better: in a fast
             transient it overshoots, and may lead to another solution of the equation.
         system: (1 - c df/dx)^-1 of the last stage.
     """

@@ -260,7 +260,7 @@ class Operator:
 
     @property
     def abilities(self) -> frozenset[str]:
-        """What is known of the operator: some of ``"f"``, ``"flow"`` and ``"solve"``. A sub-step needs one of them."""
+        """The known functions of the operator, of ``"f"``, ``"flow"`` and ``"solve"``. A sub-step needs one of them."""
         evaluates = self.f is not _unknown
         solves = evaluates or not isinstance(self.solver, Newton)
         known = {"f": evaluates, "flow": self.flow is not None, "solve": solves}

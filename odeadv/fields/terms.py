@@ -261,7 +261,7 @@ class Piecewise(Operator):
 
     @property
     def abilities(self) -> frozenset[str]:
-        """What is known of all pieces; a jump does not need any of it."""
+        """The functions that are known of all pieces; a jump does not need them."""
         return ALL.intersection(*(piece.abilities for piece in self.pieces if isinstance(piece, Operator)))
 
     @property

@@ -75,7 +75,7 @@ class Nested:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the repeated sub-step needs, see `SubStep`."""
+        """The functions that the repeated sub-step needs, see `SubStep`."""
         return getattr(self.whole, "needs", frozenset())
 
     def of(self, operator: Operator) -> Nested:

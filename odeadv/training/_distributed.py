@@ -60,7 +60,7 @@ def check_precision(precision: str, fabric: Fabric) -> None:
     """Raise ValueError if ``precision`` is fp16 and the engine does not scale gradients."""
     if precision == "fp16" and not fabric.strategy.precision.state_dict():
         raise ValueError(
-            f'precision: got "fp16" on {fabric.device.type}, which has no gradient scaling; set "bf16" or "fp32", or '
+            f'precision: got "fp16" on {fabric.device.type}, which does not scale gradients; set "bf16" or "fp32", or '
             'train on a GPU with an engine of make_fabric(precision="fp16")'
         )
 

@@ -121,7 +121,7 @@ class TrainResult:
             A matplotlib figure. A notebook shows it; ``figure.savefig("training.png")`` saves it.
 
         Raises:
-            ValueError: if there is no epoch to draw.
+            ValueError: if an epoch to draw is missing.
         """
         if not self.epochs:
             raise ValueError("epochs: got none, expected at least one to draw")
