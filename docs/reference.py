@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,13 @@ def _first(value: object) -> str:
 def _page(full: str) -> str:
     """Return the page of one object as reStructuredText."""
     value, name = _get(full), full.rpartition(".")[2]
+    head = f"{name}\n{'=' * len(name)}\n\n"
+    if isinstance(value, Mapping):
+        keys = ", ".join(f"``{key}``" for key in value)
+        return f"{head}.. py:data:: {full}\n\n   A mapping with the keys {keys}.\n"
     kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "autodata"
     members = "   :members:\n   :show-inheritance:\n" if kind == "autoclass" else ""
-    return f"{name}\n{'=' * len(name)}\n\n.. {kind}:: {full}\n{members}"
+    return f"{head}.. {kind}:: {full}\n{members}"
 
 
 def setup(app: Any) -> None:
