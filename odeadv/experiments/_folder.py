@@ -60,7 +60,7 @@ def _listed(folder: Path) -> dict[str, Any]:
         record = load_record(folder / "record.json")
         entry["epoch"] = len(record["epochs"])
         for protocol, evaluation in record["evaluations"].get("last", {}).items():
-            values = {"clean": evaluation["clean_accuracy"], "average": evaluation["average"]}
+            values = {"clean": evaluation["clean_accuracy"], "average": evaluation.get("average")}
             entry["evaluations"][protocol] = values
         return entry
     metrics = folder / "metrics.jsonl"

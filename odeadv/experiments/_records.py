@@ -20,18 +20,18 @@ _NUMBER_OR_NONE = (int, float, type(None))
 # The parts of a record that the readers below rely on. A type, or a tuple of types, is the type of a value; a dict has
 # the shape of its keys ("*" for any other key, a "?" after a key that old records lack); a list has one shape for all.
 _EVALUATION: dict[str, Any] = {
-    "n": int,
+    "n?": int,
     "seconds": _NUMBER,
     "clean_accuracy": _NUMBER,
-    "average": _NUMBER_OR_NONE,
+    "average?": _NUMBER_OR_NONE,
     "attacks": [{
-        "name": str, "eps": _NUMBER, "eps_255": _NUMBER_OR_NONE, "steps": (int, type(None)),
+        "name": str, "eps?": _NUMBER, "eps_255": _NUMBER_OR_NONE, "steps": (int, type(None)),
         "robust_accuracy": _NUMBER_OR_NONE, "worst_so_far_accuracy": _NUMBER_OR_NONE,
     }],
 }  # fmt: skip
 _EPOCH: dict[str, Any] = {
     "epoch": int, "loss": _NUMBER, "accuracy": _NUMBER, "lr": _NUMBER, "seconds": _NUMBER, "ratio": _NUMBER_OR_NONE,
-    "relative": list, "validation": (dict, type(None)), "strength?": _NUMBER_OR_NONE,
+    "relative?": list, "validation?": (dict, type(None)), "strength?": _NUMBER_OR_NONE,
     "strength_first_order?": _NUMBER_OR_NONE, "strength_nodes?": list, "eta?": _NUMBER,
 }  # fmt: skip
 _RECORD: dict[str, Any] = {
