@@ -23,6 +23,7 @@ NAMES = (
     "adaptive",
     "work_precision",
     "fisher_kpp",
+    "stiff",
     "recording",
     "training_step",
     "own_network",

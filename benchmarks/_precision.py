@@ -56,17 +56,18 @@ def adaptive(
 
 
 def stepped(method: str, solve: Callable[[int], odeadv.Solution], counts: Iterable[int]) -> list[Candidate]:
-    """Return a method of odeadv at several numbers of steps; its work is evaluations of operators plus products.
+    """Return a method of odeadv at several numbers of steps; see `worked` for its work."""
+    return [Candidate("odeadv", method, f"{n} steps", lambda n=n: worked(solve(n))) for n in counts]
+
+
+def worked(solution: odeadv.Solution) -> Answer:
+    """Return the final state and the work: evaluations of operators, implicit equations, and products.
 
     Evaluations of a costate are not counted, because it is looked up.
     """
-
-    def run(steps: int) -> Answer:
-        solution = solve(steps)
-        evaluations = sum(count for name, count in solution.stats.evaluations.items() if name != "costate")
-        return solution.xs[-1], evaluations + solution.stats.vjps + solution.stats.jvps
-
-    return [Candidate("odeadv", method, f"{n} steps", lambda n=n: run(n)) for n in counts]
+    stats = solution.stats
+    evaluations = sum(count for name, count in stats.evaluations.items() if name != "costate")
+    return solution.xs[-1], evaluations + stats.solves + stats.vjps + stats.jvps
 
 
 def measure(

@@ -21,6 +21,7 @@ from benchmarks import (
     fisher_kpp,
     limits,
     orders,
+    stiff,
     work_precision,
 )
 
@@ -30,6 +31,7 @@ HERE = (
     "orders",
     "work_precision",
     "fisher_kpp",
+    "stiff",
     "recording",
     "training_step",
     "own_network",
@@ -40,7 +42,7 @@ HERE = (
 @pytest.fixture(autouse=True)
 def _without_jax(monkeypatch):
     """Leave diffrax out: compiling in jax takes longer than everything else, and has a test of its own below."""
-    for module in (_peers, fisher_kpp, work_precision):
+    for module in (_peers, fisher_kpp, stiff, work_precision):
         monkeypatch.setattr(module, "has_diffrax", lambda: False)
 
 

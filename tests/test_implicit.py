@@ -294,6 +294,34 @@ def test_the_costate_of_backward_euler_is_its_discrete_adjoint(operator):
     torch.testing.assert_close(sol.xs[-1], x, rtol=1e-10, atol=1e-12)
 
 
+def test_the_costate_of_heat():
+    """For each frequency, a step of sdirk2 multiplies by its stability function, and so does its adjoint."""
+    k = -100 * torch.arange(6, dtype=F64) ** 2
+    goal = torch.rand(6, generator=seeded(), dtype=F64)
+    field = odeadv.AdversarialField(odeadv.Operator.diagonal(k), lambda x: x @ goal, eta=0.0)
+    g, z = 1 - math.sqrt(0.5), 0.25 * k
+    factor = (1 + (1 - 2 * g) * z) / (1 - g * z) ** 2
+    sol = odeadv.solve(field, torch.ones(6, dtype=F64), SPAN, scheme="lie", steps=4, substep={"f": "sdirk2"})
+    for n in range(5):
+        torch.testing.assert_close(sol.costate.nodes[n], goal * factor ** (4 - n))
+    exact = odeadv.solve(field, torch.ones(6, dtype=F64), SPAN, scheme="lie", steps=4, substep={"f": "exact"})
+    torch.testing.assert_close(exact.costate(0.0), goal * torch.exp(k))
+
+
+def test_checkpoints_evaluate_nothing_more_in_the_forward_pass():
+    x0, w = tensor(1.0, 0.5).requires_grad_(), tensor(1.3, 0.4).requires_grad_()
+    for newton in NEWTONS[:2]:
+        found = []
+        for checkpoints in (None, 2):
+            options = {"scheme": "sdirk2", "steps": 2, "checkpoints": checkpoints}
+            sol = odeadv.solve(parametrised(w, newton), x0, SPAN, **options)
+            found.append((sol.stats.evaluations["f"], *torch.autograd.grad(sol.xs[-1].sum(), (x0, w))))
+        plain, again = found
+        assert plain[0] == again[0]
+        assert torch.equal(plain[1], again[1])
+        assert torch.equal(plain[2], again[2])
+
+
 def test_forcings_do_not_hide_a_direct_solver():
     """Un-split, f + eta a(t) is solved by the solver of f."""
     field = odeadv.AdversarialField(odeadv.Operator.linear(A), lambda x: 0.5 * x @ Q @ x, eta=0.2)

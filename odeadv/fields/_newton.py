@@ -153,17 +153,18 @@ class _Equation:
         eps = torch.finfo(b.dtype).eps
         self.target = eps**0.75 if newton.rtol is None else newton.rtol
         self.stalled = max(self.target, eps**0.7)  # where rounding may stop the iteration
-        self.size = self.vector(b.detach()).abs().amax(1)
+        self.tiny, self.size = torch.finfo(b.dtype).tiny, self._largest(b)
 
     def vector(self, x: Tensor) -> Tensor:
         """Return the state ``x`` as real vectors."""
-        x = x.movedim(self._axes, self._front)
+        if self._axes:
+            x = x.movedim(self._axes, self._front)
         return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(self.rows, -1)
 
     def state(self, v: Tensor) -> Tensor:
         """Return the real vectors ``v`` as a state."""
         x = torch.view_as_complex(v.reshape(*self._moved, 2)) if self.b.is_complex() else v.reshape(self._moved)
-        return x.movedim(self._front, self._axes)
+        return x.movedim(self._front, self._axes) if self._axes else x
 
     def residual(self, y: Tensor) -> Tensor:
         """Return y - c f(y) - b."""
@@ -171,8 +172,13 @@ class _Equation:
 
     def norm(self, x: Tensor, y: Tensor) -> float:
         """Return the largest entry of the state ``x``, relative to the largest of b and ``y`` in its sample."""
-        size = torch.maximum(self.size, self.vector(y.detach()).abs().amax(1)) + torch.finfo(y.dtype).tiny
-        return read_value((self.vector(x.detach()).abs().amax(1) / size).amax(), "substep: an implicit sub-step")
+        size = torch.maximum(self.size, self._largest(y)) + self.tiny
+        return read_value((self._largest(x) / size).amax(), "substep: an implicit sub-step")
+
+    def _largest(self, x: Tensor) -> Tensor:
+        """Return the largest entry of each sample."""
+        sizes = x.detach().abs()
+        return sizes.amax() if self.rows == 1 else sizes.movedim(self._axes, self._front).reshape(self.rows, -1).amax(1)
 
     def system(self, y: Tensor) -> _Dense | _Krylov:
         """Return (1 - c df/dx)^-1 at ``y``."""
@@ -221,6 +227,11 @@ class _Equation:
         return trial, residual, size, scale == 1.0
 
 
+def _kept_as_it_is() -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which autograd keeps its tensors, within a checkpoint too: the graph is used at once."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
 class _Linearisation:
     """Products with df/dx at a state, from both sides, by reverse mode: f is evaluated once."""
 
@@ -235,7 +246,7 @@ class _Linearisation:
         if self._wrapped:
             self._pull = torch.func.vjp(f, v)[1]
         else:
-            with torch.enable_grad():
+            with torch.enable_grad(), _kept_as_it_is():
                 self._leaf = v.clone().requires_grad_()
                 self._value = f(self._leaf)
         if equation.rows > 1 and self.cost.iterations <= 1:
@@ -263,7 +274,7 @@ class _Linearisation:
             found: Tensor = torch.func.vjp(self._transposed, self.zero)[1](w)[0]
             return found
         if self._forward is None:
-            with torch.enable_grad():
+            with torch.enable_grad(), _kept_as_it_is():
                 u = self.zero.clone().requires_grad_()
                 self._forward = u, self._transposed(u, create_graph=True)
         u, back = self._forward

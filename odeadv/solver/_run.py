@@ -17,7 +17,7 @@ from odeadv.fields.operator import Cost, clock_dtype, leading
 from odeadv.solver._saving import Dense, Within, solve_path
 from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
-from odeadv.splitting import Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
+from odeadv.splitting import DIRK, Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
 from odeadv.support.deferred import holds, is_deferring
 from odeadv.support.isolation import Recompute, inside_transform, without_effects
@@ -96,7 +96,7 @@ class Run:
     def _rule(self) -> Rule:
         """The quadrature of a running cost, of the order of f's sub-step; an exact flow may belong to a stiff f."""
         substep = self.request.discretisation.substeps["f"]
-        return "simpson" if substep.order > 2 and not isinstance(substep, Exact) else "trapezoid"
+        return "simpson" if substep.order > 2 and not isinstance(substep, DIRK | Exact) else "trapezoid"
 
     def outcome(self, *values: Tensor | None) -> Status:
         """Return the status of a solve with these results."""

@@ -80,7 +80,8 @@ def solve(
             eta = 0 equals ``solve(f, ..., scheme="euler")`` bit for bit.
         costate: a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9 integrated back
             from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). The default is the
-            scheme's own, or linear; with adaptive steps it is cubic, unless f is advanced by its exact flow.
+            scheme's own, or linear; with adaptive steps it is cubic, unless f is advanced by its exact flow or by an
+            implicit method.
         sweeps: number of recordings, each on the trajectory driven by the one before alone (Picard iteration); 1 is
             the paper's two-stage method. ``"converge"`` (or a `Converge`) sweeps until the costate is that of the
             trajectory it drives, with Anderson acceleration.

@@ -15,7 +15,7 @@ from torch import Tensor
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, Clock, Operator, VectorField, as_field
 from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
-from odeadv.splitting import Adaptive, CostateKind, Exact, Grid, make_grid
+from odeadv.splitting import DIRK, Adaptive, CostateKind, Exact, Grid, make_grid
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SchemeLike, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
 from odeadv.support.deferred import holds
@@ -136,13 +136,13 @@ def _smooth_costate(field: VectorField, discretisation: Discretisation) -> Discr
     """Return the discretisation for adaptive steps: a cubic costate, unless a choice or the field speaks against it.
 
     The error control sees a linear costate as a function with kinks, of second order. The slopes of a cubic one are
-    those of f, so it is not for f that is stiff and advanced by its exact flow.
+    those of f, so it is not for f that is stiff and advanced by its exact flow or by an implicit method.
     """
     scheme = discretisation.scheme
     given = scheme is not None and scheme.costate is not None
     if not isinstance(field, AdversarialField) or field.transforms or given:
         return discretisation
-    if isinstance(discretisation.substeps["f"], Exact):
+    if isinstance(discretisation.substeps["f"], DIRK | Exact):
         return discretisation
     return replace(discretisation, costate="hermite")
 
