@@ -1,7 +1,9 @@
 """Learning and control: eta as a tensor, running costs and losses at several times, spans with gradients."""
 
 import math
+import runpy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,3 +298,10 @@ def test_spans_with_gradients_that_do_not_fit():
         odeadv.solve(odeadv.Piecewise([f, f], [0, 1, 2]), START, (0.0, 2.0), dt=one)
     with pytest.raises(ValueError, match=r"^t_span, dt: got gradients for the end of the span and for the step size"):
         odeadv.solve(f, START, (0.0, one), dt=one / 4)
+
+
+def test_the_example_of_control_finds_the_closed_loop():
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "control.py"), run_name="not main")
+    x0 = torch.tensor([0.2, 0.0], dtype=torch.float64)
+    solution = example["controlled"](example["linear"], x0, horizon=1.0)
+    assert torch.allclose(solution.costate(0.0), example["riccati"] @ x0, rtol=1e-5)

@@ -140,26 +140,42 @@ def _combined(change: Tensor, image: Tensor, secants: Sequence[tuple[Tensor, Ten
 def _newton(level: Level, settings: Converge, rtol: float, reduced: float = 0.0) -> None:
     """Solve u = Phi(u), where Phi is a sweep, by Newton's method with GMRES.
 
-    The unknown is all that drives: the nodes, and the states that a cubic or exact costate takes its slopes from.
+    The unknown is all that drives: the nodes, and the states that a cubic or exact costate takes its slopes from. The
+    products of the last linearisation are kept as secants. A finer grid begins with them, as long as each step reduces
+    the change tenfold, and has a linearisation of its own only if that is not enough.
     """
-    recorded = level.recorded
-    w = _flat(_driving(recorded))
-    size = _flat(_driving(recorded, states=False)).numel()
-    done = len(level.residuals)
+    w = _flat(_driving(level.recorded))
+    size = _flat(_driving(level.recorded, states=False)).numel()
+    done, known, before = len(level.residuals), bool(level.secants), 1.0
+    halved: tuple[Tensor, Tensor, float] | None = None  # where a step began, the step, and the change there
     for _ in range(settings.most - 1):
         with torch.enable_grad():
             sweep = Linearised(partial(_image, level, level.recorded), w)
         change = sweep.value - w
         aim = max(rtol, reduced * (level.residuals[done:] or [0.0])[0])
-        if _settled(level, change[:size], sweep.value[:size], aim) or not level.residuals[-1] < GROWTH:
+        settled = _settled(level, change[:size], sweep.value[:size], aim)
+        residual, size_of_change = level.residuals[-1], float(change.norm())
+        if halved is not None and not settled and not size_of_change < halved[2]:
+            begin, step, least = halved
+            halved, w = (begin, 0.5 * step, least), begin + 0.5 * step
+            continue
+        if not residual < GROWTH:
             return
-        # The error of the next iterate is of the order of the square of this one; solving more exactly is wasted.
-        inner = max(min(0.1, level.residuals[-1]), 0.1 * rtol / level.residuals[-1])
-        step, solved, products = gmres(partial(_without_sweep, sweep), change, rtol=inner)
-        level.products += (products + 1) * level.recorded.work
-        if not solved:
+        known = known and residual <= 0.1 * before
+        if settled or known:
+            w, before = _combined(change, sweep.value, level.secants), residual
+        if settled:
+            level.recorded = _like(level.recorded, w)
             return
-        w = w + step
+        if not known:
+            # The error of the next iterate is of the order of the square of this one: more digits are wasted.
+            inner = max(min(0.01, residual), 0.1 * rtol / residual)
+            level.secants = []
+            step, solved, products = gmres(partial(_without_sweep, level, sweep), change, rtol=inner, most=120)
+            level.products += (products + 1) * level.recorded.work
+            if not solved:
+                return
+            halved, w = (w, step, size_of_change), w + step
 
 
 def _image(level: Level, last: RecordedCostate, w: Tensor) -> Tensor:
@@ -169,9 +185,11 @@ def _image(level: Level, last: RecordedCostate, w: Tensor) -> Tensor:
     return image
 
 
-def _without_sweep(sweep: Linearised, v: Tensor) -> Tensor:
-    """Return (1 - dPhi/du) v."""
-    return v - sweep.jvp(v)
+def _without_sweep(level: Level, sweep: Linearised, v: Tensor) -> Tensor:
+    """Return (1 - dPhi/du) v, and keep it."""
+    image = sweep.jvp(v)
+    level.secants.append((image - v, image))
+    return v - image
 
 
 # ---- from grid to grid ----
@@ -198,7 +216,8 @@ def _prolonged(level: Level, grid: Grid) -> Level:
         return list(torch.tensordot(weights.to(stacked.dtype), stacked, 1))
 
     def finer_flat(flat: Tensor) -> Tensor:
-        return (weights.to(flat.dtype) @ flat.reshape(weights.shape[1], -1)).reshape(-1)
+        each = flat.reshape(-1, weights.shape[1], _flat(recorded.nodes[:1]).numel())  # nodes, and states if they drive
+        return (weights.to(flat.dtype) @ each).reshape(-1)
 
     fine = replace(recorded, grid=grid, nodes=finer(recorded.nodes), states=finer(recorded.states))
     secants = [(finer_flat(change), finer_flat(image)) for change, image in level.secants]

@@ -24,8 +24,8 @@ class Converge:
         most: largest number of recordings (on each grid).
         memory: number of sweeps that Anderson acceleration combines; 0 for plain sweeps (Picard iteration).
         method: ``"anderson"``, or ``"newton"``: Newton's method, whose linear systems GMRES solves by products with the
-            linearised sweep. It squares the error in each step and does not need eta * I below 1, but it keeps the
-            graph of a recording, which f must allow to be differentiated twice.
+            linearised sweep. It squares the error in each step, needs no memory of directions, and shortens steps that
+            go too far. It keeps the graph of a recording, and f must allow to be differentiated twice.
         nested: begin on coarser grids (every second node, down to 4 steps) and continue on each finer one from what the
             coarser one found, so that few sweeps remain on the given steps. By default with ``"newton"`` only. Fields
             with pieces or with losses at given times, odd numbers of steps and adaptive steps lack coarser grids.
