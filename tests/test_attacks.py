@@ -486,7 +486,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"images: got values in \[-0\.5, 2\], expected \[0, 1\]; normalisation belongs inside the model",
     ),
     ({"images": torch.tensor([[0.0, 1.5]])}, ValueError, r"images: got values in \[0, 1\.5\]"),
-    ({"labels": [0, 1]}, TypeError, r"labels: got list, expected a torch\.Tensor"),
+    ({"labels": [0, 1]}, TypeError, r"labels: got list, expected an int64 tensor"),
     ({"labels": torch.zeros(2)}, TypeError, r"labels: got dtype torch\.float32, expected torch\.int64"),
     ({"labels": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"labels: got shape \(2, 1\), expected \(2,\)"),
     ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: got shape \(3,\), expected \(2,\)"),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from odeadv.support.checks import number, shown
+from odeadv.support.checks import class_indices, number, shown
 from odeadv.support.deferred import holds
 from odeadv.support.isolation import version
 
@@ -86,12 +86,7 @@ def check_images(images: object) -> None:
 
 def check_labels(labels: object, n: int, device: torch.device | None = None, *, name: str = "labels") -> None:
     """Raise TypeError unless an int64 tensor; ValueError unless (n,), nonnegative and on ``device`` (None: any)."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: got {type(labels).__name__}, expected a torch.Tensor")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices")
-    if labels.shape != (n,):
-        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one per image")
+    labels = class_indices(name, labels, n)
     if device is not None and labels.device != device:
         raise ValueError(f"{name}: got device {labels.device}, expected {device}, the device of the images")
     if not holds(labels.min() >= 0):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from odeadv.data._transforms import Transform, draw_seed, transformed
-from odeadv.data.checks import check_images, check_labels
-from odeadv.support.checks import integer
+from odeadv.data.checks import check_images
+from odeadv.support.checks import class_indices, integer
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Batches:
     ) -> None:
         """Validate the arguments, move the arrays to ``device`` and pad them if they are to be augmented."""
         check_images("images", images)
-        check_labels("labels", labels, images)
+        class_indices("labels", labels, len(images))
         integer("batch_size", batch_size, least=1)
         integer("pad", pad, least=0)
         if len(labels) < (batch_size if drop_last else 1):

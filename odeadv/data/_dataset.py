@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.data.checks import check_images, check_labels, check_range
-from odeadv.support.checks import integer
+from odeadv.data.checks import check_images, check_range
+from odeadv.support.checks import class_indices, integer
 
 Channels = tuple[float, float, float]
 
@@ -60,7 +60,7 @@ class ImageDataset:
             check_images(f"{split}_images", images)
             if not images.is_contiguous():
                 raise ValueError(f"{split}_images: got a non-contiguous tensor, expected images.contiguous()")
-            check_labels(f"{split}_labels", labels, images)
+            class_indices(f"{split}_labels", labels, len(images))
             check_range(f"{split}_labels", labels, self.num_classes)
         if self.test_images.shape[1:] != self.train_images.shape[1:]:
             raise ValueError(

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from odeadv.data._dataset import Splits
-from odeadv.data.checks import check_labels, check_range, require
+from odeadv.data.checks import check_range, require
+from odeadv.support.checks import class_indices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,8 +156,8 @@ def read_npz(path: Path, num_classes: int | None) -> Splits:
     arrays = _npz_arrays(path)
     train_images, test_images = (_npz_images(arrays[key], f"{path}: {key}") for key in ("train_x", "test_x"))
     train_labels, test_labels = (_npz_labels(arrays[key], f"{path}: {key}") for key in ("train_y", "test_y"))
-    check_labels(f"{path}: train_y", train_labels, train_images)
-    check_labels(f"{path}: test_y", test_labels, test_images)
+    class_indices(f"{path}: train_y", train_labels, len(train_images))
+    class_indices(f"{path}: test_y", test_labels, len(test_images))
     if test_images.shape[1:] != train_images.shape[1:]:
         raise ValueError(
             f"{path}: test_x: got images of height, width, channels {tuple(test_images.shape[1:])}, expected those of "

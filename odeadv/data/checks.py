@@ -19,16 +19,6 @@ def check_images(argument: str, images: Tensor) -> None:
         raise ValueError(f"{argument}: got shape {tuple(images.shape)}, expected (n, height, width, 3)")
 
 
-def check_labels(argument: str, labels: Tensor, images: Tensor) -> None:
-    """Raise unless ``labels`` is an ``int64`` tensor with one entry for each of ``images``."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{argument}: got {type(labels).__name__}, expected an int64 tensor (n,)")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{argument}: got dtype {labels.dtype}, expected torch.int64 class indices")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{argument}: got shape {tuple(labels.shape)} for {len(images)} images, expected one each")
-
-
 def check_range(argument: str, labels: Tensor, num_classes: int) -> None:
     """Raise if ``labels`` is empty or has a value outside 0..num_classes-1."""
     if labels.numel() == 0:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from operator import index
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -104,3 +105,19 @@ def did_you_mean(word: object, known: Iterable[object], *, most: int = 1) -> str
     """Return ``"; did you mean ...?"`` with the words of ``known`` nearest to ``word``, or ``""`` if none is near."""
     near = difflib.get_close_matches(str(word).lower(), [str(other) for other in known], n=most)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def class_indices(name: str, labels: object, n: int) -> Tensor:
+    """Return ``labels`` if they are an int64 tensor with one class index for each of ``n`` images.
+
+    Raises:
+        TypeError: if it is not a tensor, or of another dtype.
+        ValueError: if it has another shape.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: got {type(labels).__name__}, expected an int64 tensor ({n},)")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices")
+    if labels.shape != (n,):
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one per image")
+    return labels

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -226,9 +226,14 @@ def _essential(config: Any) -> Any:
     return to_dict(config)
 
 
+def _hints(kind: Any) -> Mapping[str, Any]:
+    """Return the types of the fields of the dataclass ``kind``."""
+    return _evaluated_hints(kind)
+
+
 @lru_cache(512)
-def _hints(kind: type[Any]) -> Mapping[str, Any]:
-    """Return the types of the fields of ``kind``. Python evaluates their strings anew on each call, in 0.3 ms."""
+def _evaluated_hints(kind: Hashable) -> Mapping[str, Any]:
+    # Python evaluates the strings of annotations anew on each call, which takes 0.3 ms.
     return types.MappingProxyType(get_type_hints(kind))
 
 

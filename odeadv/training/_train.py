@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from odeadv.data import Batches, ImageDataset, Stream, make_transform
-from odeadv.data.checks import check_images, check_labels, check_range
+from odeadv.data.checks import check_images, check_range
 from odeadv.data.stream import as_inputs, count_samples, stacked
 from odeadv.models import FieldNetwork, Network
-from odeadv.support.checks import number
+from odeadv.support.checks import class_indices, number
 from odeadv.support.digests import data_digest, model_digest, tensors_digest
 from odeadv.support.files import read_tensors
 from odeadv.support.plain import identity as essential
@@ -282,7 +282,7 @@ def _check(
             raise TypeError(f"validation: got {type(validation).__name__}, expected a pair (images, labels)")
         if isinstance(data, ImageDataset):  # which may have validation images of its own form only
             check_images("validation images", validation[0])
-        check_labels("validation labels", validation[1], validation[0])
+        class_indices("validation labels", validation[1], len(validation[0]))
         check_range("validation labels", validation[1], net.num_classes)
     if config.patience is not None and validation is None:
         raise ValueError(f"patience: got {config.patience} without validation, expected validation images to judge by")
