@@ -28,6 +28,8 @@ extensions = [
 ]  # fmt: skip
 exclude_patterns = ["_build", "_pictures"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"odeadv {release}"
 
 myst_enable_extensions = ["dollarmath"]

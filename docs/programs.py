@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-pyplot.rcParams["figure.figsize"] = (5.5, 3.4)
+pyplot.rcParams.update({"figure.figsize": (5.5, 3.4), "axes.formatter.min_exponent": 2})
 HERE = Path(__file__).parent
 PICTURES = HERE / "_pictures"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)

@@ -2,14 +2,14 @@
 
 ``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and adversarial fields;
 ``odeadv.models`` has residual networks that are such fields; ``odeadv.attacks`` and ``odeadv.evaluate`` measure
-robust accuracy. ``odeadv.data``, ``odeadv.training``, ``odeadv.audit`` and ``odeadv.experiments`` are imported when
-they are first used, and so are the packages that plots and training need.
+robust accuracy. ``odeadv.data``, ``odeadv.training``, ``odeadv.diagnostics``, ``odeadv.audit`` and
+``odeadv.experiments`` are imported when they are first used, and so are the packages that plots and training need.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
-from odeadv import attacks, diagnostics, models
+from odeadv import attacks, models
 from odeadv._version import __version__
 from odeadv.costate import Converge
 from odeadv.evaluation import evaluate
@@ -54,7 +54,6 @@ __all__ = [
     "__version__",
     "attacks",
     "compile_solver",
-    "diagnostics",
     "driven",
     "evaluate",
     "models",
@@ -66,11 +65,12 @@ __all__ = [
 if TYPE_CHECKING:
     from odeadv import audit as audit
     from odeadv import data as data
+    from odeadv import diagnostics as diagnostics
     from odeadv import experiments as experiments
     from odeadv import training as training
 
 # They are not in __all__, because `from odeadv import *` would import them.
-_ON_DEMAND = ("audit", "data", "experiments", "training")
+_ON_DEMAND = ("audit", "data", "diagnostics", "experiments", "training")
 
 
 def __getattr__(name: str) -> object:

@@ -51,7 +51,7 @@ def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]])
     lines = [
         f"**{differences(results)}**",
         "",
-        f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}",
+        f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}, preset {results.preset.name}",
         "",
         "||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, norms over the whole batch tensor, on the last batch of every epoch "
         "(attacked images, batch statistics, loss averaged over the batch). The paper's, for CIFAR-100: it starts near "

@@ -54,7 +54,7 @@ def render(results: Results) -> str:
     labels = ["Acc", *(column.label for column in table.columns), *(["Avg"] if table.average else [])]
     reason = _cannot_test(results)
     lines = [
-        f"# {table.title}, {results.dataset}",
+        f"# {table.title}, {results.dataset}, preset {results.preset.name}",
         "",
         *([f"**Not a test of the paper's claim: {reason}.**", ""] if reason else []),
         f"**{differences(results)}** All runs share one training subset and one test subset.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from odeadv.support.files import read_tensors
 
 SCHEMA = "odeadv.pretrained/1"
 _SUFFIX = ".safetensors"
-_FILES = files("odeadv.models").joinpath("weights")
+_FILES = Path(__file__).parent / "weights"
 
 
 def pretrained(name: str) -> FieldNetwork:
@@ -57,7 +56,7 @@ def pretrained_names() -> tuple[str, ...]:
         >>> "cifar10-pgd" in models.pretrained_names()
         True
     """
-    return tuple(sorted(Path(file.name).stem for file in _FILES.iterdir() if file.name.endswith(_SUFFIX)))
+    return tuple(sorted(file.stem for file in _FILES.glob(f"*{_SUFFIX}")))
 
 
 def pretrained_record(name: str) -> dict[str, Any]:
@@ -79,8 +78,8 @@ def pretrained_record(name: str) -> dict[str, Any]:
 
 def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     choice("name", name, pretrained_names())
-    with as_file(_FILES.joinpath(name + _SUFFIX)) as path:
-        tensors, record = read_tensors(path)
+    path = _FILES / f"{name}{_SUFFIX}"
+    tensors, record = read_tensors(path)
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema is {record.get('schema')!r}, expected {SCHEMA!r}")
     return tensors, record
