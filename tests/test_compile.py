@@ -62,13 +62,16 @@ def _short_iterations(monkeypatch):
 
 
 class TestValues:
-    def test_code_has_the_values_of_solve(self):
-        solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (MATRIX @ x), scheme="midpoint")
-        for span, steps in (((0.0, 1.0), 1), ((0.0, 2.0), 7), ((1.0, -1.0), 16)):
-            found = solver(X0, span, steps=steps)
-            expected = odeadv.solve(solver.field, X0, span, scheme="midpoint", steps=steps)
+    def test_code_has_the_values_and_gradients_of_solve(self):
+        matrix = MATRIX.clone().requires_grad_()
+        solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (matrix @ x), scheme="midpoint")
+        x0 = X0.clone().requires_grad_()
+        for span, steps in (((0.0, 1.0), 1), ((0.0, 2.0), 7), ((1.0, -1.0), 8)):
+            found = solver(x0, span, steps=steps)
+            expected = odeadv.solve(solver.field, x0, span, scheme="midpoint", steps=steps)
             assert torch.allclose(found.xs, expected.xs, rtol=1e-13, atol=1e-14)
-            assert found.stats.steps == steps
+            gradients = [torch.autograd.grad(sol.xs.square().sum(), (x0, matrix)) for sol in (found, expected)]
+            assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(*gradients, strict=True))
 
     def test_merged_flows_with_gradients(self):
         matrix = MATRIX.clone().requires_grad_()

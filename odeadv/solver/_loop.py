@@ -29,6 +29,7 @@ Tensors = tuple[Tensor, ...]
 
 # Steps in one iteration of the loop. An iteration costs half a microsecond; compilation takes longer with more steps.
 UNROLLED = 4
+SMALL = 1000  # elements of a state whose steps cost more calls than arithmetic
 
 
 # Every solver has graphs of its own, one per kind of state.
@@ -56,9 +57,7 @@ class Steps:
     """
 
     def __init__(self, step: Step, options: dict[str, Any]) -> None:
-        self._options = {**_OWN_GRAPHS, **options}
-        if "backend" not in options and "mode" not in options:
-            self._options["options"] = {"cpp_wrapper": True, **options.get("options", {})}
+        self._options = options
         self._capture = torch.compile(step, **{**_OWN_GRAPHS, "backend": self._bind, "dynamic": False})
         self._given: Tensors = ()
         self._bound: Bound
@@ -122,9 +121,10 @@ class Bound:
         """Return the states as `states` does, outside of the graph."""
         count = int(self.clock[3])
         # Two rows are enough for the last state. torch.compile would make another graph for one row.
-        states = x.new_empty((count + 1 if all_of_them and count else 2, *x.shape))
+        states = x.new_empty((count + 1 if all_of_them else 2, *x.shape))
         x = x.detach().contiguous()
-        states[0] = x
+        if all_of_them:
+            states[0] = x
         tables = tuple(_by_rows(table.detach()) for table in self.tables)
         with torch.no_grad():
             last = self.loops.forward(x, self.clock, _by_rows(states), tables, _apart(self.lifted))
@@ -143,7 +143,9 @@ class Bound:
         sums = tuple(torch.zeros_like(self.lifted[k], memory_format=torch.contiguous_format) for k in wrt)
         with torch.no_grad():
             reverse = self.loops.reverse(wrt)
-            found = reverse(_by_rows(nodes), self.clock, _by_rows(states.detach()), tables, _apart(self.lifted), sums)
+            _, *found = reverse(
+                _by_rows(nodes), self.clock, _by_rows(states.detach()), tables, _apart(self.lifted), sums
+            )
         return nodes, tuple(found)
 
     def eager(self, x: Tensor, lifted: Tensors) -> Tensor:
@@ -242,7 +244,7 @@ class _Loops:
         return products
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, **self._options) if self._whole else function
+        return torch.compile(function, **_lowering(self._options, self._examples[1])) if self._whole else function
 
     def _loop(self, more: Callable[..., Tensor], body: Callable[..., Tensors], carried: Tensors) -> Tensors:
         if self._whole:
@@ -279,22 +281,29 @@ class _Loops:
         lifted: Tensors,
         sums: Tensors,
     ) -> Tensors:
-        """Add to each row of ``nodes`` the pull-back of the next one; return ``sums`` plus those by lifted tensors."""
+        """Add to each row of ``nodes`` the pull-back of the next one.
 
-        def one(n: Tensor, *sums: Tensor) -> Tensors:
+        Returns:
+            The first row, and ``sums`` plus the pull-backs by lifted tensors. A loop without a result would be dropped,
+            in spite of what it writes.
+        """
+
+        def one(n: Tensor, a: Tensor, *sums: Tensor) -> Tensors:
             m = n - 1
-            first, *parts = pull(m, _row(states, m), clock, *_rows(tables, m), *lifted, _row(nodes, n))
-            nodes.index_add_(0, m.view(1), first.unsqueeze(0))
-            return m, *(total + part for total, part in zip(sums, parts, strict=True))
+            first, *parts = pull(m, _row(states, m), clock, *_rows(tables, m), *lifted, a)
+            a = (_row(nodes, m) + first).contiguous()
+            nodes.index_copy_(0, m.view(1), a.unsqueeze(0))
+            return m, a, *(total + part for total, part in zip(sums, parts, strict=True))
 
-        def several(n: Tensor, *sums: Tensor) -> Tensors:
+        def several(n: Tensor, *carried: Tensor) -> Tensors:
             for _ in range(UNROLLED):
-                n, *sums = one(n, *sums)  # type: ignore[assignment]
-            return n, *sums
+                n, *carried = one(n, *carried)  # type: ignore[assignment]
+            return n, *carried
 
-        start = (clock[3].to(torch.int64), *sums)
-        start = self._loop(lambda n, *sums: n >= UNROLLED, several, start)
-        return self._loop(lambda n, *sums: n > 0, one, start)[1:]
+        n = clock[3].to(torch.int64)
+        start = (n, _row(nodes, n).clone(), *sums)
+        start = self._loop(lambda n, *_: n >= UNROLLED, several, start)
+        return self._loop(lambda n, *_: n > 0, one, start)[1:]
 
 
 def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModule:
@@ -303,6 +312,15 @@ def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModu
 
     with torch.no_grad():
         return make_fx(function, tracing_mode="fake")(*examples)
+
+
+def _lowering(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """Return the arguments of torch.compile for loops over states like ``x``: our defaults and the user's."""
+    if options.keys() & {"backend", "mode"}:
+        return {**_OWN_GRAPHS, **options}
+    # With torch.stack and torch.cat as pointwise operations, several steps of a small state become one kernel.
+    ours = {"cpp_wrapper": True, "force_pointwise_cat": x.numel() <= SMALL}
+    return {**_OWN_GRAPHS, **options, "options": {**ours, **options.get("options", {})}}
 
 
 def _why_not(device: torch.device, options: dict[str, Any]) -> str | None:
