@@ -351,7 +351,7 @@ def test_answers_of_another_shape_are_named(change: Callable[[Tensor], object], 
 
     found = run(Other())
     assert message in found["finite logits"].found
-    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 16
+    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 17
 
 
 class InPlace(Wrapped):

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,21 @@ class TestResume:
             path.write_bytes(raw[:length])
             assert same(evaluate(trained(), held_out(20), LAST, batch_size=8, resume=path), whole)
             assert len(path.read_bytes().splitlines()) == len(raw.splitlines())
+
+    def test_a_full_disk_loses_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path, whole = tmp_path / "journal", evaluate(trained(), held_out(30), LAST, batch_size=8)
+        lines, write = [], os.write
+
+        def full(handle: int, line: bytes) -> int:
+            """Write only the beginning of the fourth line, as a full disk does."""
+            lines.append(line)
+            return write(handle, line[:50] if len(lines) == 4 else line)
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="could not be written whole; is the disk full"):
+            evaluate(trained(), held_out(30), LAST, batch_size=8, resume=path)
+        assert same(evaluate(trained(), held_out(30), LAST, batch_size=8, resume=path), whole)
+        assert len(lines) == 4 + 2  # two of the four batches had been written
 
     def test_finished_batches_are_not_run_again(self, tmp_path: Path) -> None:
         evaluate(trained(), held_out(20), LAST, batch_size=8, resume=tmp_path / "j")

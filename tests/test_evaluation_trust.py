@@ -259,8 +259,23 @@ class TestNotes:
             assert evaluate(trained(), held_out(100), protocol).notes == ()
 
 
+class RandomBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * torch.randn_like(gradient)
+
+
 class TestDoubts:
     """Data that do not fit the model, and attacks that do not fit the dtype."""
+
+    def test_a_random_backward_pass(self) -> None:
+        net = Linear(pre=RandomBackward.apply)
+        result = evaluated(net, problem(net, n=40), "table1")
+        assert result.notes[0].startswith("the gradient of the same images differs from one pass to the next: a random")
 
     def test_guessing(self) -> None:
         x, y = problem(n=60)

@@ -84,9 +84,17 @@ def same_answer_twice(subject: Subject) -> Finding:
     with_gradient, disagrees = max(found.with_gradient for found in seen), any(found.disagrees for found in seen)
     if disagrees and not random:
         note += f"; a pass with gradients on differs from a pass without by {with_gradient:.2g}"
+    random_gradient = any(found.random_gradient for found in seen)
+    if random_gradient:
+        note += "; two gradients of the same images differ by more than rounding: the backward pass is random"
     found = f"two forward passes differ by at most {difference:.2g}: EOT is {'' if random else 'not '}needed{note}"
-    figures = {"largest_difference": difference, "with_gradient": with_gradient, "training_mode": training}
-    return Finding(not random and not disagrees and not training, found, figures)
+    figures = {
+        "largest_difference": difference,
+        "with_gradient": with_gradient,
+        "random_gradient": random_gradient,
+        "training_mode": training,
+    }
+    return Finding(not random and not disagrees and not training and not random_gradient, found, figures)
 
 
 @check(

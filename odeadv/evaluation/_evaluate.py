@@ -182,7 +182,7 @@ def evaluate(
         prepared = prepare(model, seen.whole if fold or compile else seen.probe, folded=fold, compiled=compile)
         notes = [*seen.notes, *prepared.notes, *_not_compiled(protocol, compile)]
         repeatable, tried = _repeats(prepared, examples, rules)
-        if rules.repeatable and not repeatable:
+        if rules.repeatable and not repeatable and not seen.first.random_gradient:
             notes.append(
                 "gradients of the same images differ from one pass to the next: a random backward pass, or sums in an "
                 "order that is not fixed; if they are random, average over passes before you believe the accuracies"
@@ -195,7 +195,7 @@ def evaluate(
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
     result = session.result(time.perf_counter() - began, identity, settings, notes)
     checks: dict[str, Any] = {"probe_forward_passes": seen.forward_passes + tried}
-    failed = [*doubts(result, seen.probe, seen.first.logits.shape[1]), *noted(result, session.signs)]
+    failed = [*doubts(result, seen.probe, seen.first), *noted(result, session.signs)]
     if failed:
         warnings.warn(f"evaluate: {'; '.join(failed)}", RuntimeWarning, stacklevel=2)
         checks["signs"] = {name: int(sign.sum()) for name, sign in session.signs.items()}

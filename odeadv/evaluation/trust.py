@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from odeadv.attacks.checks import answered
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
@@ -34,6 +35,8 @@ _ROUNDING_SHARE = 1e-3
 # A sign of a failed attack is noted if it concerns more than this share of the images, and more than one: single images
 # have dead units or sit on a tie.
 _NOTED = 0.01
+# Sums in another order change a gradient by some units in the last place, which steep networks amplify.
+_GRADIENT_ROUNDING = 0.01
 # With fewer images, an accuracy below that of guessing may be chance.
 FEWEST = 50
 ACCEPTABLE = ("batch dependence",)
@@ -53,6 +56,8 @@ class Behaviour:
         changed_tensors: buffers and parameters that a forward pass wrote to.
         changed_attributes: other attributes of modules that a forward pass changed.
         training: submodules that were in training mode after it, although eval mode was set before.
+        random_gradient: True if the gradients of two equal passes, of a model that is not random, differ by more than
+            rounding.
     """
 
     logits: Tensor
@@ -64,6 +69,7 @@ class Behaviour:
     changed_tensors: tuple[str, ...]
     changed_attributes: tuple[str, ...]
     training: tuple[str, ...]
+    random_gradient: bool
 
 
 def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
@@ -82,23 +88,45 @@ def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
         training = tuple(name or "model" for name, part in model.named_modules() if part.training)
         plain += [_logits(model(images)) for _ in range(times - 1)]
     with torch.enable_grad():
-        graph = [_logits(model(images.detach().clone().requires_grad_())) for _ in range(times)]
+        passes = [_with_gradient(model, images) for _ in range(times)]
+    graph = [logits for logits, _ in passes]
     last = _state(model)
     changed = sorted({*_changed(before, after), *_changed(before, last)})
     tensors = sorted(name for kind, name in changed if kind == "tensor")
     attributes = sorted(name for kind, name in changed if kind == "attribute" and not name.endswith(".training"))
+    random = any(differs(same[0], other) for same in (plain, graph) for other in same[1:])
     alike = [(same[0], other) for same in (plain, graph) for other in same[1:]]
     return Behaviour(
         plain[0],
         max(_distance(a, b) for a, b in alike),
-        any(differs(a, b) for a, b in alike),
+        random,
         all(torch.equal(a, b) for a, b in alike),
         _distance(plain[0], graph[0]),
         differs(plain[0], graph[0]),
         tuple(tensors),
         tuple(attributes),
         training,
+        not random and any(_far(passes[0][1], gradient) for _, gradient in passes[1:]),
     )
+
+
+def _with_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the logits, and the gradient of the cross-entropy of the predicted class; None if there is none."""
+    leaf = images.detach().clone().requires_grad_()
+    answer = model(leaf)
+    logits = _logits(answer)
+    try:
+        loss = functional.cross_entropy(answer, logits.argmax(dim=1), reduction="sum")
+        return logits, torch.autograd.grad(loss, leaf, allow_unused=True)[0]
+    except Exception:  # a model that cannot be differentiated, or is refused for its logits: others say so
+        return logits, None
+
+
+def _far(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return True if two gradients of the same images differ by more than rounding."""
+    if a is None or b is None:
+        return a is not b
+    return bool((a - b).abs().max() > _GRADIENT_ROUNDING * a.abs().max())
 
 
 def batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
@@ -221,15 +249,21 @@ def _logits_without_graph(model: nn.Module, images: Tensor) -> Tensor:
         return _logits(model(images))
 
 
-def doubts(result: Evaluation, probe: Tensor, classes: int) -> list[str]:
-    """Return a sentence for every sign that the data do not fit the model, or the attacks not the dtype.
+def doubts(result: Evaluation, probe: Tensor, first: Behaviour) -> list[str]:
+    """Return a sentence for every sign that the data or the attacks do not fit the model.
 
     Args:
         result: the evaluation.
         probe: the first images, as the model takes them.
-        classes: the number of logits.
+        first: the behaviour of the model on them.
     """
     notes = []
+    classes = first.logits.shape[1]
+    if first.random_gradient and not result.clean_pass_accuracies:
+        notes.append(
+            "the gradient of the same images differs from one pass to the next: a random backward pass hides the true "
+            "gradient, so the accuracies may be too high; give attacks options={'eot': 20}, and add 'square'"
+        )
     largest = float(probe.max())
     if 0 < largest <= 1 / 255:
         notes.append(
