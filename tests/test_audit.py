@@ -485,7 +485,7 @@ def test_write_of_an_unusable_model(tmp_path: Path) -> None:
     found = run(NotANumber())
     found.write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"audit.json", "audit.md"}
-    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 16
+    assert [check.status for check in found.checks] == ["fail"] + ["not applicable"] * 17
 
 
 @pytest.mark.parametrize(
