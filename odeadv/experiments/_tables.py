@@ -226,7 +226,7 @@ _HALF = (
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
 _DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # in addition to the preset's and to 2e-2, the best of the pilot
-_FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+_FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 30.0)
 
 TABLES = {
     table.name: table
