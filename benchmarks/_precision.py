@@ -238,5 +238,7 @@ def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str
         axis.set_ylabel("error")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    if right.has_data():
-        right.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # it must not cover curves
+    # A solver whose work is not counted has a curve in the left panel only.
+    curves = {label: line for axis in (left, right) for line, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
+    if curves:
+        right.legend(curves.values(), curves, fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
