@@ -70,6 +70,19 @@ def worked(solution: odeadv.Solution) -> Answer:
     return solution.xs[-1], evaluations + stats.solves + stats.vjps + stats.jvps
 
 
+def compiled(
+    field: Any, x0: Tensor, span: tuple[float, float], method: str, counts: Iterable[int], **choices: Any
+) -> list[Candidate]:
+    """Return the solves of `odeadv.compile_solver` at several numbers of steps; the first of them compiles."""
+    solver = odeadv.compile_solver(field, **choices)
+    return [
+        Candidate(
+            "odeadv compiled", method, f"{n} steps", lambda n=n: (solver(x0, span, steps=n).xs[-1], None), cold=not i
+        )
+        for i, n in enumerate(counts)
+    ]
+
+
 def measure(
     candidates: Iterable[Candidate],
     reference: Tensor,

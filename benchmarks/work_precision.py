@@ -35,7 +35,7 @@ from ._peers import (
     torchdiffeq_ivp,
 )
 from ._plots import panels, save
-from ._precision import Answer, Candidate, cold_table, draw, fastest, measure, stepped, table
+from ._precision import Answer, Candidate, cold_table, compiled, draw, fastest, measure, stepped, table
 from ._timing import machine
 
 ACCURACIES = [10.0**-k for k in range(2, 9)]
@@ -95,6 +95,20 @@ def _unsplit(
     return candidates
 
 
+def _compiled(
+    field: odeadv.AdversarialField, x0: Tensor, span: tuple[float, float], steps: Sequence[int], quick: bool
+) -> list[Candidate]:
+    """Return compiled solves of a second-order splitting and of a Runge-Kutta method; none in a quick run."""
+    if quick:
+        return []
+    splitting = {"scheme": "strang", "substep": "midpoint"}
+    unsplit = {"scheme": "rk4", "costate": "hermite"}
+    return [
+        *compiled(field, x0, span, "strang, midpoint, linear", steps, **splitting),
+        *compiled(field, x0, span, "un-split rk4, hermite", steps, **unsplit),
+    ]
+
+
 def _sizes(quick: bool) -> tuple[Iterable[str], Sequence[int], Sequence[int] | None]:
     """Return schemes, numbers of steps, and the exponents of the peers' tolerances."""
     return (("lie", "strang"), (2, 4), (3,)) if quick else (odeadv.schemes.names(), STEPS, None)
@@ -129,6 +143,7 @@ def linear(quick: bool) -> Problem:
     span = (0.0, orders.END)
     candidates = adversarial(field, orders.X0, span, schemes, ("exact", "rk4", "heun", "midpoint", "euler"), steps)
     candidates += _unsplit(field, orders.X0, span, steps)
+    candidates += _compiled(field, orders.X0, span, steps, quick)
     candidates += torch_peers(lambda ivp: recorded(ivp, peer), exponents)
     if has_diffrax():
         import jax.numpy as jnp
@@ -206,6 +221,7 @@ def oscillator(quick: bool) -> Problem:
     schemes, steps, exponents = _sizes(quick)
     candidates = adversarial(field, START, SPAN, schemes, ("rk4", "heun", "midpoint", "euler"), steps)
     candidates += _unsplit(field, START, SPAN, steps)
+    candidates += _compiled(field, START, SPAN, steps, quick)
     candidates += torch_peers(lambda ivp: recorded(ivp, peer), exponents)
     if has_diffrax():
         import jax.numpy as jnp
@@ -275,6 +291,9 @@ def three_operators(quick: bool) -> Problem:
         candidates += stepped(
             f"un-split {method}", lambda n, m=method: odeadv.solve(field, x0, (0.0, 1.0), scheme=m, steps=n), steps
         )
+
+    if not quick:
+        candidates += compiled(field, x0, (0.0, 1.0), "strang, exact", steps, scheme="strang", substep="exact")
 
     def solve(ivp: Ivp) -> Answer:
         state, count = ivp(field, x0, 0.0, 1.0)

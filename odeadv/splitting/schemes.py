@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 from odeadv.splitting._scheme import Composition, Scheme, Stage, alternating, repeated
 from odeadv.support.checks import did_you_mean
@@ -301,6 +301,11 @@ def get(name: str, operators: int = 2) -> Scheme:
     if key not in _BUILDERS:
         near = did_you_mean(key, [*_BUILDERS, *_ALIASES], most=3)
         raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(_BUILDERS)}{near}")
+    return _built(key, operators)
+
+
+@cache  # schemes cannot be changed, and every solve asks for one
+def _built(key: str, operators: int) -> Scheme:
     return _BUILDERS[key](operators)
 
 
