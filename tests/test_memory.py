@@ -97,3 +97,16 @@ def test_a_gradient_that_f_takes_itself_is_right() -> None:
         found += [sol.xs, torch.autograd.grad(squares(sol.xs[-1]), x0)[0]]
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+def test_gradients_taken_within_a_step_do_not_run_segments_again() -> None:
+    """Implicit stages and cubic costates differentiate f on the way: each time, the segment would start anew."""
+    x0 = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_()
+    implicit: dict[str, Any] = {"steps": 6, "substep": "sdirk2"}
+    found = [odeadv.solve(lambda t, x: torch.sin(x) - 5 * x, x0, (0.0, 1.0), checkpoints=count, **implicit)
+             for count in (None, 2)]  # fmt: skip
+    assert found[0].stats == found[1].stats
+    field = odeadv.AdversarialField(lambda t, x: torch.sin(x), squares, 0.1)
+    found = [odeadv.solve(field, x0, (0.0, 1.0), steps=6, scheme="strang", costate="hermite", checkpoints=count)
+             for count in (None, 2)]  # fmt: skip
+    assert found[0].stats.vjps == found[1].stats.vjps

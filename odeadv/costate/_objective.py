@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
 from odeadv.fields import AdversarialField
 from odeadv.splitting import Grid, Stepper, TimeStep
+from odeadv.support.isolation import Recompute
 
 Rule = Literal["trapezoid", "simpson"]
 
@@ -52,9 +54,13 @@ class Objective:
         middle = 0.5 * (x + end) + (0.125 * step.h) * bend
         return [(first + 4.0 * cost(step.time(0.5), middle) + last) * (step.h / 6.0)]
 
-    def along(self, grid: Grid, stepper: Stepper, states: Sequence[Tensor]) -> Tensor:
-        """Return J without the loss of the final state, for the states at the nodes of ``grid``."""
+    def along(self, grid: Grid, stepper: Stepper, states: Sequence[Tensor], again: Recompute | None = None) -> Tensor:
+        """Return J without the loss of the final state, for the states at the nodes of ``grid``.
+
+        ``again`` runs the running cost of each step again in the backward pass, instead of keeping its graph.
+        """
+        over = self.over if again is None else partial(again, self.over)
         terms = self.at(grid.times[0], states[0])
         for n, step in enumerate(grid):
-            terms += self.over(step, stepper, states[n], states[n + 1]) + self.at(step.t1, states[n + 1])
+            terms += over(step, stepper, states[n], states[n + 1]) + self.at(step.t1, states[n + 1])
         return sum(terms[1:], start=terms[0])

@@ -63,6 +63,7 @@ class RecordedCostate:
         kind: the evaluation between nodes.
         cost: counts the vector-Jacobian products between nodes.
         differentiate: whether a(t) is part of the autograd graph.
+        memory: the last slope between nodes, with its operator and its node; the next step may begin with it.
     """
 
     grid: Grid
@@ -75,7 +76,7 @@ class RecordedCostate:
     running: Callable[[float | Tensor, Tensor], Tensor] | None = None
     leaving: Mapping[int, Tensor] = field(default_factory=dict)
     work: int = 0
-    _slope: list[tuple[Operator, int, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
+    memory: list[tuple[Operator, int, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, t: float | Tensor) -> Tensor:
         """Return a(t), of the shape of the state.
@@ -163,16 +164,16 @@ class RecordedCostate:
             if not slopes:
                 slopes.append(self._slope_before(part, n, before))
                 slopes.append(self._vjp(part, step.t1, self.states[n + 1], after))
-                self._slope[:] = [(part, n + 1, slopes[1])]
+                self.memory[:] = [(part, n + 1, slopes[1])]
             return cubic(before, after, slopes, s, -step.h)  # Eq. 9: the slopes are minus these products
 
         return value
 
     def _slope_before(self, part: Operator, n: int, a: Tensor) -> Tensor:
         """Return (df/dx)^T a at the beginning of step ``n``: that at the end of the step before, if it is the same."""
-        same = self._slope and self._slope[0][0] is part and self._slope[0][1] == n and n not in self.leaving
+        same = self.memory and self.memory[0][0] is part and self.memory[0][1] == n and n not in self.leaving
         if same and not self.differentiate and not inside_transform():
-            return self._slope[0][2]
+            return self.memory[0][2]
         return self._vjp(part, self.grid.times[n], self.states[n], a)
 
     def _back(self, part: Operator, n: int, s: Any) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from odeadv.fields._cost import Cost
 from odeadv.support.checks import choice, integer, number
-from odeadv.support.isolation import inside_transform, read_value
+from odeadv.support.isolation import graph_kept, inside_transform, read_value
 from odeadv.support.krylov import gmres
 
 Function = Callable[[Tensor], Tensor]
@@ -227,11 +227,6 @@ class _Equation:
         return trial, residual, size, scale == 1.0
 
 
-def _kept_as_it_is() -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context in which autograd keeps its tensors, within a checkpoint too: the graph is used at once."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
 class _Linearisation:
     """Products with df/dx at a state, from both sides, by reverse mode: f is evaluated once."""
 
@@ -246,7 +241,7 @@ class _Linearisation:
         if self._wrapped:
             self._pull = torch.func.vjp(f, v)[1]
         else:
-            with torch.enable_grad(), _kept_as_it_is():
+            with torch.enable_grad(), graph_kept():
                 self._leaf = v.clone().requires_grad_()
                 self._value = f(self._leaf)
         if equation.rows > 1 and self.cost.iterations <= 1:
@@ -274,7 +269,7 @@ class _Linearisation:
             found: Tensor = torch.func.vjp(self._transposed, self.zero)[1](w)[0]
             return found
         if self._forward is None:
-            with torch.enable_grad(), _kept_as_it_is():
+            with torch.enable_grad(), graph_kept():
                 u = self.zero.clone().requires_grad_()
                 self._forward = u, self._transposed(u, create_graph=True)
         u, back = self._forward

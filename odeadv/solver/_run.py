@@ -48,13 +48,13 @@ class Run:
         stepper = request.discretisation.stepper(driven)
         order = request.discretisation.order(driven)
         within = Within(stepper, order, driven)
-        keep, again = self._keeps_nodes, self._again(grid)
+        keep, again = self._keeps_nodes, self._again(grid, costate) if torch.is_grad_enabled() else None
         path = solve_path(within, request.x0, grid, request.save_at, keep_nodes=keep, again=again)
         final, xs, output, loss = path.nodes[-1], path.states, None, None
         if isinstance(request.field, AdversarialField):
             output, loss = request.field.evaluate(final)
             if request.field.accumulates:
-                loss = loss + self._accumulated(grid, stepper, path.nodes)
+                loss = loss + self._accumulated(grid, stepper, path.nodes, again)
         self._count(costate, stepper)
         self.stats.steps = len(grid)
         held = len(xs) + (len(path.nodes) if keep else 0)
@@ -85,12 +85,12 @@ class Run:
         field = self.request.field
         return self.request.dense or (isinstance(field, AdversarialField) and field.accumulates)
 
-    def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor]) -> Tensor:
+    def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor], again: Recompute | None) -> Tensor:
         """Return the objective without the loss of the final state."""
         field = self.request.field
         assert isinstance(field, AdversarialField)
         with without_effects(field.modules, self.request.x0.device):
-            return Objective.on(grid, field, self._rule).along(grid, stepper, nodes)
+            return Objective.on(grid, field, self._rule).along(grid, stepper, nodes, again)
 
     @property
     def _rule(self) -> Rule:
@@ -169,7 +169,7 @@ class Run:
             stepper,
             kind=request.discretisation.costate,
             differentiate=differentiate,
-            again=self._again(grid),
+            again=self._again(grid, drive),
             keep_states=request.times.adaptive is not None,
             rule=self._rule,
         )
@@ -180,12 +180,13 @@ class Run:
         self._count(drive, stepper)
         return replace(found, work=work)
 
-    def _again(self, grid: Grid) -> Recompute | None:
+    def _again(self, grid: Grid, drive: Costate | None) -> Recompute | None:
         """Return how ``grid`` is run in segments, or None if its whole graph is kept."""
         count = self.request.checkpoints
         if count is None or not len(grid) or inside_transform():
             return None
-        return Recompute(math.ceil(len(grid) / count), self.request.field.modules)
+        memory = [part.memory for part in _parts(drive)]
+        return Recompute(math.ceil(len(grid) / count), self.request.field.modules, memory)
 
     def _find_grid(self, field: VectorField, drive: Costate | None) -> Grid:
         """Return the given steps, or find steps for ``field`` that meet the tolerances; a failure is the status."""

@@ -149,10 +149,12 @@ class Recompute:
     Attributes:
         every: number of steps of a segment.
         modules: modules whose buffers the steps may write to.
+        memory: lists that the steps may change, such as what a costate remembers of the step before.
     """
 
     every: int
     modules: Sequence[nn.Module]
+    memory: Sequence[list[Any]] = ()
 
     def __call__(self, function: Callable[..., Result], *args: Any) -> Result:
         """Return ``function(*args)``."""
@@ -160,21 +162,32 @@ class Recompute:
         return result
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-        return _Segment(), _Segment(Buffers(self.modules), self.modules)
+        return _Segment(), _Again(self)
 
 
 class _Segment(contextlib.ExitStack):
-    """Run the body as a segment, the second time with the buffers of the first one. It can be entered many times."""
-
-    def __init__(self, buffers: Buffers | None = None, modules: Sequence[nn.Module] = ()) -> None:
-        super().__init__()
-        self._buffers, self._modules = buffers, modules
+    """Run the body as a segment. It can be entered many times."""
 
     def __enter__(self) -> _Segment:
         self.callback(_in_segment.reset, _in_segment.set(True))
-        if self._buffers is not None:
-            self.enter_context(untouched(*self._modules))
-            self._buffers.put_back()
+        return self
+
+
+class _Again(_Segment):
+    """Run the body as a segment, with the buffers and the memory of this moment, and put both back afterwards."""
+
+    def __init__(self, segments: Recompute) -> None:
+        super().__init__()
+        self._segments, self._buffers = segments, Buffers(segments.modules)
+        self._memory = [list(items) for items in segments.memory]
+
+    def __enter__(self) -> _Again:
+        super().__enter__()
+        self.enter_context(untouched(*self._segments.modules))
+        self._buffers.put_back()
+        for items, kept in zip(self._segments.memory, self._memory, strict=True):
+            self.callback(items.__setitem__, slice(None), list(items))
+            items[:] = kept
         return self
 
 
