@@ -403,7 +403,7 @@ def network(quick: bool) -> Problem:
         pieces = [_jax_resnet.velocity(block) for block in net.blocks[:count]]
         end = _jax_resnet.loss_gradient(net, count, labels)
         candidates += diffrax_recorded(pieces, end, x0, edges, field.eta, exponents)
-    fine = odeadv.solve(field, scheme="rk4", steps=count * (8 if quick else 64), costate="hermite", checkpoints=count)
+    fine = odeadv.solve(field, scheme="rk4", steps=count * (4 if quick else 64), costate="hermite", checkpoints=count)
     return Problem(candidates, fine.xs[-1], LINEAR_CURVES, longest=0.3, rounds=3)
 
 

@@ -400,7 +400,7 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
-    config = replace(small(epochs=4, objective=Pgd(steps=3)), model=ModelConfig(depth=8, width=4, noise=0.1))
+    config = replace(small(epochs=3, objective=Pgd(steps=3)), model=ModelConfig(depth=8, width=4, noise=0.1))
     whole, runs = tmp_path / "whole", tmp_path / "killed"
     train_here(config, whole)
     written(config, runs)
@@ -422,7 +422,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     """The same global batch: LAD's mean, batch statistics and the attack's start are those of the whole batch."""
-    config = small(objective=Pgd(steps=2), defence=Layerwise("strang", 20.0), epochs=3)
+    config = small(objective=Pgd(steps=2), defence=Layerwise("strang", 20.0), epochs=2)
     one, two = tmp_path / "one", tmp_path / "two"
     train_here(config, one)
     written(config, two)
@@ -576,10 +576,10 @@ class TestCommand:
         for config in (lad, plain):
             run(config, digits, tmp_path, log=StringIO())
         first, second, out = str(tmp_path / lad.name), str(tmp_path / plain.name), tmp_path / "page"
-        assert cli.main(["diagnose", second, "--images", "20"]) == 0
+        assert cli.main(["diagnose", second, "--images", "8"]) == 0
         assert "so eta is 0; --eta measures another" in capsys.readouterr().err
         assert (tmp_path / plain.name / "diagnostics" / "diagnostics.md").exists()
-        options = ["--images", "20", "--attack", "8", "--out", str(out)]
+        options = ["--images", "8", "--attack", "8", "--out", str(out)]
         assert cli.main(["diagnose", first, "--other", second, *options]) == 0
         found = json.loads((out / "diagnostics.json").read_text())
         assert set(found["fields"]) == {lad.name, plain.name}
@@ -588,7 +588,7 @@ class TestCommand:
             assert measured["growth"]["linear"] is False
             assert measured["growth"]["size"] > 0
         assert f"{lad.name} | {plain.name} |" in (out / "diagnostics.md").read_text()
-        assert cli.main(["diagnose", first, "--other", first, "--images", "20"]) == 2
+        assert cli.main(["diagnose", first, "--other", first, "--images", "8"]) == 2
         assert "other: expected another run" in capsys.readouterr().err
 
     def test_a_seed_and_an_objective_of_the_working_directory(self, tmp_path, capsys, monkeypatch):
