@@ -19,6 +19,7 @@ from odeadv.experiments import (
     CLAIMS,
     PRESETS,
     TABLES,
+    RecordWarning,
     Row,
     RunConfig,
     configuration,
@@ -327,6 +328,21 @@ def test_committed_pages_are_made_of_committed_records(page, tmp_path):
 def test_committed_figures_are_made_of_committed_records(page, tmp_path):
     _, dataset, preset = page.parent.name.rsplit("-", 2)
     assert page.read_text(encoding="utf-8") == write_figure2(PRESETS[preset], dataset, RESULTS / "runs", tmp_path)
+
+
+def test_a_record_that_cannot_be_used_leaves_the_others_in_the_table():
+    table = TABLES["table2"]
+    for change in (
+        lambda record: record["config"]["training"].update(lr=7.0),
+        lambda record: record["config"]["training"].update(objective={"name": "no:Such"}),
+        lambda record: record["evaluations"]["last"]["table2"]["attacks"].pop(),
+        lambda record: record["evaluations"]["last"]["table2"].update(clean_outcomes="!"),
+    ):
+        records = made_up(table, rows=("pgd", "pgd+lad"), seeds=(0,))
+        change(records[1])
+        with pytest.warns(RecordWarning, match=f"left out, the record with key {records[1]['key']}: "):
+            results = gather(table, PRESETS["bf16"], "cifar10", records)
+        assert [row.name for row in results.rows] == ["pgd"]
 
 
 def test_figure_2_says_whether_it_is_the_papers(tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from odeadv.evaluation import Evaluation
-from odeadv.experiments._config import parse_method
+from odeadv.experiments._config import RunConfig, parse_method
 from odeadv.experiments._presets import PRESETS, Preset, configurations
+from odeadv.experiments._records import RecordWarning
 from odeadv.experiments._statistics import Contrast, TwoWay, holm, image_error, t_quantile, word
 from odeadv.experiments._tables import Column, Row, Table
 
@@ -243,7 +245,8 @@ class Results:
         runs = list(self.runs.get(objective, {}).values())
         if not runs:
             return None, ""
-        eps = 255 * runs[0]["config"]["training"]["objective"]["eps"]
+        config = RunConfig.from_dict(runs[0]["config"], imports=False)
+        eps = 255 * float(getattr(config.training.objective, "eps", 0.0))
         columns = [column for column in self.table.columns if column.attack == "ifgsm"]
         column = min(columns, key=lambda column: abs(column.eps_255 - eps))
         gaps = [100 * run["epochs"][-1]["accuracy"] - self.accuracies(run)[column.key] for run in runs]
@@ -290,7 +293,8 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
     seeds = sorted({*preset.seeds, *(int(record["config"]["training"]["seed"]) for record in records)})
     for row, config in configurations(table, preset, dataset=dataset, seeds=seeds):
         record = by_key.get(config.key)
-        if record is None or table.protocol not in record["evaluations"].get("last", {}):
+        there = record is not None and table.protocol in record["evaluations"].get("last", {})
+        if record is None or not there or not _is_usable(record, config, table):
             if config.training.seed in preset.seeds:
                 missing.append(f"{row.name} seed {config.training.seed}")
         else:
@@ -307,12 +311,31 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
     return Results(table, preset, dataset, runs, tuple(missing))
 
 
+def _is_usable(record: Record, config: RunConfig, table: Table) -> bool:
+    """Return True if the record is the run of ``config`` and its evaluations can be read; warn otherwise."""
+    try:
+        if RunConfig.from_dict(record["config"], imports=False).key != config.key:
+            raise ValueError("config: got another configuration than the key names")
+        for evaluations in record["evaluations"].values():
+            for name, evaluation in evaluations.items():
+                if name == table.protocol:
+                    for column in table.columns:
+                        _attack(evaluation, column)
+                if name.partition("@")[0] == table.autoattack.name or evaluation.get("clean_outcomes") is not None:
+                    Evaluation.from_dict(evaluation)
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"left out, the record with key {record['key']}: {error}", RecordWarning, stacklevel=3)
+        return False
+    return True
+
+
 def _attack(evaluation: Mapping[str, Any], column: Column) -> Mapping[str, Any]:
     for attack in evaluation["attacks"]:
         steps = attack["steps"] if attack["name"] != "fgsm" else 1
         if (
             attack["name"] == column.attack
             and steps == column.steps
+            and attack["eps_255"] is not None
             and math.isclose(attack["eps_255"], column.eps_255)
         ):
             found: Mapping[str, Any] = attack
