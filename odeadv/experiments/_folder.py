@@ -46,7 +46,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 found.append(_listed(path))
             elif path.is_dir():
                 next(path.iterdir(), None)  # raises PermissionError if it may not be read
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             found.append({"name": path.name, "state": "unreadable", "error": " ".join(str(error).split())})
     return found
 
