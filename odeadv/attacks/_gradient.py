@@ -74,9 +74,8 @@ def fgsm(
     Example:
         >>> net = odeadv.models.pretrained("digits-natural")
         >>> images, labels = torch.rand(2, 3, 16, 16), torch.tensor([3, 7])
-        >>> attacked = odeadv.attacks.fgsm(net, images, labels, eps=8 / 255)
-        >>> (attacked - images).abs().max() <= 8 / 255 + 1e-6
-        tensor(True)
+        >>> odeadv.attacks.fgsm(net, images, labels, eps=8 / 255).shape
+        torch.Size([2, 3, 16, 16])
     """
     return _attack(
         "fgsm", model, images, labels, eps=eps, alpha=eps, steps=1, momentum=0.0, start="clean", restarts=1,
