@@ -79,14 +79,15 @@ def fixed(method: str, field: Any, system: System, counts: Sequence[int], **opti
 
 
 def searched(method: str, system: System, exponents: Sequence[int], f: Any) -> list[Candidate]:
-    """Return candidates of odeadv with adaptive steps, for a field that is not split."""
+    """Return candidates of odeadv with adaptive steps, for a field that is not split.
+
+    Newton's iteration stops at a thousandth of the tolerance.
+    """
 
     def solve(tolerance: float) -> Answer:
-        return worked(
-            odeadv.solve(
-                f, system.x0, system.span, scheme=method, dt="adaptive", rtol=tolerance, atol=tolerance * system.atol
-            )
-        )
+        operator = odeadv.Operator(f, solve=odeadv.Newton(rtol=1e-3 * tolerance * system.atol))
+        steps = {"dt": "adaptive", "rtol": tolerance, "atol": tolerance * system.atol}
+        return worked(odeadv.solve(operator, system.x0, system.span, scheme=method, **steps))
 
     return adaptive("odeadv", f"{method}, adaptive", solve, exponents)
 

@@ -505,5 +505,8 @@ def test_gmres_solves_restarts_and_gives_up():
     x, solved, _ = gmres(lambda v: a @ v, b, rtol=1e-6, restart=12, most=2000)
     assert solved == bool((a @ x - b).norm() <= 2e-6 * b.norm())
     assert not gmres(lambda v: a @ v, b, rtol=1e-12, restart=5, most=10)[1]
+    x, solved, _ = gmres(lambda v: a @ v, b, rtol=1e-12, enough=0.9, restart=5, most=10)
+    assert solved
+    assert (a @ x - b).norm() <= 0.9 * b.norm()
     assert not gmres(lambda v: 0 * v, b, rtol=1e-6)[1]
     assert gmres(lambda v: a @ v, 0 * b, rtol=1e-6)[1]

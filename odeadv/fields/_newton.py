@@ -14,6 +14,7 @@ from odeadv.fields._cost import Cost
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import graph_kept, inside_transform, read_value
 from odeadv.support.krylov import gmres
+from odeadv.support.linearised import Linearised
 
 Function = Callable[[Tensor], Tensor]
 Preconditioner = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -227,8 +228,8 @@ class _Equation:
         return trial, residual, size, scale == 1.0
 
 
-class _Linearisation:
-    """Products with df/dx at a state, from both sides, by reverse mode: f is evaluated once."""
+class _Jacobian:
+    """Products with df/dx at a state, from both sides, by reverse mode and counted: f is evaluated once."""
 
     def __init__(self, equation: _Equation, y: Tensor) -> None:
         def f(v: Tensor) -> Tensor:
@@ -236,14 +237,15 @@ class _Linearisation:
 
         v = equation.vector(y.detach())
         self.cost, self.zero = equation.cost, torch.zeros_like(v)
-        self._wrapped = inside_transform()
-        self._forward: tuple[Tensor, Tensor] | None = None
-        if self._wrapped:
-            self._pull = torch.func.vjp(f, v)[1]
+        self._transposed: Function
+        if inside_transform():
+            pull = torch.func.vjp(f, v)[1]
+            self._transposed = lambda u: pull(u)[0]
+            self._product: Function = lambda w: torch.func.vjp(self._transposed, self.zero)[1](w)[0]
         else:
             with torch.enable_grad(), graph_kept():
-                self._leaf = v.clone().requires_grad_()
-                self._value = f(self._leaf)
+                linear = Linearised(f, v)
+            self._transposed, self._product = linear.vjp, linear.jvp
         if equation.rows > 1 and self.cost.iterations <= 1:
             self._check_samples()
 
@@ -252,30 +254,11 @@ class _Linearisation:
         self.cost.vjps += 1
         return self._transposed(u)
 
-    def _transposed(self, u: Tensor, **options: bool) -> Tensor:
-        if self._wrapped:
-            pulled: Tensor = self._pull(u)[0]
-            return pulled
-        if not self._value.requires_grad:  # f does not depend on the state
-            return torch.zeros_like(u)
-        return torch.autograd.grad(
-            self._value, self._leaf, u, retain_graph=True, allow_unused=True, materialize_grads=True, **options
-        )[0]
-
     def product(self, w: Tensor) -> Tensor:
-        """Return the product of the Jacobian and ``w``: the derivative of the transposed product, which is linear."""
+        """Return the product of the Jacobian and ``w``."""
         self.cost.jvps += 1
-        if self._wrapped:
-            found: Tensor = torch.func.vjp(self._transposed, self.zero)[1](w)[0]
-            return found
-        if self._forward is None:
-            with torch.enable_grad(), graph_kept():
-                u = self.zero.clone().requires_grad_()
-                self._forward = u, self._transposed(u, create_graph=True)
-        u, back = self._forward
-        if not back.requires_grad:
-            return torch.zeros_like(w)
-        return torch.autograd.grad(back, u, w, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+        with graph_kept():
+            return self._product(w)
 
     def matrix(self) -> Tensor:
         """Return the Jacobian, (rows, m, m)."""
@@ -283,15 +266,10 @@ class _Linearisation:
         self.cost.vjps += m
         seeds = torch.eye(m, dtype=self.zero.dtype, device=self.zero.device)[:, None].expand(m, rows, m)
         try:
-            found = torch.func.vmap(self._pull)(seeds)[0] if self._wrapped else self._batched(seeds)
+            found: Tensor = torch.func.vmap(self._transposed)(seeds)
         except RuntimeError:  # a function without a rule for batches
             found = torch.stack([self._transposed(seed) for seed in seeds])
         return found.transpose(0, 1)
-
-    def _batched(self, seeds: Tensor) -> Tensor:
-        if not self._value.requires_grad:
-            return torch.zeros_like(seeds)
-        return self._transposed(seeds, is_grads_batched=True)
 
     def _check_samples(self) -> None:
         """Check that the first sample does not depend on the others."""
@@ -309,7 +287,7 @@ class _Dense:
 
     def __init__(self, equation: _Equation, y: Tensor) -> None:
         self.c, self._equation = equation.c, equation
-        matrix = _Linearisation(equation, y).matrix().detach()
+        matrix = _Jacobian(equation, y).matrix().detach()
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(eye - self.c * matrix)
 
@@ -330,12 +308,12 @@ class _Krylov:
                 "torch.autograd"
             )
         self.c, self._equation, self._y = equation.c, equation, y
-        self._linear = _Linearisation(equation, y)
+        self._linear = _Jacobian(equation, y)
         self._transposed_precondition: Function | None = None
 
     def step(self, x: Tensor) -> Tensor | None:
         """Return the solution to a few digits, for Newton's iteration; None if GMRES fails."""
-        found = self._gmres(self._equation.vector(x), False, INNER)
+        found = self._gmres(self._equation.vector(x), False, INNER, 0.5)
         return None if found is None else self._equation.state(found)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -344,13 +322,14 @@ class _Krylov:
 
     def exactly(self, v: Tensor, transposed: bool) -> Tensor:
         """Return the solution of the system, or of the transposed one; NaN if GMRES fails."""
-        found = self._gmres(v, transposed, self._equation.target)
+        found = self._gmres(v, transposed, self._equation.target, 10 * self._equation.target)
         if found is None:
             self._equation.cost.unsolved += 1
             return torch.full_like(v, math.nan)
         return found
 
-    def _gmres(self, v: Tensor, transposed: bool, rtol: float) -> Tensor | None:
+    def _gmres(self, v: Tensor, transposed: bool, rtol: float, enough: float) -> Tensor | None:
+        """Return the solution if its residual is a fraction of ``v`` of at most ``enough``; aim at ``rtol``."""
         shape, restart = v.shape, self._equation.newton.restart
         jacobian = self._linear.transposed if transposed else self._linear.product
         precondition = self._precondition(transposed)
@@ -359,7 +338,7 @@ class _Krylov:
             w = precondition(flat.reshape(shape))
             return (w - self.c * jacobian(w)).reshape(-1)
 
-        found, solved, _ = gmres(product, v.reshape(-1), rtol=rtol, restart=restart, most=10 * restart)
+        found, solved, _ = gmres(product, v.reshape(-1), rtol=rtol, enough=enough, restart=restart, most=10 * restart)
         return precondition(found.reshape(shape)) if solved else None
 
     def _precondition(self, transposed: bool) -> Function:

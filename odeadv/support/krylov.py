@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def gmres(
-    product: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float, restart: int = 40, most: int = 400
+    product: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    rtol: float,
+    enough: float | None = None,
+    restart: int = 40,
+    most: int = 400,
 ) -> tuple[Tensor, bool, int]:
     """Solve A x = b by restarted GMRES (Saad and Schultz 1986, SIAM J. Sci. Stat. Comput. 7).
 
@@ -20,6 +26,7 @@ def gmres(
         product: ``product(v)`` returns A v, of the shape of ``v``.
         b: the right-hand side, a real vector.
         rtol: the residual to reach, as a fraction of the norm of ``b``.
+        enough: the residual that counts as a solution, if the iteration stops early; by default twice ``rtol``.
         restart: largest number of basis vectors that are kept.
         most: largest number of products.
 
@@ -27,8 +34,8 @@ def gmres(
         The solution, whether its residual is small enough, and the number of products.
     """
     x, residual, products = torch.zeros_like(b), b, 0
-    target = rtol * float(b.norm())
-    size = float(b.norm())
+    size = whole = float(b.norm())
+    target = rtol * whole
     while size > target and products < most:
         basis, columns = [residual / size], list[Tensor]()
         for k in range(min(restart, most - products)):
@@ -56,4 +63,4 @@ def gmres(
         size = float(residual.norm())
         if not size < before:  # stagnation, or NaN
             break
-    return x, size <= 2.0 * target, products
+    return x, size <= (2.0 * rtol if enough is None else enough) * whole, products
