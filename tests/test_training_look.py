@@ -72,7 +72,7 @@ def bad(where, value):
         (tiny_data, {"defence": LAD, "lr": 1e30}, "epoch 1, step 2: .*lower lr"),
         (tiny_data, {"defence": LAD_SM, "stop_above": 1.15, "ema": 0.9}, r"the loss is 1\.\d.* is largest at layer \d"),
         (tiny_data, {"objective": Pgd(steps=1), "lr": 1e30, "optimizer": {"name": "adamw"}}, "step 2: "),
-        (lambda: bad("images", torch.nan), {"augment": "none"}, "data: got inputs with NaN or .* in epoch 1, step 2"),
+        (lambda: bad("images", torch.nan), {"augment": "none"}, "data: got inputs that are NaN .* epoch 1, step 2"),
         (lambda: bad("images", 2.0), {"augment": "none", "objective": Pgd(steps=1)}, r"values in \[.*, 2\], exp"),
         (lambda: bad("labels", 7), {"augment": "none", "defence": LAD}, "labels: got classes 0 to 7, exp"),
         (lambda: bad("labels", 7), {"augment": "none", "objective": Trades(steps=1)}, "labels: got 7, exp"),
