@@ -298,6 +298,8 @@ def test_spans_with_gradients_that_do_not_fit():
         odeadv.solve(odeadv.Piecewise([f, f], [0, 1, 2]), START, (0.0, 2.0), dt=one)
     with pytest.raises(ValueError, match=r"^t_span, dt: got gradients for the end of the span and for the step size"):
         odeadv.solve(f, START, (0.0, one), dt=one / 4)
+    with pytest.raises(ValueError, match=r"^t_span: got times that require gradients, .* a compiled solve"):
+        odeadv.compile_solver(f, scheme="rk4")(START, (0.0, one), steps=2)
 
 
 def test_the_example_of_control_finds_the_closed_loop():

@@ -148,6 +148,10 @@ class CompiledSolver:
             return solve(self.field, x0, t_span, save_at=save_at, throw=throw, **size, **self._choices)  # type: ignore[arg-type]
         with outside_inference_mode():
             request = read_request(self.field, x0, t_span, save_at=save_at, **size, **self._choices, **_FIXED)  # type: ignore[arg-type]
+            if request.moves:
+                raise ValueError(
+                    "t_span: got times that require gradients, expected numbers for a compiled solve; use odeadv.solve"
+                )
             if request.times.grid is None or request.times.grid.h is None:
                 raise ValueError(
                     "dt: got adaptive or uneven steps, expected a number: a compiled solve has equal steps"

@@ -56,6 +56,7 @@ class Request:
         checkpoints: segments of a recording and of the solve, or None.
         narrow: the 16-bit dtype that states are returned in, if steps are added up in float32.
         dense: keep the states at all nodes.
+        moves: True if the span has gradients.
     """
 
     field: VectorField
@@ -68,6 +69,7 @@ class Request:
     checkpoints: int | None
     narrow: torch.dtype | None
     dense: bool = False
+    moves: bool = False
 
 
 def read_request(
@@ -129,7 +131,10 @@ def read_request(
     if narrow is not None:
         # In 16 bits a step smaller than a few thousandths of the state would be lost.
         field, x = field.widened(narrow), x.float()
-    return Request(field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow, dense)
+    return Request(
+        field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow, dense,
+        moves=clock is not None,
+    )  # fmt: skip
 
 
 def _smooth_costate(field: VectorField, discretisation: Discretisation) -> Discretisation:
