@@ -58,7 +58,7 @@ def compare(field: odeadv.VectorField, choices: dict, call: dict, learned: list[
 
 @pytest.fixture(autouse=True)
 def _short_iterations(monkeypatch):
-    monkeypatch.setattr(_loop, "UNROLLED", 2)
+    monkeypatch.setattr(_loop, "OPERATIONS", 100)
 
 
 class TestValues:

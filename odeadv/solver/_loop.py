@@ -27,8 +27,8 @@ from odeadv.splitting import TimeStep
 Step = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
 
-# Steps in one iteration of the loop. An iteration costs half a microsecond; compilation takes longer with more steps.
-UNROLLED = 4
+# An iteration of the loop costs a microsecond, so short steps share one: up to 8, with about as many operations in all.
+OPERATIONS = 400
 SMALL = 1000  # elements of a state whose steps cost more calls than arithmetic
 
 
@@ -212,6 +212,7 @@ class _Loops:
             return end
 
         self.step = _flat(ordered, self._examples)
+        self._together = _steps_of_an_iteration(self.step)
         self._fast: Callable[..., Tensor] = self.step
         if reason is not None:
             warnings.warn(f"compile_solver: {reason}, so the loop over the steps stays in Python", CompileWarning, 2)
@@ -224,7 +225,8 @@ class _Loops:
         """Return the loop in reverse, with derivatives by the lifted tensors of the numbers ``wrt``."""
         if wrt not in self._reversed:
             examples = (*self._examples, torch.zeros_like(self._examples[1]))
-            self._reversed[wrt] = self._compiled(partial(self._reverse, _flat(partial(self._pull, wrt), examples)))
+            pull = _flat(partial(self._pull, wrt), examples)
+            self._reversed[wrt] = self._compiled(partial(self._reverse, pull, _steps_of_an_iteration(pull)))
         return self._reversed[wrt]
 
     def _pull(self, wrt: tuple[int, ...], *inputs: Tensor) -> Tensors:
@@ -263,17 +265,19 @@ class _Loops:
             return n + 1, x
 
         def several(n: Tensor, x: Tensor) -> Tensors:
-            for _ in range(UNROLLED):
+            for _ in range(self._together):
                 n, x = one(n, x)
             return n, x
 
         start: Tensors = (torch.zeros((), dtype=torch.int64, device=x.device), x)
-        start = self._loop(lambda n, x: n + UNROLLED <= clock[3], several, start)
+        if self._together > 1:
+            start = self._loop(lambda n, x: n + self._together <= clock[3], several, start)
         return self._loop(lambda n, x: n < clock[3], one, start)[1]
 
     def _reverse(
         self,
         pull: Callable[..., Tensors],
+        together: int,
         nodes: Tensor,
         clock: Tensor,
         states: Tensor,
@@ -296,14 +300,19 @@ class _Loops:
             return m, a, *(total + part for total, part in zip(sums, parts, strict=True))
 
         def several(n: Tensor, *carried: Tensor) -> Tensors:
-            for _ in range(UNROLLED):
+            for _ in range(together):
                 n, *carried = one(n, *carried)  # type: ignore[assignment]
             return n, *carried
 
         n = clock[3].to(torch.int64)
         start = (n, _row(nodes, n).clone(), *sums)
-        start = self._loop(lambda n, *_: n >= UNROLLED, several, start)
+        if together > 1:
+            start = self._loop(lambda n, *_: n >= together, several, start)
         return self._loop(lambda n, *_: n > 0, one, start)[1:]
+
+
+def _steps_of_an_iteration(graph: torch.fx.GraphModule) -> int:
+    return max(1, min(8, OPERATIONS // len(graph.graph.nodes)))
 
 
 def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModule:
