@@ -86,10 +86,10 @@ class Stepper:
         return total
 
     def states(self, x: Tensor, grid: Grid, again: Recompute | None = None) -> Iterator[Tensor]:
-        """Yield the states at ``t_1 ... t_N`` from ``x`` at ``t_0``, if asked for in segments that are run again."""
-        if again is None:
-            yield from self._states(x, grid)
-            return
+        """Return the states at ``t_1 ... t_N`` from ``x`` at ``t_0``, if asked for in segments that are run again."""
+        return self._states(x, grid) if again is None else self._states_in_segments(x, grid, again)
+
+    def _states_in_segments(self, x: Tensor, grid: Grid, again: Recompute) -> Iterator[Tensor]:
         for part in grid.parts(again.every):
             ends = again(lambda x, part: tuple(self._states(x, part)), x, part)
             x = ends[-1]

@@ -203,7 +203,7 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
     total = slopes[j]
     for j, ratio in others:
         total = total.add(slopes[j], alpha=ratio)
-    return plus(x, total, h * unit)
+    return plus(x, total, h * unit) if isinstance(h, Tensor) else x.add(total, alpha=h * unit)
 
 
 class DIRK(Tableau):
