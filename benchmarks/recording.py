@@ -1,43 +1,20 @@
-"""The cost of a recording on the field of ResNet-56: evaluations, products, and the memory of its graph.
+"""The cost of a recording on the field of ResNet-56, in evaluations, products and memory, and the memory of gradients.
 
-The graph's memory is the peak of the bytes that autograd keeps for the backward pass, each storage counted once.
+Memory is the peak of all tensors alive, each storage counted once.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import odeadv
 
+from ._memory import peak_mebibytes
 from ._timing import interleaved, machine, ratio, shown, spread
 from .limits import Limit
 
 ETA = 50.0
-
-
-class Ledger:
-    """Count the bytes of the distinct storages that saved tensors keep alive, and their peak."""
-
-    def __init__(self) -> None:
-        self.count: dict[int, int] = {}
-        self.bytes = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> "Kept":
-        return Kept(self, tensor)
-
-
-class Kept:
-    def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.ledger, self.tensor, self.key, self.size = ledger, tensor, storage.data_ptr(), storage.nbytes()
-        if not ledger.count.get(self.key):
-            ledger.bytes += self.size
-            ledger.peak = max(ledger.peak, ledger.bytes)
-        ledger.count[self.key] = ledger.count.get(self.key, 0) + 1
-
-    def __del__(self) -> None:
-        self.ledger.count[self.key] -= 1
-        if not self.ledger.count[self.key]:
-            self.ledger.bytes -= self.size
 
 
 def run(quick: bool = False) -> dict[str, object]:
@@ -60,12 +37,7 @@ def run(quick: bool = False) -> dict[str, object]:
     layers = len(net.blocks)
     steps = sum(block.shortcut is None for block in net.blocks)
     choices = {"whole graph": None} | {f"{k} segments": k for k in (3, 9, 27) if k <= layers}
-    memory = {}
-    for name, checkpoints in choices.items():
-        ledger = Ledger()
-        with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda kept: kept.tensor):
-            solve("lie", checkpoints)
-        memory[name] = ledger.peak / 2**20
+    memory = {name: peak_mebibytes(partial(solve, "lie", checkpoints)) for name, checkpoints in choices.items()}
     functions = {name: (lambda k=checkpoints: solve("lie", k)) for name, checkpoints in choices.items()}
     functions |= {scheme: (lambda s=scheme: solve(s, None)) for scheme in schemes[1:]}
     seconds = interleaved(functions, rounds=2 if quick else 9)
@@ -74,10 +46,38 @@ def run(quick: bool = False) -> dict[str, object]:
         "layers": layers,
         "layers that are steps": steps,
         "counts": counts,
-        "MiB of the graph": memory,
+        "MiB of a recording": memory,
+        "MiB of states and costates": 2 * sum(node.nbytes for node in solve("lie", None).costate.nodes) / 2**20,
+        "MiB of a solve and its gradient": solves(quick),
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "ratio to lie": {scheme: ratio(seconds, scheme, "whole graph") for scheme in schemes[1:]},
     }
+
+
+def solves(quick: bool = False) -> dict[str, object]:
+    """Return the peak memory of a solve with its gradient by the number of segments: a neural ODE, plain and LAD-SM."""
+    steps, batch, width = (16, 8, 8) if quick else (256, 128, 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(width, width), torch.nn.Tanh(), torch.nn.Linear(width, width), torch.nn.Tanh()
+        )
+        x0 = torch.randn(batch, width)
+
+    def peak(field: object, checkpoints: int | None) -> float:
+        def gradient() -> None:
+            sol = odeadv.solve(field, x0, (0.0, 1.0), steps=steps, substep="midpoint", checkpoints=checkpoints)
+            torch.autograd.grad(sol.xs[-1].square().mean(), tuple(net.parameters()))
+
+        return peak_mebibytes(gradient)
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return net(x)
+
+    fields = {"plain": f, "adversarial": odeadv.AdversarialField(f, lambda x: x.square().mean(), ETA)}
+    counts = {"whole graph": None} | {f"{k} segments": k for k in (4, 16, 64, 256) if k <= steps}
+    peaks = {name: {label: peak(field, k) for label, k in counts.items()} for name, field in fields.items()}
+    return {"steps": steps, "batch": batch, "width": width, "peaks": peaks}
 
 
 def render(data: dict) -> str:
@@ -91,9 +91,21 @@ def render(data: dict) -> str:
         counts = f"{row['evaluations of f']} | {row['vector-Jacobian products']}"
         times = data["ratio to lie"]
         lines.append(f"| {scheme} | {counts} | {shown(times[scheme]) if scheme in times else ''} |")
-    lines += ["", "| `checkpoints`, lie | MiB of the graph | seconds (quartiles) |", "| --- | --- | --- |"]
-    for name, mebibytes in data["MiB of the graph"].items():
+    lines += ["", "| `checkpoints`, lie | MiB of tensors | seconds (quartiles) |", "| --- | --- | --- |"]
+    for name, mebibytes in data["MiB of a recording"].items():
         lines.append(f"| {name} | {mebibytes:.0f} | {shown(data['seconds'][name])} |")
+    solves = data["MiB of a solve and its gradient"]
+    lines += [
+        "",
+        f"A neural ODE with {solves['steps']} midpoint steps, {solves['batch']} samples and two layers of width "
+        f"{solves['width']}: MiB of tensors of a solve with its gradient. The adversarial field also has a "
+        "recording, which keeps the costates of all nodes:",
+        "",
+        f"| `checkpoints` | {' | '.join(solves['peaks'])} |",
+        "| --- | --- | --- |",
+    ]
+    for label in solves["peaks"]["plain"]:
+        lines.append(f"| {label} | {' | '.join(f'{peaks[label]:.2f}' for peaks in solves['peaks'].values())} |")
     return "\n".join(lines)
 
 
@@ -106,6 +118,6 @@ def limits(data: dict) -> list[Limit]:
     ]
     passes = sum(middle.values()) / sum(data["counts"]["lie"].values())
     rows.append(Limit("exact midpoint, time / lie", data["ratio to lie"]["strang-midpoint"], passes))
-    whole = data["MiB of the graph"]["whole graph"]
-    least = min(data["MiB of the graph"].values())
-    return [*rows, Limit("graph of a recording, one segment a layer / whole", least / whole, 1 / data["layers"])]
+    whole = data["MiB of a recording"]["whole graph"]
+    least, kept = min(data["MiB of a recording"].values()), data["MiB of states and costates"]
+    return [*rows, Limit("memory of a recording, one segment per layer / whole graph", least / whole, kept / whole)]
