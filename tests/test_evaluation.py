@@ -234,7 +234,8 @@ class TestCost:
         result = evaluate(model, (images, labels), protocol, batch_size=3)
         assert (result.forward_passes, result.gradient_evaluations) == (forwards * n, gradients * n)
         assert model.forwards == forwards * n + result.checks["probe_forward_passes"]
-        assert model.backwards == gradients * n + 4  # two images are differentiated twice to compare
+        assert model.backwards == gradients * n + result.checks["probe_gradients"]
+        assert result.checks["probe_gradients"] == 2 * 2  # of two images, twice
         assert result.seconds > 0
 
     def test_progress(self) -> None:

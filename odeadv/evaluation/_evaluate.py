@@ -194,7 +194,10 @@ def evaluate(
             _look_again(model, seen)
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
     result = session.result(time.perf_counter() - began, identity, settings, notes)
-    checks: dict[str, Any] = {"probe_forward_passes": seen.forward_passes + tried}
+    checks: dict[str, Any] = {
+        "probe_forward_passes": seen.forward_passes + tried,
+        "probe_gradients": _times(stochastic) * len(seen.probe) + tried,
+    }
     failed = [*doubts(result, seen.probe, seen.first), *noted(result, session.signs)]
     if failed:
         warnings.warn(f"evaluate: {'; '.join(failed)}", RuntimeWarning, stacklevel=2)
@@ -235,8 +238,7 @@ def _examined(
 ) -> _Examined:
     """Look at the model; raise ValueError if outcomes of attacks on it would mean nothing."""
     notes: list[str] = []
-    # Draws may be equal by chance, so a random model is looked at more often.
-    times = 8 if rules.random else 2
+    times = _times(rules.random)
 
     def look(examples: Examples) -> tuple[Tensor, Behaviour]:
         probe = examples.load(slice(0, PROBES)).images
@@ -275,6 +277,11 @@ def _examined(
     cost = (2 * times + (not rules.random)) * len(probe)
     cost += is_function * (batch_forwards(len(probe)) + len(whole))
     return _Examined(examples, probe, whole, first, is_function, cost, notes)
+
+
+def _times(random: bool) -> int:
+    """Return how often a model is looked at: draws may be equal by chance, so a random model more often."""
+    return 8 if random else 2
 
 
 def _dependence_note(model: nn.Module, images: Tensor, difference: float, accepted: tuple[str, ...]) -> str:

@@ -117,7 +117,7 @@ class Evaluation:
         model: digest of the model's state, ``""`` if not known.
         data: digest of images and labels, ``""`` if not known.
         settings: settings that the figures may depend on by rounding or by chance: batch size, seed, folding, ...
-        checks: figures measured apart from the protocol: forward passes of the probes, signs of failed attacks.
+        checks: figures apart from the protocol: forward passes and gradients of the probes, signs of failed attacks.
         notes: sentences for the reader, e.g. warnings of AutoAttack, or signs that an attack failed.
         clean_pass_accuracies: of a random model, the clean accuracy in each of the passes; else empty.
     """
