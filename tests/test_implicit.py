@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,6 +335,16 @@ def test_forcings_do_not_hide_a_direct_solver():
     assert sol.stats.iterations == 0 < again.stats.iterations
     quadrature = end(Forcing(lambda t: torch.full((1,), t**3, dtype=F64)), tensor(0.0), "sdirk4", steps=1)
     assert quadrature.item() == pytest.approx(0.25)
+
+
+def test_the_example_of_a_stiff_equation():
+    solve = runpy.run_path(str(Path(odeadv.__file__).parents[1] / "examples" / "stiff.py"), run_name="not main")[
+        "solve"
+    ]
+    exact, direct = ({"diffusion": method, "reaction": "rk4"} for method in ("exact", "sdirk2"))
+    fine = solve(32, scheme="strang", substep=exact).xs[-1]
+    assert (solve(16, scheme="strang", substep=direct).xs[-1] - fine).abs().max() < 5e-3
+    assert solve(16, scheme="rk4").status is odeadv.Status.NON_FINITE
 
 
 # ---- what an operator knows ----
