@@ -77,7 +77,7 @@ def test_the_index_reaches_every_page():
         path
         for page in ("index.md", "all_results.md")
         for line in (DOCS / page).read_text(encoding="utf-8").splitlines()
-        if re.fullmatch(r"[\w/*]+", line)
+        if re.fullmatch(r"[\w/*-]+", line)
         for path in DOCS.glob(f"{line}.md")
     }
     assert listed == {path for path in DOCS.rglob("*.md") if "_build" not in path.parts} - {DOCS / "index.md"}
