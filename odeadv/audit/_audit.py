@@ -96,11 +96,8 @@ def audit(
     tolerance = number("tolerance", tolerance, least=0)
     if num_classes is not None:
         num_classes = integer("num_classes", num_classes)
-
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {shown(progress)}, expected a function of one string")
-
-    checks: list[Check] = []
     with attacking(model, "eval"):
         torch.manual_seed(_drawn(generator))  # inside, so that the global state is restored
         subject = Subject(
@@ -115,18 +112,11 @@ def audit(
             num_classes=num_classes,
             counts=counts,
         )
-        if own_dtype(model, subject.images.dtype) != subject.images.dtype:
-            # Raise, and do not report as a failure: the mistake is the caller's, not the model's.
-            with torch.no_grad():
-                answered(model, subject.images[:PROBES].clone())
-        for name, group in (("behaviour", BEHAVIOUR), ("gradients", GRADIENTS), ("attacks", ATTACKS)):
-            if progress is not None:
-                progress(name)
-            checks += [run(subject) for run in group]
+        checks = _checks_of(subject, progress)
     settings: dict[str, Any] = {**asdict(counts), "tolerance": tolerance, "alpha": eps / 4}
     clean, robust = _headline(subject)
     return Audit(
-        tuple(checks),
+        checks,
         subject.n,
         eps,
         norm=norm,
@@ -136,6 +126,20 @@ def audit(
         against_steps=subject.against_steps,
         settings=settings,
     )
+
+
+def _checks_of(subject: Subject, progress: Callable[[str], object] | None) -> tuple[Check, ...]:
+    """Run all lines of the checklist."""
+    if own_dtype(subject.model, subject.images.dtype) != subject.images.dtype:
+        # Raise, and do not report as a failure: the mistake is the caller's, not the model's.
+        with torch.no_grad():
+            answered(subject.model, subject.images[:PROBES].clone())
+    checks: list[Check] = []
+    for name, group in (("behaviour", BEHAVIOUR), ("gradients", GRADIENTS), ("attacks", ATTACKS)):
+        if progress is not None:
+            progress(name)
+        checks += [run(subject) for run in group]
+    return tuple(checks)
 
 
 def _headline(subject: Subject) -> tuple[int | None, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,12 +124,7 @@ class PreActResNet(ImageNetwork):
         num_classes = integer("num_classes", num_classes)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1: 8, 14, 20, 26, ..., 56, ...")
-        make_damping(damping)
-        if damping is not None and depth < 14:
-            raise ValueError(
-                f"damping: got {damping!r} for depth {depth}, expected depth 14 or more: the first block and "
-                "blocks that change the state's shape are never damped, and this network has only such blocks"
-            )
+        _check_damping(damping, depth)
         strength, noise_kind = read_noise(noise, noise_kind)
         self.depth, self.width, self.num_classes = depth, width, num_classes
         self._config = {
@@ -145,32 +140,15 @@ class PreActResNet(ImageNetwork):
         }
         with contextlib.nullcontext() if generator is None else torch.random.fork_rng(devices=[]):
             self.stem = Stem(width, mean, std)
-            widths = [width, 2 * width, 4 * width]
-            per_stage = (depth - 2) // 6
-            blocks: list[PreActBlock] = []
-            channels = width
-            for stage, wide in enumerate(widths):
-                for i in range(per_stage):
-                    blocks.append(
-                        PreActBlock(
-                            channels,
-                            wide,
-                            stride=2 if stage and not i else 1,
-                            damping=damping if i else None,
-                            noise=strength,
-                            noise_kind=noise_kind,
-                        )
-                    )
-                    channels = wide
-            self.blocks = nn.ModuleList(blocks)
+            self.blocks = nn.ModuleList(_stages(width, (depth - 2) // 6, damping, strength, noise_kind))
             self.head = nn.Sequential(
-                nn.BatchNorm2d(channels),
+                nn.BatchNorm2d(4 * width),
                 nn.ReLU(inplace=True),
                 nn.AdaptiveAvgPool2d(1),
                 nn.Flatten(),
-                nn.Linear(channels, num_classes),
+                nn.Linear(4 * width, num_classes),
             )
-        self.t_span, self.dt = (0.0, float(len(blocks))), 1.0
+        self.t_span, self.dt = (0.0, float(len(self.blocks))), 1.0
         initialise(self, generator)
         for module in self.modules():
             if isinstance(module, Damping):
@@ -209,6 +187,33 @@ class PreActResNet(ImageNetwork):
         damping, noise, kind = (self._config[name] for name in ("damping", "noise", "noise_kind"))
         shown += f", damping={damping!r}" if damping else ""
         return shown + (f", noise={noise:g}, noise_kind={kind!r}" if noise else "")
+
+
+def _check_damping(damping: DampingKind | None, depth: int) -> None:
+    make_damping(damping)
+    if damping is not None and depth < 14:
+        raise ValueError(
+            f"damping: got {damping!r} for depth {depth}, expected depth 14 or more: the first block and "
+            "blocks that change the state's shape are never damped, and this network has only such blocks"
+        )
+
+
+def _stages(
+    width: int, per_stage: int, damping: DampingKind | None, noise: float, noise_kind: NoiseKind
+) -> Iterator[PreActBlock]:
+    """Yield the blocks of three stages. The first block of each stage is never damped."""
+    channels = width
+    for stage in range(3):
+        for i in range(per_stage):
+            yield PreActBlock(
+                channels,
+                width * 2**stage,
+                stride=2 if stage and not i else 1,
+                damping=damping if i else None,
+                noise=noise,
+                noise_kind=noise_kind,
+            )
+            channels = width * 2**stage
 
 
 def _piece(block: nn.Module, dt: float) -> Operator | Jump:
