@@ -22,7 +22,7 @@ DEFENCES = (
     Layerwise("strang", strength=0.05, warmup=1),
 )  # fmt: skip
 ATTACKED = (Pgd(steps=2), Trades(steps=2), Trades(steps=1, start="clamped"), Mart(steps=1), Awp(Pgd(steps=1)))
-PAIRS = [(Natural(), each) for each in DEFENCES] + [(each, defence) for each in ATTACKED for defence in (DEFENCES[:3])]
+PAIRS = [(Natural(), each) for each in DEFENCES] + [(each, defence) for each in ATTACKED for defence in DEFENCES[1:3]]
 
 
 class Reads(TorchDispatchMode):
@@ -80,7 +80,7 @@ def bad(where, value):
 )  # fmt: skip
 def test_what_is_read_later_fails_as_if_it_were_read_at_once(data, changes, message):
     found = []
-    for often in (1, 50, 2):
+    for often in (1, 50):
         net = tiny_net()
         with pytest.raises((TrainingDiverged, ValueError), match=message) as raised:
             train(net, data(), config(**changes, check_every=often, epochs=4), progress=False)
