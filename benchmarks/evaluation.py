@@ -405,19 +405,23 @@ def render(data: dict) -> str:
             notes.append(f"{differ} of {row['images']} ({kind})")
     if notes:
         lines += ["", f"Last iterates with another outcome than torchattacks': {', '.join(notes)}."]
-    row = data.get("targeted")  # results of earlier versions lack it
-    if row is not None:
-        lines += [
-            "",
-            f"| APGD-T of ResNet-8, {row['images']} images, {row['steps']} steps | robust, % | seconds |",
-            "| --- | --- | --- |",
-        ]
-        for name, figure in row["seconds"].items():
-            lines.append(f"| {name} | {100 * row['accuracy'][name]:.1f} | {shown(figure)} |")
-        lines += ["", f"Clean {100 * row['clean accuracy']:.1f} %; {row['gradients an image']:.1f} gradients an image."]
-        if row["outcomes that differ"] is not None:
-            lines[-1] += f" {row['outcomes that differ']} outcomes differ, because the starts do."
+    if "targeted" in data:  # results of earlier versions lack it
+        lines += _rendered_targeted(data["targeted"])
     return "\n".join(lines)
+
+
+def _rendered_targeted(row: dict) -> list[str]:
+    lines = [
+        "",
+        f"| APGD-T of ResNet-8, {row['images']} images, {row['steps']} steps | robust, % | seconds |",
+        "| --- | --- | --- |",
+    ]
+    for name, figure in row["seconds"].items():
+        lines.append(f"| {name} | {100 * row['accuracy'][name]:.1f} | {shown(figure)} |")
+    lines += ["", f"Clean {100 * row['clean accuracy']:.1f} %; {row['gradients an image']:.1f} gradients an image."]
+    if row["outcomes that differ"] is not None:
+        lines[-1] += f" {row['outcomes that differ']} outcomes differ; both draw their own starts."
+    return lines
 
 
 def _alone(data: dict, name: str, gradients: float) -> float:

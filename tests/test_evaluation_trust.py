@@ -275,7 +275,7 @@ class TestDoubts:
     def test_a_random_backward_pass(self) -> None:
         net = Linear(pre=RandomBackward.apply)
         result = evaluated(net, problem(net, n=40), "table1")
-        assert result.notes[0].startswith("the gradient of the same images differs from one pass to the next: a random")
+        assert result.notes[0].startswith("gradients of the same images differ from one pass to the next: a random")
 
     def test_guessing(self) -> None:
         x, y = problem(n=60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -170,14 +170,7 @@ def evaluate(
             "model": model_digest(model, seen.first.changed_attributes),
             "data": data_digest(images, labels, release),
         }
-        header = {
-            **identity,
-            "protocol": protocol.name,
-            "attacks": [spec.to_dict() for spec in protocol.attacks],
-            "settings": settings,
-            "probe": probe_logits(seen.first.logits) if seen.is_function else None,
-        }
-        journal = None if resume is None else _journal(resume, header, model, protocol)
+        journal = None if resume is None else _journal(resume, model, protocol, identity, settings, seen)
         saved = None if folder is None else _image_folder(folder, {**identity, "n": len(images)}, journal)
         prepared = prepare(model, seen.whole if fold or compile else seen.probe, folded=fold, compiled=compile)
         notes = [*seen.notes, *prepared.notes, *_not_compiled(protocol, compile)]
@@ -194,14 +187,29 @@ def evaluate(
             _look_again(model, seen)
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
     result = session.result(time.perf_counter() - began, identity, settings, notes)
+    return _judged(result, seen, session.signs, tried, stochastic)
+
+
+def _judged(
+    result: Evaluation, seen: _Examined, signs: Mapping[str, Tensor], tried: int, stochastic: bool
+) -> Evaluation:
+    """Return the result with the cost of its probes and with notes on what may be wrong; warn of these once.
+
+    Args:
+        result: of the protocol.
+        seen: the model as it was looked at.
+        signs: that an attack failed, (n,) bool each.
+        tried: images differentiated to find out if equal images have equal gradients.
+        stochastic: True for a random model.
+    """
     checks: dict[str, Any] = {
         "probe_forward_passes": seen.forward_passes + tried,
         "probe_gradients": _times(stochastic) * len(seen.probe) + tried,
     }
-    failed = [*doubts(result, seen.probe, seen.first), *noted(result, session.signs)]
+    failed = [*doubts(result, seen.probe, seen.first), *noted(result, signs)]
     if failed:
-        warnings.warn(f"evaluate: {'; '.join(failed)}", RuntimeWarning, stacklevel=2)
-        checks["signs"] = {name: int(sign.sum()) for name, sign in session.signs.items()}
+        warnings.warn(f"evaluate: {'; '.join(failed)}", RuntimeWarning, stacklevel=3)
+        checks["signs"] = {name: int(sign.sum()) for name, sign in signs.items()}
     return replace(result, checks=checks, notes=(*result.notes, *failed))
 
 
@@ -320,8 +328,22 @@ def _repeats(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[bool
     return torch.equal(scorer.gradient(images), scorer.gradient(images)), scorer.gradient_evaluations
 
 
-def _journal(path: str | os.PathLike[str], header: dict[str, Any], model: nn.Module, protocol: Protocol) -> Journal:
+def _journal(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    protocol: Protocol,
+    identity: Mapping[str, str],
+    settings: Mapping[str, Any],
+    seen: _Examined,
+) -> Journal:
     """Open the journal; raise ValueError for functions that a journal cannot identify."""
+    header = {
+        **identity,
+        "protocol": protocol.name,
+        "attacks": [spec.to_dict() for spec in protocol.attacks],
+        "settings": settings,
+        "probe": probe_logits(seen.first.logits) if seen.is_function else None,
+    }
     found = [f"the option {key} of {spec.label}" for spec in protocol.attacks for key in spec.local_functions()]
     found += [f"the model's attribute {name}" for name in local_functions(model)]
     if found:

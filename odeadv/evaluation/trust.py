@@ -261,7 +261,7 @@ def doubts(result: Evaluation, probe: Tensor, first: Behaviour) -> list[str]:
     classes = first.logits.shape[1]
     if first.random_gradient and not result.clean_pass_accuracies:
         notes.append(
-            "the gradient of the same images differs from one pass to the next: a random backward pass hides the true "
+            "gradients of the same images differ from one pass to the next: a random backward pass hides the true "
             "gradient, so the accuracies may be too high; give attacks options={'eot': 20}, and add 'square'"
         )
     largest = float(probe.max())
