@@ -39,7 +39,7 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NAMES)} (default: all)")
 parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that everything runs; no results")
-parser.add_argument("--out", type=Path, help=f"folder for what is written ({RESULTS}; with --quick {QUICK})")
+parser.add_argument("--out", type=Path, help=f"folder for the output ({RESULTS}; with --quick {QUICK})")
 parser.add_argument("--compare", type=Path, metavar="OLD", help="JSON or folder of an earlier run (default: in --out)")
 parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
 parser.add_argument("--render", action="store_true", help="run nothing; make pages and pictures from the JSON again")

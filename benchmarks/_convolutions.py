@@ -14,7 +14,7 @@ KINDS = ("forward", "backward to activations", "weight gradients")
 def convolutions(net: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     """Return functions that run all convolutions of ``net`` on ``images``, by kind of pass, in channels_last.
 
-    Convolutions of one shape work on the same tensors, which are more likely to be in a cache than those of a network.
+    Convolutions of one shape share their tensors, which are more likely to be in a cache than the tensors of a network.
     """
     calls: list[tuple[nn.Conv2d, tuple[int, ...], tuple[int, ...]]] = []
     handles = [

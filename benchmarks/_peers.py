@@ -302,7 +302,7 @@ def diffrax_split(
 
     start = float64(x0)
     candidates = []
-    # KenCarp4 takes seconds below 1e-6, where it cannot compete.
+    # KenCarp4 takes seconds below 1e-6, so it cannot compete there.
     for method, own in (("Tsit5", TOLERANCES), ("Dopri8", TOLERANCES), ("KenCarp4", range(2, 7))):
         solve = _diffrax_solve(method)
         if method == "KenCarp4":

@@ -145,7 +145,7 @@ def measure(
 
 
 def _near(points: Points) -> set[str]:
-    """Return candidates near the fastest of their solver with no larger error, and those of least work."""
+    """Return candidates with the least work, and those near the fastest of their solver without a larger error."""
     near = set()
     for name, point in points.items():
         rivals = [p for p in points.values() if p["solver"] == point["solver"] and p["error"] <= point["error"]]

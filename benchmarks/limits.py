@@ -58,7 +58,7 @@ def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], Mod
     ]
     parts += [
         "Medians with quartiles where a figure was measured more than once. The floor is what the arithmetic alone",
-        "comes to, counted or measured (additions, flows, convolutions); where more is better it is a ceiling.",
+        "takes, counted or measured (additions, flows, convolutions); if more is better it is a ceiling.",
     ]
     for name, data in results.items():
         benchmark = module(name)

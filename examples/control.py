@@ -1,4 +1,4 @@
-"""Optimal control: a pendulum is held upright; near the top the answer is that of the Riccati equation.
+"""Optimal control: a pendulum is held upright; near the top the answer agrees with the Riccati equation.
 
 python examples/control.py
 """

@@ -32,7 +32,7 @@ def test_the_error_follows_the_tolerance(scheme, span):
         )
         errors.append(float((sol.xs[-1] - exact).norm()))
         steps.append(sol.stats.steps)
-        assert errors[-1] < tolerance * sol.stats.steps  # the error of a step is what is controlled
+        assert errors[-1] < tolerance * sol.stats.steps  # the tolerance bounds the error of a step
         assert sol.ts.tolist() == list(span)
     assert errors[2] < errors[1] < errors[0]
     assert steps[0] < steps[1] < steps[2]

@@ -161,7 +161,7 @@ class TestTorchattacks:
         with torch.no_grad():
             held = [(model(x).argmax(1) == labels) & (model(images).argmax(1) == labels) for x in (ours, theirs)]
         only_ours, only_theirs = (held[0] & ~held[1]).sum().item(), (held[1] & ~held[0]).sum().item()
-        # Of 400. Between two seeds of one library up to 4 differ in L-infinity, and up to 33 in L2.
+        # Out of 400 images. Between two seeds of one library up to 4 differ in L-infinity, and up to 33 in L2.
         assert only_ours + only_theirs <= (8 if norm == "linf" else 36)
         assert abs(only_ours - only_theirs) <= (4 if norm == "linf" else 14)
 

@@ -1,4 +1,4 @@
-"""Configurations: plain data in and out, and the messages for what does not fit."""
+"""Configurations: to and from plain data, and the messages for values that do not fit."""
 
 import json
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ def test_equal_keys_are_equal_runs():
 
 
 def test_keys_of_committed_runs_never_change():
-    """A new field must have a default that means what was done before it."""
+    """The default of a new field must not change earlier runs."""
     natural = RunConfig(
         model=ModelConfig(depth=8),
         training=TrainConfig(epochs=8, milestones=(4, 6), precision="bf16"),

@@ -1,4 +1,4 @@
-"""The datasets and batches of `odeadv.data`: what is read, what is refused and how, and what augmentation does."""
+"""The data sets and batches of `odeadv.data`: reading, refusals and augmentation."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ class TestSecondOrder:
         assert other.drift == pytest.approx(result.drift, rel=1e-12)
 
     def test_it_is_the_second_derivative_of_a_solved_trajectory(self):
-        """Theorem 3.3 itself: differences of x(t) of the true equation, whose costate is that of its own trajectory."""
+        """Theorem 3.3 itself: differences of x(t) of the true equation, whose costate belongs to its own trajectory."""
 
         def f(t: Tensor, x: Tensor) -> Tensor:
             return torch.sin(A @ x) + torch.cos(t) * x.flip(0)

@@ -87,7 +87,7 @@ class Parabola(nn.Module):
 
 class TestOutcomes:
     def test_are_those_of_whole_runs(self) -> None:
-        """In float64, where no sign hangs on rounding."""
+        """In float64 the signs do not depend on rounding."""
         model, (images, labels) = trained(), held_out(100)
         model, images = nn.Sequential(model).double(), images.double()
         try:

@@ -426,7 +426,7 @@ class TestOtherAttacks:
 
 class TestAutoAttack:
     def test_is_its_parts_in_a_row(self) -> None:
-        """AutoAttack of pyautoattack with fewer steps, against its parts run one by one on what is left."""
+        """AutoAttack of pyautoattack with fewer steps, against its parts run one by one on the images that are left."""
         package = pytest.importorskip("pyautoattack")
         images, labels = held_out(16)
         spec = AttackSpec("autoattack", EPS, options={"version": "custom", "attacks": ("apgd-ce", "apgd-dlr")})

@@ -450,7 +450,7 @@ def test_the_cost_of_the_tables_counts_every_run_and_evaluation_once():
     assert first.hours(1000) == pytest.approx((first.training + first.evaluation) / 3000 / 3600)
     second, noisy, strong = rows["table2", "cifar10"], rows["table4", "cifar10"], rows["table6", "cifar10"]
     assert second.training == epochs * (3 * 23 + 2 * 25 + 27)
-    assert (noisy.runs, noisy.new) == (18, 9)  # the plain rows are those of Table 2, and evaluated alike
+    assert (noisy.runs, noisy.new) == (18, 9)  # the plain rows are also rows of Table 2, and evaluated alike
     assert noisy.evaluation == 9 * 10_000 * 89 * 100
     assert strong.new == strong.training == 0
     assert strong.evaluation == 18 * 10_000 * (1 + 41 + 201 + 2001)
@@ -557,7 +557,7 @@ class TestAutoAttack:
         assert "at 8/255 on the first test images" in section
         header = "| Method |  | images | Acc | IFGSM-20 8 | IFGSM-20 8, worst so far | AutoAttack 8 | difference |"
         assert header in section
-        # Of the first two images; IFGSM leaves the second one right in one seed of PGD, but its clean image is wrong.
+        # For the first two images. IFGSM leaves the second one right in one seed of PGD, but its clean image is wrong.
         pgd = "| PGD | 2 seeds | 2 | 50.00 ± 0.00 | 75.00 ± 35.36 | 50.00 ± 0.00 | 0.00 ± 0.00 |  |"
         lad = "| PGD + LAD | 2 seeds | 2 | 50.00 ± 0.00 | 100.00 ± 0.00 | 50.00 ± 0.00 | 50.00 ± 0.00 | "
         assert pgd in section

@@ -199,7 +199,7 @@ def test_names_that_do_not_fit_are_named():
         models.from_module(net, ["layer1", "layer1.0"])
     with pytest.raises(TypeError, match=r"^net: got function"):
         models.from_module(lambda x: x, ["a"])
-    # The order of the names does not matter, that of the network does.
+    # The order of the names does not matter, but the order of the network does.
     assert models.from_module(net, ["layer2", "layer1"]).names == ("layer1", "layer2")
     with pytest.raises(ValueError, match=r"^layers: 'b' is called 0 times, expected once"):
         models.from_module(Once(), ["a", "b"])

@@ -77,7 +77,7 @@ def test_every_model_is_a_network(name):
 
 @pytest.mark.parametrize("make", [lambda: preact_resnet(8, 4), lambda: ode_net(4), lambda: refine(ode_net(4), 2)])
 def test_another_loss_drives_and_is_reported(make):
-    """The costate is that of the given loss: L = c logits . w, whose costate is c times as large."""
+    """The costate belongs to the given loss: with L = c logits . w it is c times as large."""
     net = make().double().eval()
     images, labels = torch.rand(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2])
     weight = torch.randn(3, 10, dtype=torch.float64)

@@ -122,7 +122,7 @@ class TestFolder:
         assert not list(tmp_path.iterdir())
 
     def test_what_is_compared_when_a_run_goes_on_leaves_out_defaults(self):
-        """So that a field added later, with a default that means what was done before, keeps nobody from going on."""
+        """If a later version adds a field whose default changes nothing, earlier runs can still be continued."""
         assert identity(small()) == {
             "data": {"name": "digits", "train_images": 160, "test_images": 40, "validation_images": 40},
             "model": {"depth": 8, "width": 4},
@@ -421,7 +421,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    """The same global batch: LAD's mean, batch statistics and the attack's start are those of the whole batch."""
+    """The same global batch: LAD's mean, batch statistics and the attack's start belong to the whole batch."""
     config = small(objective=Pgd(steps=2), defence=Layerwise("strang", 20.0), epochs=2)
     one, two = tmp_path / "one", tmp_path / "two"
     train_here(config, one)

@@ -389,7 +389,7 @@ def test_prepared_steps_check_what_operators_return(substep):
 
 @pytest.mark.parametrize(("kind", "order"), [("linear", 2), ("exact", 3), ("hermite", 4)])
 def test_order_of_the_costate_between_nodes(kind, order):
-    """Local interpolation error of a(t) on a linear field with exact flow, where the recorded nodes are exact."""
+    """Local interpolation error of a(t) on a linear field with exact flow, for which the recorded nodes are exact."""
     t = 0.5 * T + 1e-9
 
     def error(steps: int) -> float:

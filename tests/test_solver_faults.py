@@ -105,7 +105,7 @@ class TestNoise:
         assert torch.equal(torch.get_rng_state(), places)
 
     def test_the_hamiltonian_is_of_one_f_at_both_ends(self) -> None:
-        """Of f(t, x) = c + noise and a constant costate, H does not change within a layer."""
+        """With f(t, x) = c + noise and a constant costate, H does not change within a layer."""
         drop = nn.Dropout(0.5)
         field = odeadv.AdversarialField(lambda t, x: drop(torch.ones_like(x)), lambda x: x.sum(), 0.3)
         found = hamiltonian(field, normal(8, 4), (0.0, 1.0), steps=4)

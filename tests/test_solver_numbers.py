@@ -55,7 +55,7 @@ def test_first_and_second_derivatives_of_every_substep(substep):
 
     inputs = (X0.clone().requires_grad_(), W.clone().requires_grad_())
     assert torch.autograd.gradcheck(end, inputs, eps=1e-6, atol=2e-5, fast_mode=True)
-    if substep not in OTHERS[3:]:  # one adaptive method stands for all: they share torchdiffeq's loop
+    if substep not in OTHERS[3:]:  # one adaptive method is enough: all share torchdiffeq's loop
         assert torch.autograd.gradgradcheck(end, inputs, eps=1e-5, atol=5e-4, fast_mode=True)
 
 

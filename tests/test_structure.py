@@ -90,7 +90,7 @@ def test_an_adversarial_field_whose_loss_readout_and_costate_see_the_structure()
 
 
 def test_kick_and_drift_of_a_hamiltonian_and_exact_flows() -> None:
-    """None stands for a derivative that is zero; Stormer-Verlet keeps the energy to second order over a long time."""
+    """None means a derivative that is zero; Stormer-Verlet keeps the energy to second order over a long time."""
     drift = odeadv.Operator(
         lambda t, s: {"q": s["p"], "p": None}, flow=lambda t, dt, s: {"q": s["q"] + dt * s["p"], "p": s["p"]}
     )

@@ -553,7 +553,7 @@ class TestStrength:
     """s = L_LAD / L - 1, and its first order eta sum |a_n|^2 / L."""
 
     def epoch(self, defence, accumulate: int = 1, **changes):
-        """One step without a learning rate: what is recorded is of the weights at the beginning."""
+        """One step without a learning rate: the record belongs to the weights at the beginning."""
         data = changes.pop("data", tiny_data(8))
         settings = config(lr=0.0, epochs=1, augment="none", defence=defence, accumulate=accumulate, **changes)
         return train(tiny_net(), data, settings).epochs[0]

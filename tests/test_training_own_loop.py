@@ -113,7 +113,7 @@ def test_a_foreign_network_learns_in_a_plain_loop():
 
 
 def test_the_loggers_of_the_page_fit(monkeypatch):
-    """They are no dependencies: functions with their signatures stand in for them."""
+    """They are not dependencies: functions with their signatures replace them."""
     logged = []
 
     class Run:
