@@ -187,7 +187,7 @@ def diffusion_reaction(quick: bool) -> Problem:
         diffusion=odeadv.Operator.diagonal(symbol, transform="fft", reversible=False),
         reaction=odeadv.Operator(lambda t, u: react(torch, t, u), flow=logistic),
     )
-    counts = (4, 8) if quick else (2, 4, 8, 16, 32, 64, 128, 256, 512)
+    counts = (4, 8) if quick else (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
     own = []
     for diffusion, reaction in (
         ("sdirk2", "exact"),
