@@ -118,6 +118,8 @@ def test_what_cannot_be_asked_is_refused_by_name() -> None:
         sol(1.5)
     with pytest.raises(TypeError, match=r"t: got torch.complex64, expected real times"):
         sol(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="t: got 'noon', expected real times"):
+        sol("noon")
     with pytest.raises(ValueError, match=r"t: the steps were not kept; call the result of solve\(..., dense=True\)"):
         odeadv.solve(turning, X0, (0.0, 1.0), steps=4)(0.5)
     with torch.no_grad():

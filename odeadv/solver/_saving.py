@@ -14,6 +14,7 @@ from torch import Tensor
 from odeadv.fields import VectorField
 from odeadv.splitting import Grid, Stepper, TimeStep
 from odeadv.splitting.interpolation import cubic, like_real
+from odeadv.support.checks import shown
 from odeadv.support.isolation import Recompute, outside_inference_mode, version, without_effects
 
 _HERMITE_ORDER = 4  # the error of cubic interpolation within a step is of fourth order
@@ -185,7 +186,10 @@ class Dense:
                 "t: weights of the field have changed since the solve, and states between steps need the old ones; "
                 "call the solution before the weights change, or give the times to solve(save_at=...)"
             )
-        given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        try:
+            given = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"t: got {shown(t)}, expected real times") from None
         if given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"t: got {given.dtype}, expected real times")
         flat = given.reshape(-1).to(torch.float64)
