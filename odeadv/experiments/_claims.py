@@ -28,6 +28,7 @@ class Claim:
         table, preset: names of the table and the preset whose runs decide the claim.
         row, other: names of the rows. The difference is ``row`` minus ``other``. Both are empty if the claim is about
             the shape of a table over eta.
+        again: a second pair of rows that answers the same question. The weaker of the two readings counts.
         dataset: name of the data set.
     """
 
@@ -37,6 +38,7 @@ class Claim:
     preset: str
     row: str = ""
     other: str = ""
+    again: tuple[str, str] | None = None
     dataset: str = "cifar10"
 
     @property
@@ -46,6 +48,7 @@ class Claim:
 
 
 _DECAY = ":wd0.02"
+_BEST = ":wd0.05"  # the weight decay that validation images choose for plain PGD
 
 CLAIMS = (
     Claim("LAD makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad", "natural"),
@@ -59,8 +62,14 @@ CLAIMS = (
         "lambda-In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+lambda-damp",
         "natural",
     ),
-    Claim("LAD improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad{_DECAY}", f"pgd{_DECAY}"),
-    Claim("LAD-SM improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}", f"pgd{_DECAY}"),
+    Claim(
+        "LAD improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad{_DECAY}", f"pgd{_DECAY}",
+        again=(f"pgd+lad{_BEST}", f"pgd{_BEST}"),
+    ),
+    Claim(
+        "LAD-SM improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}", f"pgd{_DECAY}",
+        again=(f"pgd+lad-sm{_BEST}", f"pgd{_BEST}"),
+    ),
     Claim(
         "LAD-SM is better than LAD for PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}",
         f"pgd+lad{_DECAY}",
@@ -109,9 +118,17 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         return {**result, "page": None}
     if not claim.row:
         return result | _shape(results)
-    for finding in results.findings():
-        if (finding.row.name, finding.other.name) == (claim.row, claim.other):
-            return result | _found(finding, results)
+    found = {(finding.row.name, finding.other.name): finding for finding in results.findings()}
+    readings = [found[pair] for pair in ((claim.row, claim.other), claim.again) if pair in found]
+    if not readings:
+        return result
+    weaker = min(readings, key=_pull)
+    others = [finding for finding in readings if finding is not weaker]
+    result |= _found(weaker, results)
+    result["rows"] = f"{weaker.row.label} minus {weaker.other.label}"
+    if others:
+        said = ", ".join(f"{finding.row.label} minus {finding.other.label}: {finding.contrast}" for finding in others)
+        result["why"] = "; ".join(filter(None, [result["why"], f"the weaker reading; {said}"]))
     return result
 
 
@@ -131,6 +148,11 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
         for name, by_seed in results.runs.items()
     }
     return Results(table, preset, claim.dataset, {name: kept for name, kept in runs.items() if kept}, results.missing)
+
+
+def _pull(finding: Finding) -> float:
+    """Return the lower end of the interval of a difference, or the difference without one."""
+    return finding.contrast.mean if finding.contrast.interval is None else finding.contrast.interval[0]
 
 
 def _found(finding: Finding, results: Results) -> dict[str, Any]:
