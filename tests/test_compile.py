@@ -169,3 +169,9 @@ class TestMessages:
             odeadv.compile_solver(lambda t, x: torch.rand_like(x))(X0, (0.0, 1.0), steps=2)
         with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
             odeadv.compile_solver(lambda t, x: math.inf * x, dt=0.5, backend="eager")(X0, (0.0, 1.0))
+
+
+def test_complex_states_are_refused_before_work():
+    solver = odeadv.compile_solver(lambda t, x: 1j * x)
+    with pytest.raises(TypeError, match=r"^x0: got torch\.complex64, expected a real dtype"):
+        solver(torch.ones(2, dtype=torch.complex64), (0.0, 1.0), steps=2)

@@ -148,6 +148,11 @@ class CompiledSolver:
             return solve(self.field, x0, t_span, save_at=save_at, throw=throw, **size, **self._choices)  # type: ignore[arg-type]
         with outside_inference_mode():
             request = read_request(self.field, x0, t_span, save_at=save_at, **size, **self._choices, **_FIXED)  # type: ignore[arg-type]
+            if request.x0.is_complex():
+                raise TypeError(
+                    f"x0: got {request.x0.dtype}, expected a real dtype, since torch cannot compile a loop that writes "
+                    "to a complex buffer (torch 2.14.1); use odeadv.solve"
+                )
             if request.moves:
                 raise ValueError(
                     "t_span: got times that require gradients, expected numbers for a compiled solve; use odeadv.solve"
