@@ -117,7 +117,7 @@ class TwoWay:
             return None
         # Accuracies are multiples of 1 / images, so differences often lie halfway between two printed digits. The last
         # bits of the fit depend on the processor and would decide; they are cut off.
-        mean = round(float(weights @ self._fit), 9)
+        mean = round(float(weights @ self._fit), 9) + 0.0  # no -0.0
         options = []
         if self.df:
             error = math.sqrt(self.variance * float(weights @ self._inverse @ weights))

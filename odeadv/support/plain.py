@@ -418,10 +418,9 @@ def _deeper(kind: Any, name: str, dot: str, above: tuple[Any, ...] = ()) -> str:
     """Return a hint if a key of this name lies below one of the fields of ``kind``."""
     for field, hint in get_type_hints(kind).items():
         parts = get_args(hint) or (hint,)
-        below = [part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)]
-        below += [each for part in parts for each in getattr(part, "choices", {}).values()]
+        below = [*parts, *(each for part in parts for each in getattr(part, "choices", {}).values())]
         for part in below:
-            if part in above:  # an objective may contain an objective
+            if not (isinstance(part, type) and dataclasses.is_dataclass(part)) or part in above:  # an objective may contain an objective
                 continue
             if name in (inner.name for inner in dataclasses.fields(part)):
                 return f" (did you mean '{dot}{field}.{name}'?)"
