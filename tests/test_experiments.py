@@ -489,7 +489,7 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
     clean, average = (100 * plain["evaluations"]["last"]["table2"][key] for key in ("clean_accuracy", "average"))
     assert re.search(rf"^natural +1 +{clean:.1f} .* {average:.1f}$", shown, re.MULTILINE)
     gain = 100 * defended["evaluations"]["last"]["table2"]["average"] - average
-    assert re.search(rf"^natural \+ LAD minus natural +{re.escape(f'{gain:+.1f}')} ", shown, re.MULTILINE)
+    assert re.search(rf"^natural \+ LAD minus natural +{re.escape(f'{gain:+.1f}')}(?= |$)", shown, re.MULTILINE)
     assert "Not resolved: natural + LAD against natural." in shown
     assert " ".join(preset.limits.split()) in " ".join(shown.split())
     assert f"page:    {page}" in shown
