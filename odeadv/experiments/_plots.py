@@ -80,7 +80,7 @@ def _short(row: Row) -> str:
 
 def regimes(results: Results) -> list[Sequence[Row]]:
     """Return each undefended row with its rows of LAD and LAD-SM, if validation images were attacked in every epoch."""
-    found = []
+    found: list[Sequence[Row]] = []
     for base in results.rows:
         pair = [base, *(row for row in results.rows if row.method in (f"{base.method}+lad", f"{base.method}+lad-sm"))]
         rows = [row for row in pair if (row.weight_decay, row.factor) == (base.weight_decay, 1.0)]

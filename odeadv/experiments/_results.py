@@ -262,11 +262,12 @@ class Results:
 
     def validation(self, row: Row) -> list[list[float]]:
         """Return the robust accuracy on validation images per seed and epoch; empty if an epoch lacks it."""
-        courses = [
+        courses: list[list[Any]] = [
             [(epoch.get("validation") or {}).get("robust") for epoch in run["epochs"]]
             for run in self.runs.get(row.name, {}).values()
         ]
-        return courses if all(value is not None for course in courses for value in course) else []
+        whole = all(value is not None for course in courses for value in course)
+        return courses if whole else []
 
     def difference(self, row: Row, other: Row, key: str) -> Difference | None:
         """Return ``row`` minus ``other`` in the column ``key`` per common seed; None without common seeds."""

@@ -179,7 +179,8 @@ def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchD
     """Return x(T) of the plain field of ``net``, in steps of ``dt``."""
     net.check_inputs(inputs)
     field = VectorField({"f": net.dynamics(dt, inputs)}, Problem(net.stem(inputs), net.t_span, dt))
-    return solve(field, substep=substep).xs[-1]
+    final: Tensor = solve(field, substep=substep).xs[-1]
+    return final
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -203,7 +203,8 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
     total = slopes[j]
     for j, ratio in others:
         total = total.add(slopes[j], alpha=ratio)
-    return plus(x, total, h * unit) if isinstance(h, Tensor) else x.add(total, alpha=h * unit)
+    size: Any = h  # a tensor if a gradient has to reach the span
+    return plus(x, total, size * unit) if isinstance(size, Tensor) else x.add(total, alpha=size * unit)
 
 
 class DIRK(Tableau):

@@ -420,7 +420,9 @@ def _deeper(kind: Any, name: str, dot: str, above: tuple[Any, ...] = ()) -> str:
         parts = get_args(hint) or (hint,)
         below = [*parts, *(each for part in parts for each in getattr(part, "choices", {}).values())]
         for part in below:
-            if not (isinstance(part, type) and dataclasses.is_dataclass(part)) or part in above:  # an objective may contain an objective
+            if not (isinstance(part, type) and dataclasses.is_dataclass(part)):
+                continue
+            if part in above:  # an objective may contain an objective
                 continue
             if name in (inner.name for inner in dataclasses.fields(part)):
                 return f" (did you mean '{dot}{field}.{name}'?)"
