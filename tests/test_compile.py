@@ -40,7 +40,9 @@ def adversarial(matrix: Tensor, eta: float | Tensor = 0.1) -> odeadv.Adversarial
     return odeadv.AdversarialField(lambda t, x: torch.cos(t) * torch.tanh(matrix @ x), lambda x: (x**2).sum(), eta)
 
 
-def compare(field: odeadv.VectorField, choices: dict, call: dict, learned: list[Tensor], **options: object) -> None:
+def assert_equals_solve(
+    field: odeadv.VectorField, choices: dict, call: dict, learned: list[Tensor], **options: object
+) -> None:
     """Check that a compiled solve has the states, costates and gradients of `solve`."""
     x0 = X0.clone().requires_grad_()
     found = odeadv.compile_solver(field, **choices, **options)(x0, (0.0, 1.0), **call)
@@ -76,17 +78,19 @@ class TestValues:
     def test_merged_flows_with_gradients(self):
         matrix = MATRIX.clone().requires_grad_()
         choices = {"scheme": "strang", "substep": {"a": "midpoint", "b": "exact"}}
-        compare(split(matrix), choices, {"dt": 0.2}, [matrix], backend="eager")
+        assert_equals_solve(split(matrix), choices, {"dt": 0.2}, [matrix], backend="eager")
 
     def test_saved_steps_and_weighted_tables_with_gradients(self):
         matrix = MATRIX.clone().requires_grad_()
         choices = {"scheme": "averaged-strang", "substep": "euler"}
-        compare(split(matrix), choices, {"steps": 5, "save_at": [0.0, 0.4, 1.0]}, [matrix], backend="eager")
+        assert_equals_solve(split(matrix), choices, {"steps": 5, "save_at": [0.0, 0.4, 1.0]}, [matrix], backend="eager")
 
     def test_adversarial_sweeps_with_gradients(self):
         matrix, eta = MATRIX.clone().requires_grad_(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         choices = {"scheme": "strang-symmetric", "costate": "hermite", "sweeps": 2}
-        compare(adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], backend="eager")
+        assert_equals_solve(
+            adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], backend="eager"
+        )
 
     def test_second_derivatives(self):
         x0 = X0.clone().requires_grad_()
@@ -130,7 +134,7 @@ class TestCompilation:
         monkeypatch.setenv("CXX", "no-such-compiler")
         matrix = MATRIX.clone().requires_grad_()
         with pytest.warns(CompileWarning, match="the C\\+\\+ compiler 'no-such-compiler' was not found"):
-            compare(adversarial(matrix), {"scheme": "strang"}, {"dt": 0.25}, [matrix])
+            assert_equals_solve(adversarial(matrix), {"scheme": "strang"}, {"dt": 0.25}, [matrix])
 
     def test_a_loop_operator_still_has_its_restrictions(self):
         """`_loop` counts by tensors and copies inputs that share memory. It need not, once this fails."""

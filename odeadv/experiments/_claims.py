@@ -236,8 +236,8 @@ def render_claims(data: Mapping[str, Any]) -> str:
         "Differences of the mean accuracy under the attacks of the table (last iterates, last weights), in percentage "
         "points with 95 % intervals. s is the strength of the defence, the relative rise of the loss that the "
         "perturbation makes, in the middle of the training. Each claim links to its page, which has the runs. "
-        "[The rules](rules.md), older than the runs that confirm, define the words. All runs of a page share one "
-        "training subset and one test subset of CIFAR-10, and the networks are small.",
+        "[The rules](rules.md) define the words and say what was changed after results were seen. All runs of a page "
+        "share one training subset and one test subset of CIFAR-10, and the networks are small.",
         "",
         *markdown_table(head, rows),
         "",
