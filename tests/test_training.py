@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odeadv import attacks
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.models import ode_net, preact_resnet
+from odeadv.splitting import Grid, schemes
 from odeadv.support.plain import from_dict, key, to_dict
 from odeadv.training import (
     CheckpointWarning,
@@ -587,6 +589,28 @@ class TestStrength:
         strength = passed(1e-4).strength
         rise = (strength.defended - strength.plain).item()
         assert strength.nodes.sum().item() == pytest.approx(rise, rel=1e-2)
+
+    @pytest.mark.parametrize("scheme", ["lie", "strang"])
+    def test_the_strength_of_a_bfloat16_network_needs_no_wide_copy_of_a_node(self, scheme):
+        from odeadv.training._strength import first_order  # the sum has no public name
+
+        generator = torch.Generator().manual_seed(0)
+        nodes = [torch.randn(600_000, generator=generator).bfloat16() for _ in range(3)]
+        grid, largest = Grid((0.0, 1.0, 2.0), 1.0), 0
+
+        class Largest(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                nonlocal largest
+                result = function(*args, **(kwargs or {}))
+                if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                    largest = max(largest, result.numel())
+                return result
+
+        with Largest():
+            found = first_order(nodes, grid, schemes.get(scheme), 1.0)
+        exact = first_order([node.double() for node in nodes], grid, schemes.get(scheme), 1.0)
+        assert found == pytest.approx(exact.float(), rel=1e-5)
+        assert 0 < largest < 600_000
 
     def test_x_0_alone_has_all_of_the_strength(self):
         found = self.epoch(Layerwise("lie", 0.01, perturbation="input"))

@@ -182,8 +182,11 @@ class RecordedCostate:
         middle = 0.5 * (1.0 + s)
         with torch.inference_mode(False):
             x, a = linear(self.states[n], self.states[n + 1], middle), linear(before, after, middle)
-        back: Tensor = after + like_real((1.0 - s) * step.h, after) * self._vjp(part, step.time(middle), x, a)
-        return back
+        pulled, length = self._vjp(part, step.time(middle), x, a), (1.0 - s) * step.h
+        if isinstance(length, Tensor):
+            back: Tensor = after + like_real(length, after) * pulled
+            return back
+        return torch.add(after, pulled, alpha=length)  # no product of the size of the state
 
     def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
         """Return (df/dx)^T a at (t, x), plus the gradient of the running cost."""
