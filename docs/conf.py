@@ -24,7 +24,7 @@ release = version = odeadv.__version__
 
 extensions = [
     "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax",
-    "sphinx_copybutton", "programs", "reference",
+    "sphinx_copybutton", "sphinx-mathjax-offline", "programs", "reference",
 ]  # fmt: skip
 exclude_patterns = ["_build", "_pictures"]
 html_theme = "furo"

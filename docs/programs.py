@@ -53,7 +53,8 @@ def add_outputs(app: Any, docname: str, source: list[str]) -> None:
 def gallery() -> str:
     """Return the pictures of all tutorials, each with a link to its page."""
     lines = []
-    for path in sorted((HERE / "tutorials").glob("*.md")):
+    order = re.findall(r"^tutorials/(\w+)$", (HERE / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for path in (HERE / "tutorials" / f"{name}.md" for name in order):
         title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         pictures = sorted(PICTURES.glob(f"{path.stem}-*.png"))
         if pictures:
@@ -85,8 +86,8 @@ def outputs(name: str, text: str) -> list[str]:
             shown = f"\n```text\n{printed.rstrip()}\n```\n" if printed.strip() else ""
             for figure in figures:
                 drawn.append(PICTURES / f"{name}-{len(drawn) + 1}.png")
-                figure.savefig(drawn[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
-                shown += f"\n![Picture made by the program above](../_pictures/{drawn[-1].name})\n"
+                figure.savefig(drawn[-1], dpi=160, bbox_inches="tight", metadata={"Software": None})
+                shown += f"\n![{described(figure)}](../_pictures/{drawn[-1].name})\n"
             found.append(shown)
     kept.write_text(json.dumps({"page": digest, "outputs": found}), encoding="utf-8")
     return found
@@ -108,6 +109,13 @@ def run(program: str, names: dict[str, Any], file: str, line: int) -> tuple[str,
     figures += [pyplot.figure(number) for number in pyplot.get_fignums() if pyplot.figure(number) not in figures]
     pyplot.close("all")
     return output.getvalue(), figures
+
+
+def described(figure: Figure) -> str:
+    """Return the titles and labels of a figure, for readers who do not see it."""
+    panels = [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes]
+    words = [" against ".join(filter(None, labels)) or title for title, *labels in panels]
+    return f"Picture: {'; '.join(filter(None, words))}".replace("[", "(").replace("]", ")")
 
 
 def setup(app: Any) -> None:

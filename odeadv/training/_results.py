@@ -128,7 +128,7 @@ class TrainResult:
         with extra("plot"):
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
-        figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+        figure = Figure(figsize=(6.8, 5.0), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(2, 2, sharex=True)
         robust = [(epoch.validation or {}).get("robust") for epoch in self.epochs]
