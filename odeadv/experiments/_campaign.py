@@ -70,10 +70,8 @@ STAGES = {
             tuple(f"pgd{part}:wd0.02" for part in ("", "+lad", "+lad-sm", "+lad-sm+random", "+lad+input")),
             says="Table 2 on a ConvNet; eta and weight decay as stage 2c chooses them on validation images",
         ),
-        Stage(
-            "3", "mechanism-trades", "overfit", tuple(range(10, 18)),
-            says="Table 3: LAD minus the mix of losses alone",
-        ),
+        Stage("3", "mechanism-trades", "mlp", tuple(range(10, 16)), says="Table 3: LAD minus the mix of losses alone"),
+        Stage("1-mlp", "mechanism-natural", "mlp", tuple(range(10, 20)), best=False, says="Table 1 on a residual MLP"),
     )
 }  # fmt: skip
 

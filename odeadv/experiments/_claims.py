@@ -57,6 +57,20 @@ CLAIMS = (
         "LAD is better than LAD-SM for natural training", "Table 1", "ablations", "cpu", "natural+lad-sm",
         "natural+lad",
     ),
+    *(
+        Claim(
+            f"The same in a residual MLP: {text}", source, "mechanism-natural", "mlp",
+            f"natural+{row}@0.4{_DECAY}", f"natural{other.format('@0.4')}{_DECAY}",
+            again=(f"natural+{row}@0.1", f"natural{other.format('@0.1')}"),
+        )
+        for text, source, row, other in (
+            ("LAD", "Table 1", "lad", ""),
+            ("LAD-SM", "Table 1", "lad-sm", ""),
+            ("LAD is better than LAD-SM", "Table 1", "lad-sm", "+lad{}"),
+            ("the direction of the costate, not the size of the perturbation", "implied", "lad-sm", "+lad-sm+random{}"),
+            ("the gain is not bought by more compute", "implied", "lad", "+matched"),
+        )
+    ),
     Claim("In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+damp", "natural"),
     Claim(
         "lambda-In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+lambda-damp",
@@ -74,13 +88,13 @@ CLAIMS = (
         "LAD-SM is better than LAD for PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}",
         f"pgd+lad{_DECAY}",
     ),
-    Claim(
-        "LAD improves TRADES, beyond the mix of losses", "Table 3", "mechanism-trades", "overfit", "trades+lad",
-        "trades+lad+eta0",
-    ),
-    Claim(
-        "LAD-SM improves TRADES, beyond the mix of losses", "Table 3", "mechanism-trades", "overfit",
-        "trades+lad-sm", "trades+lad+eta0",
+    *(
+        Claim(
+            f"{name} improves TRADES, beyond the mix of losses", "Table 3", "mechanism-trades", "mlp",
+            f"{row}@0.4{_DECAY}", f"trades+lad+eta0{_DECAY}",
+            again=(f"{row}@0.4", "trades+lad+eta0"),
+        )
+        for name, row in (("LAD", "trades+lad"), ("LAD-SM", "trades+lad-sm"))
     ),
     Claim("LAD-SM adds to noise", "Tables 4 and 7", "table4", "cpu", "pgd+lad-sm+noise", "pgd+noise"),
     Claim("A range of eta helps, and too large an eta harms", "Table 5", "mechanism-eta", "mlp"),

@@ -213,10 +213,10 @@ class Results:
     def not_tested(self, row: Row) -> str:
         """Return the reason why these runs cannot test ``row``; empty if they can.
 
-        The reason is too little over-fitting of plain PGD, or too weak a defence.
+        The reason is too little over-fitting of plain adversarial training, or too weak a defence.
         """
         objective = row.method.split("+")[0]
-        why = self.over_fitting(objective)[1] if objective == "pgd" else ""
+        why = self.over_fitting(objective)[1] if objective in ("pgd", "trades") else ""
         s = self.strength(row)
         if not why and s is not None and s < WEAKEST:
             why = f"s is {100 * s:.2g} % in the middle of the training, below {100 * WEAKEST:g} %"
@@ -255,9 +255,12 @@ class Results:
         if courses:
             drop = statistics.fmean(100 * (max(course) - course[-1]) for course in courses)
         if gap < GAP:
-            return (gap, drop), f"plain PGD over-fits by {gap:.1f} points, fewer than {GAP:g}"
+            return (gap, drop), f"plain {objective.upper()} over-fits by {gap:.1f} points, fewer than {GAP:g}"
         if drop is not None and drop < DROP:
-            return (gap, drop), f"plain PGD loses {drop:.1f} points after its best epoch, fewer than {DROP:g}"
+            return (
+                gap,
+                drop,
+            ), f"plain {objective.upper()} loses {drop:.1f} points after its best epoch, fewer than {DROP:g}"
         return (gap, drop), ""
 
     def validation(self, row: Row) -> list[list[float]]:

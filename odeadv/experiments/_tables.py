@@ -331,9 +331,35 @@ TABLES = {
         ),
         Table(
             "mechanism-trades", "What LAD does to TRADES beyond the mix of losses", "eps4", _HALF,
-            _rows("trades", "trades+lad+eta0", "trades+lad", "trades+lad-sm"),
+            tuple(
+                Row(method, 0.4 if lad else 1.0, weight_decay=decay)
+                for decay in (2e-2, None)
+                for method, lad in (
+                    ("trades", False), ("trades+lad+eta0", False), ("trades+lad", True), ("trades+lad-sm", True)
+                )
+            ),
             datasets=("cifar10",), autoattack_255=4.0,
-            primary=(("trades+lad", "trades+lad+eta0"), ("trades+lad-sm", "trades+lad+eta0")),
+            primary=tuple(
+                (f"{method}@0.4{decay}", f"trades+lad+eta0{decay}")
+                for decay in (":wd0.02", "") for method in ("trades+lad", "trades+lad-sm")
+            ),
+        ),
+        Table(
+            "mechanism-natural", "What LAD does to natural training", "table1", _SMALL,
+            tuple(
+                Row(f"natural{part}", factor if "lad" in part else 1.0, weight_decay=decay)
+                for decay, factor in ((2e-2, 0.4), (None, 0.1))
+                for part in ("", "+matched", "+lad", "+lad-sm", "+lad-sm+random")
+            ),
+            datasets=("cifar10",), autoattack_255=1.0, like="table1",
+            primary=tuple(
+                (f"natural+{row}@{factor:g}{decay}", f"natural{other}{decay}")
+                for decay, factor in ((":wd0.02", 0.4), ("", 0.1))
+                for row, other in (
+                    ("lad", ""), ("lad-sm", ""), ("lad-sm", f"+lad@{factor:g}"),
+                    ("lad-sm", f"+lad-sm+random@{factor:g}"), ("lad", "+matched"),
+                )
+            ),
         ),
     )
 }  # fmt: skip
