@@ -221,7 +221,7 @@ def test_a_named_scheme_solves_the_field_with_these_names(mixed):
         ),
         (
             lambda: odeadv.solve(odeadv.SplitField(a=min, b=min), scheme=NAMED),
-            r"^scheme: 'mine' has a stage of 'wave', but the field has 'a', 'b'$",
+            r"^scheme: 'mine' has a stage of 'wave', but the field has 'a', 'b'; name the stages",
         ),
         (
             lambda: Scheme("x", (Stage("a", 1.0), Stage(1, 1.0)), 1, "test"),

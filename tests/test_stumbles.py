@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import odeadv
-from odeadv import cli
-from odeadv.training import EpochResult, TrainResult
+from odeadv import cli, evaluate, models
+from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainResult, train
 
 X0 = torch.ones(2)
 
@@ -53,6 +53,43 @@ def test_arguments_in_the_wrong_order():
             odeadv.Operator(decay, flow=flow)
     odeadv.Operator(lambda t, x, rate=2.0: -rate * x)  # a default is not a mistake
     odeadv.Operator(lambda *arguments: -arguments[1])
+
+
+STAGE = odeadv.Stage
+OF_OTHERS = odeadv.Scheme("mine", (STAGE("a", 1.0), STAGE("b", 1.0)), order=1, source="test")
+LINEAR, IMAGES, LABELS = torch.nn.Linear(2, 2), torch.rand(4, 2), torch.arange(4) % 2
+
+MISTAKES = [
+    (
+        lambda: odeadv.solve(LINEAR, X0, (0.0, 1.0), steps=1),
+        r"^f: takes \(input\), .* net\.field\(inputs, targets, eta\)",
+    ),
+    (lambda: odeadv.solve(lambda Y, t: -Y, X0, (0.0, 1.0), steps=1), r"^f: takes \(Y, t\), .*the state comes last"),
+    (lambda: odeadv.solve(decay, X0, (0.0, 1.0), scheme="dopri5"), r"^dt: neither .* or dt='adaptive'"),
+    (lambda: odeadv.solve(decay, X0.numpy(), (0.0, 1.0), steps=1), r"^x0: got ndarray.*torch\.as_tensor\(x0\)"),
+    (lambda: odeadv.solve(decay, [1.0, 2.0], (0.0, 1.0), steps=1), r"^x0\[0\]: got float.*torch\.tensor\(x0\)"),
+    (lambda: odeadv.solve(decay, X0, (0.0, 1.0), substep="rk44", steps=1), r"did you mean 'rk4' or 'sdirk4'\?$"),
+    (lambda: odeadv.Scheme("mine", ((0, 1.0),), order=1, source="test"), r"^stages: got \(0, 1.0\) .*odeadv\.Stage\("),
+    (
+        lambda: odeadv.solve(odeadv.SplitField(u=decay, v=decay), X0, (0.0, 1.0), steps=1, scheme=OF_OTHERS),
+        "^scheme: 'mine' has a stage of 'a', but the field has 'u', 'v'; name the stages after the operators",
+    ),
+    (lambda: evaluate(LINEAR, IMAGES, LABELS), r"^protocol: got a tensor .* evaluate\(net, \(images, labels\)\)$"),
+    (lambda: Layerwise("lie", 1.0)(LINEAR, IMAGES, LABELS), r"^net: got Linear, .*odeadv\.models\.from_module"),
+    (lambda: train(LINEAR, (IMAGES, LABELS), TrainConfig()), r"^net: got Linear, .*odeadv\.models\.from_module"),
+    (
+        lambda: train(models.residual_mlp(1, 4, image_size=8), (IMAGES, LABELS), TrainConfig()),
+        r"^data: got tuple, .*TensorDataset\(images, labels\)",
+    ),
+    (lambda: TrainConfig(objective=Pgd), r"^objective: .*expected an instance of Objective, such as Pgd\(\)$"),
+    (lambda: TrainConfig(optimizer="adam"), "^optimizer: got 'adam', .*such as {'name': 'adam'}$"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "told"), MISTAKES, ids=[told[1:12] for _, told in MISTAKES])
+def test_a_mistake_is_answered_with_what_to_write(mistake, told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        mistake()
 
 
 def test_operators_and_results_say_what_they_are():

@@ -346,9 +346,9 @@ def resolve_protocol(protocol: object) -> Protocol:
         return Protocol("custom", tuple(protocol))
     names = ", ".join(PROTOCOLS)
     if not isinstance(protocol, str):
-        raise TypeError(
-            f"protocol: got {shown(protocol)}, expected a Protocol, an AttackSpec, a list of them, or one of {names}"
-        )
+        expected = f"a Protocol, an AttackSpec, a list of them, or one of {names}"
+        pair = "; images and labels are a pair: evaluate(net, (images, labels))" if isinstance(protocol, Tensor) else ""
+        raise TypeError(f"protocol: got {shown(protocol)}, expected {expected}{pair}")
     if protocol in ("table3", "table4", "table5", "table7"):  # the paper evaluates them as Table 2
         protocol = "table2"
     if protocol not in PROTOCOLS:

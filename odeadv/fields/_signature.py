@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import types
 
+from torch import nn
+
 _STATES = frozenset(("x", "y", "u", "z", "state"))
 _VARIABLE = 0x04 | 0x08  # flags of *args and **kwargs
 
 
 def check_arguments(name: str, function: object, expected: str) -> None:
-    """Reject a plain function whose arguments cannot be those of ``expected``, such as ``"f(t, x)"``.
+    """Reject a function or module whose arguments cannot be those of ``expected``, such as ``"f(t, x)"``.
 
-    Callables that are not plain functions are not looked at.
+    Other callables are not looked at.
 
     Raises:
         TypeError: if the number of arguments differs, or the state comes where ``expected`` has a time.
     """
+    is_module = isinstance(function, nn.Module)
+    if is_module:
+        function = type(function).forward
     if not isinstance(function, types.FunctionType):
         return
     code = function.__code__
     if code.co_flags & _VARIABLE:
         return
-    names = code.co_varnames[: code.co_argcount]
-    needed = code.co_argcount - len(function.__defaults__ or ())
+    names = code.co_varnames[is_module : code.co_argcount]  # without self
+    needed = len(names) - len(function.__defaults__ or ())
     wanted = expected.count(",") + 1
-    if not needed <= wanted <= code.co_argcount:
-        raise TypeError(f"{name}: takes ({', '.join(names)}), expected {expected}")
-    before = names[: wanted - 1]
-    if any(argument in _STATES for argument in before) and names[wanted - 1] not in _STATES:
+    if not needed <= wanted <= len(names):
+        remedy = "; for a network give net.field(inputs, targets, eta) or lambda t, x: net(x)" if is_module else ""
+        raise TypeError(f"{name}: takes ({', '.join(names)}), expected {expected}{remedy}")
+    *before, last = (argument.lower() in _STATES for argument in names[:wanted])
+    if any(before) and not last:
         raise TypeError(f"{name}: takes ({', '.join(names[:wanted])}), expected {expected}: the state comes last")

@@ -51,7 +51,7 @@ class Stats:
 
 
 HINTS = {
-    Status.NON_FINITE: "take more steps or a smaller eta, or pass throw=False to get the solution as it is",
+    Status.NON_FINITE: "take more steps (or a smaller eta), or pass throw=False to get the solution as it is",
     Status.NEWTON_FAILED: "take more steps, another sub-step, or more iterations (odeadv.Operator(f, "
     "solve=odeadv.Newton(most=...))); throw=False returns the solution as it is",
     Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 a fixed point does not exist: take "

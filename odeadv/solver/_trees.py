@@ -30,7 +30,11 @@ def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, part in items(value):
             yield from named_tensors(part, f"{name}[{key!r}]")
     else:
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor, or a tuple, list or dict of tensors")
+        root = name.partition("[")[0]
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected a tensor, or a tuple, list or dict of tensors; "
+            f"torch.tensor({root}) makes a tensor of numbers"
+        )
 
 
 def rebuilt(example: Any, parts: Iterator[Any]) -> Any:

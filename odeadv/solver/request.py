@@ -233,7 +233,9 @@ def read_times(
         if dt is not None and steps is not None:
             raise ValueError("dt, steps: the field carries both, expected one of the two")
         if dt is None and steps is None:
-            raise ValueError("dt: neither dt nor steps is given, and the field carries none; give one of the two")
+            raise ValueError(
+                "dt: neither dt nor steps is given, and the field carries none; give one of the two, or dt='adaptive'"
+            )
     if isinstance(dt, Adaptive) or (isinstance(dt, str) and dt == "adaptive"):
         if clip_last:
             raise ValueError("clip_last: got True for adaptive steps, expected a step size dt with it")
@@ -466,7 +468,7 @@ def read_initial_state(field: VectorField, x0: Any) -> Tensor:
         raise ValueError("x0: not given, and the field carries none; give the initial state")
     state = given if isinstance(given, Tensor) else given() if callable(given) else given
     if not isinstance(state, Tensor):
-        raise TypeError(f"x0: got {type(state).__name__}, expected a tensor")
+        raise TypeError(f"x0: got {type(state).__name__}, expected a tensor; convert with torch.as_tensor(x0)")
     if not (state.is_floating_point() or state.is_complex()):
         raise TypeError(f"x0: got dtype {state.dtype}, expected a floating or complex dtype; convert with x0.double()")
     try:

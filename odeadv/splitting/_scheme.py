@@ -10,7 +10,7 @@ from typing import Literal
 
 from odeadv.fields import VectorField
 from odeadv.splitting._order import measured_order
-from odeadv.support.checks import did_you_mean
+from odeadv.support.checks import did_you_mean, shown
 
 CostateKind = Literal["linear", "hermite", "exact"]
 
@@ -192,9 +192,11 @@ class Scheme:
                 )
             return self
         has = f"the field has {', '.join(map(repr, names))}"
+        remedy = "; name the stages after the operators, or number them from 0"
         for key in keys:
             if key not in names:
-                raise ValueError(f"scheme: {self.name!r} has a stage of {key!r}, but {has}{did_you_mean(key, names)}")
+                hint = did_you_mean(key, names) or remedy
+                raise ValueError(f"scheme: {self.name!r} has a stage of {key!r}, but {has}{hint}")
         for name in names:
             if name not in keys:
                 raise ValueError(f"scheme: {self.name!r} lacks a stage of {name!r}, but {has}")
@@ -266,6 +268,8 @@ def _timed(name: str, stages: Iterable[Stage]) -> Composition:
     acted: dict[int | str, float] = {}
     result = []
     for stage in stages:
+        if not isinstance(stage, Stage):
+            raise TypeError(f"stages: got {shown(stage)} in {name!r}, expected odeadv.Stage(operator, weight)")
         if math.isnan(stage.start):
             if stage.frozen:
                 raise ValueError(f"start: a stage of {stage.operator!r} in {name!r} is frozen and needs one")

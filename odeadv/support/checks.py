@@ -103,7 +103,7 @@ def choice(name: str, value: Any, known: Iterable[str]) -> str:
 
 def did_you_mean(word: object, known: Iterable[object], *, most: int = 1) -> str:
     """Return ``"; did you mean ...?"`` with the words of ``known`` nearest to ``word``, or ``""`` if none is near."""
-    near = difflib.get_close_matches(str(word).lower(), [str(other) for other in known], n=most)
+    near = difflib.get_close_matches(str(word).lower(), dict.fromkeys(map(str, known)), n=most)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

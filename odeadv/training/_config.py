@@ -103,9 +103,11 @@ class TrainConfig:
         for name in ("channels_last", "sync_batchnorm", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
-        for name, base in (("objective", Objective), ("defence", Defence)):
+        for name, base, example in (("objective", Objective, "Pgd"), ("defence", Defence, "Layerwise")):
             if not isinstance(getattr(self, name), base):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected an instance of {base.__name__}")
+                raise TypeError(
+                    f"{name}: got {getattr(self, name)!r}, expected an instance of {base.__name__}, such as {example}()"
+                )
         for name in ("epochs", "batch_size", "accumulate", "check_every"):
             integer(name, getattr(self, name))
         if self.batch_size % self.accumulate:
@@ -142,7 +144,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None:
                 if not isinstance(value, Mapping):
-                    raise TypeError(f"{name}: got {shown(value)}, expected a mapping with a name and its arguments")
+                    raise TypeError(
+                        f"{name}: got {shown(value)}, expected a mapping with a name and its arguments, such as "
+                        f"{{'name': {str(value)!r}}}"
+                    )
                 object.__setattr__(self, name, dict(value))
         if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
             raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")

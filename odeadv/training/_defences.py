@@ -134,6 +134,11 @@ class Layerwise(Defence, name="layerwise"):
 
 def _field(net: Network, images: Tensor, labels: Tensor, eta: float, loss: TargetLoss | None) -> AdversarialField:
     """Return the field of ``net``; with ``loss`` instead of the network's own if it is given."""
+    if not hasattr(net, "field"):
+        raise TypeError(
+            f"net: got {type(net).__name__}, expected a network with a field; make one of it with "
+            "odeadv.models.from_module(net, layers=[...])"
+        )
     if loss is None:
         return net.field(images, labels, eta)
     if not callable(loss):

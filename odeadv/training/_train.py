@@ -248,8 +248,8 @@ def _fingerprint(data: Data) -> str:
 def _module(net: Network) -> FieldNetwork:
     if not isinstance(net, nn.Module) or not callable(getattr(net, "field", None)):
         raise TypeError(
-            f"net: got {type(net).__name__}, expected a torch.nn.Module with field(images, labels, eta), see "
-            "odeadv.models.Network"
+            f"net: got {type(net).__name__}, expected a network with field(images, labels, eta); make one of it with "
+            "odeadv.models.from_module(net, layers=[...])"
         )
     dtypes = {parameter.dtype for parameter in net.parameters() if parameter.requires_grad}
     if not dtypes:
@@ -273,7 +273,7 @@ def _check(
     if not isinstance(data, ImageDataset | Dataset | DataLoader):
         raise TypeError(
             f"data: got {type(data).__name__}, expected an instance of ImageDataset, torch.utils.data.Dataset or "
-            "DataLoader"
+            "DataLoader; TensorDataset(images, labels) of torch.utils.data makes one of tensors"
         )
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected an instance of TrainConfig")
