@@ -23,6 +23,7 @@ from torch import Tensor
 
 from odeadv import data
 from odeadv.data import Batches, DatasetNotFoundError, ImageDataset, random_crop_flip, to_float
+from odeadv.data._batches import Window, draw_epoch
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -796,6 +797,30 @@ class TestBatches:
                 assert torch.equal(x, to_float(cropped_slowly(images[chosen], 3, flip, generator)))
                 assert x.is_contiguous(memory_format=torch.channels_last)
                 assert x.dtype == torch.float32
+
+    def test_moves_drawn_on_the_device_have_the_same_distribution(self) -> None:
+        window, sizes = Window(8, 8, 4, True), [100] * 90
+        cpu, device = (draw_epoch(sizes, window, seeded(), torch.device("cpu"), draws) for draws in ("cpu", "device"))
+        assert not torch.equal(cpu[0].top, device[0].top)
+        for moves in (cpu, device):
+            assert [len(move.top) for move in moves] == sizes
+            for name, high in (("top", 9), ("left", 9), ("mirrored", 2)):
+                counts = torch.cat([getattr(move, name) for move in moves]).flatten().long().bincount(minlength=high)
+                assert float(((counts - 9000 / high) ** 2 / (9000 / high)).sum()) < 27  # chi-squared: 7e-4 for 8
+
+    def test_epochs_drawn_on_the_device_repeat_and_go_on_in_the_middle(self) -> None:
+        def batches() -> Batches:
+            return Batches(
+                tensor_pixels(10), torch.arange(10), batch_size=4, shuffle=True, augment=True, generator=seeded(),
+                draws="device",
+            )  # fmt: skip
+
+        first, again, later = batches(), batches(), batches()
+        whole = [x for _ in range(2) for x, _ in first]
+        assert all(torch.equal(a, b) for a, b in zip(whole[:3], [x for x, _ in again], strict=True))
+        list(later)
+        later.pass_over(1)
+        assert all(torch.equal(a, b) for a, b in zip(whole[4:], [x for x, _ in later], strict=True))
 
     def test_augmenting_alone_keeps_the_order(self) -> None:
         batches = Batches(tensor_pixels(5), torch.arange(5), batch_size=2, augment=True, generator=seeded())

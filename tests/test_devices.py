@@ -48,6 +48,16 @@ class Readable(TorchDispatchMode):
         return torch.zeros(condition.numel(), dimensions, dtype=torch.long, device=condition.device)
 
 
+class Copies(TorchDispatchMode):
+    """Counts the copies between devices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is aten._to_copy.default and "device" in (kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
 def fake_grad(outputs, inputs, *args, **kwargs):
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
     return tuple(torch.empty_like(value) for value in inputs)
@@ -176,6 +186,27 @@ def test_diagnostics(gpu):
     assert diagnostics.contraction(field).factor
     assert diagnostics.growth(field).ts
     assert diagnostics.energy(field).schemes
+
+
+def test_draws_made_on_the_device(gpu, monkeypatch):
+    class There(torch.Generator):
+        """A generator that claims to be on the GPU."""
+
+        device = GPU
+
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls)
+
+        def manual_seed(self, seed):
+            super().manual_seed(seed)
+            return self
+
+    monkeypatch.setattr(torch, "Generator", There)
+    draws = Draws(0, 0, slice(0, 2), 4, device=GPU)
+    like = torch.zeros(2, 3, device=GPU)
+    with Copies() as copies:
+        assert {draws.uniform(like).device, draws.normal(like).device, draws.permutation(2, GPU).device} == {GPU}
+    assert not copies.count
 
 
 def test_batches(gpu):

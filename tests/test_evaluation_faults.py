@@ -22,10 +22,10 @@ from odeadv import attacks
 from odeadv.audit import audit
 from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
 from odeadv.evaluation._attack import Counted, attacked
-from odeadv.evaluation._prepare import fold
 from odeadv.evaluation.trust import differs, scales
 from odeadv.models import preact_resnet
 from odeadv.support.digests import function_name, is_local
+from odeadv.support.folding import Folded
 from odeadv.training import Pgd, Trades
 
 IFGSM = Protocol("p", (AttackSpec("ifgsm", 8 / 255, 2 / 255, 3),))
@@ -288,8 +288,8 @@ def test_folding_what_is_no_plain_convolution(make: Callable[[], nn.Module], fol
                 part.weight.data.uniform_(-2, 2)
     with torch.no_grad():
         labels = net(IMAGES).argmax(1)
-        again, count = fold(copy.deepcopy(net))
-        assert count == folded
+        again = Folded(net).eval()
+        assert again.count == folded
         assert torch.allclose(again(IMAGES), net(IMAGES), atol=1e-5)
     result = evaluate(net, (IMAGES, labels), IFGSM, fold=True)
     assert result.clean_accuracy == 1
@@ -297,10 +297,10 @@ def test_folding_what_is_no_plain_convolution(make: Callable[[], nn.Module], fol
 
 
 def test_a_fold_that_raises_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def folding(model: nn.Module) -> tuple[nn.Module, int]:
+    def folding(model: nn.Module) -> nn.Module:
         raise KeyError("something new in torch")
 
-    monkeypatch.setattr("odeadv.evaluation._prepare.fold", folding)
+    monkeypatch.setattr("odeadv.evaluation._prepare.Folded", folding)
     with pytest.warns(RuntimeWarning, match="not folded: KeyError"):
         evaluate(linear(), (IMAGES, LABELS), IFGSM, fold=True)
 

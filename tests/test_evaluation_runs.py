@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import odeadv
 from odeadv.attacks import apgd, ifgsm, pgd, square
 from odeadv.evaluation import AttackSpec, Evaluation, ProgressLine, Protocol, evaluate, mcnemar
-from odeadv.evaluation._prepare import fold
+from odeadv.support.folding import Folded
 from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import exact_p_value
 
@@ -276,8 +276,8 @@ class TestFolding:
             import copy
 
             exact = copy.deepcopy(net).double()
-            folded, count = fold(copy.deepcopy(exact))
-            assert count == sum(isinstance(part, nn.BatchNorm2d) for part in net.modules())
+            folded = Folded(exact).eval()
+            assert folded.count == sum(isinstance(part, nn.BatchNorm2d) for part in net.modules())
             assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
             assert torch.allclose(folded(images.double()), exact(images.double()), rtol=1e-12, atol=1e-12)
 

@@ -1,5 +1,7 @@
 """A step of training does not wait for the device: its checks are read later, and fail as if they were read at once."""
 
+import json
+
 import pytest
 import torch
 from test_training import LAD, LAD_SM, config, tiny_data, tiny_net
@@ -7,9 +9,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from odeadv import attacks, solve
+from odeadv.models import residual_mlp
 from odeadv.splitting import Status
 from odeadv.support.deferred import deferring
-from odeadv.training import Awp, Layerwise, Mart, Natural, Penalty, Pgd, Trades, TrainingDiverged, Undefended, train
+from odeadv.support.plain import from_dict, identity, key, to_dict
+from odeadv.training import (
+    Awp,
+    Layerwise,
+    Mart,
+    Natural,
+    Penalty,
+    Pgd,
+    Trades,
+    TrainConfig,
+    TrainingDiverged,
+    Undefended,
+    train,
+)
 from odeadv.training._loop import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches of 8:UserWarning")
@@ -115,3 +131,58 @@ def test_checks_are_kept_for_later_inside_deferring_only():
     with pytest.raises(ValueError, match="not finite"):
         attacks.fgsm(net, images, labels, eps=0.1)
     assert solve(net.field(images, labels), throw=False).status is Status.NON_FINITE
+
+
+class TestOptions:
+    """Options that save a GPU's time. They change results, so their defaults are off."""
+
+    def test_options_are_recorded_and_leave_the_keys_of_other_runs_alone(self):
+        before = key(config())
+        for option in ({"draws": "device"}, {"fold": True}, {"cudnn_benchmark": True}):
+            assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config(**option))))) == config(**option)
+            assert key(config(**option)) != before
+        assert not {"draws", "fold", "cudnn_benchmark"} & set(identity(config()))
+
+    def test_attacks_on_the_folded_network_follow_the_weights(self, monkeypatch):
+        seen, ifgsm = [], attacks.ifgsm
+
+        def compared(attacked, images, labels, **options):
+            found = ifgsm(attacked, images, labels, **options)
+            seen.append((found, ifgsm(net, images, labels, **options)))
+            assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in attacked.modules())
+            return found
+
+        monkeypatch.setattr(attacks, "ifgsm", compared)
+        net = tiny_net()
+        modes = [part.training for part in net.train().modules()]
+        train(net, tiny_data(), config(objective=Pgd(steps=2), fold=True), progress=False)
+        assert len(seen) == 4
+        for found, expected in seen:
+            assert (found != expected).double().mean() < 0.01  # a gradient near zero may change its sign
+        assert [part.training for part in net.modules()] == modes
+
+    @pytest.mark.parametrize(
+        ("changes", "net", "message"),
+        [
+            ({"objective": Pgd(steps=1, mode="train")}, tiny_net, "fold: got a pass in training mode"),
+            ({}, lambda: residual_mlp(2, 4, num_classes=3, image_size=8), "fold: got a network without a batch norm"),
+            ({}, lambda: tiny_net(noise=1.0).noisy_inference(), "fold: the logits of the folded network differ by"),
+        ],
+    )
+    def test_a_network_that_cannot_be_folded_is_refused(self, changes, net, message):
+        with pytest.raises(ValueError, match=message):
+            train(net(), tiny_data(), config(fold=True, **changes), progress=False)
+
+    @pytest.mark.parametrize("before", [False, True])
+    def test_cudnn_tries_algorithms_during_the_run_only(self, before, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        seen = []
+
+        def on_step(*_):
+            seen.append(torch.backends.cudnn.benchmark)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_net(), tiny_data(), config(cudnn_benchmark=True), on_step=on_step, progress=False)
+        assert (seen, torch.backends.cudnn.benchmark) == ([True, True], before)

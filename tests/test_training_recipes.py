@@ -51,6 +51,7 @@ RECIPES = {
     "eta by strength, warmed up": {"defence": Layerwise("strang", strength=0.05, warmup=2)},
     "mart": {"objective": Mart(steps=1)},
     "awp of trades, with lad": {"objective": Awp(Trades(steps=1), 0.01), "defence": LAD},
+    "pgd, folded, drawn on the device": {"objective": Pgd(steps=1), "fold": True, "draws": "device"},
     "rmsprop, steps": {"optimizer": {"name": "rmsprop", "lr": 1e-3}, "schedule": {"name": "steps", "gamma": 0.5}},
     "adam with amsgrad, polynomial": {
         "optimizer": {"name": "adam", "lr": 1e-3, "amsgrad": True},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class Batches:
         drop_last: True leaves out a last batch that is not full.
         generator: the source of randomness, needed for ``shuffle`` and ``augment``.
         device: where the arrays are kept and the batches made.
+        draws: where the moves of an epoch are drawn: ``"cpu"``, which gives the same numbers for every device, or
+            ``"device"``, seeded by one draw from ``generator``, which copies nothing to the device.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range, a needed ``generator`` is
@@ -107,6 +109,7 @@ class Batches:
         drop_last: bool = False,
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
+        draws: Draws = "cpu",
     ) -> None:
         """Validate the arguments, move the arrays to ``device`` and pad them if they are to be augmented."""
         check_images("images", images)
@@ -131,6 +134,7 @@ class Batches:
         self._generator = generator
         self._passed_over = 0
         self._transform = transform
+        self._draws: Draws = draws
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -157,13 +161,15 @@ class Batches:
             order = torch.randperm(n, generator=self._generator, device=self._generator.device).to(device)
         else:
             order = torch.arange(n, device=device)
-        for batch in range(len(self)):
-            chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-            if self._window is not None and self._generator is not None:
-                moves = draw_moves(len(chosen), self._window, self._generator)
+        parts = torch.split(order[: len(self) * self._batch_size], self._batch_size)
+        moves: list[Moves] = []
+        if self._window is not None and self._generator is not None:
+            moves = draw_epoch([len(part) for part in parts], self._window, self._generator, device, self._draws)
+        for batch, chosen in enumerate(parts):
+            if self._window is not None:
                 if batch < first:
                     continue
-                images = _augmented(self._images, chosen, self._window, moves)
+                images = _augmented(self._images, chosen, self._window, moves[batch])
             elif self._transform is not None and self._generator is not None:
                 seed = draw_seed(self._generator)
                 if batch < first:
@@ -176,6 +182,10 @@ class Batches:
             else:
                 images = self._images.index_select(0, chosen)
             yield to_float(images), self._labels.index_select(0, chosen)
+
+
+#: Where random numbers are drawn.
+Draws = Literal["cpu", "device"]
 
 
 class Window(NamedTuple):
@@ -216,6 +226,28 @@ def draw_moves(n: int, window: Window, generator: torch.Generator) -> Moves:
         return torch.randint(high, (n, 1), generator=generator, device=generator.device)
 
     return Moves(drawn(2 * window.pad + 1), drawn(2 * window.pad + 1), drawn(2) == 1 if window.flip else None)
+
+
+def draw_epoch(
+    sizes: Sequence[int], window: Window, generator: torch.Generator, device: torch.device, draws: Draws
+) -> list[Moves]:
+    """Draw the moves of the batches of an epoch at once, so that no batch waits for a copy.
+
+    Args:
+        sizes: images per batch, at least one batch.
+        window: the size of the cut and the moves it may make.
+        generator: the source. Drawn on the CPU, the numbers are those of `draw_moves` for one batch after the other.
+        device: of the moves.
+        draws: ``"device"`` draws them there, with a generator that one draw from ``generator`` seeds.
+    """
+    if draws == "device":
+        whole = draw_moves(sum(sizes), window, torch.Generator(device).manual_seed(draw_seed(generator)))
+    else:
+        top, left, mirrored = zip(*(draw_moves(n, window, generator) for n in sizes), strict=True)
+        flips = torch.cat([part for part in mirrored if part is not None]).to(device) if window.flip else None
+        whole = Moves(torch.cat(top).to(device), torch.cat(left).to(device), flips)
+    parts = [[None] * len(sizes) if part is None else torch.split(part, list(sizes)) for part in whole]
+    return [Moves(*move) for move in zip(*parts, strict=True)]
 
 
 def _augmented(padded: Tensor, chosen: Tensor, window: Window, moves: Moves) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from odeadv.data._batches import Moves, Window, draw_moves
+from odeadv.data._batches import Draws, Moves, Window, draw_epoch
 from odeadv.data._transforms import Transform, draw_seed, transformed
 from odeadv.support.checks import integer, shown
 
@@ -31,6 +31,7 @@ class Stream:
         transform: of one image, (channels, height, width), uint8 or as the data set has it; see `make_transform`.
         generator: the source of randomness.
         device: of the batches.
+        draws: where crops and mirrors are drawn; see `Batches`.
 
     Raises:
         TypeError, ValueError: naming ``data``, if it lacks a length, a full batch or another batch size.
@@ -46,6 +47,7 @@ class Stream:
         transform: Transform | None = None,
         generator: torch.Generator,
         device: str | torch.device = "cpu",
+        draws: Draws = "cpu",
     ) -> None:
         self._source, self._batch_size, self._generator = source, integer("batch_size", batch_size), generator
         self._pad, self._flip, self._device = pad, flip, torch.device(device)
@@ -59,6 +61,7 @@ class Stream:
             raise ValueError(f"data: got {self._samples} samples, expected at least batch_size={batch_size}")
         self._passed_over = 0
         self._transform = transform
+        self._draws: Draws = draws
 
     def __len__(self) -> int:
         """Return the number of full batches in an epoch."""
@@ -73,13 +76,14 @@ class Stream:
         first, self._passed_over = self._passed_over, 0
         random = _Random(int(torch.randint(2**62, (), generator=self._generator)))
         batches = self._loaded(random) if isinstance(self._source, DataLoader) else self._indexed(random, first)
+        moves: list[Moves] = []
+        if self._pad or self._flip:
+            window, sizes = Window(0, 0, self._pad, self._flip), [self._batch_size] * len(self)
+            moves = draw_epoch(sizes, window, self._generator, self._device, self._draws)
         for number, batch in enumerate(batches):
             if number == len(self):
                 return
-            moves, seed = None, None if self._transform is None else draw_seed(self._generator)
-            if self._pad or self._flip:
-                window = Window(0, 0, self._pad, self._flip)
-                moves = draw_moves(self._batch_size, window, self._generator)
+            seed = None if self._transform is None else draw_seed(self._generator)
             if number < first:
                 continue
             assert batch is not None
@@ -88,19 +92,22 @@ class Stream:
                 inputs = transformed(inputs, self._transform, seed)
             inputs = as_inputs(inputs)
             labels = torch.as_tensor(batch[1]).to(self._device, torch.int64)
-            yield inputs if moves is None else moved(inputs, moves, self._pad), labels
+            yield moved(inputs, moves[number], self._pad) if moves else inputs, labels
 
     def _indexed(self, random: _Random, first: int) -> Iterator[tuple[Any, Any] | None]:
-        """Yield batches of the data set in a random order; None for those that are passed over, unread."""
+        """Return the batches of the data set in a random order; None for those that are passed over, unread."""
         source: Any = self._source
+        # Drawn at once, not when the first batch is asked for: the moves of the images are drawn after it.
         order = torch.randperm(self._samples, generator=self._generator).tolist()
-        for number in range(len(self)):
+
+        def read(number: int) -> tuple[Any, Any] | None:
             if number < first:
-                yield None
-                continue
+                return None
             chosen = order[number * self._batch_size : (number + 1) * self._batch_size]
             with _Random(random.seed + number):
-                yield stacked([source[index] for index in chosen])
+                return stacked([source[index] for index in chosen])
+
+        return map(read, range(len(self)))
 
     def _loaded(self, random: _Random) -> Iterator[tuple[Any, Any]]:
         """Yield the batches of the loader, whose generator begins anew from the seed of the epoch."""

@@ -7,10 +7,11 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from odeadv.attacks.objective import AttackLoss
-from odeadv.evaluation.trust import beyond
+from odeadv.evaluation.trust import FOLD_LIMIT, beyond
+from odeadv.support.folding import Folded
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,22 @@ def _copy(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
 
 def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
     try:
-        folded, count = fold(copy.deepcopy(model))
+        folded = Folded(model).eval()
         with torch.no_grad():
             plain, other = model(probe), folded(probe)
     except Exception as error:  # the traced graph may fail in any way
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # messages of fold need no type
         notes.append(f"not folded: {kind}{error}")
         return model
-    # Folding rounds every weight once, which a deep network amplifies: ResNet-56 differs by some 100 units in the last
-    # place. A wrong fold differs in the first places.
-    limit = 1e4 * torch.finfo(plain.dtype).eps
-    if count and not beyond(plain, other, limit):
+    limit = FOLD_LIMIT * torch.finfo(plain.dtype).eps
+    if folded.count and not beyond(plain, other, limit):
         return folded
     distance = float((plain - other).abs().max())
-    why = f"logits differ by {distance:.1g}, more than {limit:.1g} of their scale" if count else "no batch norm found"
+    why = (
+        f"logits differ by {distance:.1g}, more than {limit:.1g} of their scale"
+        if folded.count
+        else "no batch norm found"
+    )
     notes.append(f"not folded: {why}")
     return model
 
@@ -147,104 +150,3 @@ def _compile(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module | N
         notes.append(f"not compiled, as torch.compile failed ({type(error).__name__}: {reason})")
         return None
     return compiled
-
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class Affine(nn.Module):
-    """scale * x + shift per channel, in one pass; its derivative needs ``scale`` only, not x.
-
-    Args:
-        scale: (channels,).
-        shift: (channels,).
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return scale * x + shift, for ``x`` (n, channels, ...)."""
-        shape = (-1, *(1 for _ in x.shape[2:]))  # BatchNorm1d takes (n, channels) and (n, channels, length)
-        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
-
-
-def fold(model: nn.Module) -> tuple[nn.Module, int]:
-    """Fold the batch norms of ``model``, a copy in eval mode that may be changed. Return it and the number folded.
-
-    A batch norm goes into the weights of the convolution before it, if nothing else reads that convolution. Any other
-    batch norm becomes an `Affine`; so does one after a convolution that has hooks or whose weights are computed
-    (spectral or weight norm). A batch norm that is called by keyword stays. Scales are computed in float64 and rounded
-    once. The result equals the model up to rounding.
-
-    Raises:
-        ValueError: if torch.fx cannot trace the model's forward, for example because it branches on values.
-    """
-    try:
-        traced = fx.GraphModule(model, fx.Tracer().trace(model))
-    except Exception as error:  # a tracer raises whatever the traced code raises
-        raise ValueError(f"fold: the model's forward cannot be traced ({type(error).__name__}: {error})") from error
-    parts = dict(traced.named_modules())
-    uses = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    count = 0
-    for node in list(traced.graph.nodes):
-        norm = parts.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, _NORMS) or norm.running_mean is None or norm.running_var is None or node.kwargs:
-            continue
-        source = node.args[0]
-        before = parts.get(str(source.target)) if source.op == "call_module" else None
-        scale, shift = _affine(norm)
-        alone = len(source.users) == 1 and uses.count(source.target) == 1 and uses.count(node.target) == 1
-        if isinstance(before, _CONVOLUTIONS) and alone and _plain_weight(before):
-            _absorb(before, scale, shift)
-            node.replace_all_uses_with(source)
-            traced.graph.erase_node(node)
-        else:
-            like = norm.running_mean
-            affine = Affine(scale.to(like), shift.to(like))
-            name = f"affine_{count}"
-            traced.add_module(name, affine)
-            node.target = name
-        count += 1
-    traced.graph.lint()
-    traced.recompile()
-    traced.delete_all_unused_submodules()
-    return traced.eval(), count
-
-
-def _plain_weight(convolution: nn.Module) -> bool:
-    """Return True if its weight is a parameter that nothing recomputes before a pass."""
-    return "weight" in convolution._parameters and not (convolution._forward_pre_hooks or convolution._forward_hooks)
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return scale and shift of a batch norm in eval mode, (channels,) in float64."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    scale = (variance + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.detach().double()
-    shift = -mean * scale
-    return scale, shift + norm.bias.detach().double() if norm.affine else shift
-
-
-def _absorb(convolution: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    assert isinstance(convolution, _CONVOLUTIONS)
-    weight = convolution.weight.detach()
-    broadcast = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
-    bias = shift if convolution.bias is None else convolution.bias.detach().double() * scale + shift
-    layout = (
-        torch.channels_last if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) else None
-    )
-    folded = (weight.double() * broadcast).to(weight.dtype)
-    folded = folded if layout is None else folded.contiguous(memory_format=layout)
-    convolution.weight = nn.Parameter(folded, requires_grad=False)
-    convolution.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)

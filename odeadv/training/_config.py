@@ -45,10 +45,16 @@ class TrainConfig:
         channels_last: memory layout of images and weights. It changes speed, and results by rounding only.
         sync_batchnorm: take batch statistics over all processes.
         compile: compile the network that attacks run (``torch.compile``). It changes results by rounding only.
+        fold: run the attacks on a copy of the network whose batch norms are folded into convolutions; see `Folded`. It
+            follows the weights in every step, and changes results by rounding only. Attacks need evaluation mode.
         stop_above: a loss above this counts as diverged.
         check_every: number of steps between two looks at the checks of the steps. A look waits for the device, so a GPU
             runs ahead in between. If a check has failed, the steps since the last look are redone, and the error is
             that of the step that failed. It needs a copy of weights and optimiser state; 1 looks after every step.
+        draws: where the random numbers of attacks, ablations and augmentation are drawn: ``"cpu"`` gives the same
+            numbers on every device, ``"device"`` saves the copies to it. Both follow from ``seed``.
+        cudnn_benchmark: set ``torch.backends.cudnn.benchmark`` during the run: cuDNN tries its algorithms for every
+            shape. The choice may differ from run to run, and with it results by rounding.
         seed: of the initial weights, the order of the images, their augmentation, attacks and noise.
         augment: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror); ``"crop"``, ``"flip"``, or ``"none"``. Images
             are only mirrored if the data set allows it. Or transforms of torchvision.transforms.v2 by name and
@@ -86,8 +92,11 @@ class TrainConfig:
     channels_last: bool = True
     sync_batchnorm: bool = True
     compile: bool = False
+    fold: bool = False
     stop_above: float = 1e3
     check_every: int = 50
+    draws: Literal["cpu", "device"] = "cpu"
+    cudnn_benchmark: bool = False
     seed: int = 0
     augment: tuple[Mapping[str, Any], ...] | Mapping[str, Any] | Augment = "crop-flip"
     optimizer: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +109,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         with_floats(self)
-        for name in ("channels_last", "sync_batchnorm", "compile"):
+        for name in ("channels_last", "sync_batchnorm", "compile", "fold", "cudnn_benchmark"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
         for name, base, example in (("objective", Objective, "Pgd"), ("defence", Defence, "Layerwise")):
@@ -120,6 +129,7 @@ class TrainConfig:
             raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
         self._check_augment()
         choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        choice("draws", self.draws, ("cpu", "device"))
         choice("decay", self.decay, ("all", "weights"))
         number("label_smoothing", self.label_smoothing, least=0, most=1)
         number("ema", self.ema, least=0, most=1)

@@ -95,6 +95,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     variance; the running variance is unbiased over the global batch, as in `torch.nn.BatchNorm2d`.
     """
 
+    plain_in_evaluation = True  # so that it can be folded
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, (n, channels, height, width)."""
         if not self.training or not dist.is_initialized():

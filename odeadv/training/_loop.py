@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from odeadv import attacks
 from odeadv.data import to_float
 from odeadv.diagnostics import Perturbation, perturbation
+from odeadv.evaluation.trust import FOLD_LIMIT, beyond
 from odeadv.models import FieldNetwork
 from odeadv.solver import SolveError
 from odeadv.support.deferred import deferring, holds
+from odeadv.support.folding import Folded
 from odeadv.support.isolation import untouched, without_effects
 from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
@@ -111,13 +113,11 @@ class Run:
         config, fabric = self.config, self.fabric
         if fabric.world_size > 1 and config.sync_batchnorm:
             synchronise_batch_norm(self.net)
-        # Attacks take input gradients of the same weights; compiled, they run as one graph in evaluation mode.
-        attacked = torch.compile(self.net) if config.compile else None
-        assert attacked is None or isinstance(attacked, nn.Module)
-        self.step_module = StepModule(self.net, config.objective, config.defence, attacked, config.label_smoothing)
+        self.step_module = StepModule(self.net, config.objective, config.defence, config.label_smoothing)
         self.optimizer = config.make_optimizer(self.net)
         self.rates = config.learning_rates(len(self.batches))
         self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
+        self._prepare_attacks()
         self.precision = fabric.strategy.precision
         self.averaged = Averaged(self.net, config.ema) if config.ema else None
         self.result = TrainResult()
@@ -156,6 +156,33 @@ class Run:
         if self.averaged is not None:
             self.net.load_state_dict(self.averaged.tensors)
         return self.result
+
+    def _prepare_attacks(self) -> None:
+        """Let attacks, which take input gradients of the same weights, run on a folded or compiled form."""
+        folded = Folded(self.net) if self.config.fold else None
+        if folded is not None and not folded.count:
+            raise ValueError("fold: got a network without a batch norm that can be folded; leave out fold=True")
+        self.fold_is_checked = folded is None
+        attacked = self.net if folded is None else folded
+        if self.config.compile:
+            attacked = torch.compile(attacked)  # type: ignore[assignment]
+        self.step_module.attack_through(attacked, folded)
+
+    def _check_fold(self, images: Tensor) -> None:
+        """Compare the folded network with the network itself, on some images of the first step."""
+        folded = self.step_module.folded
+        assert folded is not None
+        folded.follow()  # weights of a checkpoint may have been loaded
+        with torch.no_grad(), without_effects([self.net], images.device), untouched(self.net, folded, mode="eval"):
+            plain, other = self.net(images[:8]), folded(images[:8])
+        limit = FOLD_LIMIT * torch.finfo(plain.dtype).eps
+        if beyond(plain, other, limit):
+            distance = float((plain - other).abs().max())
+            raise ValueError(
+                f"fold: the logits of the folded network differ by {distance:.3g}, expected at most {limit:.3g} of "
+                "their scale (is the network random in evaluation mode?); leave out fold=True"
+            )
+        self.fold_is_checked = True
 
     def _has_lost_patience(self) -> bool:
         patience, best = self.config.patience, self.result.best_epoch
@@ -337,7 +364,9 @@ class Run:
             group["lr"] = self.rates[number]
         for part in range(parts):
             rows = rows_of(self.fabric.global_rank, world, part, parts, len(labels))
-            draws = Draws(self.config.seed, number, rows, len(labels))
+            if not self.fold_is_checked:
+                self._check_fold(images[rows])
+            draws = self._draws(number, rows, len(labels))
             waits = part < parts - 1
             with self.fabric.no_backward_sync(self.module, enabled=waits and world > 1):
                 try:
@@ -354,6 +383,10 @@ class Run:
         self.engine_optimizer.step()
         if self.averaged is not None:
             self.averaged.update(self.net, number)
+
+    def _draws(self, number: int, rows: slice, total: int) -> Draws:
+        device = self.fabric.device if self.config.draws == "device" else "cpu"
+        return Draws(self.config.seed, number, rows, total, device=device)
 
     def _add_strength(self) -> None:
         strength = self.step_module.strength
@@ -387,7 +420,7 @@ class Run:
                     rows = rows_of(
                         self.fabric.global_rank, self.fabric.world_size, part, config.accumulate, len(labels)
                     )
-                    draws = Draws(config.seed, number, rows, len(labels))
+                    draws = self._draws(number, rows, len(labels))
                     with self._watching(0), self.fabric.autocast():
                         self.step_module(images[rows], labels[rows], draws, share)
                     found = self.step_module.strength

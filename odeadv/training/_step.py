@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeadv.models import FieldNetwork, Network
+from odeadv.support.folding import Folded
 from odeadv.support.plain import Choice
 from odeadv.training._strength import Strength
 
@@ -48,11 +49,12 @@ class Draws:
         step: number of the step in the run.
         rows: the rows of the batch to draw for.
         total: number of rows in the global batch.
+        device: where the numbers are drawn. Every kind of device has numbers of its own.
     """
 
-    def __init__(self, seed: int, step: int, rows: slice, total: int) -> None:
+    def __init__(self, seed: int, step: int, rows: slice, total: int, *, device: str | torch.device = "cpu") -> None:
         digest = hashlib.sha256(f"odeadv draws {seed} {step}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self._rows, self._total = rows, total
 
     @classmethod
@@ -62,17 +64,19 @@ class Draws:
 
     def uniform(self, like: Tensor) -> Tensor:
         """Return uniform numbers on [0, 1) like ``like``, whose first axis are the rows."""
-        whole = torch.rand((self._total, *like.shape[1:]), generator=self._generator)
-        return whole[self._rows].to(like)
+        return self._drawn(torch.rand, like)
 
     def normal(self, like: Tensor) -> Tensor:
         """Return standard normal numbers, shaped as `uniform` shapes them."""
-        whole = torch.randn((self._total, *like.shape[1:]), generator=self._generator)
-        return whole[self._rows].to(like)
+        return self._drawn(torch.randn, like)
 
     def permutation(self, n: int, device: torch.device) -> Tensor:
         """Return a random order of ``n`` rows: of the rows drawn for, not of the global batch."""
-        return torch.randperm(n, generator=self._generator).to(device)
+        return torch.randperm(n, generator=self._generator, device=self._generator.device).to(device)
+
+    def _drawn(self, kind: Callable[..., Tensor], like: Tensor) -> Tensor:
+        shape = (self._total, *like.shape[1:])
+        return kind(shape, generator=self._generator, device=self._generator.device)[self._rows].to(like)
 
 
 class Defence(Choice):
@@ -208,10 +212,11 @@ class StepModule(nn.Module):
         net: the network.
         objective: the loss of a step.
         defence: solves the pass that is trained on.
-        attacked: the network in the form that attacks run, if that is not ``net`` itself.
         label_smoothing: see `Step`.
 
     Attributes:
+        attacked: the network in the form that attacks run (folded, compiled); None for ``net`` itself.
+        folded: the folded network in it, if there is one; every pass begins with its weights brought up to date.
         defence: the defence of the next step; the loop replaces it while eta rises.
         seen: images and labels of the last pass that was trained on.
         strength: of the last step.
@@ -222,22 +227,28 @@ class StepModule(nn.Module):
         net: FieldNetwork,
         objective: Objective,
         defence: Defence,
-        attacked: nn.Module | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net
         self._objective, self.defence, self._label_smoothing = objective, defence, label_smoothing
-        self.__dict__["_attacked"] = attacked  # not a submodule: its parameters are those of net
+        self.attacked: nn.Module | None = None
+        self.folded: Folded | None = None
         self._undo: list[Callable[[], None]] = []
         self.seen: tuple[Tensor, Tensor] | None = None
         self.strength: Strength | None = None
 
+    def attack_through(self, attacked: nn.Module, folded: Folded | None) -> None:
+        """Run attacks on ``attacked``, which may contain ``folded``, from now on."""
+        # Not submodules: their parameters are those of the network.
+        self.__dict__.update(attacked=attacked, folded=folded)
+
     def forward(self, images: Tensor, labels: Tensor, draws: Draws, share: float) -> tuple[Tensor, Tensor]:
         """Return loss and detached logits of a step."""
+        if self.folded is not None:
+            self.folded.follow()
         step = Step(
-            self.net, images, labels, self.defence, draws, share, self._label_smoothing, self.__dict__["_attacked"],
-            undo=self._undo,
+            self.net, images, labels, self.defence, draws, share, self._label_smoothing, self.attacked, undo=self._undo,
         )  # fmt: skip
         passed = self._objective(step)
         # An objective may return a loss of its own without saying what it saw: its last defended pass is meant then.

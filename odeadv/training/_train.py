@@ -144,7 +144,8 @@ def train(
         kept = Checkpoints(Path(checkpoints), whole)
     on_step, on_epoch = _watched(config, progress, logger, on_step, on_epoch)
     generator = torch.Generator().manual_seed(config.seed)
-    with _random_state(f"odeadv noise {config.seed} {fabric.global_rank}", fabric.device):
+    noise = f"odeadv noise {config.seed} {fabric.global_rank}"
+    with _random_state(noise, fabric.device), _searching(config.cudnn_benchmark):
         batches = _batches(data, config, generator, fabric.device)
         plan = Plan(module, batches, generator, config, fabric, validation, kept, checkpoint_every)
         return Run(plan).go(on_step, on_epoch)
@@ -220,7 +221,7 @@ def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device
     if not isinstance(data, ImageDataset):
         return Stream(
             data, batch_size=config.batch_size, pad=pad, flip=flip, transform=transform, generator=generator,
-            device=device,
+            device=device, draws=config.draws,
         )  # fmt: skip
     return Batches(
         data.train_images,
@@ -234,6 +235,7 @@ def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device
         drop_last=True,
         generator=generator,
         device=device,
+        draws=config.draws,
     )
 
 
@@ -312,3 +314,14 @@ def _random_state(seed: str, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
         yield
+
+
+@contextlib.contextmanager
+def _searching(on: bool) -> Iterator[None]:
+    """Let cuDNN choose its algorithms by trial inside if ``on``, and put the caller's setting back afterwards."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = before or on
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
