@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,9 +170,10 @@ class Audit:
             self._headline(),
         ]
         for check in self.checks:
-            lines.append(f"{check.status:<15}{check.name:<{width}}  {check.found}")
-            if check.status == "fail":
-                lines.append(f"{'':15}{'':{width}}  {check.meaning}")
+            texts = (check.found, check.meaning) if check.status == "fail" else (check.found,)
+            first, *more = [row for text in texts for row in textwrap.wrap(text, 72) or [""]]
+            lines.append(f"{check.status:<15}{check.name:<{width}}  {first}")
+            lines += [f"{'':{17 + width}}{row}" for row in more]
         return "\n".join(lines)
 
     def _headline(self) -> str:
