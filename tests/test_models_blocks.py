@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import odeadv
 from odeadv import models
 from odeadv.fields import Jump, Operator, Piecewise, Residual
+from odeadv.training import Undefended
 
 torchvision = pytest.importorskip("torchvision")
 ETA = 5.0
@@ -350,6 +352,44 @@ def test_a_pass_costs_no_more_than_it_must():
         sol.loss.backward()
         assert len(calls) == expected
         assert sol.stats.evaluations["f"] == expected
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and the bytes of their results."""
+
+    count = size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.detach.default:
+            self.count += 1
+            self.size += result.numel() * result.element_size() if isinstance(result, Tensor) else 0
+        return result
+
+
+@pytest.mark.parametrize("blocks", [3, 6])
+def test_wrapping_adds_few_operations_and_no_pass_over_every_state(blocks):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(blocks)]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), *layers, nn.Flatten(), nn.Linear(4 * 36, 5))
+    wrapped = models.from_module(net, [str(n + 1) for n in range(blocks)])
+    images, labels = torch.rand(8, 3, 8, 8, generator=generator()), torch.arange(8) % 5
+
+    def step(loss) -> Operations:
+        for counted in (Operations(), Operations()):  # the first step looks for jumps
+            with counted:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    value = loss()
+                value.backward()
+        return counted
+
+    plain = step(lambda: F.cross_entropy(net(images).float(), labels))
+    solved = step(lambda: Undefended()(wrapped, images, labels).loss)
+    # Checks of the labels, of the first state, of the result, and of one block in turn, which may write to its state.
+    assert solved.count - plain.count <= 28
+    # Copies: one for each of the checks, both saved states in one tensor, and two for the check of that tensor.
+    state = 2 * 8 * 4 * 6 * 6  # bytes in bfloat16
+    assert solved.size - plain.size <= 6 * state + 100
 
 
 def test_inputs_may_be_a_structure_of_tensors():

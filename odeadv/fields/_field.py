@@ -220,7 +220,7 @@ class AdversarialField(VectorField):
         self.running = running
         self.at = _timed_losses(at)
         self.transforms: tuple[NodeTransform, ...] = ()
-        self._modules = modules_of(loss, readout, running, *self.at.values(), *modules)
+        self._runs: tuple[object, ...] = (loss, readout, running, *self.at.values(), *modules)
         operator = (
             f if isinstance(f, Operator) else _whole(f) if isinstance(f, VectorField) else _named_operator("f", f)
         )
@@ -234,7 +234,7 @@ class AdversarialField(VectorField):
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The modules that an evaluation of the field, its read-out or its loss runs."""
-        return modules_of(self.f, *self._modules)
+        return modules_of(self.f, *self._runs)
 
     @property
     def idle(self) -> bool:
@@ -268,7 +268,7 @@ class AdversarialField(VectorField):
             raise ValueError("transform: got one for a field with losses at given times, expected a field without at=")
         field = copy.copy(self)
         field.transforms = (*self.transforms, transform)
-        field._modules = modules_of(*self._modules, transform)
+        field._runs = (*self._runs, transform)
         return field
 
     def driven_by(self, costate: Any) -> VectorField:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,9 @@ def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
     return value
 
 
+_NEWTON = Newton()
+
+
 def _name(function: object) -> str:
     """Return a short name of a callable for a ``repr``."""
     return str(getattr(function, "__name__", type(function).__name__))
@@ -180,7 +184,7 @@ class Operator:
         *,
         flow: Flow | None = None,
         solve: Solve | Newton | None = None,
-        modules: Sequence[nn.Module] = (),
+        modules: Sequence[object] = (),
         reversible: bool = True,
     ) -> None:
         if f is not None and not callable(f):
@@ -195,9 +199,14 @@ class Operator:
         check_arguments("flow", flow, "flow(t, dt, x)")
         self.f = _unknown if f is None else f
         self.flow = flow
-        self.solver = Newton() if solve is None else solve
+        self.solver = _NEWTON if solve is None else solve
         self.reversible = reversible
-        self.modules: tuple[nn.Module, ...] = modules_of(f, flow, solve, *modules)
+        self._runs = (f, flow, solve, *modules)
+
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that the operator runs. Only a recording needs them, and the search takes time."""
+        return modules_of(*self._runs, owner=self)
 
     def __repr__(self) -> str:
         parts = [] if self.f is _unknown else [_name(self.f)]
@@ -412,7 +421,12 @@ class Jump:
         if not callable(map):
             raise TypeError(f"map: got {type(map).__name__}, expected a callable map(x)")
         self.map = map
-        self.modules = modules_of(map, *modules)
+        self._runs = (map, *modules)
+
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """See `Operator.modules`."""
+        return modules_of(*self._runs, owner=self)
 
     def across(self, x: Tensor, cost: Cost) -> Tensor:
         """Return the state at the end of the interval, counted."""

@@ -28,7 +28,7 @@ class Residual(Operator):
     def __init__(self, block: Callable[[Tensor], Tensor], *, name: str = "block") -> None:
         if not callable(block):
             raise TypeError(f"{name}: got {type(block).__name__}, expected a callable block(x)")
-        super().__init__(lambda t, x: block(x) - x, modules=(block,))  # type: ignore[arg-type]  # modules are looked for
+        super().__init__(lambda t, x: block(x) - x, modules=(block,))
         self.block = block
         self.name = name
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from odeadv.fields._clock import Clock
 from odeadv.fields.operator import Cost, Jump, Kept, Newton, Operator, Slopes, leading, same_shape
-from odeadv.support.discovery import modules_of
 
 ALL = frozenset(("f", "flow", "solve"))
 
@@ -45,7 +44,7 @@ class Forcing(Operator):
         else:
             self.scale = scale
         self.source = source
-        super().__init__(partial(_forced, self.value, self.scale), modules=modules_of(value))
+        super().__init__(partial(_forced, self.value, self.scale), modules=(value,))
 
     @property
     def abilities(self) -> frozenset[str]:
@@ -148,7 +147,7 @@ class Sum(Operator):
         super().__init__(
             lambda t, x: sum((op(t, x) for op in operators[1:]), start=operators[0](t, x)),
             solve=_common_newton(operators),
-            modules=modules_of(*operators),
+            modules=operators,
             reversible=all(operator.reversible for operator in operators),
         )
         self.operators = tuple(operators)
@@ -257,7 +256,7 @@ class Piecewise(Operator):
             )
         if any(b <= a for a, b in pairwise(self.edges)):
             raise ValueError(f"edges: got {self.edges}, expected increasing times")
-        super().__init__(self._evaluate, modules=modules_of(*self.pieces))
+        super().__init__(self._evaluate, modules=self.pieces)
 
     @property
     def abilities(self) -> frozenset[str]:

@@ -156,8 +156,9 @@ class BlockNetwork(FieldNetwork):
 
     def _layout(self, inputs: Any) -> _Layout:
         """Return what running the network once on inputs of this shape shows."""
-        kind = next((p.device.type for p in self.parameters()), "cpu")
-        key = (_signature(inputs), torch.is_autocast_enabled(kind), next((p.dtype for p in self.parameters()), None))
+        first = next(self.parameters(), None)
+        kind, dtype = ("cpu", None) if first is None else (first.device.type, first.dtype)
+        key = (_signature(inputs), torch.is_autocast_enabled(kind), dtype)
         if key not in self._layouts:
             self._layouts[key] = self._look(inputs)
         return self._layouts[key]

@@ -19,7 +19,7 @@ from odeadv.solver._solution import Solution, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
 from odeadv.splitting import DIRK, Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
-from odeadv.support.deferred import holds, is_deferring
+from odeadv.support.deferred import all_finite, holds, is_deferring
 from odeadv.support.isolation import Recompute, inside_transform, without_effects
 
 
@@ -60,7 +60,7 @@ class Run:
         held = len(xs) + (len(path.nodes) if keep else 0)
         self.stats.states_held = max(self.stats.states_held, _held(costate) + held)
         saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
-        status = self.outcome(final, loss, *((saved,) if isinstance(saved, Tensor) else saved))
+        status = self.outcome(loss, *self._unchecked(final, xs, saved))
         if status is Status.SUCCESS:
             self._warn_if_still(final, grid, driven)
         if request.narrow is not None and isinstance(saved, Tensor):
@@ -78,6 +78,11 @@ class Run:
             record=self.recorded_costate if isinstance(request.field, AdversarialField) else None,
             dense=Dense(within, grid, path.nodes, request.narrow) if request.dense and len(grid) else None,
         )
+
+    def _unchecked(self, final: Tensor, xs: list[Tensor], saved: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+        """Return the states that nothing has found to be finite yet, each one once; the initial state is."""
+        states = [saved] if isinstance(saved, Tensor) else [x for x in xs if x is not self.request.x0]
+        return states if xs[-1] is final else [final, *states]
 
     @property
     def _keeps_nodes(self) -> bool:
@@ -276,7 +281,7 @@ def _held(costate: Costate | None) -> int:
 
 def status_of(so_far: Status, *values: Tensor | None) -> Status:
     """Return ``so_far``, unless a value is not finite, or cannot be read."""
-    finite = [(value.detach() * 0).sum() == 0 for value in values if value is not None]  # cheaper than isfinite().all()
+    finite = [all_finite(value) for value in values if value is not None]
     try:
         if not holds(torch.stack(finite).all()):
             return Status.NON_FINITE

@@ -18,7 +18,7 @@ from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
 from odeadv.splitting import DIRK, Adaptive, CostateKind, Exact, Grid, make_grid
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SchemeLike, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
-from odeadv.support.deferred import holds
+from odeadv.support.deferred import all_finite, holds
 from odeadv.support.isolation import inside_transform, is_wrapped, read_value
 
 SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
@@ -374,9 +374,9 @@ def _check_readable(x0: Tensor, recordings: Recordings, times: Times, differenti
         ValueError: naming ``dt`` or ``sweeps``, inside torch.func.vmap.
     """
     if times.adaptive is not None:
-        read_value(x0.isfinite().all(), "dt: adaptive")
+        read_value(all_finite(x0), "dt: adaptive")
     if recordings.converge is not None:
-        read_value(x0.isfinite().all(), "sweeps: 'converge'")
+        read_value(all_finite(x0), "sweeps: 'converge'")
         if inside_transform() and (differentiate or recordings.converge.method == "newton"):
             raise ValueError(
                 "sweeps: Newton's method, and gradients of 'converge' by differentiate_costate=True, work with "
@@ -472,7 +472,7 @@ def read_initial_state(field: VectorField, x0: Any) -> Tensor:
     if not (state.is_floating_point() or state.is_complex()):
         raise TypeError(f"x0: got dtype {state.dtype}, expected a floating or complex dtype; convert with x0.double()")
     try:
-        finite = holds(state.isfinite().all())
+        finite = holds(all_finite(state))
     except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
         finite = True
     if not finite:

@@ -9,13 +9,18 @@ import types
 from torch import Tensor, nn
 
 
-def modules_of(*functions: object) -> tuple[nn.Module, ...]:
+def modules_of(*functions: object, owner: object = None) -> tuple[nn.Module, ...]:
     """Return the modules that ``functions`` run, as far as can be seen.
 
     The search looks at modules, bound methods, partial functions, the variables that a function closes over or names
     globally, the defaults of its arguments, objects with a tuple ``modules`` (operators and fields), and the items of
     lists, tuples, sets and dicts. It looks at the attributes of other objects, but not at the attributes of those
     attributes.
+
+    Args:
+        functions: what to search.
+        owner: the object whose ``modules`` these are. A bound method leads back to it; its attributes are then looked
+            at instead.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
@@ -38,7 +43,7 @@ def modules_of(*functions: object) -> tuple[nn.Module, ...]:
             parts = [item.__self__, item.__func__]
         elif isinstance(item, types.FunctionType):
             parts = _names_in(item)
-        elif isinstance(own := _modules_named(item), tuple):
+        elif item is not owner and isinstance(own := _modules_named(item), tuple):
             parts = list(own)
         else:
             parts, inside = (list(vars(item).values()) if inside and hasattr(item, "__dict__") else []), False
