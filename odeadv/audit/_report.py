@@ -171,7 +171,7 @@ class Audit:
         ]
         for check in self.checks:
             texts = (check.found, check.meaning) if check.status == "fail" else (check.found,)
-            first, *more = [row for text in texts for row in textwrap.wrap(text, 72) or [""]]
+            first, *more = [row for text in texts for row in textwrap.wrap(text, 72, break_on_hyphens=False) or [""]]
             lines.append(f"{check.status:<15}{check.name:<{width}}  {first}")
             lines += [f"{'':{17 + width}}{row}" for row in more]
         return "\n".join(lines)
