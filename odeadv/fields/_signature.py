@@ -19,8 +19,8 @@ def check_arguments(name: str, function: object, expected: str) -> None:
         TypeError: if the number of arguments differs, or the state comes where ``expected`` has a time.
     """
     is_module = isinstance(function, nn.Module)
-    if is_module:
-        function = type(function).forward
+    if isinstance(function, nn.Module):
+        function = getattr(function.forward, "__func__", None)
     if not isinstance(function, types.FunctionType):
         return
     code = function.__code__
