@@ -12,6 +12,7 @@ from helpers import Y0, A, Q, measured_order, seeded
 from scipy.fft import dctn
 from scipy.integrate import solve_ivp
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 import odeadv
 from odeadv.fields import Forcing
@@ -246,6 +247,25 @@ def test_first_and_second_derivatives(newton, scheme):
     assert torch.autograd.gradgradcheck(solve, (x0, w), fast_mode=True)
 
 
+@pytest.mark.parametrize("newton", NEWTONS[:2], ids=["dense", "krylov"])
+def test_third_derivatives_are_refused_and_forward_mode_is_right(newton):
+    x0, w = tensor(1.0, 0.5).requires_grad_(), tensor(1.3, 0.4).requires_grad_()
+
+    def solve(x, w):
+        return end(parametrised(w, newton), x, steps=1)
+
+    (first,) = torch.autograd.grad(solve(x0, w).sum(), w, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x0, create_graph=True)
+    for wanted in (x0, w):
+        with pytest.raises(ValueError, match=r"^substep: got a third derivative through Newton's iteration"):
+            torch.autograd.grad(second.sum(), wanted, retain_graph=True)
+    by_x, by_w = torch.autograd.functional.jacobian(solve, (x0, w))
+    dx, dw = tensor(1.0, 2.0), tensor(-0.5, 0.3)
+    with dual_level():
+        tangent = unpack_dual(solve(make_dual(x0.detach(), dx), make_dual(w.detach(), dw))).tangent
+    torch.testing.assert_close(tangent, by_x @ dx + by_w @ dw)
+
+
 def test_derivatives_by_torch_func():
     def solve(x):
         return end(parametrised(tensor(1.3, 0.4), odeadv.Newton()), x)
@@ -254,7 +274,10 @@ def test_derivatives_by_torch_func():
     by_autograd = torch.autograd.functional.jacobian(solve, x0)
     torch.testing.assert_close(torch.func.jacrev(solve)(x0), by_autograd)
     hessian = torch.autograd.functional.hessian(lambda x: solve(x).sum(), x0)
-    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(lambda x: solve(x).sum()))(x0), hessian)
+    twice = torch.func.jacrev(torch.func.jacrev(lambda x: solve(x).sum()))
+    torch.testing.assert_close(twice(x0), hessian)
+    with pytest.raises(ValueError, match="got a third derivative"):
+        torch.func.jacrev(twice)(x0)
 
 
 def test_a_field_that_is_a_gradient_itself():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from odeadv.fields._cost import Cost
 from odeadv.support.checks import choice, integer, number
@@ -35,7 +36,7 @@ class Newton:
 
     Gradients follow from the implicit function theorem. The iteration is not in the graph: the solution is corrected
     by (1 - c df/dx)^-1 applied to its residual, which is zero, but whose derivatives are those of the solution.
-    First and second derivatives are right; higher ones are not.
+    First and second derivatives are right. Third ones would not be, so asking for them is a ValueError.
 
     Attributes:
         jacobian: ``"dense"`` makes the Jacobian by reverse mode and factors it; ``"krylov"`` needs its products only
@@ -98,12 +99,14 @@ class Newton:
             cost.unsolved += 1
             return b * math.nan
         y, residual = found
-        if not (residual.requires_grad or inside_transform()):
+        if not (residual.requires_grad or inside_transform() or _has_tangent(residual)):
             return y
         # Here f needs a gradient: the Jacobian must be that at the solution.
         inverse = kept.system = equation.system(y)
         once: Tensor = _ForHigherOrders.apply(y - inverse(residual))
-        return once - inverse(equation.residual(once))
+        twice = once - inverse(equation.residual(once))
+        counted: Tensor = _Counted.apply(twice, twice, 0)
+        return counted
 
 
 @dataclass
@@ -141,6 +144,54 @@ class _ForHigherOrders(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)
+
+
+class _Counted(torch.autograd.Function):
+    """The identity in ``x``, which contains a derivative of the solution ``y`` of order ``order``.
+
+    Its derivatives are counted in turn, so that a third derivative of ``y`` is refused. Zeros of order 2 are added to
+    every second derivative, because nothing else is sure to be on the way to a third one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, order: int) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        _, y, ctx.order = inputs
+        ctx.save_for_backward(y)
+        ctx.save_for_forward(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        _check_order(ctx.order)
+        if not torch.is_grad_enabled():
+            return gradient, None, None
+        (y,) = ctx.saved_tensors
+        second = _Counted.apply(torch.zeros_like(y), y, 2) if ctx.order else None
+        return _Counted.apply(gradient, y, 1), second, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, of_solution: Tensor, _: None) -> Tensor:
+        _check_order(ctx.order)
+        found: Tensor = _Counted.apply(tangent, ctx.saved_tensors[0], ctx.order + 1)
+        return found
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Return whether ``x`` is a dual number of torch.autograd.forward_ad."""
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _check_order(order: int) -> None:
+    if order == 2:
+        raise ValueError(
+            "substep: got a third derivative through Newton's iteration, expected a first or second one; take an "
+            "explicit sub-step, or an operator with a direct solver"
+        )
 
 
 class _Equation:
@@ -370,3 +421,8 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _Solved.apply(gradient, ctx.system, not ctx.transposed), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        found: Tensor = _Solved.apply(tangent, ctx.system, ctx.transposed)
+        return found
