@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 # They are not in __all__, because `from odeadv import *` would import them.
 _ON_DEMAND = ("audit", "data", "diagnostics", "experiments", "training")
+_FOLDERS = ("costate", "evaluation", "fields", "solver", "splitting")
 
 
 def __getattr__(name: str) -> object:
@@ -82,4 +83,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """Return the names that tab completion offers."""
-    return sorted({*__all__, *_ON_DEMAND})
+    return sorted({*__all__, *_ON_DEMAND, *_FOLDERS})

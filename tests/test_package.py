@@ -54,6 +54,7 @@ for name, use in (
     ("torchdiffeq", lambda: odeadv.TorchDiffEq("dopri5")),
     ("evaluate", lambda: odeadv.evaluate(net, (images, labels), protocol="table1")),
     ("train", odeadv.training.make_fabric),
+    ("evaluate", lambda: odeadv.audit.audit(net, (images, labels))),
 ):
     try:
         use()
@@ -61,6 +62,8 @@ for name, use in (
         assert f"pip install 'odeadv[{{name}}]'" in str(error), error
     else:
         raise AssertionError(name)
+from odeadv.cli import main
+assert main(["--help"]) == 2  # in one line, not as a traceback
 """
 
 
@@ -68,12 +71,16 @@ def test_solving_networks_and_attacks_need_torch_alone_and_errors_name_the_extra
     code = [sys.executable, "-W", "ignore", "-c", WITH_TORCH_ALONE]
     done = subprocess.run(code, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr
+        == "odeadv: error: numpy: is not installed; expected the extra 'train': pip install 'odeadv[train]'\n"
+    )
 
 
 def test_folders_are_imported_when_they_are_used():
     code = (
         "import sys, odeadv; names = {'audit', 'experiments', 'training'}; "
-        "assert names | {'data'} <= set(dir(odeadv)); "
+        "assert names | {'data', 'evaluation', 'fields'} <= set(dir(odeadv)); "
         "assert not {f'odeadv.{name}' for name in names} & set(sys.modules); "
         "assert odeadv.training.train and odeadv.experiments.run and odeadv.audit.audit and odeadv.data.load"
     )

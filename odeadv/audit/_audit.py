@@ -26,6 +26,7 @@ from odeadv.data import as_model_input
 from odeadv.evaluation.data import Output, read_data
 from odeadv.evaluation.trust import PROBES
 from odeadv.support.checks import choice, integer, number, shown
+from odeadv.support.extras import extra
 
 # Within a larger L-infinity radius every image could become grey, so robustness would mean nothing.
 _LARGEST_LINF = 0.5
@@ -81,7 +82,10 @@ def audit(
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
         ValueError: if an argument is out of range or of the wrong shape, or the model does not take the images' dtype.
+        ModuleNotFoundError: if NumPy is not installed; it comes with the extra ``evaluate``.
     """
+    with extra("evaluate"):
+        import numpy  # noqa: F401  # a missing package is reported before any work
     check_model(model)
     if surrogate is not None:
         check_model(surrogate, name="surrogate")

@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The status is 0 for success, 1 if a run or a check failed, 2 if arguments do not fit, and 130 after Ctrl-C.
     """
-    parser = _parser()
+    try:
+        parser = _parser()
+    except ModuleNotFoundError as error:  # a package of the extra "train"
+        print(f"odeadv: error: {error}", file=sys.stderr)
+        return 2
     args = parser.parse_args(arguments)
     if not hasattr(args, "run"):
         parser.print_help()

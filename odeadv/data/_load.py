@@ -67,7 +67,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(_NAMES)}{near}")
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root: got {type(root).__name__}, expected a path or None")
-    require("numpy", "numpy", "loading images")
+    require("numpy", "numpy", "loading images", "evaluate")
 
     if name == "digits":
         return ImageDataset(name, "scikit-learn digits", *read_digits(), flip=False)

@@ -125,7 +125,7 @@ def _read_images(files: list[list[Path]], first: Path, shape: tuple[int, ...]) -
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    pillow = require("PIL.Image", "pillow", "reading image files")
+    pillow = require("PIL.Image", "pillow", "reading image files", "train")
     try:
         with pillow.open(path) as image:
             mode = image.mode
@@ -218,7 +218,7 @@ def read_digits() -> Splits:
     Raises:
         ImportError: scikit-learn is missing.
     """
-    bunch = require("sklearn.datasets", "scikit-learn", 'the "digits" dataset').load_digits()
+    bunch = require("sklearn.datasets", "scikit-learn", 'the "digits" dataset', "examples").load_digits()
     labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     images = _enlarged(torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)))
     # RandomState's stream is frozen by numpy's compatibility policy, so the split is the same everywhere.
@@ -286,5 +286,5 @@ def download_torchvision(name: str, root: Path) -> None:
 
 
 def _torchvision_class(name: str) -> Any:
-    datasets = require("torchvision.datasets", "torchvision", f"{name} in torchvision's format")
+    datasets = require("torchvision.datasets", "torchvision", f"{name} in torchvision's format", "train")
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]

@@ -28,7 +28,7 @@ def check_range(argument: str, labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"{argument}: got labels from {low} to {high}, expected 0 to {num_classes - 1}")
 
 
-def require(module: str, package: str, purpose: str) -> ModuleType:
+def require(module: str, package: str, purpose: str, extra: str) -> ModuleType:
     """Import an optional dependency.
 
     Raises:
@@ -38,5 +38,6 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}"
+            f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}, "
+            f"or the extra {extra!r}: pip install 'odeadv[{extra}]'"
         ) from error

@@ -501,7 +501,8 @@ def get_substep(substep: str | SubStep) -> SubStep:
         methods = _torchdiffeq_methods()
         if key in methods:
             return TorchDiffEq(key)
-        known = f"{', '.join(_NAMED)}, or a method of torchdiffeq ({', '.join(methods) or 'not installed'})"
+        missing = "not installed: pip install 'odeadv[torchdiffeq]'"
+        known = f"{', '.join(_NAMED)}, or a method of torchdiffeq ({', '.join(methods) or missing})"
         near = did_you_mean(key, [*_NAMED, *methods], most=2)
         raise ValueError(f"substep: got {substep!r}, expected one of {known}{near}")
     if not is_substep(substep):
