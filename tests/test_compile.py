@@ -148,6 +148,29 @@ class TestCompilation:
             torch.compile(lambda: loop(pair[0], pair[1]), backend="eager", fullgraph=True)()
 
 
+class TestRepeatedCalls:
+    """Calls with the arguments of the latest call skip the checks of these arguments."""
+
+    def test_have_their_own_states_and_times(self):
+        solver = odeadv.compile_solver(lambda t, x: -x, substep="euler", backend="eager")
+        for x0 in (X0, 2 * X0):
+            sol = solver(x0, (0.0, 1.0), steps=2)
+            assert torch.allclose(sol.xs, torch.stack([x0, 0.25 * x0]))
+            assert sol.ts.tolist() == [0.0, 1.0]
+            sol.ts.zero_()  # a user's write, which the next call must not see
+        assert solver(X0, (0.0, 1.0), steps=2, save_at="steps").xs.shape == (3, 6)
+
+    def test_are_checked_for_what_may_differ(self):
+        solver = odeadv.compile_solver(lambda t, x: -x, substep="euler", backend="eager")
+        solver(X0, (0.0, 1.0), steps=2)
+        with pytest.raises(ValueError, match=r"^x0: contains NaN"):
+            solver(math.nan * X0, (0.0, 1.0), steps=2)
+        with pytest.raises(TypeError, match=r"^x0: got list"):
+            solver(X0.tolist(), (0.0, 1.0), steps=2)
+        with pytest.raises(TypeError, match=r"^steps: "):
+            solver(X0, (0.0, 1.0), steps=2.0)
+
+
 class TestMessages:
     def test_of_fields_and_choices(self):
         with pytest.raises(ValueError, match=r"^field: a piecewise field"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,11 +14,11 @@ from torch import Tensor
 from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Newton, Operator, VectorField, as_field
 from odeadv.fields.operator import Cost, VectorFunction
-from odeadv.solver._loop import Bound, Steps, Tensors, time_step
+from odeadv.solver._loop import Steps, Tensors, time_step
 from odeadv.solver._run import status_of
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver._solve import solve
-from odeadv.solver.request import Request, SaveAt, read_request
+from odeadv.solver.request import Request, SaveAt, read_initial_state, read_request
 from odeadv.splitting import DIRK, CostateKind, Grid, TorchDiffEq
 from odeadv.splitting.method import SchemeLike, SubSteps, read_discretisation
 from odeadv.splitting.status import Status
@@ -48,11 +50,12 @@ def compile_solver(
 ) -> CompiledSolver:
     """Return a solver for ``field`` with fixed steps, whose whole solve is one compiled call.
 
-    The first call compiles, which takes some ten seconds; make the solver once and call it often. The steps are a loop
-    in C++, so the time to compile does not grow with their number. Another ``t_span``, ``dt`` or number of steps uses
-    the same code; another shape, dtype or grad mode is compiled anew. The result is that of `odeadv.solve` up to
-    rounding. Gradients of ``x0``, and of parameters and other tensors that the field closes over, come from the
-    discrete adjoint equation, a second compiled loop. Second derivatives are computed without compilation.
+    The first call compiles, which takes some ten seconds; make the solver once and call it often. The steps are a
+    loop in C++, so the time to compile does not grow with their number. Another ``t_span``, ``dt`` or number of
+    steps uses the same code. Another shape, dtype or grad mode is compiled anew, and so are solves that save states
+    between the ends. The result is that of `odeadv.solve` up to rounding. Gradients of ``x0``, and of parameters
+    and other tensors that the field closes over, come from the discrete adjoint equation, a second compiled loop.
+    Second derivatives are computed without compilation.
 
     An `AdversarialField` is recorded by a compiled loop forward and one in reverse, and is then solved by a third one.
 
@@ -116,6 +119,7 @@ class CompiledSolver:
         self._choices, self._dt, self._options = choices, dt, options
         self._compiled: dict[tuple[object, ...], Steps] = {}
         self._checked: set[tuple[object, ...]] = set()
+        self._latest: tuple[tuple[object, ...], _Plan] | None = None
 
     def __call__(
         self,
@@ -147,25 +151,39 @@ class CompiledSolver:
         if inside_transform():
             return solve(self.field, x0, t_span, save_at=save_at, throw=throw, **size, **self._choices)  # type: ignore[arg-type]
         with outside_inference_mode():
-            request = read_request(self.field, x0, t_span, save_at=save_at, **size, **self._choices, **_FIXED)  # type: ignore[arg-type]
-            if request.x0.is_complex():
-                raise TypeError(
-                    f"x0: got {request.x0.dtype}, expected a real dtype, since torch cannot compile a loop that writes "
-                    "to a complex buffer (torch 2.14.1); use odeadv.solve"
-                )
-            if request.moves:
-                raise ValueError(
-                    "t_span: got times that require gradients, expected numbers for a compiled solve; use odeadv.solve"
-                )
-            if request.times.grid is None or request.times.grid.h is None:
-                raise ValueError(
-                    "dt: got adaptive or uneven steps, expected a number: a compiled solve has equal steps"
-                )
-            self._check(request)
-            solution = _Call(self._steps, request, request.times.grid).solution()
+            plan, x = self._plan(x0, t_span, save_at, size)
+            self._check(plan, x)
+            solution = plan.solution(x)
         if throw and solution.status is not Status.SUCCESS:
             raise SolveError(solution)
         return solution
+
+    def _plan(self, x0: Tensor | None, t_span: Any, save_at: SaveAt, size: dict[str, Any]) -> tuple[_Plan, Tensor]:
+        """Return what is to be done, read anew unless the latest call had the same arguments, and the initial state.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit, by name.
+        """
+        key = None if x0 is None else _signature(x0, t_span, save_at, size)
+        if key is not None and self._latest is not None and self._latest[0] == key:
+            return self._latest[1], read_initial_state(self.field, x0)
+        request = read_request(self.field, x0, t_span, save_at=save_at, **size, **self._choices, **_FIXED)
+        x = request.x0
+        if x.is_complex():
+            raise TypeError(
+                f"x0: got {x.dtype}, expected a real dtype, since torch cannot compile a loop that writes to a complex "
+                "buffer (torch 2.14.1); use odeadv.solve"
+            )
+        if request.moves:
+            raise ValueError(
+                "t_span: got times that require gradients, expected numbers for a compiled solve; use odeadv.solve"
+            )
+        if request.times.grid is None or request.times.grid.h is None:
+            raise ValueError("dt: got adaptive or uneven steps, expected a number: a compiled solve has equal steps")
+        plan = _Plan(self._steps, replace(request, x0=x.new_empty(0)), request.times.grid, x.device)
+        if key is not None and request.narrow is None:
+            self._latest = key, plan
+        return plan, x
 
     def _steps(self, make: Callable[[Request], Callable[..., Tensor]], request: Request) -> Steps:
         key = (make, request.narrow)
@@ -173,23 +191,22 @@ class CompiledSolver:
             self._compiled[key] = Steps(make(request), self._options)
         return self._compiled[key]
 
-    def _check(self, request: Request) -> None:
+    def _check(self, plan: _Plan, x: Tensor) -> None:
         """Take one step as `solve` does, without effect, for what a graph cannot see: a field that writes to its state.
 
         Raises:
             TypeError, ValueError: as from `solve`, by name; or if the field draws random numbers or writes to buffers.
         """
-        x, grid = request.x0, request.times.grid
         asked = x.requires_grad and torch.is_grad_enabled()
         key = (x.shape, x.dtype, x.device, asked)
         if key in self._checked:
             return
-        assert grid is not None
+        request = plan.request
         with without_effects(request.field.modules, x.device):
             buffers = [buffer for module in request.field.modules for buffer in module.buffers()]
             before = torch.get_rng_state(), [buffer._version for buffer in buffers]
             start = x.detach().clone().requires_grad_(asked)
-            request.discretisation.stepper(request.field).advance(start, grid[0])
+            request.discretisation.stepper(request.field).advance(start, plan.grid[0])
             if not torch.equal(before[0], torch.get_rng_state()) or before[1] != [b._version for b in buffers]:
                 raise ValueError(
                     "field: draws random numbers or writes to a buffer of a module, which a compiled solve cannot; "
@@ -198,98 +215,121 @@ class CompiledSolver:
         self._checked.add(key)
 
 
+def _signature(x0: Tensor, t_span: Any, save_at: SaveAt, size: dict[str, Any]) -> tuple[object, ...] | None:
+    """Return a key of the arguments of a call, apart from the values of the state; None if they have to be read."""
+    dt, steps = size["dt"], size["steps"]
+    plain = type(t_span) is tuple and all(type(t) is float for t in t_span) and isinstance(save_at, str | None)
+    if not (plain and type(dt) in (float, NoneType) and type(steps) in (int, NoneType) and isinstance(x0, Tensor)):
+        return None
+    return x0.shape, x0.dtype, x0.device, t_span, save_at, dt, steps
+
+
 @dataclass
-class _Call:
-    """One call of a compiled solver: recordings, and the solve.
+class _Plan:
+    """What the calls of a compiled solver with the same arguments do: recordings, and the solve.
 
     Attributes:
         steps: returns the compiled steps of a kind.
-        request: the arguments.
+        request: the arguments, without the state.
         grid: the steps.
-        stats: the cost so far.
+        device: of the state.
     """
 
     steps: Callable[[Callable[[Request], Callable[..., Tensor]], Request], Steps]
     request: Request
     grid: Grid
-    stats: Stats = field(default_factory=Stats)
+    device: torch.device
 
-    def solution(self) -> Solution:
-        """Record the costate if there is one, solve, and return the result."""
+    @cached_property
+    def clock(self) -> Tensor:
+        """What `time_step` needs."""
+        return _clock(self.grid, self.device)
+
+    @cached_property
+    def order(self) -> float:
+        return self.request.discretisation.order(self.request.field)
+
+    @cached_property
+    def merges(self) -> bool:
+        """True if only the final state is saved, so that exact flows of consecutive steps are merged."""
+        stepper = self.request.discretisation.stepper(self.request.field)
+        return self.request.save_at is None and stepper.merges and len(self.grid) > 1
+
+    @cached_property
+    def saved(self) -> tuple[Tensor, list[int] | slice | None]:
+        """The saved times, and the rows of their states; None for the two ends."""
+        times, at = self.grid.times, self.request.save_at
+        if at is None:
+            return _times((times[0], times[-1]), self.device), None
+        if isinstance(at, str):
+            return _times(times, self.device), slice(None)
+        rows = [_number(self.grid, t) for t in at]
+        return _times([times[n] for n in rows], self.device), rows
+
+    def solution(self, x: Tensor) -> Solution:
+        """Record the costate if there is one, solve from ``x``, and return the result."""
         request, costate, bound = self.request, None, None
-        field, x = request.field, request.x0
+        field, (ts, rows), stats = request.field, self.saved, Stats(steps=len(self.grid))
         if isinstance(field, AdversarialField) and not field.idle:
-            costate, tables = self.recorded()
-            bound = self.steps(_driven_step, request).on(x, _clock(self.grid, x), tables)
-        final, ts, xs = self._states(bound)
+            costate, tables = self.recorded(x)
+            stats.recordings = request.recordings.passes
+            bound = self.steps(_driven_step, request).on(x, self.clock, tables)
+        if bound is None and self.merges:
+            stepper = request.discretisation.stepper(field)
+            final = stepper.march(x, self.grid, _Merged(self))  # type: ignore[arg-type]
+            xs = torch.stack([x, final])
+        else:
+            bound = bound or self.steps(_plain_step, request).on(x, self.clock)
+            states = bound.states(x, all_of_them=rows is not None)
+            final = states[-1]
+            xs = torch.stack([x, final]) if rows is None else states[rows]
         output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
-        self.stats.steps = len(self.grid)
         return Solution(
-            torch.tensor(ts, dtype=torch.float64, device=x.device),
+            ts.clone(),
             xs if request.narrow is None else xs.to(request.narrow),
             status=status_of(Status.SUCCESS, loss, xs),
-            stats=self.stats,
+            stats=stats,
             scheme=request.discretisation.name,
-            order=request.discretisation.order(field),
+            order=self.order,
             output=output,
             loss=loss,
             costate=costate,
-            record=(lambda: self.recorded()[0]) if isinstance(field, AdversarialField) else None,
+            record=(lambda: self.recorded(x)[0]) if isinstance(field, AdversarialField) else None,
         )
 
-    def recorded(self) -> tuple[RecordedCostate, Tensors]:
-        """Make all recordings; return the last one, and its nodes and states as tables."""
-        request, x = self.request, self.request.x0
+    def recorded(self, x: Tensor) -> tuple[RecordedCostate, Tensors]:
+        """Make all recordings from ``x``; return the last one, and its nodes and states as tables."""
+        request = self.request
         assert isinstance(request.field, AdversarialField)
         kind = request.discretisation.costate
-        clock = _clock(self.grid, x)
         tables: Tensors = ()
         for number in range(request.recordings.passes):
             make = _driven_step if number else _plain_step
-            bound = self.steps(make, request).on(x, clock, tables)
+            bound = self.steps(make, request).on(x, self.clock, tables)
             states = bound.forward(x, all_of_them=True)
             given = torch.zeros_like(states)
             given[-1] = _loss_gradient(request.field, states[-1])
             nodes, _ = bound.costates(states, given)
             tables = (nodes,) if kind == "linear" else (nodes, states)
-            self.stats.recordings += 1
         kept = () if kind == "linear" else states.unbind()
         return RecordedCostate(self.grid, nodes.unbind(), kept, request.field.f, kind), tables
-
-    def _states(self, bound: Bound | None) -> tuple[Tensor, Sequence[float], Tensor]:
-        """Return the final state, the saved times and the saved states."""
-        request, grid, x = self.request, self.grid, self.request.x0
-        saved = request.save_at
-        stepper = request.discretisation.stepper(request.field)
-        if bound is None and saved is None and stepper.merges and len(grid) > 1:
-            end = stepper.march(x, grid, _Merged(self))  # type: ignore[arg-type]
-        else:
-            bound = bound or self.steps(_plain_step, request).on(x, _clock(grid, x))
-            states = bound.states(x, all_of_them=saved is not None)
-            end = states[-1]
-        if saved is None:
-            return end, (grid.times[0], grid.times[-1]), torch.stack([x, end])
-        if saved == "steps":
-            return end, grid.times, states
-        numbers = [_number(grid, t) for t in saved]
-        return end, [grid.times[n] for n in numbers], states[numbers]
 
 
 @dataclass
 class _Merged:
     """Runs the merged steps of `Stepper.march`, in the place of a recomputation."""
 
-    call: _Call
+    plan: _Plan
 
     @property
     def every(self) -> int:
         """All steps at once."""
-        return len(self.call.grid)
+        return len(self.plan.grid)
 
     def __call__(self, merged: object, x: Tensor, part: Grid) -> Tensor:
         """Return the state after all steps of ``part`` but the last one."""
         grid = Grid(part.times[:-1], part.h)
-        bound = self.call.steps(_merged_step, self.call.request).on(x, _clock(grid, x))
+        bound = self.plan.steps(_merged_step, self.plan.request).on(x, _clock(grid, x.device))
         return bound.states(x, all_of_them=False)[-1]
 
 
@@ -367,9 +407,13 @@ def _constant(x: Tensor) -> Tensor:
     return x.view(integers).view(x.dtype)
 
 
-def _clock(grid: Grid, x: Tensor) -> Tensor:
+def _clock(grid: Grid, device: torch.device) -> Tensor:
     """Return what `time_step` needs."""
-    return torch.tensor([grid.times[0], grid.times[-1], grid.h, len(grid)], dtype=torch.float64, device=x.device)
+    return torch.tensor([grid.times[0], grid.times[-1], grid.h, len(grid)], dtype=torch.float64, device=device)
+
+
+def _times(times: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(times, dtype=torch.float64, device=device)
 
 
 def _loss_gradient(field: AdversarialField, x: Tensor) -> Tensor:

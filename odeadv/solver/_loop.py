@@ -119,16 +119,15 @@ class Bound:
 
     def forward(self, x: Tensor, *, all_of_them: bool) -> Tensor:
         """Return the states as `states` does, outside of the graph."""
-        count = int(self.clock[3])
-        # Two rows are enough for the last state. torch.compile would make another graph for one row.
-        states = x.new_empty((count + 1 if all_of_them else 2, *x.shape))
         x = x.detach().contiguous()
+        states = None
         if all_of_them:
+            states = _by_rows(x.new_empty((int(self.clock[3]) + 1, *x.shape)))
             states[0] = x
         tables = tuple(_by_rows(table.detach()) for table in self.tables)
         with torch.no_grad():
-            last = self.loops.forward(x, self.clock, _by_rows(states), tables, _apart(self.lifted))
-        return states if all_of_them else last.unsqueeze(0)
+            last = self.loops.forward(x, self.clock, states, tables, _apart(self.lifted))
+        return last.unsqueeze(0) if states is None else states
 
     def costates(self, states: Tensor, given: Tensor, *, learned: bool = False) -> tuple[Tensor, Tensors]:
         """Return dL/dx_n, from the partial derivatives ``given`` by each of the ``states``; in reverse.
@@ -256,12 +255,13 @@ class _Loops:
             carried = body(*carried)
         return carried
 
-    def _forward(self, x: Tensor, clock: Tensor, states: Tensor, tables: Tensors, lifted: Tensors) -> Tensor:
-        """Return the last state; write each state to the row of ``states`` with its number modulo their count."""
+    def _forward(self, x: Tensor, clock: Tensor, states: Tensor | None, tables: Tensors, lifted: Tensors) -> Tensor:
+        """Return the last state; write each state to the row of ``states`` with its number, if rows are given."""
 
         def one(n: Tensor, x: Tensor) -> Tensors:
             x = self._fast(n, x, clock, *_rows(tables, n), *lifted).contiguous()
-            states.index_copy_(0, ((n + 1) % states.shape[0]).view(1), x.unsqueeze(0))
+            if states is not None:
+                states.index_copy_(0, (n + 1).view(1), x.unsqueeze(0))
             return n + 1, x
 
         def several(n: Tensor, x: Tensor) -> Tensors:

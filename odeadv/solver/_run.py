@@ -283,7 +283,7 @@ def status_of(so_far: Status, *values: Tensor | None) -> Status:
     """Return ``so_far``, unless a value is not finite, or cannot be read."""
     finite = [all_finite(value) for value in values if value is not None]
     try:
-        if not holds(torch.stack(finite).all()):
+        if not holds(finite[0] if len(finite) == 1 else torch.stack(finite).all()):
             return Status.NON_FINITE
     except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
         return Status.UNKNOWN if so_far is Status.SUCCESS else so_far
