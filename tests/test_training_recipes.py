@@ -12,12 +12,13 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from PIL import Image
 from test_training import LAD, LAD_SM, batch, config, costates_by_hand, lad_by_hand, loss_of, tiny_data, tiny_net
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from odeadv import attacks
 from odeadv.data import Batches, make_transform, random_crop_flip, to_float
 from odeadv.data._batches import Window, draw_moves
 from odeadv.data.stream import as_inputs, moved, stacked
+from odeadv.models import residual_mlp
 from odeadv.support.files import read_tensors, write_tensors
 from odeadv.support.plain import from_dict, key, to_dict
 from odeadv.training import (
@@ -371,6 +372,27 @@ class Noisy(Dataset):
         return self.x[index] + 0.1 * torch.rand(3, 8, 8), int(self.y[index])
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        return ((image, 0) for image in IMAGES)
+
+
+class Counted(Endless):
+    def __len__(self):
+        return 8
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return IMAGES[index], "cat"
+
+
+IMAGES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
 class TestData:
     def test_a_data_set_trains_as_images_in_memory_do(self):
         data = tiny_data()
@@ -480,15 +502,39 @@ class TestData:
             (lambda: Noisy(4), {}, "^data: got 4 samples, expected at least batch_size=8"),
             (lambda: TensorDataset(torch.zeros(8)), {}, "^data: a sample is .*, expected a pair"),
             (
-                lambda: TensorDataset(torch.zeros(8, 5), torch.zeros(8)),
+                lambda: TensorDataset(torch.zeros(8, 5), torch.zeros(8, dtype=torch.int64)),
                 {"augment": "crop-flip"},
                 "^augment: got inputs",
             ),
+            (lambda: TensorDataset(IMAGES, torch.full((8,), 0.7)), {}, "^data: got targets of torch.float32 and"),
+            (
+                lambda: DataLoader(TensorDataset(IMAGES, torch.full((8, 3), 1 / 3)), batch_size=8),
+                {},
+                r"^data: got targets of .* shape \(3,\), expected class numbers; for soft labels, .*Layerwise",
+            ),
+            (lambda: Named(), {}, "^data: got targets such as 'cat', expected class"),
+            (lambda: Endless(), {}, "^data: got Endless without a length, .* add __len__, or write a loop"),
+            (lambda: Counted(), {}, "^data: got Counted, an IterableDataset, expected one in a DataLoader"),
         ],
     )
     def test_what_does_not_fit_is_named(self, data, changes, message):
         with pytest.raises((TypeError, ValueError), match=message):
             train(tiny_net(), data(), config(**{"augment": "none", **changes}))
+
+    def test_an_iterable_data_set_with_a_length_is_read_by_its_loader(self):
+        loader = DataLoader(Counted(), batch_size=8)
+        assert len(train(tiny_net(), loader, config(augment="none")).epochs) == 2
+
+    def test_labels_in_a_column_are_class_numbers(self):
+        column = TensorDataset(IMAGES, torch.arange(8)[:, None] % 3)
+        flat = TensorDataset(IMAGES, torch.arange(8) % 3)
+        losses = [train(tiny_net(), each, config(augment="none")).epochs[-1].loss for each in (column, flat)]
+        assert losses[0] == losses[1]
+
+    def test_inputs_of_another_size_keep_the_error_that_names_them(self):
+        net = residual_mlp(1, 4, num_classes=3, image_size=16)
+        with pytest.raises(ValueError, match=r"^images: got .*8"):
+            train(net, TensorDataset(IMAGES, torch.arange(8) % 3), config(augment="none"))
 
     def test_a_data_set_can_be_validated_on(self):
         result = train(tiny_net(), Noisy(), config(augment="none"), validation=Noisy(6))

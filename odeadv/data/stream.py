@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from odeadv.data._batches import Draws, Moves, Window, draw_epoch
 from odeadv.data._transforms import Transform, draw_seed, transformed
@@ -91,7 +91,7 @@ class Stream:
             if self._transform is not None and seed is not None:
                 inputs = transformed(inputs, self._transform, seed)
             inputs = as_inputs(inputs)
-            labels = torch.as_tensor(batch[1]).to(self._device, torch.int64)
+            labels = class_numbers(batch[1]).to(self._device)
             yield moved(inputs, moves[number], self._pad) if moves else inputs, labels
 
     def _indexed(self, random: _Random, first: int) -> Iterator[tuple[Any, Any] | None]:
@@ -133,11 +133,18 @@ def count_samples(source: Any) -> int:
     """Return the number of samples.
 
     Raises:
-        TypeError: if the source lacks a length.
+        TypeError: if the source lacks a length, or is an `IterableDataset` without a loader.
     """
     data = source.dataset if isinstance(source, DataLoader) else source
     if not isinstance(data, Sized):
-        raise TypeError(f"data: got {type(data).__name__} without a length, expected a data set with __len__")
+        raise TypeError(
+            f"data: got {type(data).__name__} without a length, expected a data set with __len__: an epoch, and a run "
+            "that goes on, need the number of samples; add __len__, or write a loop with odeadv.training.Layerwise"
+        )
+    if isinstance(source, IterableDataset):
+        raise TypeError(
+            f"data: got {type(data).__name__}, an IterableDataset, expected one in a DataLoader, which makes batches"
+        )
     if isinstance(source, DataLoader) and isinstance(source.sampler, Sized):
         return len(source.sampler)
     return len(data)
@@ -156,7 +163,30 @@ def stacked(samples: list[Any]) -> tuple[Tensor, Tensor]:
     shapes = {tuple(x.shape) for x in inputs}
     if len(shapes) > 1:
         raise ValueError(f"data: got inputs of shapes {sorted(shapes)[:3]}, expected one; resize or crop them")
-    return torch.stack(inputs), torch.as_tensor([int(label) for _, label in samples])
+    labels = [label for _, label in samples]
+    if not all(isinstance(label, int) for label in labels):
+        try:
+            labels = torch.stack([torch.as_tensor(label) for label in labels])
+        except (TypeError, ValueError, RuntimeError):  # text, or tensors of several shapes
+            raise TypeError(f"data: got targets such as {shown(labels[0])}, expected class numbers") from None
+    return torch.stack(inputs), class_numbers(labels)
+
+
+def class_numbers(labels: Any) -> Tensor:
+    """Return labels, (n,) or (n, 1), as int64 class numbers (n,).
+
+    Raises:
+        TypeError: naming ``data``, if they are something else. A cast would make class 0 of a target such as 0.7.
+    """
+    numbers = torch.as_tensor(labels)
+    if numbers.shape[1:] == (1,):
+        numbers = numbers[:, 0]
+    if numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex():
+        raise TypeError(
+            f"data: got targets of {numbers.dtype} and shape {tuple(numbers.shape[1:])}, expected class numbers; for "
+            "soft labels, regression and sequences write a loop with odeadv.training.Layerwise"
+        )
+    return numbers.to(torch.int64)
 
 
 def _as_tensor(value: Any) -> Tensor:

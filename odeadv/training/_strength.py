@@ -133,7 +133,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return torch.dot(left, right)
     size = _PIECE if left.device.type == "cpu" else max(len(left), 1)
     pieces = []
-    for piece, other in zip(left.split(size), right.split(size), strict=True):
+    for piece, other in zip(torch.split(left, size), torch.split(right, size), strict=True):
         wide = piece.to(dtype)
         pieces.append(torch.dot(wide, wide if a is b else other.to(dtype)))
     return torch.stack(pieces).sum()
