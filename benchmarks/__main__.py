@@ -20,6 +20,7 @@ NAMES = (
     "overhead",
     "compiled",
     "orders",
+    "gradients",
     "adaptive",
     "work_precision",
     "fisher_kpp",

@@ -29,6 +29,7 @@ HERE = (
     "overhead",
     pytest.param("compiled", marks=pytest.mark.slow),
     "orders",
+    "gradients",
     "work_precision",
     "fisher_kpp",
     "stiff",

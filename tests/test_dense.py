@@ -9,6 +9,7 @@ from helpers import measured_order, seeded
 from torch import Tensor, nn
 
 import odeadv
+from benchmarks._expm import matrix_exp
 from odeadv.fields import Jump
 
 X0 = torch.tensor([1.0, -0.5], dtype=torch.float64)
@@ -54,6 +55,23 @@ def test_the_order_is_that_of_the_method(order: int, field: Any, options: dict[s
         return float((sol(times) - turned(times)).abs().max())
 
     assert measured_order(error, (8, 16, 32)) > order - 0.25
+
+
+@pytest.mark.parametrize(
+    ("scheme", "steps"),
+    [("yoshida6", (4, 8)), ("blanes-moan6", (2, 4)), ("kahan-li8", (3, 6)), ("extrapolated-strang8", (2, 4))],
+)
+def test_the_order_of_schemes_above_four(scheme: str, steps: tuple[int, int]) -> None:
+    """Steps are taken again up to the time, so these orders hold between steps too."""
+    a, b = (torch.tensor(m, dtype=torch.float64) for m in ([[-0.6, 1.3], [-0.9, 0.2]], [[0.1, -0.8], [0.3, 0.4]]))
+    field = odeadv.SplitField(a=odeadv.Operator.linear(a), b=odeadv.Operator.linear(b))
+    exact = torch.stack([matrix_exp(t * (a + b)) @ X0 for t in TIMES])
+
+    def error(n: int) -> float:
+        sol = odeadv.solve(field, X0, (0.0, 1.5), scheme=scheme, steps=n, substep="exact", dense=True)
+        return float((sol(TIMES) - exact).abs().max())
+
+    assert measured_order(error, steps) > odeadv.schemes.get(scheme).order - 0.25
 
 
 @pytest.mark.parametrize("substep", ["midpoint", "torchdiffeq:midpoint"])  # interpolated, and taken again
