@@ -63,6 +63,7 @@ def test_the_programs_of_other_pages_run(page, tmp_path, monkeypatch):
     for program in programs_of(page):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             exec(program, names)
+    assert names.keys() - {"__builtins__"}, f"{page} has no program"
 
 
 def names_in(program: str) -> tuple[set[str], set[str]]:

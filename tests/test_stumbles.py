@@ -1,11 +1,13 @@
 """What people type wrongly in their first hour, and what they are told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import odeadv
 from odeadv import cli, evaluate, models
-from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainResult, train
+from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainResult, plot_curves, train
 
 X0 = torch.ones(2)
 
@@ -97,6 +99,25 @@ def test_operators_and_results_say_what_they_are():
     assert repr(odeadv.Operator(flow=lambda t, dt, x: x)) == "Operator(flow=<lambda>)"
     result = TrainResult([EpochResult(1, 0.5, 0.9, 0.1, 3.0, validation={"clean": 0.875}, strength=0.05)], best_epoch=1)
     assert repr(result) == "TrainResult(1 epochs, loss 0.5, accuracy 90.0 %, clean 87.5 %, s 5 %, best epoch 1)"
+
+
+def test_curves_of_several_trainings_are_in_one_picture():
+    epoch = EpochResult(1, 0.5, 0.9, 0.1, 3.0, ratio=7.0, strength=0.05)
+    natural = TrainResult([epoch, replace(epoch, epoch=2, loss=0.25)])
+    robust = TrainResult([replace(epoch, validation={"clean": 0.8, "robust": 0.4})])
+    loss, accuracy, *_ = plot_curves({"natural": natural, "PGD": robust}).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[0.5, 0.25], [0.5]]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in accuracy.lines}
+    assert drawn == {"natural": [0.9, 0.9], "PGD": [0.8], "PGD, robust": [0.4]}
+    with pytest.raises(TypeError, match=r"^results: got list, expected training results by name: {'LAD': result}"):
+        plot_curves([natural])
+    with pytest.raises(ValueError, match=r"^results: got no epochs for 'LAD', expected some to draw"):
+        plot_curves({"LAD": TrainResult([])})
+
+
+def test_the_picture_of_a_complex_state_says_that_it_is_the_real_part():
+    sol = odeadv.solve(lambda t, x: 1j * x, torch.ones(32) + 0j, (0.0, 1.0), steps=2, save_at="steps")
+    assert "Re x" in {axes.get_ylabel() for axes in sol.plot().axes}
 
 
 def test_the_picture_of_a_field_is_a_profile_or_images():

@@ -186,9 +186,9 @@ PRESETS = {
             "shows the effect in about two minutes: ResNet-8 of width 8 on 500 images of 8 x 8 pixels, five seeds; "
             "Table 1 without damping and with random directions",
             tables={"table1": {**dict.fromkeys(ETA, _FIRST), "digits": _FIRST_ON_DIGITS}},
-            limits="It says nothing about larger networks or all images. This network over-fits 500 small images, and "
-            "the setting was chosen because the effect shows in it: network, epochs and eta come from pilots on other "
-            "seeds but on the same test images.",
+            limits="This run says nothing about larger networks or all images. Its network over-fits a few hundred "
+            "small images, and the setting was chosen because the effect of Table 1 shows in it: network, epochs and "
+            "eta come from pilots on other seeds but on the same test images.",
         ),
         Preset(
             "cpu", "cifar10", {"natural": _CPU, "pgd": _CPU_ADVERSARIAL, "trades": _CPU_ADVERSARIAL}, (0, 1, 2),

@@ -212,7 +212,8 @@ class Solution:
         if self._costate is not None:
             found = [dict(named_tensors(self._costate(t), "dL/dx")) for t in times]
             rows += [(label, torch.stack([values[label] for values in found])) for label in found[0]]
-        real = [(label, (x.real if x.is_complex() else x).detach().to(torch.float64).cpu()) for label, x in rows]
+        rows = [(f"Re {label}", x.real) if x.is_complex() else (label, x) for label, x in rows]
+        real = [(label, x.detach().to(torch.float64).cpu()) for label, x in rows]
         return draw(times, real, most, f"{self.scheme}, {self.stats.steps} steps")
 
     def __repr__(self) -> str:

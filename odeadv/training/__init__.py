@@ -11,7 +11,7 @@ from odeadv.training._defences import Layerwise, Penalty, Perturbation, Undefend
 from odeadv.training._distributed import make_fabric
 from odeadv.training._loop import TrainingDiverged, TrainingStopped
 from odeadv.training._objectives import Awp, Mart, Natural, Pgd, Trades
-from odeadv.training._results import EpochResult, TrainResult
+from odeadv.training._results import EpochResult, TrainResult, plot_curves
 from odeadv.training._step import Defence, Draws, Objective, Passed, Step
 from odeadv.training._strength import Strength
 from odeadv.training._train import Logger, load_weights, train, weights_digest
@@ -41,6 +41,7 @@ __all__ = [
     "Undefended",
     "load_weights",
     "make_fabric",
+    "plot_curves",
     "train",
     "weights_digest",
 ]

@@ -125,32 +125,79 @@ class TrainResult:
         """
         if not self.epochs:
             raise ValueError("epochs: got none, expected at least one to draw")
-        with extra("plot"):
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        figure = Figure(figsize=(6.8, 5.0), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(2, 2, sharex=True)
-        robust = [(epoch.validation or {}).get("robust") for epoch in self.epochs]
-        clean = [(epoch.validation or {}).get("clean") for epoch in self.epochs]
+        figure, panels = _panels()
+        clean, robust = self._validated("clean"), self._validated("robust")
         first_order = [epoch.strength_first_order for epoch in self.epochs]
-        _draw(panels[0, 0], "training loss", {"": [epoch.loss for epoch in self.epochs]})
+        _draw(panels[0], {"": [epoch.loss for epoch in self.epochs]})
         accuracies: dict[str, list[float | None]] = {}
         accuracies |= {"training": [epoch.accuracy for epoch in self.epochs], "clean": clean, "robust": robust}
-        _draw(panels[0, 1], "accuracy", accuracies)
-        _draw(panels[1, 0], "Eq. 16 ratio", {"": [epoch.ratio for epoch in self.epochs]}, log=True)
-        strengths = {"L_LAD / L - 1": [epoch.strength for epoch in self.epochs], "first order": first_order}
-        _draw(panels[1, 1], "strength s", strengths)
-        for axes in panels[1]:
-            axes.set_xlabel("epoch")
+        _draw(panels[1], accuracies)
+        _draw(panels[2], {"": [epoch.ratio for epoch in self.epochs]}, log=True)
+        _draw(panels[3], {"L_LAD / L - 1": [epoch.strength for epoch in self.epochs], "first order": first_order})
         if self.best_epoch is not None:
-            panels[0, 1].axvline(self.best_epoch, color="0.6", lw=0.8)
+            panels[1].axvline(self.best_epoch, color="0.6", lw=0.8)
         return figure
 
+    def _validated(self, name: str) -> list[float | None]:
+        """Return an accuracy on the validation images after each epoch, None if it was not measured."""
+        return [(epoch.validation or {}).get(name) for epoch in self.epochs]
 
-def _draw(axes: Axes, title: str, lines: Mapping[str, Sequence[float | None]], log: bool = False) -> None:
+
+def plot_curves(results: Mapping[str, TrainResult]) -> Figure:
+    """Draw several trainings in one figure, a line for each: loss, accuracies, the Eq. 16 ratio and s.
+
+    The accuracies are those on the validation images, or else on the training images. Robust accuracies have a
+    second line. Needs the extra ``plot``.
+
+    Args:
+        results: what `train` returned, by the names for the legend.
+
+    Returns:
+        A matplotlib figure. A notebook shows it; ``figure.savefig("curves.png")`` saves it.
+
+    Raises:
+        TypeError: if ``results`` is not a mapping to training results.
+        ValueError: if ``results`` is empty, or a result has no epoch.
+    """
+    if not isinstance(results, Mapping) or not all(isinstance(found, TrainResult) for found in results.values()):
+        raise TypeError(f"results: got {type(results).__name__}, expected training results by name: {{'LAD': result}}")
+    empty = [name for name, found in results.items() if not found.epochs]
+    if empty or not results:
+        raise ValueError(
+            f"results: got {'no epochs for ' + repr(empty[0]) if empty else 'none'}, expected some to draw"
+        )
+    figure, panels = _panels()
+    accuracies: dict[str, list[float | None]] = {}
+    for name, found in results.items():
+        clean, robust = found._validated("clean"), found._validated("robust")
+        measured = any(value is not None for value in clean)
+        accuracies[name] = clean if measured else [epoch.accuracy for epoch in found.epochs]
+        if any(value is not None for value in robust):
+            accuracies[f"{name}, robust"] = robust
+    _draw(panels[0], {name: [epoch.loss for epoch in found.epochs] for name, found in results.items()})
+    _draw(panels[1], accuracies)
+    _draw(panels[2], {name: [epoch.ratio for epoch in found.epochs] for name, found in results.items()}, log=True)
+    _draw(panels[3], {name: [epoch.strength for epoch in found.epochs] for name, found in results.items()})
+    return figure
+
+
+def _panels() -> tuple[Figure, list[Axes]]:
+    """Return a figure and its four axes, with titles."""
+    with extra("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(9.0, 6.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(2, 2, sharex=True).flat)
+    for axes, title in zip(panels, ("training loss", "accuracy", "Eq. 16 ratio", "strength s"), strict=True):
+        axes.set_title(title, fontsize="medium")
+    for axes in panels[2:]:
+        axes.set_xlabel("epoch")
+    return figure, panels
+
+
+def _draw(axes: Axes, lines: Mapping[str, Sequence[float | None]], log: bool = False) -> None:
     """Draw lines over the epochs; values that are None are left out."""
-    axes.set_title(title, fontsize="medium")
     for label, values in lines.items():
         known = [(number + 1, value) for number, value in enumerate(values) if value is not None]
         if known:
