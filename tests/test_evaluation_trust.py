@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -250,6 +251,48 @@ class TestNotes:
         notes = evaluated(net, problem(), tiny).notes
         assert any("the cross-entropy is exactly 0 for" in note for note in notes)
         assert not evaluate(net, problem(), [tiny, AttackSpec("ifgsm", 0.5, 0.1, 5, options={"loss": "margin"})]).notes
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"post": torch.sigmoid}, "all outputs lie in [0, 1], as after a sigmoid"),
+            ({"post": lambda z: 1e-6 * z}, "the outputs of each image lie within 0.01 of each other"),
+            ({"post": torch.relu}, "several outputs are exactly 0 and none is negative for"),
+            ({"post": lambda z: z.detach() + (z - z.detach()).flip(1)}, "lowered the cross-entropy of"),
+        ],
+    )
+    def test_outputs_and_gradients_that_weaken_attacks(self, changes: dict[str, object], message: str) -> None:
+        notes = evaluated(Linear(**changes), problem(), AttackSpec("ifgsm", 1 / 255, 0.25 / 255, 5)).notes
+        assert [note for note in notes if message in note], notes
+
+    @pytest.mark.parametrize("spec", [IFGSM, AttackSpec("pgd", 8 / 255, 2 / 255, 2)], ids=lambda spec: spec.label)
+    def test_clipped_images(self, spec: AttackSpec) -> None:
+        class Bounds(torch.autograd.Function):
+            """A clamp without a gradient at its bounds, which not every version of torch has."""
+
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.save_for_backward(x)
+                return x.clamp(0, 1)
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                (x,) = ctx.saved_tensors
+                return gradient * ((x > 0) & (x < 1))
+
+        images = (2 * torch.rand(60, 3, 8, 8, generator=seeded()) - 0.5).clamp(0, 1)
+        data = images, Linear()(images).argmax(1)
+        notes = evaluated(Linear(pre=Bounds.apply), data, spec).notes
+        assert [note for note in notes if "at all pixels that are 0 or 1 for 60 of 60 images" in note], notes
+        assert not evaluate(Linear(), data, spec).notes
+
+    def test_attacks_that_leave_saturation_are_not_noted(self) -> None:
+        net, (images, labels) = Linear(post=lambda z: 40 * z), problem()
+        images, labels = images[10:], labels[10:]  # the first ones stay saturated
+        result = evaluate(net, (images, labels), AttackSpec("ifgsm", 0.05, 0.05 / 3, 6))
+        saturated = nn.functional.cross_entropy(net(images), labels, reduction="none") == 0
+        assert int((saturated & result.worst_case_outcomes).sum()) == 2
+        assert not result.notes
 
     @pytest.mark.parametrize("protocol", list(PROTOCOLS)[:3])
     def test_plain_networks_have_none(self, protocol: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,11 @@ from odeadv.attacks.checks import check_logits
 from odeadv.evaluation._ifgsm import Run, SharedRuns, run_of
 from odeadv.evaluation._prepare import Prepared
 from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, pyautoattack, takes
+from odeadv.evaluation.trust import FLAT
 from odeadv.support.digests import derived_seed
+
+# Values of an image that are 0 or 1 from which on their gradients say that the model clips its images.
+FEWEST_AT_BOUNDS = 16
 
 
 class Batch(NamedTuple):
@@ -77,8 +82,11 @@ class BatchOutcomes:
         clean: (passes, n) bool, True if the clean image is classified correctly.
         last: (passes, n) bool of the images that each attack ended with.
         worst: (n,) bool, True if the clean image and everything that was scored on the way are classified correctly.
-        signs: (n,) bool of each sign that an attack may have failed: ``"no gradient"`` (the gradient is exactly zero),
-            ``"saturated"`` (the cross-entropy is exactly zero), ``"probabilities"`` (outputs are not logits).
+        signs: (n,) bool of each sign that an attack may have failed. Of the gradient: ``"no gradient"`` (it is exactly
+            zero), ``"clipped"`` (exactly zero at the pixels that are 0 or 1, and only there) of those ``"at bounds"``
+            (with enough such pixels). Of the cross-entropy: ``"saturated"`` (exactly zero, and still zero under IFGSM),
+            ``"lowered"`` (IFGSM has lowered it). Of the outputs: ``"probabilities"``, ``"bounded"`` (all in [0, 1]),
+            ``"flat"`` (nearly equal), ``"clipped logits"`` (several are exactly 0, none is negative).
         forward_passes: images sent through the model.
         gradient_evaluations: images that were also differentiated.
         notes: warnings of the attacks.
@@ -117,14 +125,16 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
         logits = scorer.logits(images)
     clean = scorer.right(logits)
     more = scorer.correct(images, rules.passes - 1) if rules.passes > 1 else clean[None][:0]
-    outcomes = BatchOutcomes(torch.cat([clean[None], more]), _signs(logits, labels, gradient))
+    outcomes = BatchOutcomes(torch.cat([clean[None], more]), _signs(logits, labels, images, gradient))
     if gradient is not None:
         lengths: dict[Run, list[int]] = {}
         for spec in shared.values():
             lengths.setdefault(run_of(spec), []).append(spec.steps or 1)
-        runs = SharedRuns(
+        shared_runs = SharedRuns(
             scorer, images, clean, gradient, lengths, repeatable=rules.repeatable, passes=rules.passes
-        ).outcomes()
+        )
+        runs = shared_runs.outcomes()
+        outcomes.signs |= _signs_under_way(scorer.losses(logits), shared_runs.losses)
         for name, spec in shared.items():
             outcomes.last[name], outcomes.worst[name] = runs[run_of(spec), spec.steps or 1]
     counted = Counted(prepared.model, rules.highest_label)
@@ -143,15 +153,38 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
     return outcomes
 
 
-def _signs(logits: Tensor, labels: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
+def _signs(logits: Tensor, labels: Tensor, images: Tensor, gradient: Tensor | None) -> dict[str, Tensor]:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     none = torch.zeros_like(labels, dtype=torch.bool)
+    bounded = ((wide >= 0) & (wide <= 1)).all(dim=1)
+    of_gradient = dict.fromkeys(("no gradient", "at bounds", "clipped"), none)
     return {
-        "no gradient": none if gradient is None else (gradient == 0).flatten(1).all(dim=1),
+        **(of_gradient if gradient is None else _signs_of_gradient(images, gradient)),
+        "lowered": none,
+        "bounded": bounded,
+        "flat": wide.amax(dim=1) - wide.amin(dim=1) < FLAT,
+        "clipped logits": (wide >= 0).all(dim=1) & ((wide == 0).sum(dim=1) > 1),
         "saturated": functional.cross_entropy(wide, labels, reduction="none") == 0,
         # The sum of probabilities is exact to some units in the last place; 1e-3 allows for half precision.
-        "probabilities": ((wide >= 0) & (wide <= 1)).all(dim=1) & ((wide.sum(dim=1) - 1).abs() < 1e-3),
+        "probabilities": bounded & ((wide.sum(dim=1) - 1).abs() < 1e-3),
     }
+
+
+def _signs_of_gradient(images: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    zero, edge = (gradient == 0).flatten(1), ((images == 0) | (images == 1)).flatten(1)
+    at_bounds = edge.sum(dim=1) >= FEWEST_AT_BOUNDS
+    inside = (~zero & ~edge).any(dim=1)
+    return {
+        "no gradient": zero.all(dim=1),
+        "at bounds": at_bounds & inside,
+        "clipped": at_bounds & inside & (zero | ~edge).all(dim=1),
+    }
+
+
+def _signs_under_way(clean: Tensor, reached: Tensor) -> dict[str, Tensor]:
+    """Return signs of the cross-entropy of the clean images and of the last iterates known; NaN if none is."""
+    known = ~reached.isnan()
+    return {"lowered": known & (reached < clean), "saturated": (clean == 0) & (~known | (reached == 0))}
 
 
 def _separate(
@@ -173,8 +206,9 @@ def _separate(
         own = {key: values[rows].to(labels.device) for key, values in rules.by_example.get(name, {}).items()}
         found, notes = attacked(spec, model, images, labels, seed=rules.seed, place=drawn_at, by_example=own)
         outcomes.notes += notes
-        if model.no_gradient is not None:
-            outcomes.signs["no gradient"][chosen] |= model.no_gradient
+        for sign, there in model.signs.items():
+            outcomes.signs[sign] = outcomes.signs[sign].clone()
+            outcomes.signs[sign][chosen] |= there
         with torch.no_grad():
             right[:, chosen] = torch.stack([model(found).argmax(dim=1) == labels for _ in range(rules.passes)])
         ended = batch.images.clone()
@@ -197,8 +231,8 @@ class Counted(nn.Module):
     Attributes:
         forward_passes: images sent through the model so far.
         gradient_evaluations: images that were also differentiated.
-        no_gradient: (n,) bool, True if the gradient of an expected image was exactly zero in every pass with all
-            expected images; None if there was no such pass.
+        signs: (n,) bool each, see `BatchOutcomes`. ``"no gradient"`` is True if the gradient of an expected image was
+            exactly zero in every pass with all expected images; the others are those of the first such pass.
     """
 
     def __init__(self, model: nn.Module, highest_label: int) -> None:
@@ -207,12 +241,12 @@ class Counted(nn.Module):
         self.training = model.training
         self.highest_label = highest_label
         self.forward_passes = self.gradient_evaluations = 0
-        self.no_gradient: Tensor | None = None
+        self.signs: dict[str, Tensor] = {}
         self._expected = 0
 
     def expect(self, images: Tensor) -> None:
         """Watch the gradients of these images from now on."""
-        self.no_gradient, self._expected = None, len(images)
+        self.signs, self._expected = {}, len(images)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of ``x``."""
@@ -221,15 +255,17 @@ class Counted(nn.Module):
         if logits.requires_grad:
             logits.register_hook(self._came_back)  # type: ignore[no-untyped-call]
         if x.requires_grad and len(x) == self._expected:
-            x.register_hook(self._reached)  # type: ignore[no-untyped-call]
+            x.register_hook(partial(self._reached, x.detach()))  # type: ignore[no-untyped-call]
         return logits
 
     def _came_back(self, gradient: Tensor) -> None:
         self.gradient_evaluations += len(gradient)
 
-    def _reached(self, gradient: Tensor) -> None:
-        zero = (gradient == 0).flatten(1).all(dim=1)
-        self.no_gradient = zero if self.no_gradient is None else self.no_gradient & zero
+    def _reached(self, images: Tensor, gradient: Tensor) -> None:
+        if self.signs:
+            self.signs["no gradient"] &= (gradient == 0).flatten(1).all(dim=1)
+        else:
+            self.signs = _signs_of_gradient(images, gradient)
 
 
 def attacked(

@@ -138,6 +138,10 @@ class SharedRuns:
         lengths: the numbers of steps that are scored, for each (eps, alpha).
         repeatable: True if equal images always have equal gradients, so that a cycle repeats.
         passes: forward passes that score the images of the last iterate; more than one for random models.
+
+    Attributes:
+        losses: (n,), the largest cross-entropy, over the runs, of the last iterates that were also differentiated; NaN
+            if there are none.
     """
 
     def __init__(
@@ -154,11 +158,19 @@ class SharedRuns:
         self._scorer, self._images, self._clean, self._gradient = scorer, images, clean, clean_gradient
         self._lengths, self._repeatable, self._passes = lengths, repeatable, passes
         self._worst = dict.fromkeys(lengths, clean)
+        self._losses: dict[Run, Tensor] = {}
         self._scored = {
             (run, length): (clean.new_zeros(passes, len(clean)), torch.zeros_like(clean))
             for run, counts in lengths.items()
             for length in counts
         }
+
+    @property
+    def losses(self) -> Tensor:
+        """See the attributes."""
+        if not self._losses:
+            return torch.full(self._clean.shape, torch.nan, device=self._clean.device)
+        return torch.stack(list(self._losses.values())).amax(dim=0)
 
     def outcomes(self) -> dict[tuple[Run, int], tuple[Tensor, Tensor]]:
         """Return last-iterate (passes, n) and worst-so-far (n,) outcomes for every run and each of its lengths."""
@@ -206,6 +218,11 @@ class SharedRuns:
         if onward:
             logits, gradient = scorer.logits_and_gradient(x)
             right = scorer.right(logits)[None]
+            losses = scorer.losses(logits)
+            for run in onward:
+                self._losses[run] = (
+                    losses if len(losses) == len(self._clean) else self._losses[run].index_put((index,), losses)
+                )
         if not onward or (reported and self._passes > 1):
             right = scorer.correct(x, self._passes)
         correct = right[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from odeadv.attacks.objective import AttackLoss
 from odeadv.evaluation.trust import FOLD_LIMIT, beyond
@@ -76,6 +77,11 @@ class Scorer:
     def right(self, logits: Tensor) -> Tensor:
         """Return (n,) bool: True if the largest logit is that of the label."""
         return logits.argmax(dim=1) == self._labels
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the cross-entropy of each example, (n,), in at least float32."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(wide, self._labels, reduction="none")
 
     def gradient(self, images: Tensor) -> Tensor:
         """Return the gradient of the summed cross-entropy, shaped like ``images``."""

@@ -18,7 +18,9 @@ from odeadv.evaluation.data import Examples, ImageFolder
 from odeadv.support.digests import derived_seed
 from odeadv.support.plain import pack, unpack
 
-SIGNS = ("no gradient", "saturated", "probabilities")
+SIGNS = (
+    "no gradient", "at bounds", "clipped", "saturated", "lowered", "probabilities", "bounded", "flat", "clipped logits",
+)  # fmt: skip
 
 
 class Session:

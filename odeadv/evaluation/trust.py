@@ -38,6 +38,11 @@ FOLD_LIMIT = 1e4
 # A sign of a failed attack is noted if it concerns more than this share of the images, and more than one: single images
 # have dead units or sit on a tie.
 _NOTED = 0.01
+# Other signs are those of single images of plain networks, too, and are noted above a larger share of all images. A
+# property of the model concerns most images that can show it.
+_OFTEN, _MOSTLY = 0.1, 0.9
+#: Logits of one image are flat if they lie within this of each other.
+FLAT = 0.01
 # Sums in another order change a gradient by some units in the last place, which steep networks amplify.
 _GRADIENT_ROUNDING = 0.01
 # With fewer images, an accuracy below that of guessing may be chance.
@@ -325,6 +330,35 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
         notes.append(
             "the outputs look like probabilities, of which the cross-entropy has weak gradients; return logits, for "
             "example the logarithms"
+        )
+    elif bool(signs["bounded"].all()) and result.n >= FEWEST:
+        notes.append(
+            "all outputs lie in [0, 1], as after a sigmoid: their cross-entropy has weak gradients; return logits, the "
+            "values before it"
+        )
+    if bool(signs["flat"].all()) and result.n >= FEWEST:
+        notes.append(
+            f"the outputs of each image lie within {FLAT:g} of each other, so their cross-entropy hardly sees which "
+            "class is nearest; return logits of the scale that was trained, or add an attack with loss='margin'"
+        )
+    clipped = int(signs["clipped"].sum())
+    if clipped > limit and clipped > _MOSTLY * int(signs["at bounds"].sum()):
+        notes.append(
+            f"the gradient is exactly zero at all pixels that are 0 or 1 for {clipped} of {result.n} images: the model "
+            "seems to clip its images, which has no gradient at the bounds, so these pixels cannot be attacked; leave "
+            "out the clipping: attacks keep images in [0, 1] themselves"
+        )
+    cut = int((signs["clipped logits"] & survived).sum())
+    if cut > _OFTEN * result.n:
+        notes.append(
+            f"several outputs are exactly 0 and none is negative for {cut} of {result.n} images, on which every attack "
+            "failed: the last layer clips the logits, and clipped classes have no gradient; return the values before it"
+        )
+    lowered = int((signs["lowered"] & survived).sum())
+    if lowered > max(limit, _OFTEN * result.n):
+        notes.append(
+            f"IFGSM lowered the cross-entropy of {lowered} of {result.n} images, on which every attack failed: its "
+            "steps should raise it, so the gradient is wrong or misleads; add 'square'"
         )
     saturated = int((signs["saturated"] & survived).sum())
     if saturated > limit:
