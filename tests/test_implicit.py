@@ -319,6 +319,25 @@ def test_the_costate_of_backward_euler_is_its_discrete_adjoint(operator):
     torch.testing.assert_close(sol.xs[-1], x, rtol=1e-10, atol=1e-12)
 
 
+class Theta:
+    """An implicit sub-step as the documentation describes one: it uses the names of the page only."""
+
+    name, order = "theta", 1
+
+    def advance(self, operator, clock, h, x, cost):
+        b = x + 0.4 * h * operator.velocity(clock.at(0.0), x, cost)
+        return operator.implicit(clock.at(1.0), 0.6 * h, b, cost)
+
+
+@pytest.mark.parametrize("operator", [odeadv.Operator.linear(A), odeadv.Operator(lambda t, x: x @ A.T)])
+def test_an_implicit_substep_of_ones_own(operator):
+    field = odeadv.AdversarialField(operator, lambda x: 0.5 * x @ Q @ x, eta=0.2)
+    tableau = odeadv.DIRK("theta", 1, (0.0, 1.0), ((0.0,), (0.4, 0.6)), (0.4, 0.6))
+    own, known = (odeadv.solve(field, Y0, SPAN, scheme="lie", steps=4, substep=s) for s in (Theta(), tableau))
+    torch.testing.assert_close(own.xs[-1], known.xs[-1])
+    torch.testing.assert_close(own.costate.nodes[0], known.costate.nodes[0])
+
+
 def test_the_costate_of_heat():
     """For each frequency, a step of sdirk2 multiplies by its stability function, and so does its adjoint."""
     k = -100 * torch.arange(6, dtype=F64) ** 2

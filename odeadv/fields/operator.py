@@ -356,7 +356,7 @@ class Operator:
             other.solver = lambda t, c, b: solver(clock(t), leading(rate, c), b)
         return other
 
-    def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
+    def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept | None = None) -> Tensor:
         """Return y with y - c f(t, y) = b, counted: the equation of an implicit stage.
 
         Args:
@@ -364,7 +364,7 @@ class Operator:
             c: a duration, the step size times a coefficient of the method.
             b: of the shape of the state.
             cost: counts, and knows if Newton's iteration fails; the result is then NaN.
-            kept: what the last stage of the same sub-step has left.
+            kept: what the last stage of the same sub-step has left; None lets Newton's iteration start at ``b``.
 
         Raises:
             TypeError, ValueError: if a direct solver writes to ``b``, or its result does not fit.
@@ -373,7 +373,8 @@ class Operator:
         solver = self.solver
         if isinstance(solver, Newton):
             cost.solves += 1
-            return solver.solve(lambda y: self.velocity(t, y, cost), time, c, b, cost, kept)
+            start = Kept(b) if kept is None else kept
+            return solver.solve(lambda y: self.velocity(t, y, cost), time, c, b, cost, start)
         duration = as_time(c, b, self.time_dtype)
         if not torch.compiler.is_compiling():
             cost.solves += 1

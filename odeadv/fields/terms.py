@@ -196,7 +196,7 @@ class Sum(Operator):
         values = held.done()
         return sum(values[1:], start=values[0])
 
-    def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
+    def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept | None = None) -> Tensor:
         """See `Operator.implicit`. If the other terms are forcings, a single term solves, directly if it can."""
         costs = [cost] * len(self.operators) if self.costs is None else self.costs
         terms = list(zip(self.operators, costs, strict=True))
