@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_title = f"odeadv {release}"
+
+copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # not what programs print
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # links such as page.md#heading
@@ -99,9 +104,17 @@ def elsewhere(app: Any, env: Any, reference: Any, content: nodes.Element) -> nod
     return found
 
 
+def link_back(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
+    """Mend links from source code to the reference: viewcode takes the package of one name for all names of a file."""
+    if pagename.startswith("_modules/"):
+        wrong = r"(/objects/([\w.]+)\.(\w+)\.html)#(?!\2\.\3\b)odeadv\.(?:\w+\.)*?\3\b"
+        context["body"] = re.sub(wrong, r"\1#\2.\3", context["body"])
+
+
 def setup(app: Any) -> None:
     """Connect the functions above; Sphinx calls this."""
     app.add_directive("odeadv-schemes", Schemes)
     app.add_directive("odeadv-help", Help)
     app.connect("missing-reference", elsewhere)
+    app.connect("html-page-context", link_back)
     app.connect("autodoc-process-docstring", plain)

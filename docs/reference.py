@@ -102,8 +102,9 @@ def _first(value: object) -> str:
 
 def _page(full: str) -> str:
     """Return the page of one object as reStructuredText."""
-    value, name = _get(full), full.rpartition(".")[2]
-    head = f"{name}\n{'=' * len(name)}\n\n"
+    value = _get(full)
+    title = full.removeprefix("odeadv.")  # several packages have a Stage
+    head = f"{title}\n{'=' * len(title)}\n\n"
     if isinstance(value, Mapping):
         keys = ", ".join(f"``{key}``" for key in value)
         return f"{head}.. py:data:: {full}\n\n   A mapping with the keys {keys}.\n"
