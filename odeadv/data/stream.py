@@ -163,7 +163,7 @@ def stacked(samples: list[Any]) -> tuple[Tensor, Tensor]:
     shapes = {tuple(x.shape) for x in inputs}
     if len(shapes) > 1:
         raise ValueError(f"data: got inputs of shapes {sorted(shapes)[:3]}, expected one; resize or crop them")
-    labels = [label for _, label in samples]
+    labels: Any = [label for _, label in samples]
     if not all(isinstance(label, int) for label in labels):
         try:
             labels = torch.stack([torch.as_tensor(label) for label in labels])
