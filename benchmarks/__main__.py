@@ -123,10 +123,10 @@ def earlier(name: str, out: Path, given: Path | None) -> dict[str, Any] | None:
     try:
         data = read(path) if path.exists() else None
     except ValueError as error:  # a file that cannot be read must not cost the new measurements
-        print(f"{path}: not compared, for it is not JSON ({error})", file=sys.stderr)
+        print(f"{path}: not compared, because it is not JSON ({error})", file=sys.stderr)
         return None
     if data is not None and data.get("benchmark", path.stem) != name:
-        print(f"{path}: not compared, for it is of {data.get('benchmark', path.stem)}, not {name}", file=sys.stderr)
+        print(f"{path}: not compared, because it is of {data.get('benchmark', path.stem)}, not {name}", file=sys.stderr)
         return None
     return data
 

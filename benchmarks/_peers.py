@@ -250,7 +250,7 @@ def has_diffrax() -> bool:
 
 
 def float64(x: Tensor) -> Any:
-    """Return ``x`` for jax, in 64 bits, which jax has to be told."""
+    """Return ``x`` for jax, which keeps 64 bits only if it is told to."""
     import jax
 
     jax.config.update("jax_enable_x64", True)

@@ -2,7 +2,7 @@
 
     python examples/campaign.py 2a 4 1 --data DIR --runs RUNS --records docs/results/runs
 
-A stage that was stopped goes on where it was. Run one process with one thread per core: OMP_NUM_THREADS=1.
+If a stage was stopped, the same command resumes it. Run one process with one thread per core: OMP_NUM_THREADS=1.
 """
 
 import argparse

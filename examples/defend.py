@@ -1,4 +1,4 @@
-"""Defend a network of your own: LAD in a training loop of your own, on handwritten digits.
+"""Defend your own network: LAD in your own training loop, on handwritten digits.
 
 python examples/defend.py
 """

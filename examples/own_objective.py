@@ -1,4 +1,4 @@
-"""An objective of your own: natural training with label smoothing, usable with every defence and from a configuration.
+"""Your own objective: natural training with label smoothing, usable with every defence and from a configuration.
 
 python examples/own_objective.py
 """
@@ -19,7 +19,7 @@ class Smoothed(Objective, name="smoothed"):
     smoothing: float = 0.1
 
     def __call__(self, step):
-        """Return the loss to minimise and the logits that accuracy is counted on."""
+        """Return the loss to minimise, and the logits for the accuracy."""
         defended = step.defended(step.images)
         logits = step.plain(step.images)
         smooth = F.cross_entropy(logits, step.labels, label_smoothing=self.smoothing)
@@ -27,7 +27,7 @@ class Smoothed(Objective, name="smoothed"):
 
 
 def main(epochs=3):
-    """Train a small network with the objective and LAD, and print what each epoch came to."""
+    """Train a small network with the objective and LAD, and print the accuracy and the strength of each epoch."""
     digits = data.load("digits").resized(8)
     net = models.residual_mlp(
         4, 32, image_size=8, mean=digits.mean, std=digits.std, generator=torch.Generator().manual_seed(0)

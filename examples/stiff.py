@@ -28,7 +28,7 @@ x0 = torch.stack([1 + 0.5 * torch.cos(math.pi * place), 3 + torch.cos(2 * math.p
 
 
 def solve(steps, **options):
-    """Return the state at t = 2, or why there is none."""
+    """Return the solution up to t = 2, also if it failed."""
     try:
         return odeadv.solve(field, x0, (0.0, 2.0), steps=steps, **options)
     except odeadv.SolveError as error:

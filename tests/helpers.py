@@ -87,7 +87,7 @@ def small_resnet(
 
 # ---- problems with a closed form ----
 
-# dx/dt = LAM x + eta a, L = x^2 / 2: INTEGRAL is the integral of exp(2 LAM (T - t)) over (0, T).
+# dx/dt = LAM x + eta a with L = x^2 / 2. INTEGRAL is the integral of exp(2 LAM (T - t)) over (0, T).
 LAM, T = -0.7, 1.5
 X0 = torch.tensor([1.3], dtype=torch.float64)
 INTEGRAL = (math.exp(2 * LAM * T) - 1) / (2 * LAM)
@@ -137,7 +137,7 @@ class Small(nn.Module):
 
 @functools.cache
 def trained() -> nn.Module:
-    """Return `Small`, trained for a few epochs on one-step adversarial examples: honest, and somewhat robust."""
+    """Return `Small`, trained for a few epochs on one-step adversarial examples. Its gradients are honest."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Small()

@@ -26,7 +26,7 @@ EPS, ALPHA, STEPS = 8 / 255, 2 / 255, 7
 
 def small_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     net = conv_net(dtype)
-    net[1].running_mean.normal_(generator=seeded())  # so that evaluation mode differs
+    net[1].running_mean.normal_(generator=seeded())  # so that evaluation mode differs from training mode
     return net
 
 
@@ -39,7 +39,7 @@ every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.k
 
 
 def textbook(net: nn.Module, images: Tensor, labels: Tensor, start: Tensor, eps: float, alpha: float, m: int) -> Tensor:
-    """Return the attack as the papers print it: mean cross-entropy, `backward`, clip after every step."""
+    """Return the images of the attack as in the papers: mean cross-entropy, `backward`, a clip after every step."""
     net = copy.deepcopy(net).eval()
     adversarial = start.clone()
     for _ in range(m):
@@ -89,7 +89,7 @@ class TestAgainstTheTextbook:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
 
     def test_confident_examples_of_a_large_batch_still_move(self) -> None:
-        """The gradient of a batch mean would underflow: exp(-100) / n is below the smallest float32."""
+        """The gradient of a mean over the batch would underflow: exp(-100) / n is below the smallest float32."""
         n, half = 4096, 50.0
         linear = nn.Linear(2, 2, bias=False)
         linear.weight.data = torch.tensor([[half, 0.0], [-half, 0.0]])

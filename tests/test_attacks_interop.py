@@ -18,7 +18,7 @@ from odeadv import models
 from odeadv.attacks import apgd, apgd_t, fgsm, ifgsm, pgd, square
 
 EPS, ALPHA, STEPS = 0.1, 0.02, 20
-TIES = 2e-3  # a share of the examples: rounding makes a gradient 0 in one library only
+TIES = 2e-3  # the largest share of examples that may differ: rounding makes a gradient 0 in one library only
 
 
 class Normalised(nn.Module):
@@ -99,7 +99,7 @@ def gradient_lengths(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor
 
 
 def in_double(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return all in float64, for L2 steps: within 20 steps float32 rounding parts two runs at the kinks of the net."""
+    """Return all in float64, for L2 steps. Rounding in float32 separates two runs of 20 steps at kinks of the net."""
     return copy.deepcopy(model).double(), images.double(), labels
 
 
@@ -143,7 +143,7 @@ class TestTorchattacks:
         theirs = torchattack("PGDL2", model, random_start=False, **given)(images, labels)
         ours = ifgsm(model, images, labels, norm="l2", **given)
         some_survive(model, ours, labels)
-        # They divide by ||gradient of the batch mean|| + 1e-10: confident examples move less.
+        # torchattacks divides by ||gradient of the batch mean|| + 1e-10, so its confident examples move less.
         assert (gradient_lengths(model, images, labels)[differing(ours, theirs)] / len(images) < 1e-5).all()
         assert differing(ours, theirs).float().mean() < 0.05
 
@@ -152,7 +152,7 @@ class TestTorchattacks:
     def test_apgd_agrees_in_robust_accuracy(
         self, trained: tuple[nn.Module, Tensor, Tensor], norm: str, eps: float, loss: str
     ) -> None:
-        """Random starts and reviews differ: few outcomes may differ, and on either side alike."""
+        """Random starts and step-size rules differ, so a few outcomes may differ, about as many on either side."""
         model, images, labels = trained
         name = {"linf": "Linf", "l2": "L2"}[norm]
         theirs = torchattack("APGD", model, norm=name, eps=eps, steps=25, loss=loss, seed=0)(images, labels)
@@ -210,7 +210,7 @@ class TestAutoAttack:
     ) -> tuple[nn.Module, Tensor, Tensor, list[Tensor]]:
         """Return model, images, labels and offsets of starts.
 
-        In float64: in float32 rounding alone parts two runs of 100 steps.
+        They are float64, because rounding in float32 alone separates two runs of 100 steps.
         """
         model, images, labels = in_double(*trained)
         with torch.no_grad():
@@ -295,7 +295,7 @@ class TestFoolbox:
         if norm == "linf":
             start = start.clamp(images - eps, images + eps)
         else:
-            assert (start - images).flatten(1).norm(dim=1).max() < eps  # only ours would be projected at once
+            assert (start - images).flatten(1).norm(dim=1).max() < eps  # only our start would be projected at once
         attack = getattr(foolbox.attacks, name)(abs_stepsize=eps / 5, steps=STEPS)
         attack.get_random_start = lambda x0, epsilon: eagerpy.astensor(start)
         theirs = attack(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), images, labels, epsilons=eps)[0]

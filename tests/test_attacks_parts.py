@@ -172,7 +172,7 @@ class TestLinearModels:
         given = {"eps": 0.2, "norm": norm, "loss": loss}
         untargeted = fgsm(self.MODEL, images, labels, **given)
         targeted = fgsm(self.MODEL, images, labels, target=1 - labels, **given)
-        torch.testing.assert_close(targeted, untargeted)  # with two classes, leaving one is reaching the other
+        torch.testing.assert_close(targeted, untargeted)  # with two classes, an image that leaves one reaches the other
 
     def test_targeted_reaches_the_target_and_not_the_nearest_class(self) -> None:
         model = linear([1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.0, 0.0, 1.0])
@@ -616,7 +616,7 @@ class TestPrecision:
             assert (attacked == full).float().mean() > 0.8
 
     def test_weights_still_have_gradients_after_an_attack_within_one_autocast(self) -> None:
-        """Autocast caches cast weights. Training must not use those that the attack's passes cached."""
+        """Autocast caches cast weights. Training must not use the weights that the attack's passes cached."""
         model, (images, labels) = net(torch.float32), batch(torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             attacked = pgd(model, images, labels, eps=EPS, alpha=ALPHA, steps=2, loss="kl", generator=seeded())

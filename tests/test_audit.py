@@ -76,7 +76,7 @@ class TooFew(Wrapped):
 
 
 class Learning(Wrapped):
-    """A buffer follows the inputs, in eval mode too."""
+    """A model with a buffer that follows the inputs, in eval mode too."""
 
     mean: Tensor
 
@@ -90,7 +90,7 @@ class Learning(Wrapped):
 
 
 class Late(Wrapped):
-    """A model whose answer changes at the twelfth call."""
+    """A model that changes its answer at the twelfth call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ class Late(Wrapped):
 
 
 class BatchStatistics(Wrapped):
-    """Its input is centred by the mean of the batch."""
+    """A model that subtracts the mean of the batch from its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x - 0.2 * x.mean(dim=(0, 1), keepdim=True))
 
 
 class ByRow(Wrapped):
-    """The answer depends on the parity of the row."""
+    """A model whose answer depends on the parity of the row in the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) + (torch.arange(len(x)) % 2)[:, None] * torch.eye(10)[3]
@@ -121,7 +121,7 @@ class ByBatchSize(Wrapped):
 
 
 class WhenDifferentiated(Wrapped):
-    """A buffer moves only if gradients are on."""
+    """A model that changes a buffer only if gradients are on."""
 
     moved: Tensor
 
@@ -136,21 +136,21 @@ class WhenDifferentiated(Wrapped):
 
 
 class NoisyGradients(Wrapped):
-    """Noise only if the images require a gradient."""
+    """A model that adds noise only if the images require a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x + 0.05 * torch.randn_like(x)) if x.requires_grad else self.net(x)
 
 
 class OtherGradients(Wrapped):
-    """Another function, always the same, if the images require a gradient."""
+    """A model that is another fixed function if the images require a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.flip(3)) if x.requires_grad else self.net(x)
 
 
 class Private(Wrapped):
-    """Batch sizes are kept in a private list."""
+    """A model that keeps the batch sizes in a private list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class TestL2:
 
 
 class StraightThrough(Wrapped):
-    """Inputs are rounded, with the gradient of the identity."""
+    """A model that rounds its inputs and passes the gradient on unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x + ((8 * x).round() / 8 - x).detach())
@@ -355,7 +355,7 @@ def test_answers_of_another_shape_are_named(change: Callable[[Tensor], object], 
 
 
 class InPlace(Wrapped):
-    """Images are normalised in place."""
+    """A model that normalises its images in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x.mul_(1.5))

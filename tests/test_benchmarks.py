@@ -42,7 +42,7 @@ HERE = (
 
 @pytest.fixture(autouse=True)
 def _without_jax(monkeypatch):
-    """Leave diffrax out: compiling in jax takes longer than everything else, and has a test of its own below."""
+    """Leave diffrax out. Compiling in jax takes longer than everything else; a separate test below compiles."""
     for module in (_peers, fisher_kpp, stiff, work_precision):
         monkeypatch.setattr(module, "has_diffrax", lambda: False)
 
@@ -297,13 +297,13 @@ def test_an_old_run_that_cannot_be_compared_with_is_named_and_the_new_one_kept(t
     out = ["orders", "--quick", "--threads", "1", "--out", str(tmp_path)]
     (tmp_path / "orders.json").write_text("{")
     assert command.main(out) == 0
-    assert "orders.json: not compared, for it is not JSON" in capsys.readouterr().err
+    assert "orders.json: not compared, because it is not JSON" in capsys.readouterr().err
     assert json.loads((tmp_path / "orders.json").read_text())["benchmark"] == "orders"
     other = tmp_path / "overhead.json"
     other.write_text('{"benchmark": "overhead"}')
     elsewhere = [*out[:-1], str(tmp_path / "elsewhere")]
     assert command.main([*elsewhere, "--compare", str(other)]) == 0
-    assert "overhead.json: not compared, for it is of overhead, not orders" in capsys.readouterr().err
+    assert "overhead.json: not compared, because it is of overhead, not orders" in capsys.readouterr().err
 
 
 def test_a_figure_that_was_measured_once_has_no_spread():

@@ -38,7 +38,7 @@ def answer():
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Return the name of a module in the current folder."""
-    name = f"networks_of_{tmp_path.name}"  # a name of its own, because imports are cached
+    name = f"networks_of_{tmp_path.name}"  # a new name for each test, because imports are cached
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -51,7 +51,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def test_evaluate_prints_a_table_and_writes_json(module, tmp_path, capsys):
-    """The figures are those of the same network with the same weights, evaluated from Python."""
+    """The command prints the figures of the same network evaluated from Python."""
     torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in weights().items()}}, "w.pt")
     save_file(weights(), "w.safetensors")
     arguments = ["evaluate", f"{module}:plain", "--dataset", "digits", "--images", "20", "--protocol", "table1"]

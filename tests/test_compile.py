@@ -137,7 +137,7 @@ class TestCompilation:
             assert_equals_solve(adversarial(matrix), {"scheme": "strang"}, {"dt": 0.25}, [matrix])
 
     def test_a_loop_operator_still_has_its_restrictions(self):
-        """`_loop` counts by tensors and copies inputs that share memory. It need not, once this fails."""
+        """Show why `_loop` counts by tensors and copies inputs that share memory. If this fails, it need not."""
         torch._dynamo.reset()
         pair = torch.ones(2)
 

@@ -168,7 +168,7 @@ X0 = torch.tensor([1.0, -0.5], dtype=torch.float64)
 
 
 def regulator(at: dict | None = None) -> odeadv.AdversarialField:
-    """min of x.FINAL x / 2 + integral of (x.WEIGHT x + PRICE u^2) / 2, where u acts on the second component."""
+    """Return the field that minimises x.FINAL x / 2 + integral of (x.WEIGHT x + PRICE u^2) / 2; u acts on x[1]."""
     eta = torch.tensor([0.0, -1.0 / PRICE])
     return odeadv.AdversarialField(
         lambda t, x: DYNAMICS @ x, lambda x: 0.5 * x @ FINAL @ x, eta, running=lambda t, x: 0.5 * x @ WEIGHT @ x, at=at

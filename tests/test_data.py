@@ -371,7 +371,7 @@ def torchvision_cifar(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Array
 
 
 def replace_download(monkeypatch: pytest.MonkeyPatch, action: Callable[[Path], object]) -> list[Path]:
-    """Let torchvision's download run ``action`` on its folder instead of using the network; returns the folders."""
+    """Let torchvision's download run ``action`` on its folder instead of using the network; return the folders."""
     called: list[Path] = []
 
     def download(url: str, root: str, **options: object) -> None:

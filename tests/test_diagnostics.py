@@ -683,7 +683,7 @@ def test_the_programs_of_the_page_run():
     assert exported == functions | {"Trace"}
 
 
-# ---- faults found by a hostile reader ----
+# ---- faults that once passed unnoticed ----
 
 
 def test_contraction_of_a_field_with_kinks_is_measured_where_the_hessian_sees_nothing():

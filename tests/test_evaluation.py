@@ -39,7 +39,7 @@ class Counting(nn.Module):
 
 
 def labelled(model: Counting, n: int = 24, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Images with the model's own labels, all but every eighth: there is something to break, and something broken."""
+    """Return images with the model's own labels, except every eighth, which is wrong from the beginning."""
     images = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
     with torch.no_grad():
         labels = model.eval().net(images).argmax(1)
@@ -138,7 +138,7 @@ class TestOutcomes:
         assert (twice.robust_accuracy, twice.worst_so_far_accuracy) == (1.0, 0.5)
 
     def test_worst_so_far_of_an_attack_with_options_looks_at_every_iterate(self) -> None:
-        """`eot=1` is plain IFGSM, but not shared: its worst-so-far score is of all iterates, or it is not there."""
+        """`eot=1` is plain IFGSM, but shares no work: its worst-so-far score covers all iterates, or is missing."""
         model, data = oscillating()
         same = {"eot": 1}
         worst, last, kept = evaluate(

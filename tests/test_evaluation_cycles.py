@@ -1,4 +1,4 @@
-"""Runs that go round in a cycle end early, with the outcomes of runs that do not."""
+"""Runs that enter a cycle end early, with the outcomes of runs in full length."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def following(labels: Tensor) -> Tensor:
 
 
 def test_every_example_has_its_own_radius_step_and_target() -> None:
-    """The outcomes are those of the attacks called with tensors, however the examples fall into batches."""
+    """The outcomes are those of attacks called with tensors, whatever the batch size."""
     l2 = {"norm": "l2"}
     specs = (
         AttackSpec("fgsm", EPS),

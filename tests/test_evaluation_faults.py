@@ -42,7 +42,7 @@ LABELS = linear()(IMAGES).argmax(1)
 
 
 class Changed(nn.Module):
-    """A network with something done to its images or logits."""
+    """A network with a function applied to its images or logits."""
 
     def __init__(self, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class TestMaskedClass:
 
 
 class TestSmallNoise:
-    """The draws of a random model may look like rounding once and not the next time."""
+    """The draws of a random model may look like rounding in one pass and not in the next one."""
 
     FGSM = Protocol("p", (AttackSpec("fgsm", 8 / 255),))
 
     def evaluated(self, model: nn.Module, seed: int, protocol: Protocol = FGSM, ambient: int = 0) -> list[bool]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(100 * ambient + seed)  # a global state of the user's
+            torch.manual_seed(100 * ambient + seed)  # a global object of the user's
             return evaluate(model, (IMAGES, LABELS), protocol, stochastic=True, seed=seed).attacks[0].outcomes.tolist()
 
     @pytest.mark.parametrize("noise", [1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 1e-2])

@@ -55,7 +55,7 @@ def worst(result: Evaluation) -> Tensor:
 
 
 class Stop(Exception):
-    """Raised by a progress callback."""
+    """The exception that a progress callback raises to stop an evaluation."""
 
 
 def stopping_after(batches: int) -> Callable[[int, int], None]:
@@ -81,7 +81,7 @@ class TestWorstSoFar:
 
     def test_cost_is_that_of_the_steps_until_fooled(self) -> None:
         """Forward passes: the clean one of each image, then one for each iterate until it is fooled."""
-        # In float64 an outcome does not hang on how its batch is rounded.
+        # In float64 an outcome does not depend on the rounding of its batch.
         net = copy.deepcopy(trained()).double()
         images, labels = held_out(N)
         images = images.double()

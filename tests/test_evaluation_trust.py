@@ -51,7 +51,7 @@ def problem(net: Linear | None = None, n: int = 200) -> tuple[Tensor, Tensor]:
 
 
 def evaluated(net: nn.Module, data: object, protocol: object = "table2", **options: object) -> Evaluation:
-    """Evaluate without showing warnings; notes hold the same sentences."""
+    """Evaluate without showing warnings; ``notes`` has the same sentences."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return evaluate(net, data, protocol, **options)
@@ -168,7 +168,7 @@ class TestSteepModels:
 
 
 class Reversed(torch.autograd.Function):
-    """The identity with the opposite gradient."""
+    """The identity in the forward pass; its gradient has the opposite sign."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -414,7 +414,7 @@ class TestData:
         most = []
 
         def progress(done: int, total: int) -> None:
-            """Note the resident kilobytes of the mapping: the line Rss after its address."""
+            """Record the resident kilobytes of the mapping: the line Rss after its address."""
             lines = Path("/proc/self/smaps").read_text().splitlines()
             start = next(i for i, line in enumerate(lines) if line.startswith(mapped_at))
             most.append(int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1]))

@@ -1,4 +1,4 @@
-"""Tables and reports: which runs make a table, and that a page is nothing but the arithmetic of its records."""
+"""Tables and reports: which runs make a table, and pages that follow from their records by arithmetic alone."""
 
 import json
 import math
@@ -45,7 +45,7 @@ PAGES = sorted(page for page in RESULTS.glob("*/*.md") if page.stem in TABLES)
 
 
 def record(config: RunConfig, protocol: str, columns, accuracy) -> dict:
-    """A record with accuracies that ``accuracy(column number)`` makes up, 0 being the clean one."""
+    """Return a record with the accuracies ``accuracy(column)``; column 0 is the clean accuracy."""
     attacks = [
         {
             "name": column.attack,
@@ -74,12 +74,12 @@ def record(config: RunConfig, protocol: str, columns, accuracy) -> dict:
 
 
 def rows_at(table, preset="bf16"):
-    """The rows that can be run at that size."""
+    """Return the rows that can be run at this size."""
     return [row for row in table.rows if PRESETS[preset].sizes[row.method.split("+")[0]].can_run(row)]
 
 
 def made_up(table, rows=None, seeds=(0, 1, 2), preset="bf16", dataset="cifar10"):
-    """Records whose accuracies differ by row, column and seed."""
+    """Return records whose accuracies differ by row, column and seed."""
     return [
         record(
             config, table.protocol, table.columns,
@@ -521,7 +521,7 @@ def test_examples_run_as_programs(number, capsys, monkeypatch):
 
 
 def evaluated(table, outcomes: dict[str, list[bool]]) -> dict:
-    """An evaluation by the table's protocol, or by AutoAttack, with these outcomes."""
+    """Return an evaluation by the table's protocol, or by AutoAttack, with these outcomes."""
     bits = {key: torch.tensor(value) for key, value in outcomes.items()}
     if "auto" in bits:
         spec = table.autoattack.attacks[0]
@@ -536,7 +536,7 @@ def evaluated(table, outcomes: dict[str, list[bool]]) -> dict:
 
 class TestAutoAttack:
     def records(self) -> list[dict]:
-        """Four test images, the first two of them under AutoAttack; PGD and LAD in two seeds."""
+        """Return records of PGD and LAD in two seeds: four test images, the first two of them under AutoAttack."""
         table = TABLES["table2"]
         found = []
         for row, config in configurations(table, PRESETS["cpu"], methods=["pgd", "pgd+lad"], seeds=(0, 1)):

@@ -178,7 +178,7 @@ def test_an_equation_without_a_solution_is_a_status():
     field = odeadv.AdversarialField(explode, lambda x: x.sum(), eta=0.1)
     with pytest.raises(odeadv.SolveError, match="Newton's iteration"):
         odeadv.solve(field, tensor(1.0), SPAN, steps=1, scheme="lie", substep="backward-euler")
-    # The failure of another operator is not blamed on it; adaptive steps are rejected.
+    # Newton's iteration is not blamed for the failure of another operator; adaptive steps are rejected.
     field = odeadv.SplitField(a=lambda t, x: x * math.inf, b=lambda t, x: -x)
     sol = odeadv.solve(
         field, tensor(1.0), SPAN, steps=2, scheme="lie", substep={"a": "euler", "b": "sdirk2"}, throw=False

@@ -67,7 +67,7 @@ def test_second_gradients_are_the_same_bit_for_bit() -> None:
     ("problem", "share"), [("plain", 0.25), ("merged flows", 0.25), ("linear costate", 0.8), ("cubic costate", 0.8)]
 )
 def test_the_peak_of_a_solve_with_its_gradient_is_lower(problem: str, share: float) -> None:
-    """A recording keeps two tensors per step, its states and costates; the rest goes as 1 / segments."""
+    """A recording keeps two tensors per step, a state and a costate. The rest is proportional to 1 / segments."""
     make, options = PROBLEMS[problem]
     weights = torch.randn(16, 16, generator=seeded(), requires_grad=True)
     field, x0 = make(lambda t, x: torch.tanh(torch.tanh(x @ weights) @ weights)), torch.ones(64, 16)
@@ -83,7 +83,7 @@ def test_the_peak_of_a_solve_with_its_gradient_is_lower(problem: str, share: flo
 
 
 def test_a_gradient_that_f_takes_itself_is_right() -> None:
-    """A Hamiltonian field; each of its gradients runs a part of its segment again."""
+    """A Hamiltonian field. Each of its gradients runs a part of its segment again."""
 
     def f(t: Tensor, x: Tensor) -> Tensor:
         y = x if x.requires_grad else x.detach().requires_grad_()

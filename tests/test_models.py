@@ -179,7 +179,7 @@ def test_the_recording_computes_no_weight_gradients():
 
 
 def test_the_gradient_of_l_lad_with_the_costate_frozen():
-    """Against finite differences of the second pass, the recorded costate held fixed."""
+    """Compare gradients with finite differences of the second pass, at a fixed recorded costate."""
     net, images, labels = make(depth=8)
     net.eval()
     sol = odeadv.solve(net.field(images, labels, eta=ETA), scheme="strang")

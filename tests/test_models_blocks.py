@@ -34,7 +34,7 @@ def resnet18() -> tuple[nn.Module, nn.Module, list[nn.Module], nn.Module]:
 
 
 def mlp(training: bool = False) -> tuple[nn.Module, list[nn.Module], nn.Module]:
-    """Vectors, with dropout and batch norm; the third block changes the width."""
+    """Return a network on vectors with dropout and batch norm; the third block changes the width."""
     torch.manual_seed(1)
     stem = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     same = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)) for _ in range(2)]
@@ -95,7 +95,7 @@ def test_a_foreign_resnet_is_eq_5_and_eq_8(scheme, training):
 
 @pytest.mark.parametrize("scheme", [*odeadv.schemes.names(), "euler"])
 def test_eta_zero_is_bitwise_the_plain_network(scheme):
-    """f = block(x) - x, and x + (block(x) - x) is not block(x) in floating point: every scheme must see to it."""
+    """In floating point x + (block(x) - x) is not block(x), so a step of every scheme must return the block's value."""
     net, stem, blocks, head = resnet18()
     net.eval()
     images, labels = torch.rand(4, 3, 32, 32, generator=generator()), torch.arange(4)
@@ -174,7 +174,7 @@ def test_looking_for_jumps_leaves_no_trace_and_is_done_once():
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert len(calls) == 1
-    net.field(inputs[:4], torch.arange(4) % 3)  # another batch size: nothing to look for
+    net.field(inputs[:4], torch.arange(4) % 3)  # another batch size: the layout is known
     assert len(calls) == 1
 
 
@@ -435,7 +435,7 @@ def test_autocast_runs_both_passes():
 
 
 def test_masks_that_depend_on_the_inputs():
-    """Padding: what stands behind the end of a sentence changes nothing, in blocks and in a head that averages."""
+    """Padding after the end of a sentence changes nothing, neither in blocks nor in a head that averages."""
 
     class Mean(nn.Module):
         def __init__(self) -> None:

@@ -151,7 +151,7 @@ def test_a_forward_pass_that_cannot_be_traced_is_named():
 
 
 class Trained(nn.Module):
-    """Behaves as its mode says, in code that tracing would freeze; takes a second argument with a default."""
+    """A layer that reads its mode in code that tracing would freeze, and takes a second argument with a default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ def test_arguments_with_defaults_keep_them():
 
 
 def test_checks_between_two_layers_are_no_block():
-    """A block that does nothing would be a step of its own, in which the costate acts once more."""
+    """A block that does nothing would be a further step, in which the costate acts once more."""
 
     class Checked(Once):
         def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def make(dtype: torch.dtype = torch.float64, **kwargs: object) -> tuple[PreActRe
 @pytest.mark.parametrize(("channels_in", "stride"), [(8, 1), (4, 2)])
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
 def test_the_size_of_the_noise(kind, channels_in, stride):
-    """Measured on 2 million values, a standard error of 0.05 % of the standard deviation."""
+    """The standard deviation is measured on 2 million values, with a standard error of 0.05 %."""
     block = PreActBlock(channels_in, 8, stride, noise=0.1, noise_kind=kind)
     nn.init.constant_(block.bn2.weight, 3.0)
     x = 2.0 * torch.randn(64, channels_in, 64 * stride, 64 * stride, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def test_the_solve_is_bitwise_the_network_on_the_same_draws(kind, damping):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
 def test_the_second_pass_sees_the_noise_of_the_recording(kind, mode):
-    """LAD by hand, the noise drawn once and used in both passes."""
+    """Compare LAD with a computation by hand, in which the noise is drawn once and used in both passes."""
     net, images, labels = make(noise_kind=kind)
     net.noisy_inference().train(mode == "train")
     hand, _, _ = make(noise_kind=kind)
@@ -187,7 +187,7 @@ def test_averaged_by_a_seed_repeats_itself_and_by_a_generator_goes_on():
 
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
 def test_averaged_by_a_seed_is_a_function_of_the_image(kind):
-    """Alone, at another place and in a larger batch an image has the same logits; with a generator it does not."""
+    """An image has the same logits alone, at another place and in a larger batch; with a generator it does not."""
     net, images, _ = make(noise_kind=kind)
     seeded = averaged(net, 2, 4)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_the_spread_of_the_mean_falls_with_the_root_of_the_passes():
 
 
 def test_averaged_can_be_attacked():
-    """Its gradient is the mean of the passes' gradients, recomputed or kept; an attack leaves no trace."""
+    """The gradient is the mean of the passes' gradients, recomputed or kept. An attack leaves the model unchanged."""
     net, images, labels = make()
     images.requires_grad_()
     grads = []
@@ -243,7 +243,7 @@ def test_averaged_can_be_attacked():
 
 
 def test_noise_is_a_diffusion_term_on_finer_steps():
-    """f = 0: k Euler steps of dt = 1/k add up to noise of variance std^2 a unit of time, jumps included."""
+    """With f = 0, k Euler steps of dt = 1/k add noise of variance std^2 per unit of time, jumps included."""
     net = preact_resnet(14, 8, 7, noise=0.1, generator=torch.Generator().manual_seed(0))
     for block in net.blocks:
         nn.init.zeros_(block.conv2.weight)

@@ -120,7 +120,7 @@ def test_every_defence_runs_and_raises_the_loss(scheme, substep):
 
 
 def test_the_adversarial_solve_converges_to_the_continuous_one():
-    """One segment, the order of Strang with midpoint sub-steps, for eta = 5; recorded on each grid anew."""
+    """One segment has the order of Strang with midpoint sub-steps, for eta = 5. Each grid has its own recording."""
 
     def output(steps: int) -> Tensor:
         net, images = make(stages=1, steps=steps, substep="midpoint")

@@ -1,4 +1,4 @@
-"""Models by name and as plain values, what every network promises, and losses other than the cross-entropy."""
+"""Models by name and as plain values, the interface of every network, and losses other than cross-entropy."""
 
 import json
 import re

@@ -161,7 +161,7 @@ class TestFolder:
             launch(jobs, tmp_path, launcher="slurm")
 
     def test_two_processes_share_the_runs_of_one_list(self, digits, tmp_path):
-        """What another process has is left to it until there is nothing else to do, and then waited for."""
+        """A run that another process has is taken last, and is then waited for."""
         jobs = [Job(small(epochs=1), ("table1",)), Job(small(epochs=1, seed=1)), Job(small(epochs=1, lr=1e30))]
         theirs = FileLock(tmp_path / jobs[0].config.name / ".lock", thread_local=False)
         (tmp_path / jobs[0].config.name).mkdir()

@@ -333,10 +333,10 @@ def test_lie_and_strang_are_eq_5_and_eq_8_on_a_toy():
 
 
 class Asked(odeadv.Operator):
-    """Keeps the steps from being prepared beforehand: the loop has to ask it each time."""
+    """An operator whose steps cannot be prepared beforehand: the loop asks it for each step."""
 
-    def velocity(self, t, x, tally):
-        return super().velocity(t, x, tally)
+    def velocity(self, t, x, cost):
+        return super().velocity(t, x, cost)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
@@ -1112,7 +1112,7 @@ def test_dense_output_of_exact_flows_is_as_good_as_a_step_however_stiff_the_fiel
     ("method", "most"), [("bosh3", 1e-5), ("fehlberg2", 1e-4), ("dopri5", 1e-10), ("dopri8", 1e-12)]
 )
 def test_adaptive_methods_of_torchdiffeq_end_where_a_stage_ends(method, most):
-    """Interpolating there cost them two digits and more, and shorter stages made it worse."""
+    """Interpolation at the end of a stage cost these methods at least two digits, and shorter stages made it worse."""
     field = odeadv.SplitField(a=lambda t, x: -x, b=lambda t, x: torch.cos(t) * x)
     start, exact = torch.ones(1, dtype=torch.float64), math.exp(math.sin(1.0) - 1.0)
     options = {"scheme": "kahan-li6", "substep": f"torchdiffeq:{method}", "steps": 16}

@@ -84,7 +84,7 @@ class TestNoise:
     def test_nor_has_one_whose_buffers_change(self) -> None:
         part = nn.utils.parametrizations.spectral_norm(linear())
         with torch.no_grad():
-            part.parametrizations.weight.original.add_(normal(4, 4))  # its singular vectors are to be found again
+            part.parametrizations.weight.original.add_(normal(4, 4))  # the diagnostic must find its singular vectors
         field = odeadv.AdversarialField(lambda t, x: torch.tanh(part(x)), squares, 0.1)
         assert second_order(field, normal(8, 4), (0.0, 1.0), steps=4).time == [0.0] * 4
 

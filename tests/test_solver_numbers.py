@@ -48,7 +48,7 @@ def _accuracy_is_not_the_point() -> None:
 
 @pytest.mark.parametrize("substep", [*OWN, *OTHERS])
 def test_first_and_second_derivatives_of_every_substep(substep):
-    """By finite differences, on a field that depends on time, in x0 and in the weights."""
+    """Compare with finite differences in x0 and in the weights, on a field that depends on time."""
 
     def end(x: Tensor, w: Tensor) -> Tensor:
         return odeadv.solve(f(w), x, SPAN, steps=2, substep=substep).xs[-1]
@@ -106,7 +106,7 @@ def test_gradients_through_the_costate_too(kind, scheme):
 
 @pytest.mark.parametrize("substep", [*OWN[1:], *OTHERS[1:]])
 def test_the_recorded_costate_is_the_gradient_of_the_loss(substep):
-    """Within the error of the method, for adaptive sub-steps as for all others."""
+    """Gradients are right within the error of the method, for adaptive sub-steps too."""
     steps = 1 if substep.endswith("dopri8") else 16
     field = odeadv.AdversarialField(f(W), loss, eta=0.1)
     got = odeadv.solve(field, X0, SPAN, steps=steps, substep={"f": substep}).costate(0.0)

@@ -1,4 +1,4 @@
-"""Grids of other than equal steps, sub-cycling, tableaus and sub-steps of a user."""
+"""Grids with unequal steps, sub-cycling, and tableaus and sub-steps of a user."""
 
 from itertools import pairwise
 from typing import Any

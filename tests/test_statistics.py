@@ -10,7 +10,7 @@ from odeadv.experiments._statistics import Contrast, TwoWay, holm, image_error, 
 
 
 def simulated(generator, effects, seeds, noise):
-    """Values row + seed + residual, as a mapping."""
+    """Return values row + seed + residual as a mapping."""
     blocks = generator.normal(0, 3, seeds)
     return {
         f"row{r}": {s: effect + blocks[s] + noise * generator.standard_normal() for s in range(seeds)}

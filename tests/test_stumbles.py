@@ -1,4 +1,4 @@
-"""What people type wrongly in their first hour, and what they are told."""
+"""Mistakes of the first hour, and the messages that answer them."""
 
 from dataclasses import replace
 

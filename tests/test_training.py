@@ -57,7 +57,7 @@ def config(**changes) -> TrainConfig:
 
 
 def costates_by_hand(net, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """dL/dx_n by back-propagation through a twin, so that statistics are not updated."""
+    """Return dL/dx_n by back-propagation through a copy, so that statistics are not updated."""
     twin = preact_resnet(8, 4, 3, mean=net.stem.mean.flatten().tolist(), std=net.stem.std.flatten().tolist())
     twin.to(images.dtype).load_state_dict(net.state_dict())
     twin.train()
@@ -337,7 +337,7 @@ class TestEta:
         assert max((a - b).abs().max() for a, b in zip(nets[0].parameters(), plain.parameters(), strict=True)) > 1e-3
 
     def test_the_ratio_of_eq_16_is_that_of_the_whole_batch(self):
-        """The images of a batch are alike, so that a part's ratio is the whole one's, once it is scaled."""
+        """The images of a batch are equal, so the ratio of a part, once scaled, is that of the batch."""
         data = tiny_data(8)
         same = replace(
             data,
@@ -533,7 +533,7 @@ class TestSeeing:
 
 @dataclass(frozen=True)
 class LogitDecay(Objective, name="test-logit-decay"):
-    """An objective of a user's own."""
+    """An objective that a user wrote."""
 
     weight: float = 0.1
 
@@ -592,7 +592,7 @@ class TestStrength:
 
     @pytest.mark.parametrize("scheme", ["lie", "strang"])
     def test_the_strength_of_a_bfloat16_network_needs_no_wide_copy_of_a_node(self, scheme):
-        from odeadv.training._strength import first_order  # the sum has no public name
+        from odeadv.training._strength import first_order  # the sum is not public
 
         generator = torch.Generator().manual_seed(0)
         nodes = [torch.randn(600_000, generator=generator).bfloat16() for _ in range(3)]
@@ -682,7 +682,7 @@ class TestStrength:
                 return super().__call__(*arguments, **keywords)
 
         epochs = train(tiny_net(), tiny_data(), config(epochs=3, defence=Spy("lie", 2.0, warmup=2))).epochs
-        assert etas == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]  # two steps an epoch
+        assert etas == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]  # two steps per epoch
         assert [epoch.eta for epoch in epochs] == [1.0, 2.0, 2.0]
 
     def test_the_defaults_leave_the_names_of_runs_as_they_were(self):
@@ -716,7 +716,7 @@ class TestPenalty:
             assert torch.allclose(a, b), name  # statistics are updated once
 
     def test_lad_is_the_penalty_to_first_order(self):
-        """The fact the control is there for: the two gradients agree up to O(eta^2)."""
+        """The reason for this control: the two gradients agree up to O(eta^2)."""
         images, labels = batch(dtype=torch.float64)
         eta = 1e-4
         gradients = []

@@ -42,7 +42,7 @@ PAIRS = [(Natural(), each) for each in DEFENCES] + [(each, defence) for each in 
 
 
 class Reads(TorchDispatchMode):
-    """Counts what a GPU would have to wait for."""
+    """Count the operations that a GPU would have to wait for."""
 
     def __init__(self):
         super().__init__()

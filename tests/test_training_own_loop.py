@@ -1,4 +1,4 @@
-"""A defence in a loop of your own: three lines, any targets, any loss; statistics move once."""
+"""A defence in your own training loop: three lines, any targets, any loss; statistics move once."""
 
 import copy
 import re
@@ -113,7 +113,7 @@ def test_a_foreign_network_learns_in_a_plain_loop():
 
 
 def test_the_loggers_of_the_page_fit(monkeypatch):
-    """They are not dependencies: functions with their signatures replace them."""
+    """Loggers are not dependencies, so functions with the same signatures replace them."""
     logged = []
 
     class Run:

@@ -1,4 +1,4 @@
-"""Recipes of training: optimisers, schedules, averages, objectives around others; data as people have it; stopping."""
+"""Recipes of training: optimisers, schedules, averages, wrapped objectives, data of every form, and stopping."""
 
 import json
 import os
