@@ -101,7 +101,7 @@ def test_audit_of_an_l2_ball(module, tmp_path, capsys):
     [
         (["{}:plain"], "dataset: missing for"),
         (["{}:answer", "--dataset", "digits"], "returned int, expected a torch.nn.Module"),
-        (["{}:nothing", "--dataset", "digits"], "has no nothing, expected a network or a function"),
+        (["{}:nothing", "--dataset", "digits"], "lacks nothing, expected a network or a function"),
         (["{}_:plain", "--dataset", "digits"], "cannot be imported (No module named"),
         (["{}:plain", "--dataset", "digits", "--weights", "{}.py"], "cannot be read as a file of tensors"),
         (["{}:plain", "--dataset", "digits", "--weights", "nothing.pt"], "weights: nothing.pt is not a file"),
@@ -110,7 +110,7 @@ def test_audit_of_an_l2_ball(module, tmp_path, capsys):
             ["{}:Net", "--dataset", "digits", "--images", "5"],
             "returned dict, expected a floating tensor of logits",
         ),
-        (["nothing", "--dataset", "digits"], "weights, dataset: a run says its own"),
+        (["nothing", "--dataset", "digits"], "weights, dataset: got one for a run, which has its own"),
     ],
 )
 def test_errors_are_one_line(module, arguments, message, capsys):

@@ -494,7 +494,7 @@ class TestTorchvision:
         with pytest.raises(DatasetNotFoundError) as caught:
             data.load("cifar100", tmp_path, download=False)
         assert "not tried, because download=False" in str(caught.value)
-        assert "(image folder): the folder has no test in it" in str(caught.value)
+        assert "(image folder): the folder lacks test" in str(caught.value)
         assert called == []
 
     def test_without_torchvision(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +538,7 @@ class TestLoadArguments:
         [
             ("absent", "no such folder"),
             ("absent.npz", "no such file"),
-            (".", "the folder has no train and no test in it"),
+            (".", "the folder lacks train and test"),
         ],
     )
     def test_folder_not_found(self, tmp_path: Path, root: str, reason: str) -> None:

@@ -223,7 +223,7 @@ def test_only_runs_of_the_table_and_preset_count():
     results = gather(table, PRESETS["bf16"], None, records + others)
     assert {name: sorted(runs) for name, runs in results.runs.items()} == {"pgd": [0, 1], "pgd+lad": [0, 1]}
     assert "Not run: pgd+lad-sm seed 0, pgd+lad-midpoint seed 0" in render(results)
-    assert "Not at this size, where the network has no block to damp: PGD + In-ResNet, PGD + lambda-In" in render(
+    assert "Not at this size, because the network lacks a block to damp: PGD + In-ResNet, PGD + lambda-In" in render(
         results
     )
     with pytest.raises(ValueError, match=r"^records: none of the 9 given belongs to table2 at preset smoke"):

@@ -31,7 +31,7 @@ def _add_network(sub: argparse.ArgumentParser, verb: str) -> None:
         "on --dataset: an nn.Module, or a function that returns one, in a module of the current folder",
     )  # fmt: skip
     sub.add_argument("--weights", type=Path, metavar="FILE", help="state dict of your own network, .safetensors or .pt")
-    sub.add_argument("--dataset", choices=data.names(), help="for your own network; a run says its own")
+    sub.add_argument("--dataset", choices=data.names(), help="for your own network; a run has its own")
     sub.add_argument("--output", metavar="KEY", help="the logits in your network's outputs: a key, attribute or index")
     add_data(sub)
 

@@ -67,9 +67,9 @@ def read_config(
         raise ValueError("config: give either a configuration file or --method")
     if file is not None:
         if preset is not None or dataset is not None:
-            raise ValueError("preset, dataset: belong to --method; a file says its own, which --set changes")
+            raise ValueError("preset, dataset: got one for a configuration file, which has its own; change it by --set")
         if not file.is_file():
-            what = "is a folder, expected a file such as its config.json" if file.is_dir() else "is not there"
+            what = "is a folder, expected a file such as its config.json" if file.is_dir() else "does not exist"
             raise FileNotFoundError(f"config: {file} {what}")
         config = experiments.load_config(file)
         if seed is not None:

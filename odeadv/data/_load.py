@@ -148,7 +148,7 @@ def _image_folder_missing(root: Path) -> str | None:
     if not root.is_dir():
         return "no such folder"
     missing = [split for split in ("train", "test") if not (root / split).is_dir()]
-    return f"the folder has no {' and no '.join(missing)} in it" if missing else None
+    return f"the folder lacks {' and '.join(missing)}" if missing else None
 
 
 def _npz_way(path: Path) -> str:

@@ -38,7 +38,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
         NotADirectoryError: if the folder does not exist.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(f"folder: {folder} is not there, expected the folder of all runs")
+        raise NotADirectoryError(f"folder: {folder} does not exist, expected the folder of all runs")
     found = []
     for path in sorted(folder.iterdir()):
         try:

@@ -219,8 +219,8 @@ def read_evaluation(path: Path, protocol: str = "table2", weights: str = "last")
     if isinstance(found, dict) and "evaluations" in found:
         evaluations = load_record(file)["evaluations"].get(weights, {})
         if protocol not in evaluations:
-            names = ", ".join(evaluations) or "none"
-            raise ValueError(f"protocol: {file} has no {protocol!r} of its {weights} weights, but {names}")
+            names = ", ".join(evaluations) or "another record, this one has none"
+            raise ValueError(f"protocol: got {protocol!r} of the {weights} weights in {file}, expected {names}")
         found = evaluations[protocol]
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected an evaluation or a run's record")

@@ -39,7 +39,9 @@ def inspected(
     """Return a network with its data; the arguments are those of `evaluate_run`."""
     if not is_own(network):
         if weights is not None or dataset is not None:
-            raise ValueError("weights, dataset: a run says its own, expected them with a network module:name only")
+            raise ValueError(
+                "weights, dataset: got one for a run, which has its own; give them with a network module:name only"
+            )
         net, info = load_run(Path(network))
         title = f"{run_folder(Path(network)).resolve().name}, weights of epoch {info['epoch']}"
         return Inspected(net, run_images(info, folder, images), title)
@@ -108,7 +110,7 @@ def _own(network: str) -> nn.Module:
         raise ValueError(f"network: {module} cannot be imported ({error}), expected module:name") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"network: {module} has no {name}, expected a network or a function that returns one")
+            raise ValueError(f"network: {module} lacks {name}, expected a network or a function that returns one")
         found = getattr(found, part)
     made = found if isinstance(found, nn.Module) or not callable(found) else found()
     if not isinstance(made, nn.Module):
@@ -140,6 +142,6 @@ def _state(file: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights: {file} holds no state dict, expected what net.state_dict() returns")
+        raise ValueError(f"weights: {file} does not hold a state dict, expected what net.state_dict() returns")
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     return {name.removeprefix(prefix): value for name, value in state.items()}

@@ -58,7 +58,7 @@ class Progress:
     def step(self, epoch: int, step: int, steps: int) -> None:
         """Record a finished step."""
         if not self.started and (epoch, step) != (1, 1):
-            self._tell(f"goes on with epoch {epoch}/{self.epochs}, step {step}/{steps}; the work before it is kept")
+            self._tell(f"resumes at epoch {epoch}/{self.epochs}, step {step}/{steps}")
         self.started = True
         self.line(((epoch - 1) * steps + step) * self.batch_size, self.epochs * steps * self.batch_size)
 

@@ -232,7 +232,7 @@ def _autoattack(results: Results) -> list[str]:
         "",
         f"The strongest of four attacks, one of them without gradients (Croce and Hein 2020; version standard of "
         f"pyautoattack), at {table.autoattack_255:g}/255 on the first test images, with the other figures for the same "
-        "images. It counts an example as lost once anything breaks it, so it belongs beside the worst so far. "
+        "images. It counts an example as lost once anything breaks it, so compare it with the worst so far. "
         "Differences to the undefended row are in percentage points and paired, as above. The paper does not give it.",
         "",
         *_header(["Method", "", "images", "Acc", *labels, f"AutoAttack {table.autoattack_255:g}", "difference"]),
@@ -330,8 +330,9 @@ def _runs(results: Results) -> list[str]:
     lines += ["", f"Data: {'; '.join(data)}. Versions: {'; '.join(versions)}."]
     without = [row.label for row in results.table.rows if not _size(results, row).can_run(row)]
     if without:
-        what = "block to damp" if results.preset.sizes["pgd"].model == "preact_resnet" else "noise and no block to damp"
-        lines += ["", f"Not at this size, where the network has no {what}: {', '.join(without)}."]
+        model = results.preset.sizes["pgd"].model
+        what = "a block to damp" if model == "preact_resnet" else "noise and a block to damp"
+        lines += ["", f"Not at this size, because the network lacks {what}: {', '.join(without)}."]
     if results.missing:
         lines += ["", f"Not run: {', '.join(results.missing)}."]
     return lines
@@ -344,7 +345,7 @@ def _size(results: Results, row: Row) -> Size:
 def differences(results: Results) -> str:
     """Return a sentence that lists how these runs differ from the paper's protocol."""
     table, dataset = results.table, results.dataset
-    parts = [] if table.paper(dataset) else [f"the paper has no such table for {dataset}"]
+    parts = [] if table.paper(dataset) else [f"the paper does not have this table for {dataset}"]
     papers = {
         row.name: config
         for row, config in configurations(table, PRESETS["paper"], dataset=dataset, seeds=(0,))

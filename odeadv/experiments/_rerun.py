@@ -46,10 +46,10 @@ class Agreement:
         return self.losses == 0.0 and self.weights is not False and not any(n for n, _ in self.outcomes.values())
 
     def __str__(self) -> str:
-        losses = "the same to the bit" if self.losses == 0.0 else f"differ by {self.losses:.2g} of themselves at most"
+        losses = "the same to the bit" if self.losses == 0.0 else f"differ by at most {self.losses:.2g}, relative"
         lines = [f"training losses: {losses}"]
         if self.weights is not None:
-            lines.append(f"weights: {'the same to the bit' if self.weights else 'others'}")
+            lines.append(f"weights: {'the same to the bit' if self.weights else 'different'}")
         lines += [f"{name}: {different} of {n} outcomes differ" for name, (different, n) in self.outcomes.items()]
         lines += [f"{name}: not run again" for name in self.not_run]
         lines += [f"{name}: {first} then, {second} now" for name, (first, second) in self.versions.items()]

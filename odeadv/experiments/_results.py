@@ -344,4 +344,4 @@ def _attack(evaluation: Mapping[str, Any], column: Column) -> Mapping[str, Any]:
         ):
             found: Mapping[str, Any] = attack
             return found
-    raise ValueError(f"records: an evaluation by {evaluation.get('protocol')} has no {column.label}")
+    raise ValueError(f"records: an evaluation by {evaluation.get('protocol')} lacks {column.label}")
