@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,31 +91,69 @@ def test_folders_are_imported_when_they_are_used():
         _ = odeadv.trainnig
 
 
+def sources() -> dict[str, Path]:
+    """Return the files of the package by the names of their modules; a folder's ``__init__.py`` has the folder's."""
+    names = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+SOURCES = sources()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def imported(name: str, tree: ast.AST | None = None) -> set[str]:
+    """Return the modules of the package that the module ``name`` imports anywhere in its text, however written."""
+    folder = name if SOURCES[name].name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(TREES[name] if tree is None else tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            parts = folder.split(".")
+            owner = ".".join(parts[: len(parts) + 1 - node.level]) if node.level else ""
+            module = ".".join(part for part in (owner, node.module) if part)
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                found.add(whole if whole in SOURCES else module)
+    return {module for module in found if module.split(".")[0] == "odeadv"}
+
+
+@pytest.mark.parametrize(
+    ("text", "module"),
+    [
+        ("from odeadv.solver._run import Run", "odeadv.solver._run"),
+        ("from odeadv.solver import _run", "odeadv.solver._run"),
+        ("import odeadv.solver._run", "odeadv.solver._run"),
+        ("from ..solver._run import Run", "odeadv.solver._run"),
+        ("if TYPE_CHECKING:\n    from ..solver import _run", "odeadv.solver._run"),
+        ("def f():\n    from ._scheme import Scheme", "odeadv.splitting._scheme"),
+        ("from . import schemes", "odeadv.splitting.schemes"),
+    ],
+)
+def test_every_form_of_an_import_is_read(text: str, module: str):
+    assert imported("odeadv.splitting.method", ast.parse(text)) == {module}
+
+
 def test_imports_go_one_way():
     level = {name: number for number, names in enumerate(LAYERS) for name in names}
     wrong = []
-    for path in ROOT.rglob("*.py"):
-        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if here == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            for module in modules:
-                parts = module.split(".")
-                if parts[0] == "odeadv" and len(parts) > 1 and parts[1] != here and level[parts[1]] >= level[here]:
-                    wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    for name in SOURCES.keys() - {"odeadv"}:
+        here = name.split(".")[1]
+        for module in imported(name):
+            there = [*module.split("."), "__init__"][1]
+            if there != here and level.get(there, 0) >= level[here]:
+                wrong.append(f"{name} imports {module}")
     assert not wrong
 
 
 def test_private_modules_are_imported_in_their_own_folder_only():
     wrong = []
-    for path in ROOT.rglob("*.py"):
+    for name, path in SOURCES.items():
         folder = path.parent.relative_to(ROOT.parent).as_posix().replace("/", ".")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            owner, _, name = module.rpartition(".")
-            if owner.startswith("odeadv") and name.startswith("_") and name != "_version" and owner != folder:
-                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+        for module in imported(name):
+            owner, _, last = module.rpartition(".")
+            if last.startswith("_") and last != "_version" and owner != folder:
+                wrong.append(f"{name} imports {module}")
     assert not wrong
 
 
@@ -125,17 +164,7 @@ def test_only_the_package_itself_is_at_the_root():
 
 def test_no_import_is_circular():
     """Whole modules are compared, so imports within functions and for type checking count too."""
-    trees = {}
-    for path in ROOT.rglob("*.py"):
-        name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
-        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
-    edges = {name: set() for name in trees}
-    for name, tree in trees.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                for alias in node.names:
-                    whole = f"{node.module}.{alias.name}"
-                    edges[name].add(whole if whole in trees else node.module)
+    edges = {name: imported(name) for name in SOURCES}
     # A folder imports its own modules, which import the folder only if there is a circle.
     seen, done = [], set()
 
@@ -159,8 +188,8 @@ def test_every_extra_that_an_error_names_exists_and_is_explained():
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     named = {
         node.args[0].value
-        for path in ROOT.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for tree in TREES.values()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "extra"
     }
     assert named
@@ -176,12 +205,70 @@ def test_the_citation_has_the_version():
     assert re.search(r"^version: (.*)$", citation, re.M).group(1) == odeadv.__version__
 
 
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Return all functions and methods of the package, with where they are."""
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{name}:{node.lineno} {node.name}", node
+
+
 def test_no_function_takes_more_than_eight_positional_parameters():
     wrong = []
-    for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-                if len([name for name in names if name not in ("self", "cls")]) > 8:
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    for place, node in functions():
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        if len([name for name in names if name not in ("self", "cls")]) > 8:
+            wrong.append(place)
     assert not wrong
+
+
+def test_no_function_has_more_than_sixty_lines_of_code():
+    """Docstrings, comments and empty lines do not count. The signature does."""
+    lines = {name: path.read_text(encoding="utf-8").splitlines() for name, path in SOURCES.items()}
+    wrong = []
+    for place, node in functions():
+        inside = set(range(node.lineno, node.end_lineno + 1))
+        if ast.get_docstring(node):
+            inside -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        code = [lines[place.split(":")[0]][number - 1].strip() for number in inside]
+        if len([line for line in code if line and not line.startswith("#")]) > 60:
+            wrong.append(place)
+    assert not wrong
+
+
+def changes_itself(node: ast.AST) -> bool:
+    """Return True if a method assigns to an attribute of self, or to an item of one."""
+    for part in ast.walk(node):
+        targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+        for target in targets:
+            text = ast.unparse(target) if isinstance(target, ast.Attribute | ast.Subscript) else ""
+            if text.startswith("self."):
+                return True
+    return False
+
+
+def test_no_getter_has_a_side_effect():
+    """Neither by itself nor by a method of its class. `Solution.costate` makes a recording when it is asked for."""
+    wrong = set()
+    for name, tree in TREES.items():
+        for owner in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            methods = {node.name: node for node in owner.body if isinstance(node, ast.FunctionDef)}
+            changing = {method for method, node in methods.items() if changes_itself(node)}
+            for _ in methods:
+                changing |= {method for method, node in methods.items() if asked(node) & changing}
+            getters = {
+                method
+                for method, node in methods.items()
+                if any("property" in ast.unparse(d) for d in node.decorator_list)
+            }
+            wrong |= {f"{name} {owner.name}.{method}" for method in getters & changing}
+    assert wrong == {"odeadv.solver._solution Solution.costate"}
+
+
+def asked(node: ast.AST) -> set[str]:
+    """Return the names of the methods of self that a method uses."""
+    return {
+        part.attr
+        for part in ast.walk(node)
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "self"
+    }

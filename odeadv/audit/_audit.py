@@ -117,19 +117,7 @@ def audit(
             counts=counts,
         )
         checks = _checks_of(subject, progress)
-    settings: dict[str, Any] = {**asdict(counts), "tolerance": tolerance, "alpha": eps / 4}
-    clean, robust = _headline(subject)
-    return Audit(
-        checks,
-        subject.n,
-        eps,
-        norm=norm,
-        clean_correct=clean,
-        robust_correct=robust,
-        against_eps=subject.against_eps,
-        against_steps=subject.against_steps,
-        settings=settings,
-    )
+    return _result(subject, checks)
 
 
 def _checks_of(subject: Subject, progress: Callable[[str], object] | None) -> tuple[Check, ...]:
@@ -144,6 +132,21 @@ def _checks_of(subject: Subject, progress: Callable[[str], object] | None) -> tu
             progress(name)
         checks += [run(subject) for run in group]
     return tuple(checks)
+
+
+def _result(subject: Subject, checks: tuple[Check, ...]) -> Audit:
+    clean, robust = _headline(subject)
+    return Audit(
+        checks,
+        subject.n,
+        subject.eps,
+        norm=subject.norm,
+        clean_correct=clean,
+        robust_correct=robust,
+        against_eps=subject.against_eps,
+        against_steps=subject.against_steps,
+        settings={**asdict(subject.counts), "tolerance": subject.tolerance, "alpha": subject.eps / 4},
+    )
 
 
 def _headline(subject: Subject) -> tuple[int | None, int | None]:

@@ -148,16 +148,10 @@ def evaluate(
     folder = None if save is None else Path(save)
     check_folder("save", folder)
     settings: dict[str, Any] = {
-        "batch_size": min(batch_size, len(images)),
-        "seed": seed,
-        "channels_last": channels_last,
-        "fold": fold,
-        "compile": compile,
-        "stochastic": stochastic,
-        "passes": passes,
-        "accept": list(accepted),
+        "batch_size": min(batch_size, len(images)), "seed": seed, "channels_last": channels_last, "fold": fold,
+        "compile": compile, "stochastic": stochastic, "passes": passes, "accept": list(accepted),
         "saves_images": folder is not None,
-    }
+    }  # fmt: skip
     # This leaves inference mode too, in which the session's tensors must not be made.
     with attacking(model, "eval", device):
         examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last, release)
@@ -166,25 +160,16 @@ def evaluate(
         )
         seen = _examined(model, examples, batch_size, rules, num_classes, accepted)
         examples, settings["channels_last"] = seen.examples, seen.examples.channels_last
-        identity = {
-            "model": model_digest(model, seen.first.changed_attributes),
-            "data": data_digest(images, labels, release),
-        }
+        digest = model_digest(model, seen.first.changed_attributes)
+        identity = {"model": digest, "data": data_digest(images, labels, release)}
         journal = None if resume is None else _journal(resume, model, protocol, identity, settings, seen)
         saved = None if folder is None else _image_folder(folder, {**identity, "n": len(images)}, journal)
-        prepared = prepare(model, seen.whole if fold or compile else seen.probe, folded=fold, compiled=compile)
-        notes = [*seen.notes, *prepared.notes, *_not_compiled(protocol, compile)]
-        repeatable, tried = _repeats(prepared, examples, rules)
-        if rules.repeatable and not repeatable and not seen.first.random_gradient:
-            notes.append(
-                "gradients of the same images differ from one pass to the next: a random backward pass, or sums in an "
-                "order that is not fixed; if they are random, average over passes before you believe the accuracies"
-            )
-        rules = replace(rules, repeatable=repeatable)
+        prepared = prepare(model, seen.whole, folded=fold, compiled=compile)
+        rules, tried = _repeatable(prepared, examples, rules)
+        notes = [*seen.notes, *prepared.notes, *_not_compiled(protocol, compile), *_not_repeatable(rules, seen)]
         session = Session(prepared, examples, rules, batch_size, journal, progress, saved)
         session.run()
-        if not stochastic:
-            _look_again(model, seen)
+        _look_again(model, seen, rules)
     settings |= {"odeadv": __version__, "torch": str(torch.__version__)}
     result = session.result(time.perf_counter() - began, identity, settings, notes)
     return _judged(result, seen, session.signs, tried, stochastic)
@@ -304,8 +289,10 @@ def _dependence_note(model: nn.Module, images: Tensor, difference: float, accept
     return f"accepted: logits depend on the other images of the batch (by {difference:.2g})"
 
 
-def _look_again(model: nn.Module, seen: _Examined) -> None:
-    """Raise ValueError if the logits of the first images are not the same as at the beginning."""
+def _look_again(model: nn.Module, seen: _Examined, rules: Rules) -> None:
+    """Raise ValueError if the logits of the first images have changed, unless the model is random."""
+    if rules.random:
+        return
     with torch.no_grad():
         again = model(seen.probe)
     if differs(seen.first.logits, again):
@@ -316,16 +303,17 @@ def _look_again(model: nn.Module, seen: _Examined) -> None:
         )
 
 
-def _repeats(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[bool, int]:
-    """Return whether equal images have equal gradients, and the number of images differentiated to find out.
+def _repeatable(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[Rules, int]:
+    """Return the rules that say if equal images have equal gradients, and how many images were differentiated for it.
 
     It is tried only if a run is long enough to make use of it.
     """
     if not rules.repeatable or all((spec.steps or 1) <= SHORT for spec in rules.protocol.attacks if spec.shared):
-        return rules.repeatable, 0
+        return rules, 0
     images, labels, _ = examples.load(slice(0, GRADIENT_PROBES))
     scorer = prepared.scorer(labels)
-    return torch.equal(scorer.gradient(images), scorer.gradient(images)), scorer.gradient_evaluations
+    equal = torch.equal(scorer.gradient(images), scorer.gradient(images))
+    return replace(rules, repeatable=equal), scorer.gradient_evaluations
 
 
 def _journal(
@@ -362,6 +350,16 @@ def _not_compiled(protocol: Protocol, compiled: bool) -> list[str]:
     if not compiled or not apart:
         return []
     return [f"compile=True: for FGSM and IFGSM without options only, not for {', '.join(apart)}"]
+
+
+def _not_repeatable(rules: Rules, seen: _Examined) -> list[str]:
+    """Return the note for gradients that differ from pass to pass although nothing else tells of a random model."""
+    if rules.repeatable or rules.random or seen.first.random_gradient:
+        return []
+    return [
+        "gradients of the same images differ from one pass to the next: a random backward pass, or sums in an order "
+        "that is not fixed; if they are random, average over passes before you believe the accuracies"
+    ]
 
 
 def _check_random(protocol: Protocol, stochastic: bool, passes: int) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-import odeadv
+from odeadv._version import __version__
 from odeadv.data import ImageDataset
 from odeadv.evaluation import evaluate
 from odeadv.evaluation.protocols import Protocol, require_packages, resolve_protocol
@@ -303,7 +303,7 @@ def _evaluate(
 def versions() -> dict[str, str]:
     """Return the versions of the packages that the results depend on, by package name."""
     return {
-        "odeadv": odeadv.__version__,
+        "odeadv": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": version("numpy"),

@@ -27,7 +27,7 @@ from odeadv.splitting import TimeStep
 Step = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
 
-# An iteration of the loop costs a microsecond, so short steps share one: up to 8, with about so many operations.
+# An iteration of the loop costs a microsecond, so short steps share one: up to 8, with about this many operations.
 OPERATIONS = 400
 SMALL = 1000  # elements of a state whose steps cost more calls than arithmetic
 

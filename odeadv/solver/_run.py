@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCost
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype, leading
 from odeadv.solver._saving import Dense, Within, solve_path
-from odeadv.solver._solution import Solution, Stats
+from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
 from odeadv.splitting import DIRK, Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
@@ -24,12 +23,13 @@ from odeadv.support.isolation import Recompute, inside_transform, without_effect
 
 
 class Run:
-    """Does what a request asks for.
+    """One call of `solve` under way.
 
     Attributes:
         request: the arguments.
         stats: the cost so far.
         status: ``SUCCESS`` as long as nothing has failed.
+        first_grid: the steps for the field without a costate, on which a solve or the first recording runs.
     """
 
     def __init__(self, request: Request) -> None:
@@ -37,6 +37,7 @@ class Run:
         self.stats = Stats(evaluations=dict.fromkeys(request.field.operators, 0))
         self.status = Status.SUCCESS
         self._unsolved = 0  # equations of implicit stages
+        self.first_grid = self._find_grid(request.field, None)
 
     def solution(self) -> Solution:
         """Record the costate if there is one, solve, and return the result, failed or not."""
@@ -48,7 +49,8 @@ class Run:
         stepper = request.discretisation.stepper(driven)
         order = request.discretisation.order(driven)
         within = Within(stepper, order, driven)
-        keep, again = self._keeps_nodes, self._again(grid, costate) if torch.is_grad_enabled() else None
+        keep = self._keeps_nodes
+        again = self._again(grid, costate) if torch.is_grad_enabled() else None
         path = solve_path(within, request.x0, grid, request.save_at, keep_nodes=keep, again=again)
         final, xs, output, loss = path.nodes[-1], path.states, None, None
         if isinstance(request.field, AdversarialField):
@@ -108,10 +110,28 @@ class Run:
         status = status_of(self.status, *values)
         return Status.NEWTON_FAILED if status is Status.NON_FINITE and self._unsolved else status
 
-    @cached_property
-    def first_grid(self) -> Grid:
-        """The steps for the field without a costate, on which a solve or the first recording runs."""
-        return self._find_grid(self.request.field, None)
+    def driving_costate(self) -> Costate:
+        """Make all recordings and return their costate.
+
+        Raises:
+            SolveError: if a recording fails. Its solution has the initial state only.
+        """
+        costate = self.recorded_costate()
+        status = self.status if costate is None else self.outcome(*costate.nodes)
+        if costate is not None and status in (Status.SUCCESS, Status.UNKNOWN):
+            return costate
+        request = self.request
+        raise SolveError(
+            Solution(
+                torch.tensor(request.times.span[:1], dtype=torch.float64),
+                request.x0[None],
+                status=status,
+                stats=self.stats,
+                scheme=request.discretisation.name,
+                order=request.discretisation.order(request.field),
+                costate=costate,
+            )
+        )
 
     def recorded_costate(self) -> Costate | None:
         """Make all recordings; return None if the steps of the first one do not reach the end of the span."""

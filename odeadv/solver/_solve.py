@@ -235,22 +235,6 @@ def driven(
         )
         if field.idle:
             return VectorField({"f": field.f}, field.problem)
-        run = Run(request)
-        found = run.recorded_costate()
-    status = run.status if found is None else run.outcome(*found.nodes)
-    if found is None or status not in (Status.SUCCESS, Status.UNKNOWN):
-        start = torch.tensor(request.times.span[:1], dtype=torch.float64)
-        discretisation = request.discretisation
-        raise SolveError(
-            Solution(
-                start,
-                request.x0[None],
-                status=status,
-                stats=run.stats,
-                scheme=discretisation.name,
-                order=discretisation.order(request.field),
-                costate=found,
-            )
-        )
+        recorded = Run(request).driving_costate()
     narrow = request.narrow
-    return field.driven_by(found if narrow is None else lambda t: found.extrapolated(t).to(narrow))
+    return field.driven_by(recorded if narrow is None else lambda t: recorded.extrapolated(t).to(narrow))
