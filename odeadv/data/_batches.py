@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from odeadv.data._transforms import Transform, draw_seed, transformed
-from odeadv.data.checks import check_images
+from odeadv.data.checks import check_pixels
 from odeadv.support.checks import class_indices, integer
 
 
@@ -27,7 +27,7 @@ def to_float(images: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: ``images`` has another dtype or shape.
     """
-    check_images("images", images)
+    check_pixels("images", images)
     # Dividing and not multiplying by 1/255, which is off by one ulp for some pixels.
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
 
@@ -59,7 +59,7 @@ def random_crop_flip(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape or range, or ``generator`` is missing.
     """
-    check_images("images", images)
+    check_pixels("images", images)
     integer("pad", pad, least=0)
     source = _check_generator(generator, "random_crop_flip")
     window = Window(images.shape[1], images.shape[2], pad, flip)
@@ -112,7 +112,7 @@ class Batches:
         draws: Draws = "cpu",
     ) -> None:
         """Validate the arguments, move the arrays to ``device`` and pad them if they are to be augmented."""
-        check_images("images", images)
+        check_pixels("images", images)
         class_indices("labels", labels, len(images))
         integer("batch_size", batch_size, least=1)
         integer("pad", pad, least=0)

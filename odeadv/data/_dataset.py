@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.data.checks import check_images, check_range
+from odeadv.data.checks import check_pixels, check_range
 from odeadv.support.checks import class_indices, integer
 
 Channels = tuple[float, float, float]
@@ -57,7 +57,7 @@ class ImageDataset:
         integer("num_classes", self.num_classes, least=2)
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            check_images(f"{split}_images", images)
+            check_pixels(f"{split}_images", images)
             if not images.is_contiguous():
                 raise ValueError(f"{split}_images: got a non-contiguous tensor, expected images.contiguous()")
             class_indices(f"{split}_labels", labels, len(images))

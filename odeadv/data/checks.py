@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 
-def check_images(argument: str, images: Tensor) -> None:
-    """Raise unless ``images`` is a ``uint8`` tensor of shape (n, height, width, 3)."""
+def check_pixels(argument: str, images: Tensor) -> None:
+    """Raise unless ``images`` is a ``uint8`` tensor of shape (n, height, width, 3), as data sets hold images.
+
+    Attacks take the floating images of a model, of any shape (`odeadv.attacks.checks.check_images`). The two checks do
+    not share a condition.
+    """
     if not isinstance(images, Tensor):
         raise TypeError(f"{argument}: got {type(images).__name__}, expected a uint8 tensor (n, height, width, 3)")
     if images.dtype != torch.uint8:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from odeadv.data import Batches, ImageDataset, Stream, make_transform
-from odeadv.data.checks import check_images, check_range
+from odeadv.data.checks import check_pixels, check_range
 from odeadv.data.stream import as_inputs, count_samples, stacked
 from odeadv.models import FieldNetwork, Network
 from odeadv.support.checks import class_indices, number
@@ -283,7 +283,7 @@ def _check(
         if not isinstance(validation, (tuple, list)) or len(validation) != 2:
             raise TypeError(f"validation: got {type(validation).__name__}, expected a pair (images, labels)")
         if isinstance(data, ImageDataset):  # which may have validation images of its own form only
-            check_images("validation images", validation[0])
+            check_pixels("validation images", validation[0])
         class_indices("validation labels", validation[1], len(validation[0]))
         check_range("validation labels", validation[1], net.num_classes)
     if config.patience is not None and validation is None:
