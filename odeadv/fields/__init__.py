@@ -5,17 +5,17 @@ A field is a named sum of operators, and may carry its own problem (initial stat
 costate. Imports `odeadv.support` only.
 """
 
-from odeadv.fields._clock import Clock
 from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
+from odeadv.fields._span import MovingSpan
 from odeadv.fields.operator import Jump, Newton, Operator
 from odeadv.fields.residual import Residual
 from odeadv.fields.terms import Forcing, Piecewise
 
 __all__ = [
     "AdversarialField",
-    "Clock",
     "Forcing",
     "Jump",
+    "MovingSpan",
     "Newton",
     "Operator",
     "Piecewise",

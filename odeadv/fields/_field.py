@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields._clock import Clock
 from odeadv.fields._signature import check_arguments
+from odeadv.fields._span import MovingSpan
 from odeadv.fields.operator import Operator, VectorFunction, as_time
 from odeadv.fields.terms import Forcing, Sum, Unrecorded
 from odeadv.support.checks import number
@@ -83,9 +83,9 @@ class VectorField:
         """Return the same field for a state kept in float32, whose functions are given it in ``narrow``."""
         return self._mapped(lambda operator: operator.widened(narrow))
 
-    def timed(self: Field, clock: Clock) -> Field:
-        """Return the field with the times and the rate of ``clock``."""
-        return self._mapped(lambda operator: operator.timed(clock))
+    def timed(self: Field, span: MovingSpan) -> Field:
+        """Return the field with the times and the rate of ``span``."""
+        return self._mapped(lambda operator: operator.timed(span))
 
     def _mapped(self: Field, change: Callable[[Operator], Operator]) -> Field:
         field = copy.copy(self)
@@ -291,11 +291,11 @@ class AdversarialField(VectorField):
         field.at = {t: _widened_loss(loss, narrow) for t, loss in self.at.items()}
         return field
 
-    def timed(self, clock: Clock) -> AdversarialField:
+    def timed(self, span: MovingSpan) -> AdversarialField:
         """See `VectorField.timed`; the rate is a factor of eta and of the running cost too."""
-        field, running = super().timed(clock), self.running
-        field._rate = clock.rate
-        field.running = running and (lambda t, x: clock.rate * running(clock(t), x))
+        field, running = super().timed(span), self.running
+        field._rate = span.rate
+        field.running = running and (lambda t, x: span.rate * running(span(t), x))
         return field
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Clock:
-    """The time of a solve whose ends have gradients: the span is rescaled, and with it dx/dt.
+class MovingSpan:
+    """A time span whose ends have gradients: time is rescaled, and with it dx/dt.
 
     The steps are numbers. With s the fraction of the span, t = t0 + s (t1 - t0), so dx/ds = (t1 - t0) f(t, x). Here s
-    is counted in units of time, from ``first`` to ``last``: the values of t and of the rate 1 are those without a
-    clock, bit for bit, and only their gradients differ.
+    is counted in units of time, from ``first`` to ``last``: the values of t and of the rate 1 are those of
+    plain numbers, bit for bit, and only their gradients differ.
 
     Attributes:
         first, last: the ends as numbers.

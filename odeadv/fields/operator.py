@@ -10,13 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields._clock import Clock as Clock
 from odeadv.fields._cost import Cost as Cost
 from odeadv.fields._cost import Slopes as Slopes
 from odeadv.fields._linear import Diagonal, Matrix, Transform
 from odeadv.fields._newton import Kept as Kept
 from odeadv.fields._newton import Newton as Newton
 from odeadv.fields._signature import check_arguments
+from odeadv.fields._span import MovingSpan
 from odeadv.support.deferred import holds, is_deferring
 from odeadv.support.discovery import modules_of
 from odeadv.support.isolation import check_unmodified, is_wrapped, version
@@ -343,17 +343,17 @@ class Operator:
         other.time_dtype = self.time_dtype
         return other
 
-    def timed(self, clock: Clock) -> Operator:
-        """Return rate * f(t, x) with the time and the rate of ``clock``."""
+    def timed(self, span: MovingSpan) -> Operator:
+        """Return rate * f(t, x) with the time and the rate of ``span``."""
         f, flow, solver = self.f, self.flow, self.solver
-        rate = clock.rate
+        rate = span.rate
         other = copy.copy(self)
         if f is not _unknown:
-            other.f = lambda t, x: leading(rate, f(clock(t), x))
+            other.f = lambda t, x: leading(rate, f(span(t), x))
         if flow is not None:
-            other.flow = lambda t, dt, x: flow(clock(t), leading(rate, dt), x)
+            other.flow = lambda t, dt, x: flow(span(t), leading(rate, dt), x)
         if not isinstance(solver, Newton):
-            other.solver = lambda t, c, b: solver(clock(t), leading(rate, c), b)
+            other.solver = lambda t, c, b: solver(span(t), leading(rate, c), b)
         return other
 
     def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from odeadv.fields._clock import Clock
+from odeadv.fields._span import MovingSpan
 from odeadv.fields.operator import Cost, Jump, Kept, Newton, Operator, Slopes, leading, same_shape
 
 ALL = frozenset(("f", "flow", "solve"))
@@ -74,16 +74,16 @@ class Forcing(Operator):
         """Return the forcing itself: it does not see the state."""
         return self
 
-    def timed(self, clock: Clock) -> Forcing:
+    def timed(self, span: MovingSpan) -> Forcing:
         """See `Operator.timed`."""
 
         def with_gradient(value: Callable[..., Tensor]) -> Callable[[float], Tensor]:
-            return lambda t: value(clock(torch.as_tensor(t, dtype=torch.float64)))
+            return lambda t: value(span(torch.as_tensor(t, dtype=torch.float64)))
 
         on = self._on
         return Forcing(
             with_gradient(self.value),
-            scale=self.scale * clock.rate,
+            scale=self.scale * span.rate,
             on=on and (lambda t0, t1: with_gradient(on(t0, t1))),
             source=self.source,
         )
@@ -119,7 +119,7 @@ class Unrecorded(Operator):
         """Return the term itself: it is never evaluated."""
         return self
 
-    def timed(self, clock: Clock) -> Unrecorded:
+    def timed(self, span: MovingSpan) -> Unrecorded:
         """Return the term itself: it is never evaluated."""
         return self
 
@@ -209,9 +209,9 @@ class Sum(Operator):
         ((term, own),) = free
         return term.implicit(t, c, b, own, kept)
 
-    def timed(self, clock: Clock) -> Sum:
+    def timed(self, span: MovingSpan) -> Sum:
         """See `Operator.timed`."""
-        return Sum([operator.timed(clock) for operator in self.operators], self.names, self.costs)
+        return Sum([operator.timed(span) for operator in self.operators], self.names, self.costs)
 
     def with_time_dtype(self, dtype: torch.dtype) -> Sum:
         """See `Operator.with_time_dtype`."""

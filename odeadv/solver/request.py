@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from odeadv.costate import Converge, Recordings
-from odeadv.fields import AdversarialField, Clock, Operator, VectorField, as_field
+from odeadv.fields import AdversarialField, MovingSpan, Operator, VectorField, as_field
 from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
 from odeadv.splitting import DIRK, Adaptive, CostateKind, Exact, Grid, make_grid
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SchemeLike, SubSteps, read_discretisation
@@ -105,7 +105,7 @@ def read_request(
     field = as_field(field)
     discretisation = read_discretisation(field, scheme, substep, costate)
     recordings = _read_recordings(field, sweeps, ascent)
-    t_span, dt, clock = _read_clock(field, t_span, dt)
+    t_span, dt, moving = _read_moving_span(field, t_span, dt)
     times = read_times(field, t_span, dt, steps, rtol, atol, clip_last)
     if times.adaptive is not None and costate is None:
         discretisation = _smooth_costate(field, discretisation)
@@ -123,8 +123,8 @@ def read_request(
         if not isinstance(time_dtype, torch.dtype) or not time_dtype.is_floating_point:
             raise TypeError(f"time_dtype: got {shown(time_dtype)}, expected a floating dtype such as torch.float64")
         field = field.with_time_dtype(time_dtype)
-    if clock is not None:
-        field = field.timed(clock)
+    if moving is not None:
+        field = field.timed(moving)
     if times.grid is not None:
         warn_of_coarse_clock(times.grid, time_dtype or clock_dtype(x.dtype))
     narrow = x.dtype if x.dtype in NARROW and not field.edges else None
@@ -133,7 +133,7 @@ def read_request(
         field, x = field.widened(narrow), x.float()
     return Request(
         field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow, dense,
-        moves=clock is not None,
+        moves=moving is not None,
     )  # fmt: skip
 
 
@@ -168,8 +168,8 @@ def _read_recordings(field: VectorField, sweeps: int | str | Converge | None, as
     return Recordings()
 
 
-def _read_clock(field: VectorField, t_span: Any, dt: Any) -> tuple[Any, Any, Clock | None]:
-    """Return ``t_span`` and ``dt`` without gradients, and a clock if they have some.
+def _read_moving_span(field: VectorField, t_span: Any, dt: Any) -> tuple[Any, Any, MovingSpan | None]:
+    """Return ``t_span`` and ``dt`` without gradients, and a `MovingSpan` if they have some.
 
     A step size with a gradient moves the end of the span: the number of steps is what it is.
 
@@ -196,7 +196,7 @@ def _read_clock(field: VectorField, t_span: Any, dt: Any) -> tuple[Any, Any, Clo
         size = dt
         dt = number("dt", dt.detach())
         ends[1] = ends[0] + round((last - first) / dt) * size if dt else ends[1]
-    return (first, last), dt, Clock(first, last, *ends)
+    return (first, last), dt, MovingSpan(first, last, *ends)
 
 
 def _has_gradient(value: Any) -> bool:
