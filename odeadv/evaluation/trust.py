@@ -366,6 +366,11 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
             f"the cross-entropy is exactly 0 for {saturated} of {result.n} images, on which every attack failed: its "
             "gradient is rounded there; add an attack with loss='margin', which sees other gradients"
         )
+    return [*notes, *_attacks_that_help(result, limit), *_one_step_beats_many(result, limit)]
+
+
+def _attacks_that_help(result: Evaluation, limit: float) -> list[str]:
+    notes = []
     for name, attack in zip(result.names, result.attacks, strict=True):
         if attack.outcomes is not None:
             more = _excess(attack.outcomes, result.clean_outcomes, limit, 3 if result.clean_pass_accuracies else 0)
@@ -373,7 +378,6 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
                 notes.append(
                     f"{more} more images are right after {name} than before it, so its gradient does not lead to errors"
                 )
-    notes += _one_step_beats_many(result, limit)
     return notes
 
 
