@@ -31,7 +31,6 @@ SPAN, GRID, ETA, EPS, RTOL = (0.0, 1.0), [0.6, 0.4], 0.2, 1e-3, 1e-4
 KINDS = ("linear", "exact", "hermite")
 ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
-ADAMS = ("explicit_adams", "implicit_adams")
 RALSTON = odeadv.RungeKutta("ralston", 2, (0.0, 2 / 3), ((), (2 / 3,)), (0.25, 0.75))
 
 End = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +47,10 @@ def substeps() -> dict[str, str | SubStep]:
     named: dict[str, str | SubStep] = {name: name for name in odeadv.substep_names()}
     named |= {"Nested('rk4', steps=2)": odeadv.Nested("rk4", steps=2), "RungeKutta (Ralston)": RALSTON}
     named |= {f"torchdiffeq:{name}": f"torchdiffeq:{name}" for name in FIXED}
-    named |= {f"torchdiffeq:{name}": odeadv.TorchDiffEq(name, options={"step_size": 0.2}) for name in ADAMS}
+    adams = {"explicit_adams": {}, "implicit_adams": {"max_iters": 50}}  # its iterations are counted by values, too
+    for name, more in adams.items():
+        method = odeadv.TorchDiffEq(name, rtol=1e-13, atol=1e-13, options={"step_size": 0.2, **more})
+        named[f"torchdiffeq:{name}"] = method
     return named | {f"torchdiffeq:{name}, equal steps": equal_steps(name) for name in ADAPTIVE}
 
 
