@@ -355,7 +355,7 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
             "failed: the last layer clips the logits, and clipped classes have no gradient; return the values before it"
         )
     lowered = int((signs["lowered"] & survived).sum())
-    if lowered > max(limit, _OFTEN * result.n):
+    if lowered > max(limit, _OFTEN * result.n) and not result.clean_pass_accuracies:  # a random loss falls by chance
         notes.append(
             f"IFGSM lowered the cross-entropy of {lowered} of {result.n} images, on which every attack failed: its "
             "steps should raise it, so the gradient is wrong or misleads; add 'square'"
