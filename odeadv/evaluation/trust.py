@@ -345,14 +345,14 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
     if clipped > limit and clipped > _MOSTLY * int(signs["at bounds"].sum()):
         notes.append(
             f"the gradient is exactly zero at all pixels that are 0 or 1 for {clipped} of {result.n} images: the model "
-            "seems to clip its images, which has no gradient at the bounds, so these pixels cannot be attacked; leave "
+            "seems to clip its images, whose gradient is zero at the bounds, so these pixels cannot be attacked; leave "
             "out the clipping: attacks keep images in [0, 1] themselves"
         )
     cut = int((signs["clipped logits"] & survived).sum())
     if cut > _OFTEN * result.n:
         notes.append(
             f"several outputs are exactly 0 and none is negative for {cut} of {result.n} images, on which every attack "
-            "failed: the last layer clips the logits, and clipped classes have no gradient; return the values before it"
+            "failed: the last layer clips the logits, whose gradients are then zero; return the values before it"
         )
     lowered = int((signs["lowered"] & survived).sum())
     if lowered > max(limit, _OFTEN * result.n) and not result.clean_pass_accuracies:  # a random loss falls by chance

@@ -242,7 +242,7 @@ class _Plan:
 
     @cached_property
     def clock(self) -> Tensor:
-        """What `time_step` needs."""
+        """The clock of all steps, see `time_step`."""
         return _clock(self.grid, self.device)
 
     @cached_property

@@ -157,7 +157,7 @@ def plot_curves(results: Mapping[str, TrainResult]) -> Figure:
 
     Raises:
         TypeError: if ``results`` is not a mapping to training results.
-        ValueError: if ``results`` is empty, or a result has no epoch.
+        ValueError: if ``results`` is empty, or a result lacks epochs.
     """
     if not isinstance(results, Mapping) or not all(isinstance(found, TrainResult) for found in results.values()):
         raise TypeError(f"results: got {type(results).__name__}, expected training results by name: {{'LAD': result}}")
