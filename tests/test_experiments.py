@@ -491,6 +491,7 @@ def test_the_command_makes_a_table(tmp_path, capsys, monkeypatch):
     gain = 100 * defended["evaluations"]["last"]["table2"]["average"] - average
     assert re.search(rf"^natural \+ LAD minus natural +{re.escape(f'{gain:+.1f}')}(?= |$)", shown, re.MULTILINE)
     assert "Not resolved: natural + LAD against natural." in shown
+    assert "With one seed the interval covers chance in the images" in shown
     assert " ".join(preset.limits.split()) in " ".join(shown.split())
     assert f"page:    {page}" in shown
     before = page.read_bytes(), (tmp_path / "page" / "table1.png").read_bytes()

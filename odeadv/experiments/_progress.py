@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,8 @@ from odeadv.experiments._config import RunConfig
 from odeadv.support.files import write_text
 from odeadv.support.progress import ProgressLine
 from odeadv.training import EpochResult
+
+_EVERY = 2.0  # seconds
 
 
 class Metrics:
@@ -42,12 +45,16 @@ class Metrics:
 
 
 class Progress:
-    """Lines about a run: one per epoch and one per evaluation, and a `ProgressLine` during each of them."""
+    """Lines about a run: its epochs and evaluations, and a `ProgressLine` during each of them.
+
+    Short epochs share a line: the first and the last epoch have one, and others at most one in `_EVERY` seconds.
+    """
 
     def __init__(self, label: str, config: RunConfig, log: TextIO) -> None:
         self.label, self.log = label, log
         self.epochs, self.batch_size = config.training.epochs, config.training.batch_size
         self.started = False
+        self.told = -math.inf
         self.begin("training", unit="image")
 
     def begin(self, what: str, unit: str = "batch") -> None:
@@ -64,6 +71,10 @@ class Progress:
 
     def epoch(self, result: EpochResult) -> None:
         """Record a finished epoch."""
+        now = time.perf_counter()
+        if result.epoch < self.epochs and now - self.told < _EVERY:
+            return
+        self.told = now
         ratio = "" if result.ratio is None else f"  Eq. 16 ratio {result.ratio:.2g}"
         valid = "".join(f"  {name} {100 * value:.1f} %" for name, value in (result.validation or {}).items())
         self._tell(

@@ -85,6 +85,11 @@ def _verdict(findings: Sequence[Finding]) -> list[str]:
             lines.append(f"Resolved: {'; '.join(f'{f.row.label} is {word} {f.other.label}' for f in found)}.")
     if unclear:
         lines.append(f"Not resolved: {'; '.join(f'{f.row.label} against {f.other.label}' for f in unclear)}.")
+    if any(len(finding.seeds) == 1 for finding in unclear):
+        lines.append(
+            "With one seed the interval covers chance in the images, not in the training, so such a difference is not "
+            "resolved; take several seeds."
+        )
     return lines
 
 
