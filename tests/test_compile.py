@@ -92,6 +92,20 @@ class TestValues:
             adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], backend="eager"
         )
 
+    def test_exponentials_of_matrices_are_computed_before_the_loop(self):
+        matrix = MATRIX.clone().requires_grad_()
+        field = odeadv.SplitField(
+            a=lambda t, x: torch.sin(t) * torch.tanh(2.0 * matrix[:, 0] - x), b=odeadv.Operator.linear(matrix)
+        )
+        choices = {"scheme": "strang", "substep": {"a": "midpoint", "b": "exact"}}
+        assert_equals_solve(field, choices, {"dt": 0.25, "save_at": "steps"}, [matrix], backend="eager")
+        solver = odeadv.compile_solver(field, **choices, backend="eager")
+        solver(X0, (0.0, 1.0), dt=0.25)
+        (steps,) = solver._compiled.values()
+        loops, exponential = steps._bound.loops, torch.ops.aten.linalg_matrix_exp.default
+        parts = (loops.step, loops.before, loops._fast)
+        assert [exponential in {node.target for node in part.graph.nodes} for part in parts] == [True, True, False]
+
     def test_second_derivatives(self):
         x0 = X0.clone().requires_grad_()
         solver = odeadv.compile_solver(lambda t, x: torch.sin(x), dt=0.25, backend="eager")

@@ -26,6 +26,8 @@ from odeadv.splitting import TimeStep
 # (t0, t1, h, number of steps) in float64, and ``rows`` are given data of this step.
 Step = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
+# before(clock, *lifted) -> what is the same for every step.
+Invariants = Callable[..., Tensors]
 
 # An iteration of the loop costs a microsecond, so short steps share one: up to 8, with about this many operations.
 OPERATIONS = 400
@@ -126,7 +128,8 @@ class Bound:
             states[0] = x
         tables = tuple(_by_rows(table.detach()) for table in self.tables)
         with torch.no_grad():
-            last = self.loops.forward(x, self.clock, states, tables, _apart(self.lifted))
+            fixed = _apart((*self.lifted, *self.loops.before(self.clock, *self.lifted)))
+            last = self.loops.forward(x, self.clock, states, tables, fixed)
         return last.unsqueeze(0) if states is None else states
 
     def costates(self, states: Tensor, given: Tensor, *, learned: bool = False) -> tuple[Tensor, Tensors]:
@@ -141,10 +144,9 @@ class Bound:
         tables = tuple(_by_rows(table.detach()) for table in self.tables)
         sums = tuple(torch.zeros_like(self.lifted[k], memory_format=torch.contiguous_format) for k in wrt)
         with torch.no_grad():
-            reverse = self.loops.reverse(wrt)
-            _, *found = reverse(
-                _by_rows(nodes), self.clock, _by_rows(states.detach()), tables, _apart(self.lifted), sums
-            )
+            before, reverse = self.loops.reverse(wrt)
+            fixed = _apart((*self.lifted, *before(self.clock, *self.lifted)))
+            _, *found = reverse(_by_rows(nodes), self.clock, _by_rows(states.detach()), tables, fixed, sums)
         return nodes, tuple(found)
 
     def eager(self, x: Tensor, lifted: Tensors) -> Tensor:
@@ -211,21 +213,33 @@ class _Loops:
             return end
 
         self.step = _flat(ordered, self._examples)
-        self._together = _steps_of_an_iteration(self.step)
-        self._fast: Callable[..., Tensor] = self.step
+        self.before, once = _hoisted(self.step, self._varying)
+        self._together = _steps_of_an_iteration(once)
+        self._fast: Callable[..., Tensor] = once
         if reason is not None:
             warnings.warn(f"compile_solver: {reason}, so the loop over the steps stays in Python", CompileWarning, 2)
             if given[1].device.type != "cpu":
-                self._fast = torch.compile(self.step, **_OWN_GRAPHS)
+                self._fast = torch.compile(once, **_OWN_GRAPHS)
         self.forward = self._compiled(self._forward)
-        self._reversed: dict[tuple[int, ...], Callable[..., Tensors]] = {}
+        self._reversed: dict[tuple[int, ...], tuple[Invariants, Callable[..., Tensors]]] = {}
 
-    def reverse(self, wrt: tuple[int, ...]) -> Callable[..., Tensors]:
-        """Return the loop in reverse, with derivatives by the lifted tensors of the numbers ``wrt``."""
+    @property
+    def _varying(self) -> list[int]:
+        """The numbers of the arguments of a step that differ from step to step: all but clock and lifted tensors."""
+        return [k for k in range(self._own) if k != 2]
+
+    def reverse(self, wrt: tuple[int, ...]) -> tuple[Invariants, Callable[..., Tensors]]:
+        """Return the loop in reverse, with derivatives by the lifted tensors of the numbers ``wrt``.
+
+        Returns:
+            A function of the clock and the lifted tensors, to be called once before the loop; and the loop.
+        """
         if wrt not in self._reversed:
             examples = (*self._examples, torch.zeros_like(self._examples[1]))
             pull = _flat(partial(self._pull, wrt), examples)
-            self._reversed[wrt] = self._compiled(partial(self._reverse, pull, _steps_of_an_iteration(pull)))
+            before, once = _hoisted(pull, [*self._varying, len(self._examples)])
+            loop = self._compiled(partial(self._reverse, once, _steps_of_an_iteration(once)))
+            self._reversed[wrt] = before, loop
         return self._reversed[wrt]
 
     def _pull(self, wrt: tuple[int, ...], *inputs: Tensor) -> Tensors:
@@ -255,11 +269,11 @@ class _Loops:
             carried = body(*carried)
         return carried
 
-    def _forward(self, x: Tensor, clock: Tensor, states: Tensor | None, tables: Tensors, lifted: Tensors) -> Tensor:
+    def _forward(self, x: Tensor, clock: Tensor, states: Tensor | None, tables: Tensors, fixed: Tensors) -> Tensor:
         """Return the last state; write each state to the row of ``states`` with its number, if rows are given."""
 
         def one(n: Tensor, x: Tensor) -> Tensors:
-            x = self._fast(n, x, clock, *_rows(tables, n), *lifted).contiguous()
+            x = self._fast(n, x, clock, *_rows(tables, n), *fixed).contiguous()
             if states is not None:
                 states.index_copy_(0, (n + 1).view(1), x.unsqueeze(0))
             return n + 1, x
@@ -282,7 +296,7 @@ class _Loops:
         clock: Tensor,
         states: Tensor,
         tables: Tensors,
-        lifted: Tensors,
+        fixed: Tensors,
         sums: Tensors,
     ) -> Tensors:
         """Add to each row of ``nodes`` the pull-back of the next one.
@@ -294,7 +308,8 @@ class _Loops:
 
         def one(n: Tensor, a: Tensor, *sums: Tensor) -> Tensors:
             m = n - 1
-            first, *parts = pull(m, _row(states, m), clock, *_rows(tables, m), *lifted, a)
+            inputs = (m, _row(states, m), clock, *_rows(tables, m))
+            first, *parts = pull(*inputs, *fixed[:lifted], a, *fixed[lifted:])
             a = (_row(nodes, m) + first).contiguous()
             nodes.index_copy_(0, m.view(1), a.unsqueeze(0))
             return m, a, *(total + part for total, part in zip(sums, parts, strict=True))
@@ -304,6 +319,7 @@ class _Loops:
                 n, *carried = one(n, *carried)  # type: ignore[assignment]
             return n, *carried
 
+        lifted = len(self._examples) - self._own
         n = clock[3].to(torch.int64)
         start = (n, _row(nodes, n).clone(), *sums)
         if together > 1:
@@ -313,6 +329,57 @@ class _Loops:
 
 def _steps_of_an_iteration(graph: torch.fx.GraphModule) -> int:
     return max(1, min(8, OPERATIONS // len(graph.graph.nodes)))
+
+
+def _hoisted(graph: torch.fx.GraphModule, varying: Sequence[int]) -> tuple[Invariants, torch.fx.GraphModule]:
+    """Move what is the same for every step out of ``graph``, such as exp(dt A).
+
+    Args:
+        graph: of plain operations.
+        varying: the numbers of the inputs that differ from step to step.
+
+    Returns:
+        A function of the other inputs, and a graph that takes its results as further inputs at the end.
+    """
+    nodes = list(graph.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    fixed = {node for k, node in enumerate(inputs) if k not in varying}
+    for node in nodes:
+        if node.op in ("get_attr", "call_function") and fixed.issuperset(node.all_input_nodes):
+            fixed.add(node)
+    # Views and numbers of the clock cost nothing, so they stay; of the others, those that the steps need are moved.
+    moved: dict[torch.fx.Node, None] = {}
+    needed = [source for node in nodes if node not in fixed for source in node.all_input_nodes if source in fixed]
+    while needed:
+        node = needed.pop()
+        if node.all_input_nodes and _has_entries(node) and not getattr(node.target, "is_view", False):
+            moved[node] = None
+        else:
+            needed += node.all_input_nodes
+    # A value that is the same at first may be written to.
+    if not moved or any(_writes(node) and fixed.intersection(node.args[:1]) for node in nodes):
+        return lambda *_: (), graph
+    before, once = torch.fx.Graph(), torch.fx.Graph()
+    early: dict[torch.fx.Node, torch.fx.Node] = {}
+    late = {node: once.placeholder(node.name) for node in (*inputs, *moved)}
+    for node in nodes:
+        if node in fixed:
+            early[node] = before.node_copy(node, early.__getitem__)
+        if node not in late:
+            late[node] = once.node_copy(node, late.__getitem__)
+    before.output(tuple(early[node] for node in moved))
+    for part in (before, once):
+        part.eliminate_dead_code()
+    return torch.fx.GraphModule(graph, before), torch.fx.GraphModule(graph, once)
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _has_entries(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModule:
