@@ -59,16 +59,16 @@ CLAIMS = (
     ),
     *(
         Claim(
-            f"The same in a residual MLP: {text}", source, "mechanism-natural", "mlp",
+            text, source, "mechanism-natural", "mlp",
             f"natural+{row}@0.4{_DECAY}", f"natural{other.format('@0.4')}{_DECAY}",
             again=(f"natural+{row}@0.1", f"natural{other.format('@0.1')}"),
         )
         for text, source, row, other in (
-            ("LAD", "Table 1", "lad", ""),
-            ("LAD-SM", "Table 1", "lad-sm", ""),
-            ("LAD is better than LAD-SM", "Table 1", "lad-sm", "+lad{}"),
-            ("the direction of the costate, not the size of the perturbation", "implied", "lad-sm", "+lad-sm+random{}"),
-            ("the gain is not bought by more compute", "implied", "lad", "+matched"),
+            ("LAD makes natural training of a residual MLP more robust", "Table 1", "lad", ""),
+            ("LAD-SM makes natural training of a residual MLP more robust", "Table 1", "lad-sm", ""),
+            ("LAD is better than LAD-SM for natural training of a residual MLP", "Table 1", "lad-sm", "+lad{}"),
+            ("The direction of the costate helps a naturally trained MLP", "implied", "lad-sm", "+lad-sm+random{}"),
+            ("The gain of a residual MLP is not bought by more compute", "implied", "lad", "+matched"),
         )
     ),
     Claim("In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+damp", "natural"),
