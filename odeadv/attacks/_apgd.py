@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
-from odeadv.attacks.objective import Loss, Tally, Target
+from odeadv.attacks.objective import LossArgument, Tally, Target
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
@@ -30,7 +30,7 @@ def apgd(
     generator: torch.Generator | None = None,
     steps: int = 100,
     norm: Norm = "linf",
-    loss: Loss = "ce",
+    loss: LossArgument = "ce",
     target: Target | None = None,
     start: GivenStart = "uniform",
     restarts: int = 1,
@@ -103,7 +103,7 @@ def apgd_t(
     steps: int = 100,
     targets: int = 9,
     norm: Norm = "linf",
-    loss: Loss = "dlr",
+    loss: LossArgument = "dlr",
     start: GivenStart = "uniform",
     restarts: int = 1,
     rho: float = 0.75,

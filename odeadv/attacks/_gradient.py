@@ -13,7 +13,7 @@ from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm, divided
 from odeadv.attacks.checks import lengths
-from odeadv.attacks.objective import Loss, Tally, Target
+from odeadv.attacks.objective import LossArgument, Tally, Target
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.isolation import Mode
 
@@ -27,7 +27,7 @@ def fgsm(
     *,
     eps: float | Tensor,
     norm: Norm = "linf",
-    loss: Loss = "ce",
+    loss: LossArgument = "ce",
     target: Target | None = None,
     eot: int = 1,
     generator: torch.Generator | None = None,
@@ -92,7 +92,7 @@ def ifgsm(
     alpha: float | Tensor | None = None,
     steps: int = 10,
     norm: Norm = "linf",
-    loss: Loss = "ce",
+    loss: LossArgument = "ce",
     target: Target | None = None,
     momentum: float = 0.0,
     start: GivenStart = "clean",
@@ -161,7 +161,7 @@ def pgd(
     steps: int = 10,
     generator: torch.Generator | None = None,
     norm: Norm = "linf",
-    loss: Loss = "ce",
+    loss: LossArgument = "ce",
     target: Target | None = None,
     momentum: float = 0.0,
     start: GivenStart = "uniform",

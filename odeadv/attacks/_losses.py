@@ -15,7 +15,7 @@ from odeadv.support.checks import did_you_mean, shown
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 LossName = Literal["ce", "margin", "dlr", "kl"]
-Loss = LossName | PerExampleLoss
+LossArgument = LossName | PerExampleLoss
 TargetName = Literal["most-likely", "least-likely"]
 Target = TargetName | Tensor
 

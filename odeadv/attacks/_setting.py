@@ -23,7 +23,7 @@ from odeadv.attacks.checks import (
 )
 from odeadv.attacks.objective import (
     AttackLoss,
-    Loss,
+    LossArgument,
     Tally,
     Target,
     TargetName,
@@ -146,7 +146,7 @@ def setting(
     *,
     eps: float | Tensor,
     norm: Norm,
-    loss: Loss,
+    loss: LossArgument,
     target: Target | None,
     start: GivenStart,
     restarts: int,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks.balls import Bounds, L2Ball, Norm, divided
 from odeadv.attacks.checks import check_images, lengths
-from odeadv.attacks.objective import Loss, Tally, Target
+from odeadv.attacks.objective import LossArgument, Tally, Target
 from odeadv.support.checks import integer, number
 from odeadv.support.isolation import Mode
 
@@ -33,7 +33,7 @@ def square(
     generator: torch.Generator | None = None,
     norm: Norm = "linf",
     queries: int = 5000,
-    loss: Loss = "margin",
+    loss: LossArgument = "margin",
     target: Target | None = None,
     p: float = 0.8,
     eot: int = 1,

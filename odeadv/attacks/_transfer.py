@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odeadv.attacks._setting import Best
 from odeadv.attacks.checks import check_images, check_labels, check_model, check_target
-from odeadv.attacks.objective import AttackLoss, Loss, attacking, constant, resolve_loss
+from odeadv.attacks.objective import AttackLoss, LossArgument, attacking, constant, resolve_loss
 from odeadv.support.checks import shown
 from odeadv.support.isolation import Mode
 
@@ -19,7 +19,7 @@ def worst_of(
     candidates: Sequence[Tensor],
     labels: Tensor,
     *,
-    loss: Loss = "ce",
+    loss: LossArgument = "ce",
     target: Tensor | None = None,
     mode: Mode = "eval",
 ) -> Tensor:
@@ -75,7 +75,7 @@ def transfer(
     *,
     surrogates: Sequence[nn.Module],
     attack: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    loss: Loss = "ce",
+    loss: LossArgument = "ce",
     target: Tensor | None = None,
     mode: Mode = "eval",
 ) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.attacks._losses import (
-    Loss,
+    LossArgument,
     LossRule,
     PerExampleLoss,
     Target,
@@ -29,7 +29,7 @@ from odeadv.support.isolation import Mode, untouched
 
 __all__ = [
     "AttackLoss",
-    "Loss",
+    "LossArgument",
     "PerExampleLoss",
     "Scores",
     "Tally",

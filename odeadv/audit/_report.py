@@ -13,9 +13,9 @@ from odeadv.support.pages import finite, markdown_table, new_figure, save_figure
 from odeadv.support.statistics import wilson_interval
 
 SCHEMA = "odeadv.audit/1"
-Status = Literal["pass", "fail", "not applicable"]
+Mark = Literal["pass", "fail", "not applicable"]
 
-_MARKS: dict[Status, str] = {"pass": "pass", "fail": "**fail**", "not applicable": "not applicable"}
+_MARKS: dict[Mark, str] = {"pass": "pass", "fail": "**fail**", "not applicable": "not applicable"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Check:
     """
 
     name: str
-    status: Status
+    status: Mark
     figures: Mapping[str, Any]
     found: str
     meaning: str

@@ -5,22 +5,22 @@ function that makes one recording.
 """
 
 from odeadv.costate._converge import Recorder, coarser
-from odeadv.costate._objective import Objective, Rule
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
 from odeadv.costate._settings import Converge, Recordings
 from odeadv.costate._sweeps import Swept, sweep
+from odeadv.costate._total import Rule, TotalLoss
 
 __all__ = [
     "Converge",
     "Costate",
-    "Objective",
     "RecordedCostate",
     "Recorder",
     "Recordings",
     "Rule",
     "SummedCostate",
     "Swept",
+    "TotalLoss",
     "coarser",
     "record",
     "sweep",

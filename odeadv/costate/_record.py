@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.costate._objective import Objective, Rule
 from odeadv.costate._recorded import RecordedCostate
+from odeadv.costate._total import Rule, TotalLoss
 from odeadv.fields import AdversarialField
 from odeadv.splitting import CostateKind, Grid, Stepper, TimeStep
 from odeadv.support.isolation import Recompute, differentiating, inside_transform, version
@@ -30,7 +30,7 @@ def record(
     keep_states: bool = False,
     rule: Rule = "trapezoid",
 ) -> RecordedCostate:
-    """Solve once, back-propagate the objective, and return a_n = dL/dx_n at every node of ``grid``.
+    """Solve once, back-propagate the total loss, and return a_n = dL/dx_n at every node of ``grid``.
 
     The field's transforms are then applied to the nodes. No weight gradients are computed. Buffers (batch-norm
     statistics), ``.grad`` and the global random state stay as they were, so that a later solve sees the same statistics
@@ -52,18 +52,18 @@ def record(
         TypeError, ValueError: if the result of a transform of the field cannot replace the nodes.
         ValueError: if the loss is not a scalar, or does not depend on the state by differentiable operations.
     """
-    objective = Objective.on(grid, field, rule)
+    total = TotalLoss.on(grid, field, rule)
     f = stepper.counted[0]
     with differentiating(field.modules, x0.device):
         if inside_transform():
-            found = _by_transform(objective, x0 if differentiate else x0.detach(), grid, stepper)
+            found = _by_transform(total, x0 if differentiate else x0.detach(), grid, stepper)
             evaluations = f.evaluations
         else:
             # A new node of the graph, so that dL/dx_0 is taken through the trajectory only.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
-            traced = _Traced.along(objective, start, grid, stepper, again)
+            traced = _Traced.along(total, start, grid, stepper, again)
             evaluations = f.evaluations
-            found = traced.costates(objective, create_graph=differentiate)
+            found = traced.costates(total, create_graph=differentiate)
     states, nodes, leaving = found
     f.vjps += evaluations
     if kind == "linear" and not keep_states:
@@ -93,42 +93,40 @@ class _Traced(NamedTuple):
     last: float
 
     @classmethod
-    def along(
-        cls, objective: Objective, start: Tensor, grid: Grid, stepper: Stepper, again: Recompute | None
-    ) -> _Traced:
+    def along(cls, total: TotalLoss, start: Tensor, grid: Grid, stepper: Stepper, again: Recompute | None) -> _Traced:
         """Return the trajectory from ``start`` along ``grid``, in segments if they are to be run again."""
         if again is None:
-            return cls.through(objective, start, grid, stepper)
+            return cls.through(total, start, grid, stepper)
         whole = cls([start], {}, [], grid.times[-1])
         for part in grid.parts(again.every):
             first = len(whole.states) - 1
-            found = again(cls.through, objective, whole.states[-1], part, stepper)
+            found = again(cls.through, total, whole.states[-1], part, stepper)
             whole.states.extend(found.states[1:])
             whole.leaving.update({first + n: x for n, x in found.leaving.items()})
             whole.terms.extend(found.terms)
         return whole
 
     @classmethod
-    def through(cls, objective: Objective, start: Tensor, grid: Grid, stepper: Stepper) -> _Traced:
+    def through(cls, total: TotalLoss, start: Tensor, grid: Grid, stepper: Stepper) -> _Traced:
         """Return the trajectory from ``start`` along ``grid`` in one piece."""
-        if not objective.field.accumulates:
+        if not total.field.accumulates:
             return cls([start, *stepper.states(start, grid)], {}, [], grid.times[-1])
         states, leaving, terms = [start], dict[int, Tensor](), list[Tensor]()
         for n, step in enumerate(grid):
             x = states[n]
-            losses = objective.at(step.t0, x)
+            losses = total.at(step.t0, x)
             if losses:
                 # Views are nodes of the graph of their own: their gradients are those of what follows them.
                 x = leaving[n] = x.view_as(x)
             end = stepper.advance(x, step)
-            terms += losses + objective.over(step, stepper, x, end)
+            terms += losses + total.over(step, stepper, x, end)
             states.append(end.view_as(end))
         return cls(states, leaving, terms, grid.times[-1])
 
-    def costates(self, objective: Objective, *, create_graph: bool) -> Recorded:
+    def costates(self, total: TotalLoss, *, create_graph: bool) -> Recorded:
         """Return states, costates at the nodes, and costates after the losses at nodes."""
         x = self.states[-1]
-        terms = [*self.terms, objective.field.evaluate(x)[1], *objective.at(self.last, x)]
+        terms = [*self.terms, total.field.evaluate(x)[1], *total.at(self.last, x)]
         terms = [term for term in terms if term.requires_grad]
         if not terms:
             raise ValueError(
@@ -144,14 +142,14 @@ def _leaf(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.requires_grad_()
 
 
-def _by_transform(objective: Objective, x0: Tensor, grid: Grid, stepper: Stepper) -> Recorded:
+def _by_transform(total: TotalLoss, x0: Tensor, grid: Grid, stepper: Stepper) -> Recorded:
     """Return states and costates at the nodes by `torch.func.vjp` of each step, whose ends may differ in shape."""
     states, pulls = [x0], []
     pull: Any
 
     def advance(x: Tensor, step: TimeStep) -> tuple[Tensor, ...]:
         end = stepper.advance(x, step)
-        return (end, *objective.over(step, stepper, x, end))
+        return (end, *total.over(step, stepper, x, end))
 
     for step in grid:
         ends, pull = torch.func.vjp(partial(advance, step=step), states[-1])  # type: ignore[misc]  # without has_aux: two
@@ -159,15 +157,15 @@ def _by_transform(objective: Objective, x0: Tensor, grid: Grid, stepper: Stepper
         pulls.append((pull, [torch.ones_like(cost) for cost in ends[1:]]))
 
     def final(x: Tensor) -> Tensor:
-        return sum(objective.at(grid.times[-1], x), start=objective.field.evaluate(x)[1])
+        return sum(total.at(grid.times[-1], x), start=total.field.evaluate(x)[1])
 
     loss, pull = torch.func.vjp(final, states[-1])  # type: ignore[misc]
     nodes, leaving = [pull(torch.ones_like(loss))[0]], {}
     for n, (pull, ones) in reversed(list(enumerate(pulls))):
         a = pull((nodes[-1], *ones))[0]
-        if grid.times[n] in objective.losses:
+        if grid.times[n] in total.losses:
             leaving[n] = a
-            a = a + torch.func.grad(lambda x, n=n: objective.at(grid.times[n], x)[0])(states[n])
+            a = a + torch.func.grad(lambda x, n=n: total.at(grid.times[n], x)[0])(states[n])
         nodes.append(a)
     return states, nodes[::-1], leaving
 

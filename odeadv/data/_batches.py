@@ -109,7 +109,7 @@ class Batches:
         drop_last: bool = False,
         generator: torch.Generator | None = None,
         device: str | torch.device = "cpu",
-        draws: Draws = "cpu",
+        draws: Place = "cpu",
     ) -> None:
         """Validate the arguments, move the arrays to ``device`` and pad them if they are to be augmented."""
         check_pixels("images", images)
@@ -134,7 +134,7 @@ class Batches:
         self._generator = generator
         self._passed_over = 0
         self._transform = transform
-        self._draws: Draws = draws
+        self._draws: Place = draws
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -185,7 +185,7 @@ class Batches:
 
 
 #: Where random numbers are drawn.
-Draws = Literal["cpu", "device"]
+Place = Literal["cpu", "device"]
 
 
 class Window(NamedTuple):
@@ -229,7 +229,7 @@ def draw_moves(n: int, window: Window, generator: torch.Generator) -> Moves:
 
 
 def draw_epoch(
-    sizes: Sequence[int], window: Window, generator: torch.Generator, device: torch.device, draws: Draws
+    sizes: Sequence[int], window: Window, generator: torch.Generator, device: torch.device, draws: Place
 ) -> list[Moves]:
     """Draw the moves of the batches of an epoch at once, so that no batch waits for a copy.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from odeadv.data._batches import Draws, Moves, Window, draw_epoch
+from odeadv.data._batches import Moves, Place, Window, draw_epoch
 from odeadv.data._transforms import Transform, draw_seed, transformed
 from odeadv.support.checks import integer, shown
 
@@ -47,7 +47,7 @@ class Stream:
         transform: Transform | None = None,
         generator: torch.Generator,
         device: str | torch.device = "cpu",
-        draws: Draws = "cpu",
+        draws: Place = "cpu",
     ) -> None:
         self._source, self._batch_size, self._generator = source, integer("batch_size", batch_size), generator
         self._pad, self._flip, self._device = pad, flip, torch.device(device)
@@ -61,7 +61,7 @@ class Stream:
             raise ValueError(f"data: got {self._samples} samples, expected at least batch_size={batch_size}")
         self._passed_over = 0
         self._transform = transform
-        self._draws: Draws = draws
+        self._draws: Place = draws
 
     def __len__(self) -> int:
         """Return the number of full batches in an epoch."""

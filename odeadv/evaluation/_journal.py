@@ -17,7 +17,7 @@ from odeadv.support.checks import shown
 from odeadv.support.files import check_file
 
 SCHEMA = "odeadv.evaluation.journal/3"
-Record = dict[str, Any]
+Line = dict[str, Any]
 _START = b'{"schema": "odeadv.evaluation.journal/'
 
 
@@ -42,8 +42,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
         self.path = Path(path)
         check_file("resume", self.path)
-        self.records: list[Record] = []
-        own: Record = json.loads(json.dumps({"schema": SCHEMA, **header}))
+        self.records: list[Line] = []
+        own: Line = json.loads(json.dumps({"schema": SCHEMA, **header}))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = _read(self.path) if self.path.exists() else []
         if not found:
@@ -69,7 +69,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _parse(line: bytes) -> Record | None:
+def _parse(line: bytes) -> Line | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -80,13 +80,13 @@ def _parse(line: bytes) -> Record | None:
     return record if checksum == _checksum(record) else None
 
 
-def _read(path: Path) -> list[Record]:
+def _read(path: Path) -> list[Line]:
     """Return the undamaged lines of the file, and cut off a last line that is not whole."""
     raw = path.read_bytes()
     # A file of another kind is never called damaged, and never written to.
     if raw and not (raw.startswith(_START) or _START.startswith(raw)):
         raise ValueError(f"resume: {path} is not a journal of an evaluation; give another path")
-    records: list[Record] = []
+    records: list[Line] = []
     good = 0
     while good < len(raw):
         end = raw.find(b"\n", good)
@@ -101,7 +101,7 @@ def _read(path: Path) -> list[Record]:
     return records
 
 
-def _check_header(path: Path, found: Record, expected: Record) -> None:
+def _check_header(path: Path, found: Line, expected: Line) -> None:
     names = {"model": "another model", "data": "other data", "schema": "another version"}
     for key, value in expected.items():
         if key == "probe":

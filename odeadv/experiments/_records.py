@@ -12,7 +12,7 @@ from odeadv.support.plain import read_json
 
 SCHEMA = "odeadv.run/2"
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 
 _NUMBER = (int, float)
 _NUMBER_OR_NONE = (int, float, type(None))

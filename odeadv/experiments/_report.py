@@ -14,8 +14,8 @@ from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method, passes
 from odeadv.experiments._plots import plot, plot_over_fitting, regimes
 from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
-from odeadv.experiments._records import load_records
-from odeadv.experiments._results import Difference, Record, Results, gather
+from odeadv.experiments._records import Record, load_records
+from odeadv.experiments._results import Difference, Results, gather
 from odeadv.experiments._tables import Column, Row, Table
 from odeadv.support import plain
 from odeadv.support.files import replacing, write_text

@@ -12,11 +12,9 @@ from typing import Any
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method
 from odeadv.experiments._presets import PRESETS, Preset, configurations
-from odeadv.experiments._records import RecordWarning
+from odeadv.experiments._records import Record, RecordWarning
 from odeadv.experiments._statistics import Contrast, TwoWay, holm, image_error, t_quantile, word
 from odeadv.experiments._tables import Column, Row, Table
-
-Record = Mapping[str, Any]
 
 # docs/results/rules.md defines over-fitting of plain PGD by these two thresholds, in percentage points. GAP is robust
 # training minus robust test accuracy. DROP is the best epoch minus the last epoch on validation images.

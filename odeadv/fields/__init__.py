@@ -5,7 +5,7 @@ A field is a named sum of operators, and may carry its own problem (initial stat
 costate. Imports `odeadv.support` only.
 """
 
-from odeadv.fields._field import AdversarialField, Problem, SplitField, VectorField, as_field
+from odeadv.fields._field import AdversarialField, Loss, Problem, SplitField, VectorField, as_field
 from odeadv.fields._span import MovingSpan
 from odeadv.fields.operator import Jump, Newton, Operator
 from odeadv.fields.residual import Residual
@@ -15,6 +15,7 @@ __all__ = [
     "AdversarialField",
     "Forcing",
     "Jump",
+    "Loss",
     "MovingSpan",
     "Newton",
     "Operator",

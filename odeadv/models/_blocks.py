@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeadv.fields import Jump, Operator, Piecewise, Residual
-from odeadv.models._network import FieldNetwork, Loss, check_labels, cross_entropy
+from odeadv.fields import Jump, Loss, Operator, Piecewise, Residual
+from odeadv.models._network import FieldNetwork, check_labels, cross_entropy
 from odeadv.support.isolation import check_unmodified, version, without_effects
 
 TargetLoss = Callable[[Any, Any], Tensor]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeadv.fields import AdversarialField, Operator, Problem, VectorField
+from odeadv.fields import AdversarialField, Loss, Operator, Problem, VectorField
 from odeadv.models._layers import Stem
 from odeadv.solver import solve
 from odeadv.splitting import Exact, TorchDiffEq, get_substep
@@ -18,8 +18,6 @@ from odeadv.support.deferred import holds, is_deferring
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-Loss = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from odeadv.fields import AdversarialField, Operator
-from odeadv.models._network import FieldNetwork, Loss, adversarial_field, final_state, plain_substep, read_substep
+from odeadv.fields import AdversarialField, Loss, Operator
+from odeadv.models._network import FieldNetwork, adversarial_field, final_state, plain_substep, read_substep
 from odeadv.splitting import TorchDiffEq
 from odeadv.support.checks import integer
 

@@ -24,7 +24,7 @@ from odeadv.splitting import TimeStep
 
 # step(number, x, clock, *rows) -> the state at the end of step ``number`` from ``x`` at its beginning. ``clock`` is
 # (t0, t1, h, number of steps) in float64, and ``rows`` are given data of this step.
-Step = Callable[..., Tensor]
+StepFunction = Callable[..., Tensor]
 Tensors = tuple[Tensor, ...]
 # before(clock, *lifted) -> what is the same for every step.
 Invariants = Callable[..., Tensors]
@@ -54,11 +54,11 @@ class Steps:
     """The steps of ``step``, to be run on given tensors by `on`.
 
     Args:
-        step: see `Step`.
+        step: see `StepFunction`.
         options: for `torch.compile`.
     """
 
-    def __init__(self, step: Step, options: dict[str, Any]) -> None:
+    def __init__(self, step: StepFunction, options: dict[str, Any]) -> None:
         self._options = options
         self._capture = torch.compile(step, **{**_OWN_GRAPHS, "backend": self._bind, "dynamic": False})
         self._given: Tensors = ()
@@ -69,8 +69,8 @@ class Steps:
 
         Args:
             x: a state.
-            clock: see `Step`.
-            tables: data by steps, N + 1 rows each. Step n is given the rows n and n + 1 of each in turn.
+            clock: see `StepFunction`.
+            tables: data by steps, N + 1 rows each. StepFunction n is given the rows n and n + 1 of each in turn.
         """
         rows = [torch.empty_like(x) for _ in range(2 * len(tables))]
         self._given = (torch.zeros((), dtype=torch.int64, device=x.device), x.detach(), clock, *rows)
@@ -101,7 +101,7 @@ class Bound:
 
     Attributes:
         loops: the compiled loops.
-        clock: see `Step`.
+        clock: see `StepFunction`.
         lifted: the tensors that the field closes over.
         tables: see `Steps.on`.
     """

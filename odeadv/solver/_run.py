@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from odeadv.costate import Costate, Objective, RecordedCostate, Rule, SummedCostate, coarser, record, sweep
+from odeadv.costate import Costate, RecordedCostate, Rule, SummedCostate, TotalLoss, coarser, record, sweep
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype, leading
 from odeadv.solver._saving import Dense, Within, solve_path
@@ -97,7 +97,7 @@ class Run:
         field = self.request.field
         assert isinstance(field, AdversarialField)
         with without_effects(field.modules, self.request.x0.device):
-            return Objective.on(grid, field, self._rule).along(grid, stepper, nodes, again)
+            return TotalLoss.on(grid, field, self._rule).along(grid, stepper, nodes, again)
 
     @property
     def _rule(self) -> Rule:

@@ -17,7 +17,7 @@ Rule = Literal["trapezoid", "simpson"]
 
 
 @dataclass(frozen=True)
-class Objective:
+class TotalLoss:
     """J = loss(x_N) + sum of the losses at nodes + sum over the steps of the running cost, by ``rule``.
 
     ``"trapezoid"``, of order two, uses the states at the nodes. ``"simpson"``, of order four, also uses the middle of
@@ -34,9 +34,9 @@ class Objective:
     losses: Mapping[float, Callable[[Tensor], Tensor]]
 
     @staticmethod
-    def on(grid: Grid, field: AdversarialField, rule: Rule) -> Objective:
+    def on(grid: Grid, field: AdversarialField, rule: Rule) -> TotalLoss:
         """Return the objective on ``grid``, whose nodes the times of the field's losses are."""
-        return Objective(field, rule, {grid.snap(t): loss for t, loss in field.at.items()})
+        return TotalLoss(field, rule, {grid.snap(t): loss for t, loss in field.at.items()})
 
     def at(self, t: float, x: Tensor) -> list[Tensor]:
         """Return the loss at the node ``t`` with the state ``x``, if there is one."""
