@@ -58,7 +58,7 @@ class RecordedCostate:
         operator: f, whose Jacobian Eq. 9 needs.
         running: the running cost l(t, x), if there is one: Eq. 9 then is da/dt = -(df/dx)^T a - dl/dx.
         leaving: a(t_n) after the loss at t_n, by n, if the field has losses at given times. ``nodes`` has a(t_n) before
-            it, which is dJ/dx(t_n) of the whole objective J.
+            it, which is dJ/dx(t_n) of the total loss J.
         work: evaluations of f and vector-Jacobian products that the recording took.
         kind: the evaluation between nodes.
         cost: counts the vector-Jacobian products between nodes.

@@ -1,4 +1,4 @@
-"""The discrete objective: final loss, losses at nodes, and the running cost by a quadrature rule."""
+"""The discrete total loss: final loss, losses at nodes, and the running cost by a quadrature rule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TotalLoss:
 
     @staticmethod
     def on(grid: Grid, field: AdversarialField, rule: Rule) -> TotalLoss:
-        """Return the objective on ``grid``, whose nodes the times of the field's losses are."""
+        """Return the total loss on ``grid``, whose nodes the times of the field's losses are."""
         return TotalLoss(field, rule, {grid.snap(t): loss for t, loss in field.at.items()})
 
     def at(self, t: float, x: Tensor) -> list[Tensor]:

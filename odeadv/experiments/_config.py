@@ -19,11 +19,11 @@ from odeadv.support import plain as configuration
 from odeadv.support.checks import integer
 from odeadv.training import (
     Defence,
-    Drive,
     Layerwise,
     Natural,
     Objective,
     Penalty,
+    PerturbationKind,
     Pgd,
     Trades,
     TrainConfig,
@@ -219,7 +219,7 @@ class Method:
 
     objective: str
     scheme: str | None = None
-    perturbation: Drive = "costate"
+    perturbation: PerturbationKind = "costate"
     damping: Literal["damp", "lambda-damp"] | None = None
     noise: bool = False
     zero: bool = False
@@ -355,4 +355,4 @@ def passes(config: RunConfig) -> int:
     return trained
 
 
-assert set(get_args(Drive)) == {"costate", *PERTURBATIONS}
+assert set(get_args(PerturbationKind)) == {"costate", *PERTURBATIONS}

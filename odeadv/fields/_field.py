@@ -161,7 +161,7 @@ class AdversarialField(VectorField):
     Args:
         f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
         loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it. None if
-            the objective has other terms only.
+            the total loss has other terms only.
         eta: strength, any finite number, or a tensor. A tensor of no dimension may require a gradient, so that eta is
             learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
             sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the loss up if
@@ -243,7 +243,7 @@ class AdversarialField(VectorField):
 
     @property
     def accumulates(self) -> bool:
-        """True if the objective has a running cost or losses at given times."""
+        """True if the total loss has a running cost or losses at given times."""
         return self.running is not None or bool(self.at)
 
     def transformed(self, transform: NodeTransform) -> AdversarialField:

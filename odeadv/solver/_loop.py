@@ -70,7 +70,7 @@ class Steps:
         Args:
             x: a state.
             clock: see `StepFunction`.
-            tables: data by steps, N + 1 rows each. StepFunction n is given the rows n and n + 1 of each in turn.
+            tables: data by steps, N + 1 rows each. Step n is given the rows n and n + 1 of each in turn.
         """
         rows = [torch.empty_like(x) for _ in range(2 * len(tables))]
         self._given = (torch.zeros((), dtype=torch.int64, device=x.device), x.detach(), clock, *rows)

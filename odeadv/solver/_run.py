@@ -88,12 +88,12 @@ class Run:
 
     @property
     def _keeps_nodes(self) -> bool:
-        """True if the states at all nodes are needed: for dense output, or by the objective."""
+        """True if the states at all nodes are needed: for dense output, or by the total loss."""
         field = self.request.field
         return self.request.dense or (isinstance(field, AdversarialField) and field.accumulates)
 
     def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor], again: Recompute | None) -> Tensor:
-        """Return the objective without the loss of the final state."""
+        """Return the total loss without that of the final state."""
         field = self.request.field
         assert isinstance(field, AdversarialField)
         with without_effects(field.modules, self.request.x0.device):

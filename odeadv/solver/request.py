@@ -116,7 +116,7 @@ def read_request(
     x = read_initial_state(field, x0)
     if isinstance(field, AdversarialField):
         _check_eta(field, x)
-        _check_objective(field, times)
+        _check_total_loss(field, times)
     _check_readable(x, recordings, times, differentiate_costate)
     saved = _read_save_times(field, save_at, times.span)
     if time_dtype is not None:
@@ -346,7 +346,7 @@ def _check_eta(field: AdversarialField, x0: Tensor) -> None:
         )
 
 
-def _check_objective(field: AdversarialField, times: Times) -> None:
+def _check_total_loss(field: AdversarialField, times: Times) -> None:
     """Check that the losses at given times are at ends of steps, and that a running cost has a state at all times.
 
     Raises:

@@ -7,7 +7,7 @@ in `objectives` or `defences`. Uses the solver, diagnostics, models, attacks and
 
 from odeadv.training._checkpoint import CheckpointWarning
 from odeadv.training._config import TrainConfig
-from odeadv.training._defences import Drive, Layerwise, Penalty, Undefended
+from odeadv.training._defences import Layerwise, Penalty, PerturbationKind, Undefended
 from odeadv.training._distributed import make_fabric
 from odeadv.training._loop import TrainingDiverged, TrainingStopped
 from odeadv.training._objectives import Awp, Mart, Natural, Pgd, Trades
@@ -21,7 +21,6 @@ __all__ = [
     "CheckpointWarning",
     "Defence",
     "Draws",
-    "Drive",
     "EpochResult",
     "Layerwise",
     "Logger",
@@ -30,6 +29,7 @@ __all__ = [
     "Objective",
     "Passed",
     "Penalty",
+    "PerturbationKind",
     "Pgd",
     "Step",
     "Strength",

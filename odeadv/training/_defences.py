@@ -18,7 +18,7 @@ from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed, TargetLoss
 from odeadv.training._strength import Strength, first_order, watch_loss
 
-Drive = Literal["costate", "random", "shuffled", "input"]
+PerturbationKind = Literal["costate", "random", "shuffled", "input"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Layerwise(Defence, name="layerwise"):
     eta: float = 50.0
     sweeps: int | Literal["converge"] = 1
     ascent: int | None = None
-    perturbation: Drive = "costate"
+    perturbation: PerturbationKind = "costate"
     strength: float | None = None
     warmup: int = 0
 
@@ -71,7 +71,7 @@ class Layerwise(Defence, name="layerwise"):
             integer("ascent", self.ascent)
             if self.sweeps != 1:
                 raise ValueError(f"ascent: got {self.ascent} with sweeps={self.sweeps!r}, expected one of the two")
-        choice("perturbation", self.perturbation, get_args(Drive))
+        choice("perturbation", self.perturbation, get_args(PerturbationKind))
         if self.perturbation == "input" and self.scheme != "lie":
             raise ValueError(f"scheme: got {self.scheme!r} with perturbation='input', expected 'lie'")
         if self.perturbation != "costate" and self.scheme == "strang-midpoint":
@@ -161,7 +161,7 @@ def _check_chosen(defence: Layerwise | Penalty) -> None:
         )
 
 
-def _instead(perturbation: Drive, nodes: Sequence[Tensor], draws: Draws) -> list[Tensor]:
+def _instead(perturbation: PerturbationKind, nodes: Sequence[Tensor], draws: Draws) -> list[Tensor]:
     """Return the tensors that drive in place of the costates a_0, ..., a_N, each of the shape of its state."""
     if perturbation == "input":
         return [nodes[0], *(torch.zeros_like(node) for node in nodes[1:])]
