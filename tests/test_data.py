@@ -20,10 +20,12 @@ from helpers import seeded
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from odeadv import data
 from odeadv.data import Batches, DatasetNotFoundError, ImageDataset, random_crop_flip, to_float
 from odeadv.data._batches import Window, draw_epoch
+from odeadv.data.stream import Stream
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -858,6 +860,28 @@ class TestBatches:
         arguments: dict[str, Any] = {"images": tensor_pixels(5), "labels": torch.arange(5), "batch_size": 2} | changes
         with pytest.raises(error, match=message):
             Batches(arguments.pop("images"), arguments.pop("labels"), **arguments)
+
+
+class TestStream:
+    def test_a_data_set_of_the_size_of_imagenet_is_read_batch_by_batch(self) -> None:
+        read: list[int] = []
+
+        class Large(Dataset[tuple[Tensor, int]]):
+            def __len__(self) -> int:
+                return 1_281_167
+
+            def __getitem__(self, index: int) -> tuple[Tensor, int]:
+                read.append(index)
+                return torch.full((3, 8, 8), 0.5), index % 1000
+
+        source = Large()
+        batches = iter(Stream(source, batch_size=256, pad=1, flip=True, generator=seeded(0)))
+        for number in (1, 2):
+            images, labels = next(batches)
+            assert images.shape == (256, 3, 8, 8)
+            assert len(read) == 256 * number
+        assert labels.tolist() == [index % 1000 for index in read[256:]]
+        assert len(set(read)) == 512
 
 
 def test_importing_loads_no_heavy_package() -> None:
