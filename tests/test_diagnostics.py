@@ -17,8 +17,8 @@ from torch import Tensor
 import odeadv
 from benchmarks._expm import matrix_exp
 from odeadv import diagnostics
-from odeadv.diagnostics._path import posed, walk
 from odeadv.diagnostics._second_order import terms_of
+from odeadv.diagnostics._trajectory import posed, walk
 from odeadv.models import PreActResNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")

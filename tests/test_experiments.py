@@ -192,13 +192,13 @@ def test_a_table_in_which_pgd_does_not_over_fit_tests_nothing():
     for found in records:  # robust training accuracy is 75 %, and IFGSM-20 at 8/255 about 60 %
         found["epochs"][-1]["accuracy"] = 0.62
     results = gather(table, PRESETS["bf16"], None, records)
-    assert {finding.word for finding in results.findings()} == {"not tested"}
+    assert {decision.word for decision in results.decisions()} == {"not tested"}
     assert "**Not a test of the paper's claim: plain PGD over-fits by" in render(results).splitlines()[2]
     for found in records:
         found["epochs"][-1]["accuracy"] = 0.95
     results = gather(table, PRESETS["bf16"], None, records)
     assert results.over_fitting()[1] == ""
-    assert "not tested" not in {finding.word for finding in results.findings()}
+    assert "not tested" not in {decision.word for decision in results.decisions()}
     for found in records:
         found["epochs"][-1]["validation"] = {"clean": 0.5, "robust": 0.4}  # the best epoch is the last
     assert "loses 0.0 points" in gather(table, PRESETS["bf16"], None, records).over_fitting()[1]
@@ -210,7 +210,7 @@ def test_a_defence_that_is_too_weak_is_not_tested():
     for found in records:
         found["epochs"][-1]["strength_first_order"] = 0.002
     results = gather(table, PRESETS["bf16"], None, records)
-    words = {finding.row.name: finding.word for finding in results.findings() if finding.other.name == "natural"}
+    words = {decision.row.name: decision.word for decision in results.decisions() if decision.other.name == "natural"}
     assert words["natural+lad"] == "not tested"
     assert "s is 0.2 %" in results.not_tested(table.row("natural+lad"))
     assert results.not_tested(table.row("natural")) == ""

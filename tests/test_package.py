@@ -213,6 +213,22 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield f"{name}:{node.lineno} {node.name}", node
 
 
+def test_one_word_one_thing():
+    """A class, or an alias of a type, shares its name with no other one; an underscore does not tell two apart."""
+    places: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.ClassDef):
+                names = [node.name]
+            for name in names:
+                if name.lstrip("_")[:1].isupper() and not name.isupper():
+                    places.setdefault(name.lstrip("_"), []).append(f"{module}:{node.lineno}")
+    assert len(places) > 300
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
 def test_no_function_takes_more_than_eight_positional_parameters():
     wrong = []
     for place, node in functions():

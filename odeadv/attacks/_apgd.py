@@ -213,7 +213,7 @@ def autoattack_checkpoints(steps: int) -> tuple[int, ...]:
     return tuple(reviewed)
 
 
-class _State(NamedTuple):
+class _ApgdState(NamedTuple):
     """One run between two iterations; every part has one row per example.
 
     Attributes:
@@ -250,7 +250,7 @@ def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Bal
     best.offer(x0, scores.losses, loss.fooled(scores, index), index)
     assert scores.gradient is not None
     n = len(x0)
-    state = _State(
+    state = _ApgdState(
         x=x0,
         before=x0,
         gradient=scores.gradient,
@@ -284,7 +284,7 @@ def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Bal
             if attack.independent and not still_open.all():
                 rows = still_open.nonzero()[:, 0]
                 index = rows if index is None else index[rows]
-                state, ball = _State._make(part[rows] for part in state), ball.rows(rows)
+                state, ball = _ApgdState._make(part[rows] for part in state), ball.rows(rows)
 
 
 def _first_eta(eps: float | Tensor, x0: Tensor, index: Tensor | None) -> Tensor:
@@ -297,7 +297,7 @@ def _first_eta(eps: float | Tensor, x0: Tensor, index: Tensor | None) -> Tensor:
     return x0.new_full(shape, 2 * min(eps, largest))
 
 
-def _next(state: _State, ball: Ball, *, inertia: float) -> Tensor:
+def _next(state: _ApgdState, ball: Ball, *, inertia: float) -> Tensor:
     """Return x_{k+1}."""
     z = ball.project(ball.ascend(state.x, state.gradient, state.eta))
     if inertia == 1.0:
@@ -305,7 +305,7 @@ def _next(state: _State, ball: Ball, *, inertia: float) -> Tensor:
     return ball.project(state.x + inertia * (z - state.x) + (1 - inertia) * (state.x - state.before))
 
 
-def _moved(state: _State, x: Tensor, loss: Tensor, gradient: Tensor) -> _State:
+def _moved(state: _ApgdState, x: Tensor, loss: Tensor, gradient: Tensor) -> _ApgdState:
     """Return the state after the step to ``x``."""
     higher = loss > state.top_loss
     shaped = higher.view(state.eta.shape)
@@ -321,7 +321,7 @@ def _moved(state: _State, x: Tensor, loss: Tensor, gradient: Tensor) -> _State:
     )
 
 
-def _reviewed(state: _State, schedule: _Schedule, *, steps: int) -> _State:
+def _reviewed(state: _ApgdState, schedule: _Schedule, *, steps: int) -> _ApgdState:
     """Return the state after a review ``steps`` after the last: stuck examples halve eta and return to their top."""
     fewest = schedule.rho * steps
     # The authors' code also counts equality as too few rises.

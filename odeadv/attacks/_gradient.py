@@ -236,7 +236,7 @@ def _attack(
     momentum = number("momentum", momentum, least=0)
     choice("keep", keep, ("last", "worst"))
     with setting(name, model, images, labels, restarts=restarts, **shared) as attack:
-        run = _Run(attack, attack.eps / 4 if alpha is None else lengths("alpha", alpha, images), steps, momentum)
+        run = _FixedSteps(attack, attack.eps / 4 if alpha is None else lengths("alpha", alpha, images), steps, momentum)
         if restarts == 1 and keep == "last":
             x0, given = attack.begin(), shared["start"]
             return run(torch.empty_like(x0).copy_(given.detach()) if isinstance(given, Tensor) else x0, attack.ball)
@@ -249,7 +249,7 @@ def _attack(
         return best.images
 
 
-class _Run:
+class _FixedSteps:
     """Steps of a fixed length.
 
     Args:

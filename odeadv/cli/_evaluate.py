@@ -71,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from odeadv.support import plain
 
     # A name with a suffix is the path of a protocol file.
-    protocol = plain.load(Protocol, Path(args.protocol)) if Path(args.protocol).suffix else args.protocol
+    protocol = plain.read(Protocol, Path(args.protocol)) if Path(args.protocol).suffix else args.protocol
     result = evaluate_run(
         protocol=protocol, out=args.out, progress=ProgressLine(), fold=args.fold, compile=args.compile, **_network(args)
     )

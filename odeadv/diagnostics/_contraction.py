@@ -11,8 +11,8 @@ from torch import Tensor
 
 from odeadv.costate import record
 from odeadv.diagnostics._linear import check_iteration, largest, random_like
-from odeadv.diagnostics._path import AnyField, needs_loss, norm, posed, quotient, with_strength
 from odeadv.diagnostics._result import Result, style
+from odeadv.diagnostics._trajectory import AnyField, needs_loss, norm, posed, quotient, with_strength
 from odeadv.fields import AdversarialField
 from odeadv.solver import Solution, SolveError, Stats
 from odeadv.solver.request import read_initial_state, read_times

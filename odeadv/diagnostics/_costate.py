@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
+from odeadv.diagnostics._trajectory import AnyField, Layer, Trajectory, needs_loss, norm, posed, quotient, walk
 from odeadv.fields import Jump
 from odeadv.support.linearised import Linearised
 
@@ -99,15 +99,15 @@ def costate_residual(
     return costate_residual_of(walk(posed(field, x0, t_span, dt, steps), substep))
 
 
-def costate_residual_of(path: Path) -> CostateResidual:
-    """Measure Eq. 9 along an unperturbed path with costates."""
+def costate_residual_of(trajectory: Trajectory) -> CostateResidual:
+    """Measure Eq. 9 along an unperturbed trajectory with costates."""
     names = ("residual", "arithmetic", "geometric", "exact", "arithmetic_length", "geometric_length", "undefined")
     columns: dict[str, list[float]] = {name: [] for name in names}
     layers, ts = [], []
-    for layer in path.layers():
+    for layer in trajectory.layers():
         if isinstance(layer.piece, Jump):
             continue
-        with path.quiet(grad=True):
+        with trajectory.quiet(grad=True):
             values = _at(layer)
         layers.append(layer.index)
         ts.append(layer.step.t0)

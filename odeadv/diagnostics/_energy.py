@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from odeadv.diagnostics._path import AnyField, Path, inner, needs_loss, norm, path_of, posed, quotient, walk
 from odeadv.diagnostics._result import Result, style
+from odeadv.diagnostics._trajectory import (
+    AnyField,
+    Trajectory,
+    inner,
+    needs_loss,
+    norm,
+    posed,
+    quotient,
+    trajectory_of,
+    walk,
+)
 from odeadv.fields import AdversarialField, Jump, Operator
 from odeadv.fields.operator import Cost
 from odeadv.solver import Solution, driven, solve
@@ -111,15 +121,15 @@ def hamiltonian(
                 f"solution: got {len(solution.ts)} states of {solution.stats.steps + 1}, expected all of them; solve "
                 "with save_at='steps'"
             )
-        return hamiltonian_of(path_of(solution, adversarial))
+        return hamiltonian_of(trajectory_of(solution, adversarial))
     return hamiltonian_of(walk(posed(field, x0, t_span, dt, steps), substep, scheme=scheme, sweeps=sweeps))
 
 
-def hamiltonian_of(path: Path) -> Hamiltonian:
-    """Measure H along a path with costates."""
+def hamiltonian_of(trajectory: Trajectory) -> Hamiltonian:
+    """Measure H along a trajectory with costates."""
     layers, starts, stops, values, ends = [], [], [], [], []
-    with path.quiet():
-        for layer in path.layers():
+    with trajectory.quiet():
+        for layer in trajectory.layers():
             if isinstance(layer.piece, Jump):
                 continue
             assert layer.a is not None
@@ -127,10 +137,10 @@ def hamiltonian_of(path: Path) -> Hamiltonian:
             layers.append(layer.index)
             starts.append(layer.step.t0)
             stops.append(layer.step.t1)
-            values.append(_level(path, layer.a, layer.velocity()))
-            ends.append(_level(path, layer.a_end, layer.velocity(layer.end, layer.step.t1)))
+            values.append(_level(trajectory, layer.a, layer.velocity()))
+            ends.append(_level(trajectory, layer.a_end, layer.velocity(layer.end, layer.step.t1)))
     layer_drift = [end - value for value, end in zip(values, ends, strict=True)]
-    pieces = bool(path.operator.edges)
+    pieces = bool(trajectory.operator.edges)
     changes = layer_drift if pieces or not values else [level - values[0] for level in (*values, ends[-1])]
     drift = max(map(abs, changes), default=0.0)
     return Hamiltonian(
@@ -142,12 +152,12 @@ def hamiltonian_of(path: Path) -> Hamiltonian:
         layer_drift=layer_drift,
         drift=drift,
         relative_drift=quotient(drift, max(map(abs, (*values, *ends)), default=0.0)),
-        eta=path.eta,
+        eta=trajectory.eta,
     )
 
 
-def _level(path: Path, a: Tensor, f: Tensor) -> float:
-    return inner(a, f) + 0.5 * path.eta * norm(a) ** 2
+def _level(trajectory: Trajectory, a: Tensor, f: Tensor) -> float:
+    return inner(a, f) + 0.5 * trajectory.eta * norm(a) ** 2
 
 
 @dataclass(frozen=True)
@@ -231,8 +241,8 @@ def energy(
     return energy_of(walk(posed(field, x0, t_span, dt, steps), substep), schemes, substep, sweeps)
 
 
-def energy_of(plain: Path, names: Sequence[str | Scheme], substep: Any, sweeps: Any = None) -> Energy:
-    """Measure `energy`, given the unperturbed path of the field."""
+def energy_of(plain: Trajectory, names: Sequence[str | Scheme], substep: Any, sweeps: Any = None) -> Energy:
+    """Measure `energy`, given the unperturbed trajectory of the field."""
     field, plain_loss = plain.field, plain.loss()
     assert isinstance(field, AdversarialField)
     eta = plain.eta
@@ -292,8 +302,7 @@ def _factors(field: AdversarialField, scheme: str | Scheme) -> list[float]:
     return [factor for factor, stages in table.compositions if factor for s in stages if s.operator == costate]
 
 
-def _trapezoid(path: Path) -> float:
-    squares = [norm(a) ** 2 for a in path.costates]
-    return (
-        0.5 * path.eta * sum(0.5 * step.h * (a + b) for step, (a, b) in zip(path.grid, pairwise(squares), strict=True))
-    )
+def _trapezoid(trajectory: Trajectory) -> float:
+    squares = [norm(a) ** 2 for a in trajectory.costates]
+    pairs = zip(trajectory.grid, pairwise(squares), strict=True)
+    return 0.5 * trajectory.eta * sum(0.5 * step.h * (a + b) for step, (a, b) in pairs)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from odeadv.diagnostics._linear import check_iteration, largest, random_like
-from odeadv.diagnostics._path import AnyField, Path, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
+from odeadv.diagnostics._trajectory import AnyField, Trajectory, norm, posed, quotient, walk
 from odeadv.fields import AdversarialField, Jump, VectorField
 from odeadv.solver import solve
 from odeadv.splitting import Scheme
@@ -94,18 +94,18 @@ def lipschitz(
         SolveError: if the solve fails.
     """
     check_iteration(rtol, most)
-    path = walk(posed(field, x0, t_span, dt, steps), substep)
-    return lipschitz_of(path, rtol=rtol, most=most, generator=generator)
+    trajectory = walk(posed(field, x0, t_span, dt, steps), substep)
+    return lipschitz_of(trajectory, rtol=rtol, most=most, generator=generator)
 
 
 def lipschitz_of(
-    path: Path, *, rtol: float = 1e-2, most: int = 50, generator: torch.Generator | None = None
+    trajectory: Trajectory, *, rtol: float = 1e-2, most: int = 50, generator: torch.Generator | None = None
 ) -> Lipschitz:
-    """Estimate spectral norms along an unperturbed path."""
+    """Estimate spectral norms along an unperturbed trajectory."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     velocities, layers, converged = [], [], []
-    for layer in path.layers():
-        with path.quiet(grad=True):
+    for layer in trajectory.layers():
+        with trajectory.quiet(grad=True):
             jumps = isinstance(layer.piece, Jump)
             inner = Linearised(layer.map if jumps else layer.velocity, layer.x)
             start = random_like(layer.x, generator)
@@ -114,7 +114,7 @@ def lipschitz_of(
         velocities.append(math.nan if jumps else plain)
         layers.append(whole)
         converged.append(sure and also)
-    return Lipschitz(path.ts[:-1], velocities, layers, math.prod(layers), converged)
+    return Lipschitz(trajectory.ts[:-1], velocities, layers, math.prod(layers), converged)
 
 
 def _spectral(inner: Linearised, start: Tensor, h: float | None, rtol: float, most: int) -> tuple[float, bool]:

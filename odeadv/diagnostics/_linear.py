@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeadv.diagnostics._path import Layer, inner, norm
+from odeadv.diagnostics._trajectory import Layer, inner, norm
 from odeadv.support.checks import integer, number
 from odeadv.support.linearised import gradient
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, style
+from odeadv.diagnostics._trajectory import AnyField, Layer, Trajectory, needs_loss, norm, posed, quotient, walk
 from odeadv.fields import Jump
 from odeadv.splitting import get_substep
 
@@ -96,24 +96,24 @@ def perturbation(
     return perturbation_of(walk(posed(field, x0, t_span, dt, steps), substep), substep)
 
 
-def perturbation_of(path: Path, substep: Any = None) -> Perturbation:
-    """Measure Eq. 16 along an unperturbed path with costates, which was solved with ``substep``."""
+def perturbation_of(trajectory: Trajectory, substep: Any = None) -> Perturbation:
+    """Measure Eq. 16 along an unperturbed trajectory with costates, which was solved with ``substep``."""
     method = substep.get("f", "euler") if isinstance(substep, Mapping) else substep
     euler = method is None or get_substep(method).name == "euler"
-    state_norms, costate_norms = [norm(x) for x in path.states], [norm(a) for a in path.costates]
-    with path.quiet():
-        after = [norm(_after_one(layer, euler)) for layer in path.layers()]
+    state_norms, costate_norms = [norm(x) for x in trajectory.states], [norm(a) for a in trajectory.costates]
+    with trajectory.quiet():
+        after = [norm(_after_one(layer, euler)) for layer in trajectory.layers()]
     ratios = [quotient(image, a) for image, a in zip(after, costate_norms, strict=False)]
     return Perturbation(
         ratio=ratios[0],
-        ts=path.ts,
+        ts=trajectory.ts,
         state_norms=state_norms,
         costate_norms=costate_norms,
         ratios=ratios,
-        relative=[quotient(abs(path.eta) * a, x) for a, x in zip(costate_norms, state_norms, strict=True)],
-        moves=[_move(x, end) for x, end in pairwise(path.states)],
-        eta=path.eta,
-        loss=path.loss(),
+        relative=[quotient(abs(trajectory.eta) * a, x) for a, x in zip(costate_norms, state_norms, strict=True)],
+        moves=[_move(x, end) for x, end in pairwise(trajectory.states)],
+        eta=trajectory.eta,
+        loss=trajectory.loss(),
     )
 
 

@@ -16,10 +16,10 @@ from odeadv.diagnostics._contraction import contraction_of
 from odeadv.diagnostics._costate import costate_residual_of
 from odeadv.diagnostics._energy import energy_of, hamiltonian_of
 from odeadv.diagnostics._growth import growth_of, lipschitz_of
-from odeadv.diagnostics._path import AnyField, posed, walk
 from odeadv.diagnostics._perturbation import perturbation_of
 from odeadv.diagnostics._result import Result
 from odeadv.diagnostics._second_order import second_order_of
+from odeadv.diagnostics._trajectory import AnyField, posed, walk
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.solver import SolveError
 from odeadv.support.checks import integer
@@ -130,19 +130,19 @@ def _measure(
     field: VectorField, substep: Any, start: Tensor | None, most: int
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Return the results of all diagnostics of ``field``, and the reasons of those that failed."""
-    path = walk(field, substep)
+    trajectory = walk(field, substep)
     measures: dict[str, Callable[[], Result]] = {}
     if isinstance(field, AdversarialField):
-        measures["perturbation"] = lambda: perturbation_of(path, substep)
-        measures["second_order"] = lambda: second_order_of(path)
-        measures["costate_residual"] = lambda: costate_residual_of(path)
+        measures["perturbation"] = lambda: perturbation_of(trajectory, substep)
+        measures["second_order"] = lambda: second_order_of(trajectory)
+        measures["costate_residual"] = lambda: costate_residual_of(trajectory)
         measures["contraction"] = lambda: contraction_of(field, substep, most=most)
         measures["hamiltonian"] = lambda: hamiltonian_of(walk(field, substep, scheme="strang"))
         if field.eta:
             # Eq. 9 does not hold for a transformed costate, so its exact midpoint is not known.
             names = [scheme for scheme in SCHEMES if not (field.transforms and scheme == "strang-midpoint")]
-            measures["energy"] = lambda: energy_of(path, names, substep)
-    measures["lipschitz"] = lambda: lipschitz_of(path, most=most)
+            measures["energy"] = lambda: energy_of(trajectory, names, substep)
+    measures["lipschitz"] = lambda: lipschitz_of(trajectory, most=most)
     measures["growth"] = lambda: growth_of(field, substep, start=start)
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from odeadv.diagnostics._linear import time_derivative
-from odeadv.diagnostics._path import AnyField, Layer, Path, needs_loss, norm, posed, quotient, walk
 from odeadv.diagnostics._result import Result, median, style
+from odeadv.diagnostics._trajectory import AnyField, Layer, Trajectory, needs_loss, norm, posed, quotient, walk
 from odeadv.fields import Jump
 from odeadv.splitting import Scheme
 from odeadv.support.linearised import Linearised
@@ -132,17 +132,17 @@ def second_order(
     return second_order_of(walk(posed(field, x0, t_span, dt, steps), substep, scheme=scheme, sweeps=sweeps))
 
 
-def second_order_of(path: Path) -> SecondOrder:
-    """Measure Theorem 3.3 along a path with costates."""
+def second_order_of(trajectory: Trajectory) -> SecondOrder:
+    """Measure Theorem 3.3 along a trajectory with costates."""
     names = ("velocity", "drift", "time", "antisymmetric", "plain", "acceleration")
     columns: dict[str, list[float]] = {name: [] for name in names}
     layers, ts, pushes = [], [], []
     initial = [float("nan")] * 2
-    for layer in path.layers():
+    for layer in trajectory.layers():
         if isinstance(layer.piece, Jump):
             continue
-        terms = terms_of(path, layer)
-        push = path.eta * path.costates[layer.index]
+        terms = terms_of(trajectory, layer)
+        push = trajectory.eta * trajectory.costates[layer.index]
         if layer.index == 0:
             initial = [norm(terms.velocity), norm(terms.velocity + push)]
         layers.append(layer.index)
@@ -160,16 +160,16 @@ def second_order_of(path: Path) -> SecondOrder:
         initial_velocity=initial[0],
         perturbed_initial_velocity=initial[1],
         initial_change=quotient(pushes[0], initial[0]) if layers and layers[0] == 0 else float("nan"),
-        eta=path.eta,
+        eta=trajectory.eta,
     )
 
 
-def terms_of(path: Path, layer: Layer) -> Terms:
+def terms_of(trajectory: Trajectory, layer: Layer) -> Terms:
     """Return the terms at the beginning of a layer that is an ODE step."""
     assert layer.a is not None
-    with path.quiet(grad=True):
+    with trajectory.quiet(grad=True):
         f = Linearised(layer.velocity, layer.x)
-        antisymmetric = path.eta * (f.jvp(layer.a) - f.vjp(layer.a))
+        antisymmetric = trajectory.eta * (f.jvp(layer.a) - f.vjp(layer.a))
         return Terms(f.value, f.jvp(f.value), time_derivative(layer, layer.x), antisymmetric)
 
 

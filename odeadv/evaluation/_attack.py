@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from odeadv.attacks.balls import L2Ball, linf_bounds
 from odeadv.attacks.checks import check_logits
-from odeadv.evaluation._ifgsm import Run, SharedRuns, run_of
+from odeadv.evaluation._ifgsm import IfgsmRun, SharedRuns, run_of
 from odeadv.evaluation._prepare import Prepared
 from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, pyautoattack, takes
 from odeadv.evaluation.trust import FLAT
@@ -127,7 +127,7 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
     more = scorer.correct(images, rules.passes - 1) if rules.passes > 1 else clean[None][:0]
     outcomes = BatchOutcomes(torch.cat([clean[None], more]), _signs(logits, labels, images, gradient))
     if gradient is not None:
-        lengths: dict[Run, list[int]] = {}
+        lengths: dict[IfgsmRun, list[int]] = {}
         for spec in shared.values():
             lengths.setdefault(run_of(spec), []).append(spec.steps or 1)
         shared_runs = SharedRuns(
@@ -137,7 +137,7 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
         outcomes.signs |= _signs_under_way(scorer.losses(logits), shared_runs.losses)
         for name, spec in shared.items():
             outcomes.last[name], outcomes.worst[name] = runs[run_of(spec), spec.steps or 1]
-    counted = Counted(prepared.model, rules.highest_label)
+    counted = CountingModel(prepared.model, rules.highest_label)
     written = [json.dumps(spec.to_dict(), sort_keys=True) for spec in specs.values()]
     for place, (name, spec) in enumerate(specs.items()):
         if name not in shared and (rules.keep_images or not (spec.shared and spec.score == "worst")):
@@ -188,7 +188,13 @@ def _signs_under_way(clean: Tensor, reached: Tensor) -> dict[str, Tensor]:
 
 
 def _separate(
-    outcomes: BatchOutcomes, name: str, spec: AttackSpec, model: Counted, batch: Batch, rules: Rules, drawn_at: str
+    outcomes: BatchOutcomes,
+    name: str,
+    spec: AttackSpec,
+    model: CountingModel,
+    batch: Batch,
+    rules: Rules,
+    drawn_at: str,
 ) -> None:
     """Add the outcomes of an attack that shares no work.
 
@@ -221,7 +227,7 @@ def _separate(
         outcomes.images[name] = ended
 
 
-class Counted(nn.Module):
+class CountingModel(nn.Module):
     """A model that checks its logits and counts images sent through it, and images whose gradient comes back.
 
     Args:
@@ -270,7 +276,7 @@ class Counted(nn.Module):
 
 def attacked(
     spec: AttackSpec,
-    model: Counted,
+    model: CountingModel,
     images: Tensor,
     labels: Tensor,
     *,
@@ -298,7 +304,7 @@ def attacked(
 
 
 def _autoattack(
-    spec: AttackSpec, model: Counted, images: Tensor, labels: Tensor, seed: int
+    spec: AttackSpec, model: CountingModel, images: Tensor, labels: Tensor, seed: int
 ) -> tuple[Tensor, list[str]]:
     """Run AutoAttack (Croce and Hein 2020) by pyautoattack, the authors' code; project to the exact ball."""
     autoattack = pyautoattack()

@@ -12,7 +12,7 @@ from odeadv.attacks.balls import Bounds, linf_bounds, rows, sign_step
 from odeadv.evaluation._prepare import Prepared, Scorer
 from odeadv.evaluation.protocols import AttackSpec
 
-Run = tuple[float, float]  # eps, alpha
+IfgsmRun = tuple[float, float]  # eps, alpha
 Load = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # indices to images, labels, indices
 
 # Examples in a cycle leave once they are this share of a batch: its composition, on which rounding depends, changes
@@ -26,16 +26,16 @@ SHORT = 20
 KEPT_FOR, KEPT_SHARE = 16, 1 / 8
 
 
-def run_of(spec: AttackSpec) -> Run:
+def run_of(spec: AttackSpec) -> IfgsmRun:
     """Return radius and step size of an FGSM or IFGSM attack that has the same for all examples."""
     assert isinstance(spec.eps, float)
     assert isinstance(spec.alpha, float)
     return spec.eps, spec.alpha
 
 
-def queues_of(attacks: Sequence[AttackSpec]) -> dict[Run, int]:
+def queues_of(attacks: Sequence[AttackSpec]) -> dict[IfgsmRun, int]:
     """Return the (I)FGSM runs of which only the worst-so-far score is asked, with their numbers of steps."""
-    queues: dict[Run, int] = {}
+    queues: dict[IfgsmRun, int] = {}
     for spec in attacks:
         if spec.shared and spec.score == "worst":
             queues[run_of(spec)] = max(queues.get(run_of(spec), 0), spec.steps or 1)
@@ -99,9 +99,9 @@ class _Branch:
 
     x: Tensor
     gradient: Tensor
-    runs: list[Run]
+    runs: list[IfgsmRun]
     index: Tensor
-    bounds: Mapping[Run, Bounds]
+    bounds: Mapping[IfgsmRun, Bounds]
     scorer: Scorer
     cycles: Cycles | None
     periods: Tensor
@@ -150,7 +150,7 @@ class SharedRuns:
         images: Tensor,
         clean: Tensor,
         clean_gradient: Tensor,
-        lengths: Mapping[Run, Sequence[int]],
+        lengths: Mapping[IfgsmRun, Sequence[int]],
         *,
         repeatable: bool,
         passes: int,
@@ -158,7 +158,7 @@ class SharedRuns:
         self._scorer, self._images, self._clean, self._gradient = scorer, images, clean, clean_gradient
         self._lengths, self._repeatable, self._passes = lengths, repeatable, passes
         self._worst = dict.fromkeys(lengths, clean)
-        self._losses: dict[Run, Tensor] = {}
+        self._losses: dict[IfgsmRun, Tensor] = {}
         self._scored = {
             (run, length): (clean.new_zeros(passes, len(clean)), torch.zeros_like(clean))
             for run, counts in lengths.items()
@@ -172,7 +172,7 @@ class SharedRuns:
             return torch.full(self._clean.shape, torch.nan, device=self._clean.device)
         return torch.stack(list(self._losses.values())).amax(dim=0)
 
-    def outcomes(self) -> dict[tuple[Run, int], tuple[Tensor, Tensor]]:
+    def outcomes(self) -> dict[tuple[IfgsmRun, int], tuple[Tensor, Tensor]]:
         """Return last-iterate (passes, n) and worst-so-far (n,) outcomes for every run and each of its lengths."""
         for alpha in dict.fromkeys(run[1] for run in self._lengths):
             branches = [self._trunk([run for run in self._lengths if run[1] == alpha])]
@@ -182,7 +182,7 @@ class SharedRuns:
                 branches = [after for branch in branches for after in self._advance(branch, step)]
         return self._scored
 
-    def _trunk(self, runs: list[Run]) -> _Branch:
+    def _trunk(self, runs: list[IfgsmRun]) -> _Branch:
         everywhere = torch.arange(len(self._clean), device=self._clean.device)
         return _Branch(
             self._images,
@@ -199,7 +199,7 @@ class SharedRuns:
     def _advance(self, branch: _Branch, step: int) -> list[_Branch]:
         """Make and score one step of all runs of a branch; return the branches after it."""
         moved = sign_step(branch.x, branch.gradient, branch.runs[0][1])
-        children: list[tuple[Tensor, list[Run]]] = []
+        children: list[tuple[Tensor, list[IfgsmRun]]] = []
         for run in branch.runs:
             x = branch.bounds[run].project(moved)
             same = next((runs for other, runs in children if torch.equal(other, x)), None)
@@ -209,7 +209,7 @@ class SharedRuns:
                 same.append(run)
         return [after for x, runs in children if (after := self._scored_at(branch, x, runs, step)) is not None]
 
-    def _scored_at(self, branch: _Branch, x: Tensor, runs: list[Run], step: int) -> _Branch | None:
+    def _scored_at(self, branch: _Branch, x: Tensor, runs: list[IfgsmRun], step: int) -> _Branch | None:
         """Score the runs at their iterates ``x``; return None if all of them end there."""
         index, scorer = branch.index, branch.scorer
         onward = [run for run in runs if max(self._lengths[run]) > step]
@@ -338,22 +338,22 @@ class WorstSoFar:
                     yield batch.index[again].cpu(), torch.full_like(batch.step[again], self._steps + 1).cpu()
                     batch = batch.subset(~again)
 
-    def _filled(self, batch: _Examples) -> _Examples:
+    def _filled(self, batch: _UnderAttack) -> _UnderAttack:
         room = self._batch_size - len(batch.index)
         if not room or not len(self._waiting):
             return batch
         coming, self._waiting = self._waiting[:room], self._waiting[room:]
         return batch.joined(self._loaded(coming))
 
-    def _loaded(self, index: Tensor) -> _Examples:
+    def _loaded(self, index: Tensor) -> _UnderAttack:
         images, labels, _ = self._load(index)
         step = torch.zeros(len(index), dtype=torch.int64, device=labels.device)
         bounds = linf_bounds(images, self._eps)
-        return _Examples(index.to(labels.device), images, labels, bounds, step, Cycles(images, step))
+        return _UnderAttack(index.to(labels.device), images, labels, bounds, step, Cycles(images, step))
 
 
 @dataclass
-class _Examples:
+class _UnderAttack:
     """Examples under attack.
 
     Attributes:
@@ -372,12 +372,12 @@ class _Examples:
     step: Tensor
     cycles: Cycles
 
-    def subset(self, keep: Tensor) -> _Examples:
+    def subset(self, keep: Tensor) -> _UnderAttack:
         """Return the examples chosen by ``keep``, (n,) bool."""
         bounds, cycles = self.bounds.rows(keep), self.cycles.rows(keep)
-        return _Examples(self.index[keep], rows(self.x, keep), self.labels[keep], bounds, self.step[keep], cycles)
+        return _UnderAttack(self.index[keep], rows(self.x, keep), self.labels[keep], bounds, self.step[keep], cycles)
 
-    def joined(self, other: _Examples) -> _Examples:
+    def joined(self, other: _UnderAttack) -> _UnderAttack:
         """Return these examples followed by ``other``."""
         if not len(self.index):
             return other
@@ -387,7 +387,7 @@ class _Examples:
         cycles = Cycles(
             torch.cat([self.cycles.kept, other.cycles.kept]), torch.cat([self.cycles.kept_at, other.cycles.kept_at])
         )
-        return _Examples(
+        return _UnderAttack(
             torch.cat([self.index, other.index]),
             torch.cat([self.x, other.x]),
             torch.cat([self.labels, other.labels]),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odeadv.evaluation._attack import BatchOutcomes, Rules, batch_outcomes
 from odeadv.evaluation._evaluation import AttackResult, Evaluation, by_pass, majority, result_of
-from odeadv.evaluation._ifgsm import Run, WorstSoFar, queues_of, run_of
+from odeadv.evaluation._ifgsm import IfgsmRun, WorstSoFar, queues_of, run_of
 from odeadv.evaluation._journal import Journal
 from odeadv.evaluation._prepare import Prepared
 from odeadv.evaluation.data import Examples, ImageFolder
@@ -161,7 +161,7 @@ class Session:
             for name, rows in found.items():
                 table[name][..., part] = rows.cpu()
 
-    def _run_queue(self, place: int, run: Run) -> None:
+    def _run_queue(self, place: int, run: IfgsmRun) -> None:
         """Run the examples of one worst-so-far run; write a record whenever a batch of them has left."""
         self._reseed(f"queue {place}")
         fooled_at = self._fooled_at[run]

@@ -42,7 +42,7 @@ class Examples:
         device: of the model.
         dtype: of the model.
         channels_last: lay 4-D images out channels-last in memory.
-        release: see `Data`.
+        release: see `CheckedData`.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class Examples:
         return Batch(x, constant(self.labels[label]).to(self.device), places)
 
 
-class Data(NamedTuple):
+class CheckedData(NamedTuple):
     """Data that were checked.
 
     Attributes:
@@ -83,7 +83,7 @@ class Data(NamedTuple):
     release: Callable[[], object]
 
 
-def read_data(data: object) -> Data:
+def read_data(data: object) -> CheckedData:
     """Return images and labels.
 
     A memory-mapped array is not read into memory. A dataset or loader is read once, in its order, into a temporary
@@ -120,7 +120,7 @@ def read_data(data: object) -> Data:
         for part in chunks(images, release):
             check_images(part)
     check_labels(labels, len(images))
-    return Data(images, labels, release)
+    return CheckedData(images, labels, release)
 
 
 def _release_of(array: object) -> Callable[[], object]:
@@ -147,7 +147,7 @@ def _tensor(value: object) -> Tensor:
         return torch.from_numpy(value)
 
 
-def _collected(batches: Iterable[object]) -> Data:
+def _collected(batches: Iterable[object]) -> CheckedData:
     """Return the images of ``batches`` in a temporary file that is mapped into memory, and their labels."""
     import numpy
 
@@ -174,7 +174,7 @@ def _collected(batches: Iterable[object]) -> Data:
         # The mapping stays valid after the file is closed: the system removes the file with its last user.
         array = numpy.memmap(file, numpy.uint8, "r")
     pixels = _tensor(array).view(first.dtype).view(len(together), *first.shape[1:])
-    return Data(pixels, together, _release_of(array))
+    return CheckedData(pixels, together, _release_of(array))
 
 
 def _kind(value: object) -> str:

@@ -3,7 +3,7 @@
 This is the top layer of odeadv. It imports all layers below it.
 """
 
-from odeadv.experiments._campaign import STAGES, Stage, run_stage
+from odeadv.experiments._campaign import STAGES, CampaignStage, run_stage
 from odeadv.experiments._claims import CLAIMS, Claim, write_claims
 from odeadv.experiments._config import DataConfig, Method, ModelConfig, RunConfig, load_config, method_of, parse_method
 from odeadv.experiments._cost import (
@@ -37,6 +37,7 @@ __all__ = [
     "STAGES",
     "TABLES",
     "Agreement",
+    "CampaignStage",
     "Claim",
     "Column",
     "DataConfig",
@@ -52,7 +53,6 @@ __all__ = [
     "RunConfig",
     "RunLockedError",
     "Size",
-    "Stage",
     "Table",
     "TableCost",
     "agreement",

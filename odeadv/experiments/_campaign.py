@@ -19,7 +19,7 @@ from ._run import Measurement
 
 
 @dataclass(frozen=True)
-class Stage:
+class CampaignStage:
     """One stage of the campaign.
 
     Attributes:
@@ -54,30 +54,39 @@ _NEW_ROWS = ("natural+lad+input", "natural+lad-symmetric")
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("2a", "mechanism", "mlp", tuple(range(10, 20)), says="the mechanism: is LAD a gradient penalty?"),
-        Stage("4", "mechanism-eta", "mlp", tuple(range(10, 15)), says="the shape of Table 5"),
-        Stage(
+        CampaignStage("2a", "mechanism", "mlp", tuple(range(10, 20)), says="the mechanism: is LAD a gradient penalty?"),
+        CampaignStage("4", "mechanism-eta", "mlp", tuple(range(10, 15)), says="the shape of Table 5"),
+        CampaignStage(
             "1", "ablations", "cpu", tuple(range(3, 10)),
             (
                 "natural", "natural+lad", "natural+lad-sm", "natural+lad-sm+random", "natural+matched", *_NEW_ROWS,
             ),
             best=False, says="Table 1: LAD, LAD-SM, their order, direction, layers, equal compute",
         ),
-        Stage("1-new", "ablations", "cpu", (0, 1, 2), _NEW_ROWS, best=False, says="the new rows on the first seeds"),
-        Stage("2b", "mechanism", "overfit", (90,), ("pgd",), says="whether the ConvNet over-fits, a pilot"),
-        Stage(
+        CampaignStage(
+            "1-new", "ablations", "cpu", (0, 1, 2), _NEW_ROWS, best=False,
+            says="the new rows on the first seeds",
+        ),
+        CampaignStage("2b", "mechanism", "overfit", (90,), ("pgd",), says="whether the ConvNet over-fits, a pilot"),
+        CampaignStage(
             "2d", "mechanism", "overfit", tuple(range(10, 18)),
             tuple(f"pgd{part}:wd0.02" for part in ("", "+lad", "+lad-sm", "+lad-sm+random", "+lad+input")),
             says="Table 2 on a ConvNet; eta and weight decay as stage 2c chooses them on validation images",
         ),
-        Stage("3", "mechanism-trades", "mlp", tuple(range(10, 16)), says="Table 3: LAD minus the mix of losses alone"),
-        Stage("1-mlp", "mechanism-natural", "mlp", tuple(range(10, 20)), best=False, says="Table 1 on a residual MLP"),
+        CampaignStage(
+            "3", "mechanism-trades", "mlp", tuple(range(10, 16)),
+            says="Table 3: LAD minus the mix of losses alone",
+        ),
+        CampaignStage(
+            "1-mlp", "mechanism-natural", "mlp", tuple(range(10, 20)), best=False,
+            says="Table 1 on a residual MLP",
+        ),
     )
 }  # fmt: skip
 
 
 def run_stage(
-    stage: Stage, runs: Path, folder: Path, records: Path, seeds: Sequence[int] | None = None
+    stage: CampaignStage, runs: Path, folder: Path, records: Path, seeds: Sequence[int] | None = None
 ) -> list[Failure]:
     """Run the missing runs of ``stage``, seed by seed, and copy the records when a seed is finished.
 

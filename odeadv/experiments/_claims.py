@@ -13,7 +13,7 @@ from odeadv.experiments._tables import TABLES
 from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import markdown_table
 
-from ._results import Finding, Results, gather
+from ._results import Decision, Results, gather
 
 SCHEMA = "odeadv.claims/1"
 
@@ -132,16 +132,16 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         return {**result, "page": None}
     if not claim.row:
         return result | _shape(results)
-    found = {(finding.row.name, finding.other.name): finding for finding in results.findings()}
+    found = {(decision.row.name, decision.other.name): decision for decision in results.decisions()}
     readings = [found[pair] for pair in ((claim.row, claim.other), claim.again) if pair in found]
     if not readings:
         return result
     weaker = min(readings, key=_pull)
-    others = [finding for finding in readings if finding is not weaker]
+    others = [decision for decision in readings if decision is not weaker]
     result |= _found(weaker, results)
     result["rows"] = f"{weaker.row.label} minus {weaker.other.label}"
     if others:
-        said = ", ".join(f"{finding.row.label} minus {finding.other.label}: {finding.contrast}" for finding in others)
+        said = ", ".join(f"{other.row.label} minus {other.other.label}: {other.contrast}" for other in others)
         result["why"] = "; ".join(filter(None, [result["why"], f"the weaker reading; {said}"]))
     return result
 
@@ -164,34 +164,34 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
     return Results(table, preset, claim.dataset, {name: kept for name, kept in runs.items() if kept}, results.missing)
 
 
-def _pull(finding: Finding) -> float:
+def _pull(decision: Decision) -> float:
     """Return the lower end of the interval of a difference, or the difference without one."""
-    return finding.contrast.mean if finding.contrast.interval is None else finding.contrast.interval[0]
+    return decision.contrast.mean if decision.contrast.interval is None else decision.contrast.interval[0]
 
 
-def _found(finding: Finding, results: Results) -> dict[str, Any]:
-    interval, s = finding.contrast.interval, results.strength(finding.row)
+def _found(decision: Decision, results: Results) -> dict[str, Any]:
+    interval, s = decision.contrast.interval, results.strength(decision.row)
     return {
-        "paper": finding.paper,
-        "difference": finding.contrast.mean,
+        "paper": decision.paper,
+        "difference": decision.contrast.mean,
         "interval": None if interval is None else list(interval),
-        "p": finding.p,
+        "p": decision.p,
         "strength": s,
-        "seeds": list(finding.seeds),
-        "word": finding.word,
-        "why": finding.why,
+        "seeds": list(decision.seeds),
+        "word": decision.word,
+        "why": decision.why,
     }
 
 
 def _shape(results: Results) -> dict[str, Any]:
     """Decide the claim about the shape over eta, by the rule of stage 4 in docs/results/rules.md."""
-    found = results.findings()
-    seeds = sorted({seed for finding in found for seed in finding.seeds})
+    found = results.decisions()
+    seeds = sorted({seed for decision in found for seed in decision.seeds})
     if not found or len(seeds) < 2:
         return {"seeds": seeds, "why": "fewer than two seeds"}
     why = results.over_fitting()[1]
-    best = max(found, key=lambda finding: finding.contrast.mean)
-    largest = max(finding.row.factor for finding in found)
+    best = max(found, key=lambda decision: decision.contrast.mean)
+    largest = max(decision.row.factor for decision in found)
     harmed = all(f.contrast.mean < best.contrast.mean for f in found if f.row.factor == largest)
     seen = [f for f in found if f.p is not None and f.p < 0.05 and f.contrast.mean > 0]
     within = all(f.contrast.interval is not None and max(map(abs, f.contrast.interval)) <= 1.0 for f in found)

@@ -192,7 +192,7 @@ def load_config(file: str | os.PathLike[str], *, imports: bool = True) -> RunCon
             the key.
         OSError: if the file cannot be read.
     """
-    return configuration.load(RunConfig, Path(file), imports=imports)
+    return configuration.read(RunConfig, Path(file), imports=imports)
 
 
 OBJECTIVES = ("natural", "pgd", "trades")

@@ -16,7 +16,7 @@ from odeadv.data import to_float
 from odeadv.diagnostics import diagnose
 from odeadv.evaluation import Evaluation, Protocol, evaluate
 from odeadv.experiments._config import RunConfig
-from odeadv.experiments._network import inspected, is_own, load_run, network_of, run_folder, run_images
+from odeadv.experiments._network import inspected, is_import_name, load_run, network_of, run_folder, run_images
 from odeadv.experiments._records import load_record
 from odeadv.models import Averaged
 from odeadv.support import plain
@@ -104,7 +104,7 @@ def audit_run(
     Raises:
         ValueError, TypeError, OSError: naming the argument that does not fit.
     """
-    if out is None and not is_own(network):
+    if out is None and not is_import_name(network):
         out = run_folder(Path(network)) / "audit"
     check_folder("out", out)
     subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)

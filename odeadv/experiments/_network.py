@@ -37,7 +37,7 @@ def inspected(
     network: str | Path, *, weights: Path | None, dataset: str | None, folder: Path | None, images: int | None
 ) -> Inspected:
     """Return a network with its data; the arguments are those of `evaluate_run`."""
-    if not is_own(network):
+    if not is_import_name(network):
         if weights is not None or dataset is not None:
             raise ValueError(
                 "weights, dataset: got one for a run, which has its own; give them with a network module:name only"
@@ -51,7 +51,7 @@ def inspected(
     return Inspected(net, data.load(dataset, folder).subset(None, images), title)
 
 
-def is_own(network: str | Path) -> bool:
+def is_import_name(network: str | Path) -> bool:
     """Return True for ``module:name``, and False for a path."""
     module, colon, name = str(network).partition(":")
     names = all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
@@ -60,7 +60,7 @@ def is_own(network: str | Path) -> bool:
 
 def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Module, str]:
     """Return a run's network or your own with its ``weights``, on the device that it is inspected on, and its title."""
-    if not is_own(network):
+    if not is_import_name(network):
         return load_run(Path(network))[0], run_folder(Path(network)).name
     net, title = _own(str(network)), str(network)
     if weights is not None:

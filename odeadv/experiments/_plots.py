@@ -28,7 +28,7 @@ def plot(results: Results, path: Path) -> None:
     labels = {"acc": "clean", **{column.key: column.label for column in results.table.columns}}
     if results.table.average:
         labels["avg"] = "average"
-    contrasts = len(results.findings())
+    contrasts = len(results.decisions())
     figure = Figure(figsize=(9.0, 4.2 if results.sweeps_eta else 1.6 + 0.5 * contrasts), layout="constrained")
     FigureCanvasAgg(figure)
     if results.sweeps_eta:
@@ -92,18 +92,18 @@ def regimes(results: Results) -> list[Sequence[Row]]:
 def _forest(results: Results, figure: Figure) -> None:
     """Draw the primary contrasts with their intervals. Ticks mark the differences in the paper."""
     axes = figure.add_subplot()
-    found = results.findings()
-    for y, finding in enumerate(found):
-        contrast = finding.contrast
+    found = results.decisions()
+    for y, decision in enumerate(found):
+        contrast = decision.contrast
         half = 0.0 if contrast.half is None else contrast.half
         axes.errorbar(contrast.mean, y, xerr=half, fmt="o", color="C0", capsize=3, label="here" if not y else None)
-        if finding.paper is not None:
-            axes.plot(finding.paper, y, "|", color="C3", ms=16, mew=2, label="_paper" if y else "paper")
+        if decision.paper is not None:
+            axes.plot(decision.paper, y, "|", color="C3", ms=16, mew=2, label="_paper" if y else "paper")
     if not found:
         axes.text(0.5, 0.5, "no two rows of a primary contrast have been run", ha="center", transform=axes.transAxes)
         return
     axes.axvline(0.0, color="0.6", lw=0.8)
-    names = [f"{finding.row.label}\nminus {finding.other.label}" for finding in found]
+    names = [f"{decision.row.label}\nminus {decision.other.label}" for decision in found]
     axes.set_yticks(range(len(found)), names, fontsize="small")
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel("mean accuracy under the attacks, difference in points with 95 % interval")

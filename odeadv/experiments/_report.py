@@ -108,16 +108,16 @@ def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
 
 def _claims(results: Results) -> list[str]:
     """Return the primary contrasts, each with the word that the rules give it."""
-    found = results.findings()
+    found = results.decisions()
     if not found:
         return []
     lines = []
-    for finding in found:
-        paper = "positive" if finding.paper is None else f"{finding.paper:+.2f}"
-        p = "" if finding.p is None else f"{finding.p:.2g}"
-        said = f"{finding.word} ({finding.why})" if finding.why else finding.word
-        label = f"{finding.row.label} minus {finding.other.label}"
-        lines.append(_line([label, paper, str(finding.contrast), p, str(len(finding.seeds)), said]))
+    for decision in found:
+        paper = "positive" if decision.paper is None else f"{decision.paper:+.2f}"
+        p = "" if decision.p is None else f"{decision.p:.2g}"
+        said = f"{decision.word} ({decision.why})" if decision.why else decision.word
+        label = f"{decision.row.label} minus {decision.other.label}"
+        lines.append(_line([label, paper, str(decision.contrast), p, str(len(decision.seeds)), said]))
     return [
         "",
         "## Claims",

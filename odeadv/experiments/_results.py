@@ -52,7 +52,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Decision:
     """A primary contrast of a table and its decision by docs/results/rules.md.
 
     Attributes:
@@ -183,7 +183,7 @@ class Results:
         keys = [column.key for column in self.table.columns] if key in (None, "avg") else [key]
         return sum(by_key[k] for k in keys) / len(keys) if all(k in by_key for k in keys) else None
 
-    def findings(self) -> list[Finding]:
+    def decisions(self) -> list[Decision]:
         """Return the primary contrasts of the table with their words, for all pairs of rows that have runs."""
         pairs = [(self.table.row(a), self.table.row(b)) for a, b in self.table.primary_pairs(self.dataset)]
         found = [(row, other, contrast) for row, other in pairs if (contrast := self.contrast(row, other)) is not None]
@@ -205,7 +205,7 @@ class Results:
                 seed >= self.preset.confirms_from for seed in seeds
             ):
                 why = "on the seeds that made the hypothesis"
-            result.append(Finding(row, other, contrast, paper, p, seeds, said, why))
+            result.append(Decision(row, other, contrast, paper, p, seeds, said, why))
         return result
 
     def not_tested(self, row: Row) -> str:

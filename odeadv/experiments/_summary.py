@@ -11,7 +11,7 @@ from odeadv.experiments._config import parse_method
 from odeadv.experiments._presets import Preset
 from odeadv.experiments._records import load_records
 from odeadv.experiments._report import differences
-from odeadv.experiments._results import Finding, Results, gather
+from odeadv.experiments._results import Decision, Results, gather
 from odeadv.experiments._tables import Table
 
 WIDTH = 100  # characters per line of a sentence
@@ -33,12 +33,12 @@ def summary(table: Table, preset: Preset, dataset: str | None, records: Path) ->
         ValueError: if none of the records belongs to this table.
     """
     results = gather(table, preset, dataset, load_records(records))
-    findings = results.findings()
+    decisions = results.decisions()
     lines = [f"{table.title}, {results.dataset}: accuracy in %, mean over the seeds", "", *_accuracies(results)]
-    if findings:
+    if decisions:
         lines += ["", "Mean accuracy under the attacks, difference in points with 95 % interval", ""]
-        lines += _differences(findings)
-    for sentence in (*_verdict(findings), preset.limits or differences(results)):
+        lines += _differences(decisions)
+    for sentence in (*_verdict(decisions), preset.limits or differences(results)):
         lines += ["", *textwrap.wrap(sentence, WIDTH)]
     return "\n".join(lines)
 
@@ -61,23 +61,23 @@ def _accuracies(results: Results) -> list[str]:
     return lines
 
 
-def _differences(findings: Sequence[Finding]) -> list[str]:
+def _differences(decisions: Sequence[Decision]) -> list[str]:
     rows = []
-    for finding in findings:
-        interval = finding.contrast.interval
+    for decision in decisions:
+        interval = decision.contrast.interval
         low, high = ("", "") if interval is None else (f"[{interval[0]:+.1f},", f"{interval[1]:+.1f}]")
-        paper = "" if finding.paper is None else f"paper {finding.paper:+.1f}"
-        name = f"{finding.row.label} minus {finding.other.label}"
-        rows.append([name, f"{finding.contrast.mean:+.1f}", low, high, paper])
+        paper = "" if decision.paper is None else f"paper {decision.paper:+.1f}"
+        name = f"{decision.row.label} minus {decision.other.label}"
+        rows.append([name, f"{decision.contrast.mean:+.1f}", low, high, paper])
     return _aligned(rows)
 
 
-def _verdict(findings: Sequence[Finding]) -> list[str]:
+def _verdict(decisions: Sequence[Decision]) -> list[str]:
     """Return a sentence with the differences whose adjusted p-value is below 0.05, and one with the others."""
-    if not findings:
+    if not decisions:
         return []
-    clear = [finding for finding in findings if finding.p is not None and finding.p < 0.05 and len(finding.seeds) > 1]
-    unclear = [finding for finding in findings if finding not in clear]
+    clear = [d for d in decisions if d.p is not None and d.p < 0.05 and len(d.seeds) > 1]
+    unclear = [d for d in decisions if d not in clear]
     up, down = ([f for f in clear if (f.contrast.mean > 0) == positive] for positive in (True, False))
     lines = []
     for found, word in ((up, "more robust than"), (down, "less robust than")):
@@ -85,7 +85,7 @@ def _verdict(findings: Sequence[Finding]) -> list[str]:
             lines.append(f"Resolved: {'; '.join(f'{f.row.label} is {word} {f.other.label}' for f in found)}.")
     if unclear:
         lines.append(f"Not resolved: {'; '.join(f'{f.row.label} against {f.other.label}' for f in unclear)}.")
-    if any(len(finding.seeds) == 1 for finding in unclear):
+    if any(len(decision.seeds) == 1 for decision in unclear):
         lines.append(
             "With one seed the interval covers chance in the images, not in the training, so such a difference is not "
             "resolved; take several seeds."

@@ -12,7 +12,7 @@ from torch import Tensor
 from odeadv.support.checks import choice, integer, shown
 from odeadv.support.isolation import is_wrapped, version
 
-Transform = Literal["fft", "dct"] | None
+TransformName = Literal["fft", "dct"] | None
 _NARROW = (torch.float16, torch.bfloat16)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 MOST = 32  # numbers that a linear operator remembers; a step of a scheme of order eight has about as many
@@ -104,7 +104,7 @@ class Matrix:
 class Diagonal:
     """dx/dt = T^-1 k T x with a transform T, see `Operator.diagonal`."""
 
-    def __init__(self, k: Tensor, transform: Transform, dims: int | None) -> None:
+    def __init__(self, k: Tensor, transform: TransformName, dims: int | None) -> None:
         _check_tensor("k", k)
         if transform is not None:
             choice("transform", transform, ("fft", "dct"))

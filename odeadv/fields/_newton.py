@@ -105,7 +105,7 @@ class Newton:
         inverse = kept.system = equation.system(y)
         once: Tensor = _ForHigherOrders.apply(y - inverse(residual))
         twice = once - inverse(equation.residual(once))
-        counted: Tensor = _Counted.apply(twice, twice, 0)
+        counted: Tensor = _OrderLimited.apply(twice, twice, 0)
         return counted
 
 
@@ -146,7 +146,7 @@ class _ForHigherOrders(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-class _Counted(torch.autograd.Function):
+class _OrderLimited(torch.autograd.Function):
     """The identity in ``x``, which contains a derivative of the solution ``y`` of order ``order``.
 
     Its derivatives are counted in turn, so that a third derivative of ``y`` is refused. Zeros of order 2 are added to
@@ -171,13 +171,13 @@ class _Counted(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return gradient, None, None
         (y,) = ctx.saved_tensors
-        second = _Counted.apply(torch.zeros_like(y), y, 2) if ctx.order else None
-        return _Counted.apply(gradient, y, 1), second, None
+        second = _OrderLimited.apply(torch.zeros_like(y), y, 2) if ctx.order else None
+        return _OrderLimited.apply(gradient, y, 1), second, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, of_solution: Tensor, _: None) -> Tensor:
         _check_order(ctx.order)
-        found: Tensor = _Counted.apply(tangent, ctx.saved_tensors[0], ctx.order + 1)
+        found: Tensor = _OrderLimited.apply(tangent, ctx.saved_tensors[0], ctx.order + 1)
         return found
 
 
@@ -232,11 +232,11 @@ class _Equation:
         sizes = x.detach().abs()
         return sizes.amax() if self.rows == 1 else sizes.movedim(self._axes, self._front).reshape(self.rows, -1).amax(1)
 
-    def system(self, y: Tensor) -> _Dense | _Krylov:
+    def system(self, y: Tensor) -> _DenseInverse | _Krylov:
         """Return (1 - c df/dx)^-1 at ``y``."""
         unknowns = self.vector(y).shape[1]
         dense = unknowns <= DENSE if self.newton.jacobian is None else self.newton.jacobian == "dense"
-        return _Dense(self, y) if dense else _Krylov(self, y)
+        return _DenseInverse(self, y) if dense else _Krylov(self, y)
 
     def iterate(self, y: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | None:
         """Return the solution and its residual, in the graph of what f and b depend on; None if the iteration fails."""
@@ -333,7 +333,7 @@ class _Jacobian:
             )
 
 
-class _Dense:
+class _DenseInverse:
     """(1 - c df/dx)^-1 at a state, by the factors of the matrix (of each sample)."""
 
     def __init__(self, equation: _Equation, y: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from odeadv.fields._cost import Cost as Cost
 from odeadv.fields._cost import Slopes as Slopes
-from odeadv.fields._linear import Diagonal, Matrix, Transform
+from odeadv.fields._linear import Diagonal, Matrix, TransformName
 from odeadv.fields._newton import Kept as Kept
 from odeadv.fields._newton import Newton as Newton
 from odeadv.fields._signature import check_arguments
@@ -239,7 +239,7 @@ class Operator:
 
     @staticmethod
     def diagonal(
-        k: Tensor, *, transform: Transform = None, dims: int | None = None, reversible: bool = True
+        k: Tensor, *, transform: TransformName = None, dims: int | None = None, reversible: bool = True
     ) -> Operator:
         """Return dx/dt = T^-1 k T x, an operator that a transform T makes diagonal, with flow and implicit solve.
 

@@ -8,7 +8,7 @@ from odeadv.models._blocks import BlockNetwork, Bound, bind, from_blocks
 from odeadv.models._damping import Damp, Damping, LambdaDamp
 from odeadv.models._layers import Stem
 from odeadv.models._mlp import MlpBlock, ResidualMlp, residual_mlp
-from odeadv.models._network import FieldNetwork, Network
+from odeadv.models._network import FieldNetwork, Network, TargetLoss
 from odeadv.models._noise import Averaged, Noise, averaged
 from odeadv.models._ode import ConvField, OdeNet, ode_net
 from odeadv.models._pretrained import pretrained, pretrained_names, pretrained_record
@@ -35,6 +35,7 @@ __all__ = [
     "Refined",
     "ResidualMlp",
     "Stem",
+    "TargetLoss",
     "averaged",
     "bind",
     "build",

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from odeadv.fields import Jump, Loss, Operator, Piecewise, Residual
-from odeadv.models._network import FieldNetwork, check_labels, cross_entropy
+from odeadv.models._network import FieldNetwork, TargetLoss, check_targets, mean_cross_entropy
 from odeadv.support.isolation import check_unmodified, version, without_effects
-
-TargetLoss = Callable[[Any, Any], Tensor]
 
 
 def from_blocks(
@@ -50,7 +48,7 @@ def from_blocks(
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _BlockShapes:
     """The result of running the blocks once.
 
     Attributes:
@@ -104,7 +102,7 @@ class BlockNetwork(FieldNetwork):
         self.t_span, self.dt = (0.0, float(len(self.blocks))), 1.0
         # Only this flag is set. The modules keep their modes, for a network may have layers frozen in eval mode.
         self.training = self.blocks.training = any(part.training for part in parts.values())
-        self._layouts: dict[object, _Layout] = {}
+        self._layouts: dict[object, _BlockShapes] = {}
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # known once `field` was called
@@ -151,10 +149,10 @@ class BlockNetwork(FieldNetwork):
                 f"loss: got none for a network with outputs of shape {tuple(output)}, expected loss(output, targets); "
                 "the default, mean cross-entropy, needs logits (n, classes)"
             )
-        check_labels(targets, inputs, output[1])
-        return lambda logits: cross_entropy(logits, targets)
+        check_targets(targets, inputs, output[1])
+        return lambda logits: mean_cross_entropy(logits, targets)
 
-    def _layout(self, inputs: Any) -> _Layout:
+    def _layout(self, inputs: Any) -> _BlockShapes:
         """Return what running the network once on inputs of this shape shows."""
         first = next(self.parameters(), None)
         kind, dtype = ("cpu", None) if first is None else (first.device.type, first.dtype)
@@ -163,7 +161,7 @@ class BlockNetwork(FieldNetwork):
             self._layouts[key] = self._look(inputs)
         return self._layouts[key]
 
-    def _look(self, inputs: Any) -> _Layout:
+    def _look(self, inputs: Any) -> _BlockShapes:
         """Run the network without gradients and without effects.
 
         Raises:
@@ -193,7 +191,7 @@ class BlockNetwork(FieldNetwork):
             output = self.readout(inputs)(x)
             if not isinstance(output, Tensor):
                 raise TypeError(f"head: returned {type(output).__name__}, expected a tensor")
-        return _Layout(tuple(jumps), output.shape)
+        return _BlockShapes(tuple(jumps), output.shape)
 
     def extra_repr(self) -> str:
         """Return the loss, if one was given."""

@@ -19,6 +19,9 @@ from odeadv.support.deferred import holds, is_deferring
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+#: ``loss(output, targets)``, a scalar tensor. The default is the mean cross-entropy.
+TargetLoss = Callable[[Any, Any], Tensor]
+
 
 @runtime_checkable
 class Network(Protocol):
@@ -116,8 +119,8 @@ class FieldNetwork(nn.Module):
         Raises:
             TypeError, ValueError: naming ``labels``.
         """
-        check_labels(targets, inputs, self.num_classes)
-        return lambda logits: cross_entropy(logits, targets)
+        check_targets(targets, inputs, self.num_classes)
+        return lambda logits: mean_cross_entropy(logits, targets)
 
     def field(
         self,
@@ -181,7 +184,7 @@ def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchD
     return final
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in at least float32: in half precision the mean would lose most digits."""
     if targets.is_inference():  # labels made in inference mode cannot be saved for the recording's backward pass
         targets = targets.clone()
@@ -236,7 +239,7 @@ def batch_size(inputs: Any) -> int:
     return len(inputs)
 
 
-def check_labels(labels: Any, inputs: Any, num_classes: int | None) -> None:
+def check_targets(labels: Any, inputs: Any, num_classes: int | None) -> None:
     """Reject labels that are neither class numbers nor probabilities of the classes, one per input.
 
     Args:

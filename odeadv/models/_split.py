@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from odeadv.models._blocks import BlockNetwork, TargetLoss
+from odeadv.models._blocks import BlockNetwork
+from odeadv.models._network import TargetLoss
 from odeadv.support.checks import did_you_mean
 
 
@@ -78,7 +79,7 @@ def _read_names(net: nn.Module, layers: Any) -> list[str]:
     return names
 
 
-class _Tracer(fx.Tracer):
+class _LayerTracer(fx.Tracer):
     """Traces into the modules that contain a layer, and calls every other module as a whole."""
 
     def __init__(self, layers: Sequence[str]) -> None:
@@ -99,7 +100,7 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
-    tracer = _Tracer(layers)
+    tracer = _LayerTracer(layers)
     arguments = list(inspect.signature(net.forward).parameters.values())
     fixed = {p.name: p.default for p in arguments[1:] if p.default is not p.empty}
     needed = [p.name for p in arguments if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -62,9 +62,9 @@ class Steps:
         self._options = options
         self._capture = torch.compile(step, **{**_OWN_GRAPHS, "backend": self._bind, "dynamic": False})
         self._given: Tensors = ()
-        self._bound: Bound
+        self._bound: BoundSteps
 
-    def on(self, x: Tensor, clock: Tensor, tables: Tensors = ()) -> Bound:
+    def on(self, x: Tensor, clock: Tensor, tables: Tensors = ()) -> BoundSteps:
         """Return the steps with all that they depend on, captured if they have changed.
 
         Args:
@@ -89,14 +89,14 @@ class Steps:
             lifted = tuple(tensor for tensor, place in zip(inputs, places, strict=True) if place is None)
             if not loops:
                 loops.append(_Loops(graph, places, self._given, lifted, self._options))
-            self._bound = Bound(loops[0], self._given[2], lifted)
+            self._bound = BoundSteps(loops[0], self._given[2], lifted)
             return (self._given[1],)
 
         return bind
 
 
 @dataclass
-class Bound:
+class BoundSteps:
     """Steps on given tensors.
 
     Attributes:
@@ -163,7 +163,7 @@ class _Differentiable(torch.autograd.Function):
     """The states with their gradient by the discrete adjoint equation."""
 
     @staticmethod
-    def forward(ctx: Any, bound: Bound, x: Tensor, *learned: Tensor) -> Tensor:
+    def forward(ctx: Any, bound: BoundSteps, x: Tensor, *learned: Tensor) -> Tensor:
         states = bound.forward(x, all_of_them=True)
         ctx.bound = bound
         ctx.save_for_backward(states, x, *learned)
@@ -171,7 +171,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-        bound: Bound = ctx.bound
+        bound: BoundSteps = ctx.bound
         states, x, *learned = ctx.saved_tensors
         if torch.is_grad_enabled():  # derivatives of the result are wanted
             others = iter(learned)

@@ -22,7 +22,7 @@ from odeadv.support.deferred import all_finite, holds, is_deferring
 from odeadv.support.isolation import Recompute, inside_transform, without_effects
 
 
-class Run:
+class SolveRun:
     """One call of `solve` under way.
 
     Attributes:

@@ -68,7 +68,7 @@ class Within:
             return states
 
 
-class Path(NamedTuple):
+class SavedStates(NamedTuple):
     """The result of the steps.
 
     Attributes:
@@ -90,7 +90,7 @@ def solve_path(
     *,
     keep_nodes: bool = False,
     again: Recompute | None = None,
-) -> Path:
+) -> SavedStates:
     """Solve along ``grid``.
 
     Args:
@@ -104,10 +104,10 @@ def solve_path(
     ends = list(dict.fromkeys((grid.times[0], grid.times[-1])))
     times = ends if save_at is None else list(grid.times) if save_at == "steps" else _reached(save_at, grid)
     if not len(grid):
-        return Path(times, [x0] * len(times), [x0])
+        return SavedStates(times, [x0] * len(times), [x0])
     if save_at is None and not keep_nodes:
         final = within.stepper.march(x0, grid, again)
-        return Path(times, [x0, final], [final])
+        return SavedStates(times, [x0, final], [final])
     along = partial(_along, within, keep_nodes)
     nodes, saved = [x0], list[Tensor]()
     if again is None or within.stepper.merges:
@@ -118,7 +118,7 @@ def solve_path(
             inside = [t for t in times[len(saved) :] if grid.sign * t <= grid.sign * part.times[-1]]
             found, new = again(along, nodes[-1], part, inside, None)
             nodes, saved = [*nodes, *found], [*saved, *new]
-    return Path(times[: len(saved)], saved, nodes if keep_nodes else nodes[-1:])
+    return SavedStates(times[: len(saved)], saved, nodes if keep_nodes else nodes[-1:])
 
 
 def _along(

@@ -10,7 +10,7 @@ from torch import Tensor
 from odeadv.costate import Converge
 from odeadv.fields import AdversarialField, Operator, VectorField
 from odeadv.fields.operator import VectorFunction
-from odeadv.solver._run import Run
+from odeadv.solver._run import SolveRun
 from odeadv.solver._solution import Solution, SolveError
 from odeadv.solver._structure import State, read_structure
 from odeadv.solver.request import Nodes, SaveAt, StepSize, read_request
@@ -141,7 +141,7 @@ def solve(
             save_at=save_at,
             dense=dense,
         )
-        solution = Run(request).solution()
+        solution = SolveRun(request).solution()
         if flat is not None:
             solution = flat.restored(solution)
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
@@ -235,6 +235,6 @@ def driven(
         )
         if field.idle:
             return VectorField({"f": field.f}, field.problem)
-        recorded = Run(request).driving_costate()
+        recorded = SolveRun(request).driving_costate()
     narrow = request.narrow
     return field.driven_by(recorded if narrow is None else lambda t: recorded.extrapolated(t).to(narrow))

@@ -23,7 +23,7 @@ _HIGHEST = 20.0  # exact flows have infinite order; beyond 20 the exponent of th
 # The ends of the steps that a trial consists of, the state at the end, and the estimate of its error.
 Tried = tuple[list[float], Tensor, Tensor]
 Trial = Callable[[Tensor, float, float], Tried]
-Norm = Literal["batch", "rms", "max"] | Callable[[Tensor], Tensor]
+ErrorNorm = Literal["batch", "rms", "max"] | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Adaptive:
 
     rtol: float | Tensor = 1e-4
     atol: float | Tensor = 1e-6
-    norm: Norm = "batch"
+    norm: ErrorNorm = "batch"
     first: float | None = None
     smallest: float | None = None
     largest: float | None = None

@@ -24,7 +24,7 @@ def measured_order(compositions: Sequence[tuple[float, Sequence[Any]]], digits: 
         (factor, [(number[s.operator], s.weight, s.start, s.frozen) for s in stages]) for factor, stages in compositions
     ]
     with mpmath.workdps(digits):
-        problem = _Problem(len(names))
+        problem = _LinearProblem(len(names))
         errors = [problem.error(tables, mpmath.mpf(1) / 2)]
         while errors[-1] > _FLOOR and len(errors) < _HALVINGS:
             errors.append(problem.error(tables, mpmath.mpf(2) ** -(len(errors) + 1)))
@@ -32,7 +32,7 @@ def measured_order(compositions: Sequence[tuple[float, Sequence[Any]]], digits: 
         return float(mpmath.log(large[-2] / large[-1], 2)) - 1.0 if len(large) > 1 else math.inf
 
 
-class _Problem:
+class _LinearProblem:
     """dx/dt = sum_p M_p x + t b_p with random M_p and b_p, as linear systems of (x, t, 1)."""
 
     def __init__(self, operators: int) -> None:

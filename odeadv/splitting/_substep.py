@@ -30,7 +30,7 @@ from odeadv.support.checks import did_you_mean
 from odeadv.support.extras import extra
 from odeadv.support.isolation import check_unmodified, version
 
-Bound = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
+BoundSubStep = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
 # A weighted sum c * (k_j + r_1 k_j1 + ...): j, c and the pairs of an index and a ratio. None is the empty sum.
 Weighted = tuple[int, float, tuple[tuple[int, float], ...]] | None
 
@@ -150,7 +150,7 @@ class RungeKutta(Tableau):
             held.add(operator.velocity(clock.at(node), y, cost))
         return _moved(x, held.done(), weights, h)
 
-    def bound(self, f: VectorFunction, *, versioned: bool) -> Bound:
+    def bound(self, f: VectorFunction, *, versioned: bool) -> BoundSubStep:
         """Return `advance` along ``f`` as ``bound(x, h, times)``, with everything constant looked up beforehand.
 
         ``times`` yields the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau.

@@ -62,7 +62,7 @@ class Folded(nn.Module):
         self._folds: list[_Fold] = []
         try:
             with untouched(model, mode="eval"):
-                traced = fx.GraphModule(model, _Tracer().trace(model))
+                traced = fx.GraphModule(model, _FoldTracer().trace(model))
         except Exception as error:  # a tracer raises whatever the traced code raises
             raise ValueError(f"fold: the model's forward cannot be traced ({type(error).__name__}: {error})") from error
         parts = dict(traced.named_modules())
@@ -107,7 +107,7 @@ class Folded(nn.Module):
         return self.graph(images)
 
 
-class _Tracer(fx.Tracer):
+class _FoldTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return True for modules of torch, and for batch norms that say that they are torch's in evaluation mode."""
         return getattr(m, "plain_in_evaluation", False) or super().is_leaf_module(m, module_qualified_name)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from odeadv.support.checks import choice
 
 Mode = Literal["eval", "train", "unchanged"]
-Result = TypeVar("Result")
+T = TypeVar("T")
 _in_segment: ContextVar[bool] = ContextVar("in_segment", default=False)
 
 
@@ -156,9 +156,9 @@ class Recompute:
     modules: Sequence[nn.Module]
     memory: Sequence[list[Any]] = ()
 
-    def __call__(self, function: Callable[..., Result], *args: Any) -> Result:
+    def __call__(self, function: Callable[..., T], *args: Any) -> T:
         """Return ``function(*args)``."""
-        result: Result = checkpoint(function, *args, use_reentrant=False, context_fn=self._contexts)
+        result: T = checkpoint(function, *args, use_reentrant=False, context_fn=self._contexts)
         return result
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:

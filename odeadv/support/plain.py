@@ -83,7 +83,7 @@ def from_dict(kind: type[T], data: Any, path: str = "", *, imports: bool = True)
     return result
 
 
-def load(kind: type[T], file: Path, *, imports: bool = True) -> T:
+def read(kind: type[T], file: Path, *, imports: bool = True) -> T:
     """Read a .json, .yaml or .yml file with `from_dict`.
 
     Raises:

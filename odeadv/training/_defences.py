@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from odeadv.fields import AdversarialField
-from odeadv.models import Network
+from odeadv.models import Network, TargetLoss
 from odeadv.solver import solve
 from odeadv.splitting import schemes
 from odeadv.support.checks import choice, integer, number
 from odeadv.support.plain import with_floats
-from odeadv.training._step import Defence, Draws, Passed, TargetLoss
+from odeadv.training._step import Defence, Draws, Passed
 from odeadv.training._strength import Strength, first_order, watch_loss
 
 PerturbationKind = Literal["costate", "random", "shuffled", "input"]

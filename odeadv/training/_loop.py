@@ -28,7 +28,7 @@ from odeadv.training import _checkpoint as saved
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import rows_of, synchronise_batch_norm
 from odeadv.training._look import Flags, Snapshot
-from odeadv.training._recipe import Averaged
+from odeadv.training._recipe import MovingAverage
 from odeadv.training._results import EpochResult, TrainResult
 from odeadv.training._step import Defence, Draws, StepModule
 from odeadv.training._strength import EpochStrength
@@ -80,7 +80,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The checked arguments of one call of `train`.
 
     Attributes:
@@ -104,10 +104,10 @@ class Plan:
     every: float
 
 
-class Run:
+class TrainingRun:
     """One training: the loop, and what is saved and restored of it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.net, self.config, self.fabric = plan, plan.net, plan.config, plan.fabric
         self.batches, self.generator, self.checkpoints = plan.batches, plan.generator, plan.checkpoints
         config, fabric = self.config, self.fabric
@@ -119,7 +119,7 @@ class Run:
         self.module, self.engine_optimizer = fabric.setup(self.step_module, self.optimizer)
         self._prepare_attacks()
         self.precision = fabric.strategy.precision
-        self.averaged = Averaged(self.net, config.ema) if config.ema else None
+        self.averaged = MovingAverage(self.net, config.ema) if config.ema else None
         self.result = TrainResult()
         self.done = 0  # steps of the current epoch
         self.loss_sum = torch.zeros((), device=fabric.device)

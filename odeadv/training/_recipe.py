@@ -127,7 +127,7 @@ def learning_rates(schedule: Mapping[str, Any], lr: float, epochs: int, steps: i
     return (first + values)[: epochs * steps]
 
 
-class Averaged:
+class MovingAverage:
     """The exponential moving average of a network's state: parameters and floating-point buffers.
 
     Args:

@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeadv.models import FieldNetwork, Network
+from odeadv.models import FieldNetwork, Network, TargetLoss
 from odeadv.support.folding import Folded
 from odeadv.support.plain import Choice
 from odeadv.training._strength import Strength
-
-#: ``loss(output, targets)``, a scalar tensor.
-TargetLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -29,14 +29,14 @@ from odeadv.training._checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from odeadv.training._checkpoint import Checkpoints, architecture, without
 from odeadv.training._config import TrainConfig
 from odeadv.training._distributed import check_precision, make_fabric
-from odeadv.training._loop import Plan, Run, Source
+from odeadv.training._loop import Source, TrainingPlan, TrainingRun
 from odeadv.training._results import EpochResult, TrainResult
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 #: Training data: in memory, or read as it is needed.
-Data = ImageDataset | Dataset[Any] | DataLoader[Any]
+TrainingData = ImageDataset | Dataset[Any] | DataLoader[Any]
 
 #: Called after every epoch with numbers by name and the epoch, counted from 1.
 Logger = Callable[[Mapping[str, float], int], object]
@@ -46,7 +46,7 @@ OnEpoch = Callable[[EpochResult], object]
 
 def train(
     net: Network,
-    data: Data,
+    data: TrainingData,
     config: TrainConfig,
     *,
     validation: tuple[Tensor, Tensor] | Dataset[Any] | None = None,
@@ -147,8 +147,8 @@ def train(
     noise = f"odeadv noise {config.seed} {fabric.global_rank}"
     with _random_state(noise, fabric.device), _searching(config.cudnn_benchmark):
         batches = _batches(data, config, generator, fabric.device)
-        plan = Plan(module, batches, generator, config, fabric, validation, kept, checkpoint_every)
-        return Run(plan).go(on_step, on_epoch)
+        plan = TrainingPlan(module, batches, generator, config, fabric, validation, kept, checkpoint_every)
+        return TrainingRun(plan).go(on_step, on_epoch)
 
 
 def _watched(
@@ -214,7 +214,7 @@ def _read_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict
     return tensors
 
 
-def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Source:
+def _batches(data: TrainingData, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Source:
     named = config.augment if isinstance(config.augment, str) else ""
     pad, flip = 4 if "crop" in named else 0, "flip" in named
     transform = make_transform(config.augment) if isinstance(config.augment, tuple) else None
@@ -239,7 +239,7 @@ def _batches(data: Data, config: TrainConfig, generator: torch.Generator, device
     )
 
 
-def _fingerprint(data: Data) -> str:
+def _fingerprint(data: TrainingData) -> str:
     """Return what tells data sets apart; of those that are read as they are needed, type and length only."""
     if isinstance(data, ImageDataset):
         return data.fingerprint()
@@ -267,7 +267,7 @@ def _module(net: Network) -> FieldNetwork:
 
 def _check(
     net: FieldNetwork,
-    data: Data,
+    data: TrainingData,
     config: TrainConfig,
     fabric: Fabric | None,
     validation: tuple[Tensor, Tensor] | None,

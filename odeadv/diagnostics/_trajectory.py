@@ -61,7 +61,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """States, and costates if there is a loss, at the nodes of a solve.
 
     Attributes:
@@ -151,7 +151,9 @@ def posed(
     return whole
 
 
-def walk(field: VectorField, substep: Any = None, *, scheme: str | Scheme | None = None, sweeps: Any = None) -> Path:
+def walk(
+    field: VectorField, substep: Any = None, *, scheme: str | Scheme | None = None, sweeps: Any = None
+) -> Trajectory:
     """Solve ``field``, which carries its problem, and keep states and costates at the nodes.
 
     Without ``scheme`` an `AdversarialField` is followed without its perturbation, by one recording pass; transforms of
@@ -171,7 +173,7 @@ def walk(field: VectorField, substep: Any = None, *, scheme: str | Scheme | None
     with torch.inference_mode(False), torch.no_grad(), without_effects(field.modules, _device(field)):
         if isinstance(field, AdversarialField) and scheme is None:
             return _recorded(field, substep)
-        return path_of(solve(field, scheme=scheme, substep=substep, sweeps=sweeps, save_at="steps"), field)
+        return trajectory_of(solve(field, scheme=scheme, substep=substep, sweeps=sweeps, save_at="steps"), field)
 
 
 def _device(field: VectorField) -> torch.device:
@@ -184,27 +186,29 @@ def _device(field: VectorField) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def path_of(solution: Solution, field: VectorField) -> Path:
+def trajectory_of(solution: Solution, field: VectorField) -> Trajectory:
     """Return the nodes of a solution that was saved with ``save_at="steps"``."""
     times = tuple(solution.ts.double().tolist())
     states = [x.detach() for x in solution.xs]
     if not isinstance(field, AdversarialField):
-        return Path(field, Grid(times), states)
+        return Trajectory(field, Grid(times), states)
     costate: Any = solution.costate
     grid: Grid = getattr(costate, "parts", (costate,))[0].grid
     if len(grid.times) == len(times):
         times = grid.times  # the saved times have the rounding of the clock's dtype, float32 for most states
-    return Path(field, Grid(times, grid.h), states, [costate(t).detach() for t in times], perturbed=not field.idle)
+    return Trajectory(
+        field, Grid(times, grid.h), states, [costate(t).detach() for t in times], perturbed=not field.idle
+    )
 
 
-def _recorded(field: AdversarialField, substep: Any) -> Path:
+def _recorded(field: AdversarialField, substep: Any) -> Trajectory:
     """Return the nodes of the first recording that a solve would make."""
     # eta = 1, because a field with eta = 0 lacks a costate. Hermite, because a linear costate does not keep its states.
     whole = driven(with_strength(field, 1.0), scheme="lie", substep=substep, costate="hermite")
     forcing = whole.operators["costate"]
     assert isinstance(forcing, Forcing)
     assert isinstance(forcing.source, RecordedCostate)
-    return Path(field, forcing.source.grid, forcing.source.states, forcing.source.nodes)
+    return Trajectory(field, forcing.source.grid, forcing.source.states, forcing.source.nodes)
 
 
 def with_strength(field: AdversarialField, eta: float) -> AdversarialField:
