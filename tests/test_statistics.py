@@ -46,6 +46,19 @@ def test_two_rows_on_all_seeds_are_the_paired_t_test():
     assert TwoWay(values).contrast("row1", "row0").p == pytest.approx(stats.ttest_rel(a, b).pvalue)
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.5])
+def test_the_last_bits_of_a_fit_do_not_show(floor):
+    """A fit has other last bits on another processor; difference, interval and p-value must not."""
+    generator = numpy.random.default_rng(2)
+    for _ in range(20):
+        values = simulated(generator, (0.0, 1.0, 2.5), 5, 1.0)
+        nearly = {
+            row: {n: x * (1 + 1e-15 * generator.standard_normal()) for n, x in by.items()} for row, by in values.items()
+        }
+        found, again = (TwoWay(given).contrast("row1", "row0", floor) for given in (values, nearly))
+        assert found == again
+
+
 @pytest.mark.parametrize(("rows", "seeds"), [(3, 3), (6, 8)])
 def test_95_percent_intervals_cover_the_truth_in_93_to_97_percent(rows, seeds):
     generator = numpy.random.default_rng(rows)

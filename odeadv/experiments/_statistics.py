@@ -17,6 +17,8 @@ with extra("train"):
 
 #: The probability outside a 95 % interval, on each side.
 TAIL = 0.025
+# Decimals of differences and intervals, and significant digits of p-values, that are kept.
+DIGITS = 9
 
 
 def t_quantile(df: float) -> float:
@@ -115,9 +117,9 @@ class TwoWay:
         # Without a chain of common seeds, the difference of the rows cannot be told from the difference of the seeds.
         if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
             return None
-        # Accuracies are multiples of 1 / images, so differences often lie halfway between two printed digits. The last
-        # bits of the fit depend on the processor and would decide; they are cut off.
-        mean = round(float(weights @ self._fit), 9) + 0.0  # no -0.0
+        # The last bits of the fit depend on the processor; they are cut off, so that pages made elsewhere have the same
+        # bytes. Accuracies are multiples of 1 / images, so differences often lie halfway between two printed digits.
+        mean = round(float(weights @ self._fit), DIGITS) + 0.0  # no -0.0
         options = []
         if self.df:
             error = math.sqrt(self.variance * float(weights @ self._inverse @ weights))
@@ -131,7 +133,7 @@ class TwoWay:
             p = 1.0 if mean == 0.0 else 0.0
         else:
             p = max(two_sided_p(mean / error, df) for _, error, df in options if error)
-        return Contrast(mean, half, p, self.df, by_images=math.isinf(df))
+        return Contrast(mean, round(half, DIGITS), float(f"{p:.{DIGITS}g}"), self.df, by_images=math.isinf(df))
 
 
 def image_error(outcomes: Sequence[Any], others: Sequence[Any]) -> float:
