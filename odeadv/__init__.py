@@ -75,7 +75,7 @@ _FOLDERS = ("costate", "evaluation", "fields", "solver", "splitting")
 
 
 def __getattr__(name: str) -> object:
-    """Import a folder that costs time when it is first used."""
+    """Import, on first use, a folder that is slow to import."""
     if name in _ON_DEMAND:
         return importlib.import_module(f"odeadv.{name}")
     raise AttributeError(f"module 'odeadv' has no attribute {name!r}")

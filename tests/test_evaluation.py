@@ -377,7 +377,7 @@ class TestEvaluation:
             "fgsm            12/255      12/255      1     75.00           75.00",
             "ifgsm          0.5/255       2/255     20     50.00           25.00",
             "average of the attacks                        62.50",
-            "every attack failed (worst case)              25.00  [4.56, 69.94]",
+            "right under every attack (worst case)         25.00  [4.56, 69.94]",
         ]
 
     @pytest.mark.parametrize(("correct", "n"), [(0, 10), (3, 10), (10, 10), (8123, 10000), (1, 1)])

@@ -44,8 +44,9 @@ def square(
 
     In the L-infinity norm the first query has vertical stripes of +-eps, each one pixel wide. Every later query sets a
     random square to x + eps or x - eps, with a random sign per channel. In the L2 norm the first query has bumps of
-    random signs in tiles. Every later query takes two random squares and moves the length of their perturbation into
-    the first, as a bump of random sign added to the present perturbation there (the side is odd and at least 3).
+    random signs in tiles. Every later query takes two random squares, whose side is odd and at least 3. It moves the
+    length of both perturbations into the first square, as a bump of random sign that is added to the perturbation
+    there.
 
     The side of the square is sqrt(p * height * width). p is halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000
     and 8000 of 10,000, rescaled to ``queries``. No gradient is needed, so the model may be of any kind. Source:

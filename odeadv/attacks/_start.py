@@ -66,8 +66,8 @@ def uniform_start(eps: float | Tensor, generator: torch.Generator) -> Start:
 def uniform_l2_start(eps: float | Tensor, generator: torch.Generator) -> Start:
     """Return a start that draws uniformly from the L2 ball, then projects.
 
-    The direction is normal. Its length is eps * u^(1 / pixels) with u uniform, because the volume of a ball grows with
-    that power of its radius.
+    The direction is that of a normal random vector. Its length is eps * u^(1 / pixels) with u uniform, because the
+    volume of a ball grows with that power of its radius.
     """
 
     def start(images: Tensor, bounds: Ball) -> Tensor:
@@ -93,8 +93,8 @@ def resolve_start(
         start: as the attack was given it.
         images: the clean images.
         eps: radius of the ball.
-        norm: of the ball.
-        generator: the source of random starts; None only if the start `is_random` not.
+        norm: norm of the ball.
+        generator: the source of random starts. None if the start is not random, see `is_random`.
 
     Raises:
         TypeError: if ``start`` is neither a name, a tensor nor a function.

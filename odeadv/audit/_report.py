@@ -23,11 +23,11 @@ class Check:
     """One line of the checklist.
 
     Attributes:
-        name: of the check.
+        name: name of the check.
         status: the verdict.
         figures: the figures that the verdict rests on, JSON-ready.
         found: one sentence with the figures.
-        meaning: one sentence on what failure means.
+        meaning: one sentence that says what a failure means.
     """
 
     name: str

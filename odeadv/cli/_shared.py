@@ -22,9 +22,9 @@ A run's configuration has the keys data, model and training; what is left out ha
       milestones: [15, 22]
       precision: bf16
 
-Objectives: natural, pgd, trades, or "package.module:Class". Defences: none, layerwise (scheme: lie is LAD, strang is
-LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv train --method pgd+lad --print-config`
-prints a whole one. An unknown key is an error.
+Objectives: natural, pgd, trades, mart, awp, or "package.module:Class". Defences: none, penalty, layerwise (scheme: lie
+is LAD, strang is LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv train --method pgd+lad
+--print-config` prints a whole one. An unknown key is an error.
 """
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from odeadv.support.extras import extra
 from odeadv.support.files import check_file, check_folder, write_json
 
 from ._shared import add_config, add_data, config_of, percent
@@ -40,18 +39,18 @@ def train(args: argparse.Namespace) -> int:
 
     config = config_of(args)
     if args.print_config:
-        with extra("train"):
-            import yaml
+        import yaml
+
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
     check_folder("runs", args.runs)
-    images = data.load(config.data.name, args.data)
+    dataset = data.load(config.data.name, args.data)
     fabric = make_fabric(
         precision=config.training.precision, accelerator=args.accelerator, devices=args.devices, nodes=args.nodes
     )
     fabric.launch()
     record = experiments.run(
-        config, images, args.runs, protocols=args.protocol, label=config.method, tensorboard=args.tensorboard,
+        config, dataset, args.runs, protocols=args.protocol, label=config.method, tensorboard=args.tensorboard,
         init=args.init, extend=args.extend, checkpoint_every=args.checkpoint_every, keep_checkpoint=True, fabric=fabric,
     )  # fmt: skip
     if fabric.is_global_zero:
@@ -79,9 +78,9 @@ def tune(args: argparse.Namespace) -> int:
     config = config_of(args)
     check_file("out", args.out)
     check_folder("runs", args.runs)
-    images = data.load(config.data.name, args.data)
+    dataset = data.load(config.data.name, args.data)
     found = experiments.tune(
-        config, images, args.etas, runs=args.runs, folds=args.folds, only=args.only_folds, protocol=args.protocol
+        config, dataset, args.etas, runs=args.runs, folds=args.folds, only=args.only_folds, protocol=args.protocol
     )
     for candidate in found["candidates"]:
         scores = ", ".join(f"{100 * score:.2f}" for score in candidate["scores"])
@@ -142,9 +141,9 @@ def rerun(args: argparse.Namespace) -> int:
         raise ValueError(f"runs: {args.runs} is the folder that the record is in, expected another")
     check_folder("runs", args.runs)
     record = experiments.load_record(file)
-    images = data.load(record["config"]["data"]["name"], args.data)
+    dataset = data.load(record["config"]["data"]["name"], args.data)
     found = experiments.rerun(
-        record, images, args.runs, autoattack=args.autoattack, label=record["method"], init=args.init
+        record, dataset, args.runs, autoattack=args.autoattack, label=record["method"], init=args.init
     )
     print(found)
     return 0 if found.same else 1

@@ -122,7 +122,7 @@ def _settled(level: Level, change: Tensor, image: Tensor, rtol: float) -> bool:
 
 
 def _combined(change: Tensor, image: Tensor, secants: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the combination of images with the smallest change."""
+    """Return the combination of swept costates (``image``) that the sweep changes least."""
     if not secants:
         return image
     changes, images = (torch.stack(parts) for parts in zip(*secants, strict=True))

@@ -26,7 +26,7 @@ def record(
     *,
     kind: CostateKind = "linear",
     differentiate: bool = False,
-    again: Recompute | None = None,
+    segments: Recompute | None = None,
     keep_states: bool = False,
     rule: Rule = "trapezoid",
 ) -> RecordedCostate:
@@ -43,8 +43,8 @@ def record(
         stepper: advances the trajectory by ``f`` alone, or by ``f`` driven by an earlier recording.
         kind: evaluation of the result between nodes.
         differentiate: keep the recording in the autograd graph.
-        again: runs the trajectory in segments, whose autograd graph is not kept. Inside torch.func transforms the whole
-            graph is kept.
+        segments: runs the trajectory in segments, whose autograd graph is not kept. Inside torch.func transforms the
+            whole graph is kept.
         keep_states: keep the states at the nodes even if ``kind`` does not need them.
         rule: quadrature of the field's running cost.
 
@@ -61,7 +61,7 @@ def record(
         else:
             # A new node of the graph, so that dL/dx_0 is taken through the trajectory only.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
-            traced = _Traced.along(total, start, grid, stepper, again)
+            traced = _Traced.along(total, start, grid, stepper, segments)
             evaluations = f.evaluations
             found = traced.costates(total, create_graph=differentiate)
     states, nodes, leaving = found
@@ -81,8 +81,8 @@ class _Traced(NamedTuple):
     """A part of a trajectory with its graph.
 
     Attributes:
-        states: x_n as the steps before n end.
-        leaving: x_n as the step after n begins, by n, if there is a loss at n.
+        states: x_n, the end of step n - 1.
+        leaving: x_n again, the start of step n, by n; only if there is a loss at n.
         terms: losses at nodes but the last, and running costs of steps.
         last: the time of the last node.
     """
@@ -93,14 +93,16 @@ class _Traced(NamedTuple):
     last: float
 
     @classmethod
-    def along(cls, total: TotalLoss, start: Tensor, grid: Grid, stepper: Stepper, again: Recompute | None) -> _Traced:
+    def along(
+        cls, total: TotalLoss, start: Tensor, grid: Grid, stepper: Stepper, segments: Recompute | None
+    ) -> _Traced:
         """Return the trajectory from ``start`` along ``grid``, in segments if they are to be run again."""
-        if again is None:
+        if segments is None:
             return cls.through(total, start, grid, stepper)
         whole = cls([start], {}, [], grid.times[-1])
-        for part in grid.parts(again.every):
+        for part in grid.parts(segments.every):
             first = len(whole.states) - 1
-            found = again(cls.through, total, whole.states[-1], part, stepper)
+            found = segments(cls.through, total, whole.states[-1], part, stepper)
             whole.states.extend(found.states[1:])
             whole.leaving.update({first + n: x for n, x in found.leaving.items()})
             whole.terms.extend(found.terms)
@@ -116,7 +118,7 @@ class _Traced(NamedTuple):
             x = states[n]
             losses = total.at(step.t0, x)
             if losses:
-                # Views are nodes of the graph of their own: their gradients are those of what follows them.
+                # A view is a node of its own in the graph, so its gradient is that of the later steps alone.
                 x = leaving[n] = x.view_as(x)
             end = stepper.advance(x, step)
             terms += losses + total.over(step, stepper, x, end)

@@ -63,7 +63,7 @@ class RecordedCostate:
         kind: the evaluation between nodes.
         cost: counts the vector-Jacobian products between nodes.
         differentiate: whether a(t) is part of the autograd graph.
-        memory: the last slope between nodes, with its operator and its node; the next step may begin with it.
+        memory: the slope at the last node that was asked for, with its operator and node; the next step may reuse it.
     """
 
     grid: Grid

@@ -35,7 +35,7 @@ class TotalLoss:
 
     @staticmethod
     def on(grid: Grid, field: AdversarialField, rule: Rule) -> TotalLoss:
-        """Return the total loss on ``grid``, whose nodes the times of the field's losses are."""
+        """Return the total loss on ``grid``. The times of the field's losses are nodes."""
         return TotalLoss(field, rule, {grid.snap(t): loss for t, loss in field.at.items()})
 
     def at(self, t: float, x: Tensor) -> list[Tensor]:
@@ -54,12 +54,14 @@ class TotalLoss:
         middle = 0.5 * (x + end) + (0.125 * step.h) * bend
         return [(first + 4.0 * cost(step.time(0.5), middle) + last) * (step.h / 6.0)]
 
-    def along(self, grid: Grid, stepper: Stepper, states: Sequence[Tensor], again: Recompute | None = None) -> Tensor:
+    def along(
+        self, grid: Grid, stepper: Stepper, states: Sequence[Tensor], segments: Recompute | None = None
+    ) -> Tensor:
         """Return J without the loss of the final state, for the states at the nodes of ``grid``.
 
-        ``again`` runs the running cost of each step again in the backward pass, instead of keeping its graph.
+        ``segments`` runs the running cost of each step again in the backward pass, instead of keeping its graph.
         """
-        over = self.over if again is None else partial(again, self.over)
+        over = self.over if segments is None else partial(segments, self.over)
         terms = self.at(grid.times[0], states[0])
         for n, step in enumerate(grid):
             terms += over(step, stepper, states[n], states[n + 1]) + self.at(step.t1, states[n + 1])

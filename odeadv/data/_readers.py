@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from odeadv.data._dataset import Splits
-from odeadv.data.checks import check_range
+from odeadv.data.checks import check_range, require
 from odeadv.support.checks import class_indices
-from odeadv.support.extras import extra
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -126,10 +125,9 @@ def _read_images(files: list[list[Path]], first: Path, shape: tuple[int, ...]) -
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    with extra("train"):
-        from PIL import Image
+    pillow = require("PIL.Image", "pillow", "reading image files", "train")
     try:
-        with Image.open(path) as image:
+        with pillow.open(path) as image:
             mode = image.mode
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -220,9 +218,7 @@ def read_digits() -> Splits:
     Raises:
         ImportError: scikit-learn is missing.
     """
-    with extra("examples"):
-        from sklearn.datasets import load_digits
-    bunch = load_digits()
+    bunch = require("sklearn.datasets", "scikit-learn", 'the "digits" dataset', "examples").load_digits()
     labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     images = _enlarged(torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)))
     # RandomState's stream is frozen by numpy's compatibility policy, so the split is the same everywhere.
@@ -290,6 +286,5 @@ def download_torchvision(name: str, root: Path) -> None:
 
 
 def _torchvision_class(name: str) -> Any:
-    with extra("train"):
-        from torchvision import datasets
+    datasets = require("torchvision.datasets", "torchvision", f"{name} in torchvision's format", "train")
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from odeadv.data._batches import Moves, Place, Window, draw_epoch
 from odeadv.data._transforms import Transform, draw_seed, transformed
 from odeadv.support.checks import integer, shown
-from odeadv.support.extras import extra
 
 
 class Stream:
@@ -191,8 +190,7 @@ def class_numbers(labels: Any) -> Tensor:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    with extra("train"):
-        import numpy as np
+    import numpy as np  # here, so that solving and attacks need torch alone
 
     return torch.as_tensor(np.array(value))  # a copy: the memory of a PIL image cannot be written
 

@@ -1,4 +1,4 @@
-"""All attacks of a protocol on one batch: shared FGSM and IFGSM, other functions of `odeadv.attacks`, AutoAttack."""
+"""All attacks of a protocol on one batch: FGSM and IFGSM by `_ifgsm.py`, other functions of `odeadv.attacks`."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Rules:
     Attributes:
         protocol: the attacks.
         seed: of the attacks that draw random numbers.
-        random: True for a random model. Its images are scored by fresh forward passes, and worst-so-far outcomes, which
-            would count noise as an attack, are not kept.
+        stochastic: True for a random model. Its images are scored by fresh forward passes. Worst-so-far outcomes would
+            count noise as an attack, so they are not kept.
         passes: forward passes that score the images an attack ends with.
         repeatable: True if equal images always have equal gradients.
         highest_label: the largest label of all batches.
@@ -60,7 +60,7 @@ class Rules:
 
     protocol: Protocol
     seed: int
-    random: bool
+    stochastic: bool
     passes: int
     repeatable: bool
     highest_label: int
@@ -71,7 +71,7 @@ class Rules:
         """Return True if worst-so-far outcomes of the attack are kept."""
         # Without shared work only the last iterate of several is seen.
         unseen = self.keep_images and spec.shared and spec.score == "last" and (spec.steps or 1) > 1
-        return spec.measures_worst and not self.random and not unseen
+        return spec.measures_worst and not self.stochastic and not unseen
 
 
 @dataclass
@@ -82,11 +82,12 @@ class BatchOutcomes:
         clean: (passes, n) bool, True if the clean image is classified correctly.
         last: (passes, n) bool of the images that each attack ended with.
         worst: (n,) bool, True if the clean image and everything that was scored on the way are classified correctly.
-        signs: (n,) bool of each sign that an attack may have failed. Of the gradient: ``"no gradient"`` (it is exactly
-            zero), ``"clipped"`` (exactly zero at the pixels that are 0 or 1, and only there) of those ``"at bounds"``
-            (with enough such pixels). Of the cross-entropy: ``"saturated"`` (exactly zero, and still zero under IFGSM),
-            ``"lowered"`` (IFGSM has lowered it). Of the outputs: ``"probabilities"``, ``"bounded"`` (all in [0, 1]),
-            ``"flat"`` (nearly equal), ``"clipped logits"`` (several are exactly 0, none is negative).
+        signs: (n,) bool of each sign that an attack may say nothing. Of the gradient: ``"no gradient"`` (it is exactly
+            zero), ``"at bounds"`` (the image has enough pixels that are 0 or 1), ``"clipped"`` (and the gradient is
+            exactly zero at these pixels, and only there). Of the cross-entropy: ``"saturated"`` (exactly zero, and
+            still zero under IFGSM), ``"lowered"`` (IFGSM has lowered it). Of the outputs: ``"probabilities"``,
+            ``"bounded"`` (all in [0, 1]), ``"flat"`` (nearly equal), ``"clipped logits"`` (several are exactly 0, none
+            is negative).
         forward_passes: images sent through the model.
         gradient_evaluations: images that were also differentiated.
         notes: warnings of the attacks.
@@ -145,7 +146,7 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
             # because the seed contains how many came before.
             drawn_at = f"{number} {written[place]} {written[:place].count(written[place])}"
             _separate(outcomes, name, spec, counted, batch, rules, drawn_at)
-    if rules.random:
+    if rules.stochastic:
         outcomes.worst.clear()
     outcomes.forward_passes = scorer.forward_passes + counted.forward_passes
     outcomes.gradient_evaluations = scorer.gradient_evaluations + counted.gradient_evaluations
@@ -201,7 +202,7 @@ def _separate(
     If only its worst-so-far score is asked, it runs on the examples whose clean image is classified correctly.
     """
     clean = outcomes.clean[0]
-    only_worst = spec.score == "worst" and not rules.random
+    only_worst = spec.score == "worst" and not rules.stochastic
     chosen = clean if only_worst else torch.ones_like(clean)
     right = clean.new_zeros(rules.passes, len(clean))
     ended = batch.images

@@ -123,7 +123,8 @@ def evaluate(
         ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
 
     Warns:
-        RuntimeWarning: if the model could not be folded or compiled, or if the figures show that an attack failed.
+        RuntimeWarning: if the model could not be folded or compiled, or if the figures show that an attack says
+            nothing.
 
     Example:
         >>> digits = odeadv.data.load("digits").resized(16)
@@ -145,8 +146,7 @@ def evaluate(
     _check_options(progress, seed, num_classes)
     _check_random(protocol, stochastic, passes)
     by_example = {name: spec.by_example(labels) for name, spec in zip(protocol.names, protocol.attacks, strict=True)}
-    folder = None if save is None else Path(save)
-    check_folder("save", folder)
+    check_folder("save", folder := None if save is None else Path(save))
     settings: dict[str, Any] = {
         "batch_size": min(batch_size, len(images)), "seed": seed, "channels_last": channels_last, "fold": fold,
         "compile": compile, "stochastic": stochastic, "passes": passes, "accept": list(accepted),
@@ -156,12 +156,13 @@ def evaluate(
     with attacking(model, "eval", device):
         examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last, release)
         rules = Rules(
-            protocol, seed, stochastic, passes, not stochastic, examples.highest_label, folder is not None, by_example
-        )
+            protocol, seed=seed, stochastic=stochastic, passes=passes, repeatable=not stochastic,
+            highest_label=examples.highest_label, keep_images=folder is not None, by_example=by_example,
+        )  # fmt: skip
         seen = _examined(model, examples, batch_size, rules, num_classes, accepted)
         examples, settings["channels_last"] = seen.examples, seen.examples.channels_last
-        digest = model_digest(model, seen.first.changed_attributes)
-        identity = {"model": digest, "data": data_digest(images, labels, release)}
+        identity = {"data": data_digest(images, labels, release)}
+        identity["model"] = model_digest(model, seen.first.changed_attributes)
         journal = None if resume is None else _journal(resume, model, protocol, identity, settings, seen)
         saved = None if folder is None else _image_folder(folder, {**identity, "n": len(images)}, journal)
         prepared = prepare(model, seen.whole, folded=fold, compiled=compile)
@@ -183,7 +184,7 @@ def _judged(
     Args:
         result: of the protocol.
         seen: the model as it was looked at.
-        signs: that an attack failed, (n,) bool each.
+        signs: see `_attack.BatchOutcomes`, (n,) bool each.
         tried: images differentiated to find out if equal images have equal gradients.
         stochastic: True for a random model.
     """
@@ -231,11 +232,11 @@ def _examined(
 ) -> _Examined:
     """Look at the model; raise ValueError if outcomes of attacks on it would mean nothing."""
     notes: list[str] = []
-    times = _times(rules.random)
+    times = _times(rules.stochastic)
 
     def look(examples: Examples) -> tuple[Tensor, Behaviour]:
         probe = examples.load(slice(0, PROBES)).images
-        if rules.random:
+        if rules.stochastic:
             torch.manual_seed(derived_seed(rules.seed, "probe"))
         return probe, behaviour(model, probe, times=times)
 
@@ -253,9 +254,9 @@ def _examined(
         raise ValueError(
             f"model: returned {first.logits.shape[1]} logits per image, expected num_classes, {num_classes}"
         )
-    refuse(first, stochastic=rules.random)
+    refuse(first, stochastic=rules.stochastic)
     # Nothing can be concluded from two answers of a random model that differ.
-    is_function = first.repeats if rules.random else not first.random
+    is_function = first.repeats if rules.stochastic else not first.random
     whole = examples.load(slice(0, batch_size)).images
     if is_function:
         difference = batch_dependence(model, probe, first.logits)
@@ -267,7 +268,7 @@ def _examined(
         notes.append(
             f"a forward pass changes {', '.join(first.changed_attributes)} of the model; its answers did not follow"
         )
-    cost = (2 * times + (not rules.random)) * len(probe)
+    cost = (2 * times + (not rules.stochastic)) * len(probe)
     cost += is_function * (batch_forwards(len(probe)) + len(whole))
     return _Examined(examples, probe, whole, first, is_function, cost, notes)
 
@@ -291,7 +292,7 @@ def _dependence_note(model: nn.Module, images: Tensor, difference: float, accept
 
 def _look_again(model: nn.Module, seen: _Examined, rules: Rules) -> None:
     """Raise ValueError if the logits of the first images have changed, unless the model is random."""
-    if rules.random:
+    if rules.stochastic:
         return
     with torch.no_grad():
         again = model(seen.probe)
@@ -304,9 +305,9 @@ def _look_again(model: nn.Module, seen: _Examined, rules: Rules) -> None:
 
 
 def _repeatable(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[Rules, int]:
-    """Return the rules that say if equal images have equal gradients, and how many images were differentiated for it.
+    """Measure if equal images have equal gradients; return the rules with the answer, and the images that it took.
 
-    It is tried only if a run is long enough to make use of it.
+    It is measured only if a run is long enough to make use of it.
     """
     if not rules.repeatable or all((spec.steps or 1) <= SHORT for spec in rules.protocol.attacks if spec.shared):
         return rules, 0
@@ -354,7 +355,7 @@ def _not_compiled(protocol: Protocol, compiled: bool) -> list[str]:
 
 def _not_repeatable(rules: Rules, seen: _Examined) -> list[str]:
     """Return the note for gradients that differ from pass to pass although nothing else tells of a random model."""
-    if rules.repeatable or rules.random or seen.first.random_gradient:
+    if rules.repeatable or rules.stochastic or seen.first.random_gradient:
         return []
     return [
         "gradients of the same images differ from one pass to the next: a random backward pass, or sums in an order "

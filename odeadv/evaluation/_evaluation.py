@@ -30,7 +30,7 @@ class AttackResult:
     """The result of one attack. Accuracies are fractions in [0, 1].
 
     Attributes:
-        name: of the attack, e.g. ``"ifgsm"``.
+        name: name of the attack, e.g. ``"ifgsm"``.
         eps: radius of the ball, in pixel units of [0, 1]; a tuple if there is one per example.
         alpha: size of one step, in the same units, or a tuple; None if the attack has none.
         steps: number of steps; None if the attack has none.
@@ -40,9 +40,9 @@ class AttackResult:
         worst_so_far_outcomes: (n,) bool on the CPU, true if the clean image and *everything scored on the way* are
             classified correctly (for IFGSM every iterate; for an attack that returns its best image, that image). None
             if only the last iterate was scored (``score="last"`` of PGD and of IFGSM with options), and for a random
-            model, of which the worst of many draws would count noise as an attack.
+            model, since the worst of many draws would count noise as an attack.
         options: the attack's further arguments.
-        pass_accuracies: of a random model, the accuracy in each of the fresh forward passes; else empty.
+        pass_accuracies: for a random model, the accuracy in each of the fresh forward passes; otherwise empty.
     """
 
     name: str
@@ -56,9 +56,10 @@ class AttackResult:
 
     @property
     def label(self) -> str:
-        """A short name, as `AttackSpec.label` without the score: ``ifgsm-20 at 8/255``."""
+        """A short name, the same as `AttackSpec.label`: ``ifgsm-20 at 8/255``."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
-        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}"
+        worst = " (worst so far)" if self.outcomes is None else ""
+        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{worst}"
 
     @property
     def robust_correct(self) -> int:
@@ -118,7 +119,7 @@ class Evaluation:
         data: digest of images and labels, ``""`` if not known.
         settings: settings that the figures may depend on by rounding or by chance: batch size, seed, folding, ...
         checks: figures apart from the protocol: forward passes and gradients of the probes, signs of failed attacks.
-        notes: sentences for the reader, e.g. warnings of AutoAttack, or signs that an attack failed.
+        notes: sentences for the reader, e.g. warnings of AutoAttack, or signs that an attack says nothing.
         clean_pass_accuracies: of a random model, the clean accuracy in each of the passes; else empty.
     """
 
@@ -160,9 +161,9 @@ class Evaluation:
 
     @property
     def worst_case_outcomes(self) -> Tensor:
-        """(n,) bool on the CPU, true if the clean image is right and every attack of the protocol failed.
+        """(n,) bool on the CPU, true if the image is right when it is clean and under every attack of the protocol.
 
-        ValueError for a random model, of which the worst of many draws would count noise as an attack.
+        ValueError for a random model: the worst of many draws would count noise as an attack.
         """
         if self.clean_pass_accuracies:
             raise ValueError(
@@ -174,12 +175,12 @@ class Evaluation:
 
     @property
     def worst_case_correct(self) -> int:
-        """The number of examples on which every attack failed; ValueError as `worst_case_outcomes`."""
+        """The number of examples that are right under every attack; ValueError as `worst_case_outcomes`."""
         return int(self.worst_case_outcomes.sum())
 
     @property
     def worst_case(self) -> float:
-        """The accuracy to quote: an example counts only if every attack of the protocol failed on it.
+        """The accuracy to quote: an example counts only if it is right under every attack of the protocol.
 
         ValueError as `worst_case_outcomes`.
         """
@@ -312,9 +313,8 @@ class Evaluation:
             lines.append(f"{'average of the attacks':<{left}}{100 * self.average:>10.2f}")
         if not self.clean_pass_accuracies:
             low, high = (100 * bound for bound in self.worst_case_interval)
-            lines.append(
-                f"{'every attack failed (worst case)':<{left}}{100 * self.worst_case:>10.2f}  [{low:.2f}, {high:.2f}]"
-            )
+            label, figure = "right under every attack (worst case)", f"{100 * self.worst_case:>10.2f}"
+            lines.append(f"{label:<{left}}{figure}  [{low:.2f}, {high:.2f}]")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

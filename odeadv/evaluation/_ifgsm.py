@@ -126,9 +126,9 @@ class SharedRuns:
     """Last-iterate and worst-so-far outcomes of runs that begin at the same images.
 
     The clean gradient is the first of every run. Runs of one alpha then continue as one while their iterates are
-    bitwise equal: a radius is not a bound within the first eps / alpha steps. The forward pass that scores an iterate
-    also gives its gradient. Examples whose iterates enter a cycle (`Cycles`) leave a long run; their later outcomes
-    are those of the cycle.
+    bitwise equal: up to rounding, a radius is not a bound within the first eps / alpha steps. The forward pass that
+    scores an iterate also gives its gradient. Examples whose iterates enter a cycle (`Cycles`) leave a long run; their
+    later outcomes are those of the cycle.
 
     Args:
         scorer: of this batch.

@@ -24,7 +24,7 @@ SIGNS = (
 
 
 class Session:
-    """One evaluation under way. It is complete when it is made: batches that the journal has are finished.
+    """One evaluation under way. Batches that the journal has are finished from the start.
 
     Args:
         prepared: the model.
@@ -55,7 +55,7 @@ class Session:
         self._last = {
             name: torch.zeros_like(self._clean)
             for name, spec in attacks.items()
-            if rules.random or spec.score == "last"
+            if rules.stochastic or spec.score == "last"
         }
         self._worst = {
             name: torch.zeros(n, dtype=torch.bool) for name, spec in attacks.items() if rules.measures_worst(spec)
@@ -97,7 +97,7 @@ class Session:
             for name, spec in zip(self._rules.protocol.names, self._rules.protocol.attacks, strict=True):
                 if spec.shared and spec.score == "worst" and run_of(spec) == run:
                     self._worst[name] = fooled_at > (spec.steps or 1)
-        random = self._rules.random
+        random = self._rules.stochastic
         return Evaluation(
             protocol=self._rules.protocol.name,
             clean_outcomes=majority(self._clean),
@@ -120,7 +120,7 @@ class Session:
     def _results(self) -> tuple[AttackResult, ...]:
         pairs = zip(self._rules.protocol.names, self._rules.protocol.attacks, strict=True)
         return tuple(
-            result_of(spec, self._last.get(name), self._worst.get(name), random=self._rules.random)
+            result_of(spec, self._last.get(name), self._worst.get(name), random=self._rules.stochastic)
             for name, spec in pairs
         )
 
@@ -130,7 +130,7 @@ class Session:
 
     def _reseed(self, place: str) -> None:
         """Let a random model draw the same numbers at this place, whatever was done before."""
-        if self._rules.random:
+        if self._rules.stochastic:
             torch.manual_seed(derived_seed(self._rules.seed, place))
 
     def _run_batch(self, number: int) -> None:

@@ -20,7 +20,6 @@ from odeadv.data import ImageDataset, as_model_input
 from odeadv.evaluation._attack import Batch
 from odeadv.support.checks import shown
 from odeadv.support.digests import chunks
-from odeadv.support.extras import extra
 from odeadv.support.files import read_tensors, write_tensors
 
 # Images that are read together from a dataset. Larger batches take more memory and no less time.
@@ -128,8 +127,7 @@ def _release_of(array: object) -> Callable[[], object]:
     """Return a function that gives back the memory of a file that is mapped for reading."""
     import mmap
 
-    with extra("evaluate"):
-        import numpy
+    import numpy
 
     # What was written to a mapping in another mode could be lost.
     if isinstance(array, numpy.memmap) and array.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
@@ -140,8 +138,7 @@ def _release_of(array: object) -> Callable[[], object]:
 
 def _tensor(value: object) -> Tensor:
     """Return a tensor that shares the memory of an array; return anything else as it is, for the checks to reject."""
-    with extra("evaluate"):
-        import numpy
+    import numpy
 
     if not isinstance(value, numpy.ndarray):
         return value  # type: ignore[return-value]
@@ -152,8 +149,7 @@ def _tensor(value: object) -> Tensor:
 
 def _collected(batches: Iterable[object]) -> CheckedData:
     """Return the images of ``batches`` in a temporary file that is mapped into memory, and their labels."""
-    with extra("evaluate"):
-        import numpy
+    import numpy
 
     labels: list[Tensor] = []
     first: Tensor | None = None

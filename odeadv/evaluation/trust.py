@@ -1,4 +1,4 @@
-"""Trust: models that an evaluation refuses, and signs in the figures that an attack failed."""
+"""Trust: models that an evaluation refuses, and signs in the figures that an attack says nothing."""
 
 from __future__ import annotations
 
@@ -152,16 +152,18 @@ def _batch_pairs(model: nn.Module, images: Tensor, logits: Tensor) -> tuple[tupl
     with torch.no_grad():
         alone = torch.cat([_logits(model(images[i : i + 1])) for i in range(few)])
         reverse = _logits(model(_laid_out(images.flip(0), images))).flip(0)
-        before = (1 - images[:few]).repeat_interleave(2, dim=0)[
-            : 2 * few - 1
-        ]  # an odd number, so that places change parity
+        odd = 2 * few - 1  # an odd number of images in front, so that places change parity
+        before = (1 - images[:few]).repeat_interleave(2, dim=0)[:odd]
         batch = _laid_out(torch.cat([before, images, 1 - images[:few]]), images)
         larger = _logits(model(batch))[len(before) :][: len(images)]
     return (logits[:few], alone), (logits, reverse), (logits, larger)
 
 
 def whole_batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
-    """Return the largest change of ``logits``, of the first ``images``, in a batch of all images; None if rounding."""
+    """Return the largest change of ``logits`` if their images are in a batch of all ``images``; None if it is rounding.
+
+    ``logits`` are those of the first of ``images``, computed in a smaller batch.
+    """
     with torch.no_grad():
         found = _logits(model(images))[: len(logits)]
     logits = logits[: len(found)]
@@ -201,7 +203,7 @@ def refuse(found: Behaviour, *, stochastic: bool) -> None:
             f"model: two forward passes on the same images differ by {found.difference:.2g}{cause}, so one gradient "
             "says little; evaluate odeadv.models.averaged(model, passes=...), or give stochastic=True and passes=..."
         )
-    # Of a model that is said to be random, a difference as small as rounding may be a draw, and the next one larger.
+    # A difference between draws of a random model may be as small as rounding once, and larger the next time.
     if found.disagrees and (found.repeats if stochastic else not found.random):
         raise ValueError(
             f"model: its logits with gradients differ from those without by {found.with_gradient:.2g}, so attacks meet "
@@ -309,7 +311,7 @@ def _largest(length: Radius) -> float:
 
 
 def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
-    """Return a sentence for every sign that an attack failed.
+    """Return a sentence for every sign that an attack says nothing about robustness.
 
     Args:
         result: the evaluation.
@@ -322,9 +324,9 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
     zero = int((signs["no gradient"] & survived).sum())
     if zero > limit:
         notes.append(
-            f"the gradient with respect to the image is exactly zero for {zero} of {result.n} images, on which every "
-            "attack failed: it is masked, so attacks that follow it say nothing about robustness; add 'square', or "
-            "make the model differentiable"
+            f"the gradient with respect to the image is exactly zero for {zero} of {result.n} images that stay "
+            "right under every attack: it is masked, so attacks that follow it say nothing about robustness; add "
+            "'square', or make the model differentiable"
         )
     if bool(signs["probabilities"].all()):
         notes.append(
@@ -357,14 +359,14 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
     lowered = int((signs["lowered"] & survived).sum())
     if lowered > max(limit, _OFTEN * result.n) and not result.clean_pass_accuracies:  # a random loss falls by chance
         notes.append(
-            f"IFGSM lowered the cross-entropy of {lowered} of {result.n} images, on which every attack failed: its "
-            "steps should raise it, so the gradient is wrong or misleads; add 'square'"
+            f"IFGSM lowered the cross-entropy of {lowered} of {result.n} images that stay right under every attack: "
+            "its steps should raise it, so the gradient is wrong or misleads; add 'square'"
         )
     saturated = int((signs["saturated"] & survived).sum())
     if saturated > limit:
         notes.append(
-            f"the cross-entropy is exactly 0 for {saturated} of {result.n} images, on which every attack failed: its "
-            "gradient is rounded there; add an attack with loss='margin', which sees other gradients"
+            f"the cross-entropy is exactly 0 for {saturated} of {result.n} images that stay right under every attack: "
+            "its gradient is rounded there; add an attack with loss='margin', which sees other gradients"
         )
     return [*notes, *_attacks_that_help(result, limit), *_one_step_beats_many(result, limit)]
 

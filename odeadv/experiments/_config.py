@@ -233,14 +233,14 @@ class Method:
         return self.scheme is not None or self.penalty
 
     def defence(self, eta: float) -> Defence:
-        """Return the defence with strength ``eta``."""
+        """Return the defence with this eta."""
         if self.penalty:
             return Penalty(eta)
         if self.scheme is None:
             return Undefended()
-        return Layerwise(self.scheme, 0.0 if self.zero else eta, self.sweeps, None, self.perturbation)
+        return Layerwise(self.scheme, eta=0.0 if self.zero else eta, sweeps=self.sweeps, perturbation=self.perturbation)
 
-    def attack(
+    def training_objective(
         self, steps: int, eps: float, alpha: float, trades_start: Literal["free", "clamped"] = "free"
     ) -> Objective:
         """Return the objective with its training attack; for ``trades_start`` see `Trades`."""
@@ -308,7 +308,10 @@ def _part(name: str, part: str) -> tuple[str, object]:
 
 
 def method_of(config: RunConfig) -> str:
-    """Return the name of the method of ``config``. Your own objectives, defences and schemes appear by their names."""
+    """Return the name of the method of ``config``.
+
+    Objectives, defences and schemes that `parse_method` does not know appear by their registered names.
+    """
     model, training = config.model, config.training
     name = type(training.objective).name
     if model.damping:

@@ -252,7 +252,9 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
             options=size.options,
         ),
         training=TrainConfig(
-            objective=method.attack(size.attack_steps, size.eps_255 / 255, size.eps_255 / 4 / 255, size.trades_start),
+            objective=method.training_objective(
+                size.attack_steps, size.eps_255 / 255, size.eps_255 / 4 / 255, size.trades_start
+            ),
             defence=method.defence(row.factor * size.eta[dataset]),
             epochs=epochs,
             batch_size=size.batch_size,

@@ -389,7 +389,7 @@ def _who(names: Sequence[str], labels: Sequence[str], defended: Sequence[str]) -
 
 
 def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> list[str]:
-    """Return a text on the difference in eta, also for batches of the paper's size; nothing if eta is equal.
+    """Return one sentence on the difference in eta, also for batches of the paper's size; no sentence if eta is equal.
 
     ``as_factor`` gives eta as a multiple of the paper's eta.
     """

@@ -92,7 +92,7 @@ def rerun(
     for evaluations in record["evaluations"].values():
         for name, evaluation in evaluations.items():
             try:
-                Evaluation.from_dict(evaluation)  # fails before the training if it is not comparable
+                Evaluation.from_dict(evaluation)  # an evaluation without outcomes fails here, before the training
             except (ValueError, TypeError) as error:
                 raise ValueError(f"record: its evaluation {name} cannot be compared with another: {error}") from None
     config = RunConfig.from_dict(record["config"])

@@ -162,11 +162,11 @@ class AdversarialField(VectorField):
         f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
         loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it. None if
             the total loss has other terms only.
-        eta: strength, any finite number, or a tensor. A tensor of no dimension may require a gradient, so that eta is
-            learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
-            sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the loss up if
-            time runs forward, and down if it runs backward, since the right-hand side is then subtracted. eta
-            multiplies the gradient of ``loss`` as it is: if the loss is a mean over a batch, eta / batch_size is
+        eta: factor of the costate, any finite number, or a tensor. A tensor of no dimension may require a gradient, so
+            that eta is learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is
+            one eta per sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the
+            loss up if time runs forward, and down if it runs backward, since the right-hand side is then subtracted.
+            eta multiplies the gradient of ``loss`` as it is: if the loss is a mean over a batch, eta / batch_size is
             invariant.
         readout: map from the final state to the output (the logits of a network); the identity if not given.
         running: ``running(t, x)`` returns a scalar tensor, a cost per unit of time. Its integral over the span is added
@@ -213,7 +213,7 @@ class AdversarialField(VectorField):
                 raise TypeError(f"{name}: got {type(given).__name__}, expected a callable or None")
         if running is not None:
             check_arguments("running", running, "running(t, x)")
-        self.eta = _strength(eta)
+        self.eta = _read_eta(eta)
         self._rate: float | Tensor = 1.0
         self.loss: Loss = _nothing if loss is None else loss
         self.readout = readout
@@ -354,7 +354,7 @@ def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
     return VectorField({"f": field})
 
 
-def _strength(eta: Any) -> float | Tensor:
+def _read_eta(eta: Any) -> float | Tensor:
     """Return eta as a float, or as the tensor that it is if it has axes or may get a gradient."""
     if not isinstance(eta, Tensor) or not (eta.ndim or eta.requires_grad or is_wrapped(eta)):
         return number("eta", eta)

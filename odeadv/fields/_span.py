@@ -27,7 +27,7 @@ class MovingSpan:
 
     @property
     def rate(self) -> float | Tensor:
-        """(t1 - t0) / (last - first), of value 1."""
+        """(t1 - t0) / (last - first): the number 1, with its gradients by the ends."""
         return 1.0 + (_gradient(self.t1) - _gradient(self.t0)) / (self.last - self.first)
 
     def __call__(self, t: Tensor) -> Tensor:

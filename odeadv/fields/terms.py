@@ -1,4 +1,4 @@
-"""Terms of a special form: a forcing by time, a sum, pieces in time, and a costate that is not recorded yet."""
+"""Terms of a special form: a forcing that depends on time, a sum, pieces in time, a costate before its recording."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class BlockNetwork(FieldNetwork):
         return Piecewise(pieces, range(len(pieces) + 1))
 
     def default_loss(self, targets: Any, inputs: Any) -> Loss:
-        """Return the loss of the outputs that was given, else the mean cross-entropy, after checking the targets.
+        """Return the network's own ``loss`` if it has one, or the mean cross-entropy, after checking the targets.
 
         Raises:
             TypeError, ValueError: naming ``labels``; or ``loss``, if the output is not (n, classes).

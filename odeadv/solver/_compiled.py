@@ -192,7 +192,7 @@ class CompiledSolver:
         return self._compiled[key]
 
     def _check(self, plan: _Plan, x: Tensor) -> None:
-        """Take one step as `solve` does, without effect, for what a graph cannot see: a field that writes to its state.
+        """Take one step as `solve` does, without effect. A graph cannot see a field that writes to its state.
 
         Raises:
             TypeError, ValueError: as from `solve`, by name; or if the field draws random numbers or writes to buffers.

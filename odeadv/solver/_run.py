@@ -29,7 +29,8 @@ class SolveRun:
         request: the arguments.
         stats: the cost so far.
         status: ``SUCCESS`` as long as nothing has failed.
-        first_grid: the steps for the field without a costate, on which a solve or the first recording runs.
+        first_grid: the steps for the field without a costate: those of the first recording, or of the solve if
+            there is no recording.
     """
 
     def __init__(self, request: Request) -> None:
@@ -41,22 +42,22 @@ class SolveRun:
 
     def solution(self) -> Solution:
         """Record the costate if there is one, solve, and return the result, failed or not."""
-        request, driven, costate = self.request, self.request.field, None
-        if isinstance(driven, AdversarialField) and not driven.idle:
+        request, field, costate = self.request, self.request.field, None
+        if isinstance(field, AdversarialField) and not field.idle:
             costate = self.recorded_costate()
-            driven = driven if costate is None else driven.driven_by(costate)
-        grid = self.first_grid if driven is request.field else self._find_grid(driven, costate)
-        stepper = request.discretisation.stepper(driven)
-        order = request.discretisation.order(driven)
-        within = Within(stepper, order, driven)
+            field = field if costate is None else field.driven_by(costate)
+        grid = self.first_grid if field is request.field else self._find_grid(field, costate)
+        stepper = request.discretisation.stepper(field)
+        order = request.discretisation.order(field)
+        within = Within(stepper, order, field)
         keep = self._keeps_nodes
-        again = self._again(grid, costate) if torch.is_grad_enabled() else None
-        path = solve_path(within, request.x0, grid, request.save_at, keep_nodes=keep, again=again)
+        segments = self._segments(grid, costate) if torch.is_grad_enabled() else None
+        path = solve_path(within, request.x0, grid, request.save_at, keep_nodes=keep, segments=segments)
         final, xs, output, loss = path.nodes[-1], path.states, None, None
         if isinstance(request.field, AdversarialField):
             output, loss = request.field.evaluate(final)
             if request.field.accumulates:
-                loss = loss + self._accumulated(grid, stepper, path.nodes, again)
+                loss = loss + self._accumulated(grid, stepper, path.nodes, segments)
         self._count(costate, stepper)
         self.stats.steps = len(grid)
         held = len(xs) + (len(path.nodes) if keep else 0)
@@ -64,7 +65,7 @@ class SolveRun:
         saved = torch.stack(xs) if all(state.shape == xs[0].shape for state in xs) else tuple(xs)
         status = self.outcome(loss, *self._unchecked(final, xs, saved))
         if status is Status.SUCCESS:
-            self._warn_if_still(final, grid, driven)
+            self._warn_if_still(final, grid, field)
         if request.narrow is not None and isinstance(saved, Tensor):
             saved = saved.to(request.narrow)
         return Solution(
@@ -92,12 +93,12 @@ class SolveRun:
         field = self.request.field
         return self.request.dense or (isinstance(field, AdversarialField) and field.accumulates)
 
-    def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor], again: Recompute | None) -> Tensor:
+    def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor], segments: Recompute | None) -> Tensor:
         """Return the total loss without that of the final state."""
         field = self.request.field
         assert isinstance(field, AdversarialField)
         with without_effects(field.modules, self.request.x0.device):
-            return TotalLoss.on(grid, field, self._rule).along(grid, stepper, nodes, again)
+            return TotalLoss.on(grid, field, self._rule).along(grid, stepper, nodes, segments)
 
     @property
     def _rule(self) -> Rule:
@@ -194,7 +195,7 @@ class SolveRun:
             stepper,
             kind=request.discretisation.costate,
             differentiate=differentiate,
-            again=self._again(grid, drive),
+            segments=self._segments(grid, drive),
             keep_states=request.times.adaptive is not None,
             rule=self._rule,
         )
@@ -205,7 +206,7 @@ class SolveRun:
         self._count(drive, stepper)
         return replace(found, work=work)
 
-    def _again(self, grid: Grid, drive: Costate | None) -> Recompute | None:
+    def _segments(self, grid: Grid, drive: Costate | None) -> Recompute | None:
         """Return how ``grid`` is run in segments, or None if its whole graph is kept."""
         count = self.request.checkpoints
         if count is None or not len(grid) or inside_transform():

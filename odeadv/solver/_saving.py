@@ -89,7 +89,7 @@ def solve_path(
     save_at: Sequence[float] | Literal["steps"] | None,
     *,
     keep_nodes: bool = False,
-    again: Recompute | None = None,
+    segments: Recompute | None = None,
 ) -> SavedStates:
     """Solve along ``grid``.
 
@@ -99,34 +99,34 @@ def solve_path(
         grid: the steps; they may end before the last time if a search for steps has failed.
         save_at: the times to save, in the order of the solve; ``"steps"`` for every node, None for the two ends.
         keep_nodes: keep the states at all nodes.
-        again: runs the steps in segments, whose autograd graph is not kept.
+        segments: runs the steps in segments, whose autograd graph is not kept.
     """
     ends = list(dict.fromkeys((grid.times[0], grid.times[-1])))
     times = ends if save_at is None else list(grid.times) if save_at == "steps" else _reached(save_at, grid)
     if not len(grid):
         return SavedStates(times, [x0] * len(times), [x0])
     if save_at is None and not keep_nodes:
-        final = within.stepper.march(x0, grid, again)
+        final = within.stepper.march(x0, grid, segments)
         return SavedStates(times, [x0, final], [final])
     along = partial(_along, within, keep_nodes)
     nodes, saved = [x0], list[Tensor]()
-    if again is None or within.stepper.merges:
-        found, saved = along(x0, grid, times, again)
+    if segments is None or within.stepper.merges:
+        found, saved = along(x0, grid, times, segments)
         nodes += found
     else:
-        for part in grid.parts(again.every):
+        for part in grid.parts(segments.every):
             inside = [t for t in times[len(saved) :] if grid.sign * t <= grid.sign * part.times[-1]]
-            found, new = again(along, nodes[-1], part, inside, None)
+            found, new = segments(along, nodes[-1], part, inside, None)
             nodes, saved = [*nodes, *found], [*saved, *new]
     return SavedStates(times[: len(saved)], saved, nodes if keep_nodes else nodes[-1:])
 
 
 def _along(
-    within: Within, keep_nodes: bool, x: Tensor, grid: Grid, times: Sequence[float], again: Recompute | None
+    within: Within, keep_nodes: bool, x: Tensor, grid: Grid, times: Sequence[float], segments: Recompute | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the states at the nodes after the first, or at the last one only, and the states at ``times``."""
     nodes, saved = list[Tensor](), list[Tensor]()
-    for step, end in _strides(within.stepper, x, grid, grid.times if keep_nodes else times, again):
+    for step, end in _strides(within.stepper, x, grid, grid.times if keep_nodes else times, segments):
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
             saved.append(within(step, (x, end), times[len(saved)]))
         x = end
@@ -145,21 +145,21 @@ def _reached(times: Sequence[float], grid: Grid) -> list[float]:
 
 
 def _strides(
-    stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float], again: Recompute | None
+    stepper: Stepper, x: Tensor, grid: Grid, times: Sequence[float], segments: Recompute | None
 ) -> Iterator[tuple[TimeStep, Tensor]]:
     """Yield steps with their end states.
 
     Consecutive steps are merged if no state is saved between them and merging saves exact flows.
     """
     if not stepper.merges:
-        yield from zip(grid, stepper.states(x, grid, again), strict=True)
+        yield from zip(grid, stepper.states(x, grid, segments), strict=True)
         return
     nodes = {0, len(grid)}
     for t in times:
         n = grid.locate(t)
         nodes |= {node for node in (n, n + 1) if grid.times[node] == t} or {n, n + 1}
     for first, last in pairwise(sorted(nodes)):
-        x = stepper.march(x, grid.part(first, last), again)
+        x = stepper.march(x, grid.part(first, last), segments)
         t0, t1 = grid.times[first], grid.times[last]
         yield grid[first] if last == first + 1 else TimeStep(t0, t1, t1 - t0), x
 

@@ -97,7 +97,8 @@ class Solution:
         scheme: name of the scheme used.
         order: the order to be expected: the lowest of scheme, sub-steps and costate; infinite for exact flows.
         output: for an `AdversarialField`, the read-out of the final state (logits of a network); otherwise None.
-        loss: for an `AdversarialField`, the loss of the output, a scalar with its graph; otherwise None.
+        loss: for an `AdversarialField`, the total loss, a scalar with its graph: the loss of the output, plus the
+            running cost and the losses at given times if the field has them; otherwise None.
     """
 
     def __init__(

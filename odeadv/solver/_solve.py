@@ -82,11 +82,11 @@ def solve(
             from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). The default is the
             scheme's own, or linear; with adaptive steps it is cubic, unless f is advanced by its exact flow or by an
             implicit method.
-        sweeps: number of recordings, each on the trajectory driven by the one before alone (Picard iteration); 1 is
+        sweeps: number of recordings, each on the trajectory that the previous recording drives (Picard iteration); 1 is
             the paper's two-stage method. ``"converge"`` (or a `Converge`) sweeps until the costate is that of the
             trajectory it drives, with Anderson acceleration.
-        ascent: number of recordings, each on the trajectory driven by the sum of all before (Eq. 3). ``sweeps`` and
-            ``ascent`` need a field with a loss.
+        ascent: number of recordings, each on the trajectory that the sum of all previous recordings drives (Eq. 3).
+            ``sweeps`` and ``ascent`` need a field with a loss.
         checkpoints: number of segments of the solve and of each recording. The autograd graph of one segment is kept at
             a time, and the backward pass runs each segment again: memory for one segment and the states between
             segments, and the same gradients bit for bit. About the square root of the number of steps needs the least.
@@ -99,7 +99,8 @@ def solve(
         A `Solution`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before any work is done.
+        TypeError, ValueError: for arguments that do not fit, by name, before f is evaluated; for results of f and of
+            the loss that do not fit, when they are returned.
         SolveError: if the solve fails (see `Status`) and ``throw`` is set.
 
     Warns:
@@ -198,7 +199,8 @@ def driven(
         A `VectorField`; f alone if eta is 0.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before any work is done.
+        TypeError, ValueError: for arguments that do not fit, by name, before f is evaluated; for results of f and of
+            the loss that do not fit, when they are returned.
         SolveError: if a recording fails.
 
     Example:

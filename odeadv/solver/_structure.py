@@ -175,7 +175,7 @@ def _norm(layout: Layout, settings: Adaptive) -> Callable[[Tensor], Tensor]:
 
 
 def _seen_as(field: VectorField, layout: Layout) -> VectorField:
-    """Return the field of a vector, whose functions are given the structure."""
+    """Return a field for the state as a vector. Its functions are called with the structure."""
     seen = copy.copy(field)
     seen.operators = {name: _operator(name, operator, layout) for name, operator in field.operators.items()}
     if not isinstance(field, AdversarialField) or not isinstance(seen, AdversarialField):

@@ -56,7 +56,7 @@ class Request:
         checkpoints: segments of a recording and of the solve, or None.
         narrow: the 16-bit dtype that states are returned in, if steps are added up in float32.
         dense: keep the states at all nodes.
-        moves: True if the span has gradients.
+        moves: True if t0, t1 or the step size requires a gradient.
     """
 
     field: VectorField

@@ -94,9 +94,9 @@ class Grid:
     def snap(self, t: float) -> float:
         """Return ``t``, or the node it misses only by rounding (to float32, as times in a tensor are).
 
-        The rounding is in proportion to the time itself, so that a small time of a long span is not taken for its
-        start, and at most a tenth of the step. Only a time beyond an end, which cannot mean anything else, may miss it
-        by a rounding in proportion to the span.
+        The rounding is in proportion to the time itself, and at most a tenth of the step. So a small time of a long
+        span is not taken for its start. Only a time beyond an end may miss this end by a rounding in proportion to the
+        span.
         """
         t, sign = self.clamped(t), self.sign
         after = bisect_right(self.times, sign * t, key=lambda time: sign * time)

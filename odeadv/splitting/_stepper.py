@@ -19,8 +19,8 @@ from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
 from odeadv.support.isolation import Recompute, inside_transform
 
-# The first step, the last step and one step out of this number are watched: the state is compared before and after each
-# evaluation. More would cost time, and a field that writes to its state does so on most steps.
+# Of each solve the first step, the last step and every 256th step are watched: the state is compared before and after
+# each evaluation. More would cost time, and a field that writes to its state does so on most steps.
 WATCHED = 256
 # The steps of a network are its blocks, so one step of each solve is watched, another one in the next solve.
 _TURNS = count()
@@ -85,13 +85,13 @@ class Stepper:
         assert total is not None
         return total
 
-    def states(self, x: Tensor, grid: Grid, again: Recompute | None = None) -> Iterator[Tensor]:
+    def states(self, x: Tensor, grid: Grid, segments: Recompute | None = None) -> Iterator[Tensor]:
         """Return the states at ``t_1 ... t_N`` from ``x`` at ``t_0``, if asked for in segments that are run again."""
-        return self._states(x, grid) if again is None else self._states_in_segments(x, grid, again)
+        return self._states(x, grid) if segments is None else self._states_in_segments(x, grid, segments)
 
-    def _states_in_segments(self, x: Tensor, grid: Grid, again: Recompute) -> Iterator[Tensor]:
-        for part in grid.parts(again.every):
-            ends = again(lambda x, part: tuple(self._states(x, part)), x, part)
+    def _states_in_segments(self, x: Tensor, grid: Grid, segments: Recompute) -> Iterator[Tensor]:
+        for part in grid.parts(segments.every):
+            ends = segments(lambda x, part: tuple(self._states(x, part)), x, part)
             x = ends[-1]
             yield from ends
 
@@ -113,14 +113,14 @@ class Stepper:
                 x = end
                 yield x
 
-    def march(self, x: Tensor, grid: Grid, again: Recompute | None = None) -> Tensor:
+    def march(self, x: Tensor, grid: Grid, segments: Recompute | None = None) -> Tensor:
         """Return the state at the end of ``grid``. Exact flows that continue one another across steps are merged.
 
         Merging changes the result by rounding alone. Strang then costs one flow of the outer operator per step instead
         of two.
         """
         if len(grid) < 2 or not self.merges:
-            for end in self.states(x, grid, again):
+            for end in self.states(x, grid, segments):
                 x = end
             return x
         ((_, stages),) = self._tables
@@ -128,10 +128,10 @@ class Stepper:
         step = grid[0]
         self._watch(not _hidden())
         x = self._outer(outer, x, step.t0, step.h * head)
-        every = len(grid) if again is None else again.every
+        every = len(grid) if segments is None else segments.every
         for first in range(0, len(grid) - 1, every):
             part = grid.part(first, min(first + every, len(grid) - 1) + 1)
-            x = self.merged(x, part) if again is None else again(self.merged, x, part)
+            x = self.merged(x, part) if segments is None else segments(self.merged, x, part)
         step = grid[len(grid) - 1]
         self._watch(not _hidden())
         x = self._through(x, step, self._flowing(step), stages[1:-1])

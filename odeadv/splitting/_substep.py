@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -516,8 +515,8 @@ def get_substep(substep: str | SubStep) -> SubStep:
 
 def _torchdiffeq_methods() -> tuple[str, ...]:
     """Return the names of torchdiffeq's methods; none if it is not installed."""
-    with contextlib.suppress(ImportError):
+    try:
         from torchdiffeq._impl.odeint import SOLVERS
-
-        return tuple(SOLVERS)
-    return ()
+    except ImportError:
+        return ()
+    return tuple(SOLVERS)

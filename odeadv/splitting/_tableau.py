@@ -89,7 +89,11 @@ def _density(tree: Tree) -> int:
 
 
 def _elementary(tree: Tree, matrix: Sequence[Sequence[float]]) -> list[float]:
-    """Return g_i: the product over the trees at the root of sum_j a_ij g_j."""
+    """Return the elementary weight g_i of ``tree`` for each stage i.
+
+    It is the product over the subtrees at the root of sum_j a_ij g_j, with the subtree's g_j and ``matrix`` a. Source:
+    Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, II.2.
+    """
     found = [1.0] * len(matrix)
     for child in tree:
         inner = _elementary(child, matrix)

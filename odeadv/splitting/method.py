@@ -20,7 +20,7 @@ from odeadv.support.checks import choice
 SchemeLike = str | Scheme | SubStep
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
 
-# Orders of the interpolation between recorded nodes: linear; Eq. 9 by the midpoint rule, of third order locally; cubic.
+# The order of each kind. "exact" integrates Eq. 9 by one midpoint step, whose local error is of third order.
 COSTATE_ORDERS: Mapping[CostateKind, int] = {"linear": 2, "exact": 3, "hermite": 4}
 
 

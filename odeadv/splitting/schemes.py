@@ -29,10 +29,11 @@ STRANG = "Strang (1968), SIAM J. Numer. Anal. 5; Marchuk (1968)"
 
 
 def lie(operators: int = 2) -> Scheme:
-    """Return Lie-Trotter: every operator for a full step, in turn. The first one carries time, the others see its end.
+    """Return Lie-Trotter: every operator for a full step, in turn.
 
-    With Euler sub-steps and the operators (f, costate) this is Eq. 18-19, the paper's LAD (Eq. 5): the costate acts
-    with its value at the end of the step.
+    The clock runs with the first operator; the others act at the end of the step. With Euler sub-steps and the
+    operators (f, costate) this is Eq. 18-19, the paper's LAD (Eq. 5): the costate acts with its value at the end of the
+    step.
     """
     rest = tuple(Stage(operator, 1.0, 1.0, frozen=True) for operator in range(1, operators))
     return Scheme("lie", (Stage(0, 1.0, 0.0), *rest), 1, "Trotter (1959), Proc. Amer. Math. Soc. 10; Eq. 18")
@@ -315,6 +316,6 @@ def knows(name: str) -> bool:
 
 
 def _key(name: str) -> str:
-    """Return the name as it is listed, of a name in any spelling, or of an alias."""
+    """Return the listed name for a name in any spelling or an alias."""
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     return _ALIASES.get(key, key)

@@ -14,7 +14,7 @@ class Status(Enum):
     NOT_CONVERGED = "the sweeps over the costate did not converge"
     STEP_TOO_SMALL = "the tolerances would need steps below the smallest one, so the solve ends early"
     TOO_MANY_STEPS = "the tolerances would need more steps than allowed, so the solve ends early"
-    UNKNOWN = "values of states cannot be read inside a torch.func transform, so the outcome is not known"
+    UNKNOWN = "values of states are not read, in a torch.func transform or during training, so the outcome is not known"
 
     @property
     def message(self) -> str:

@@ -1,8 +1,8 @@
 """Training: objectives x defences x networks, freely combined, with checkpoints that resume bit for bit.
 
 `TrainConfig` says how, `train` does it. An objective says what a step minimises, a defence how the forward pass that
-is trained on is solved (``odeadv.solve(net.field(...), scheme=...)``); neither knows the other, and each is one file
-in `objectives` or `defences`. Uses the solver, diagnostics, models, attacks and data.
+is trained on is solved (``odeadv.solve(net.field(...), scheme=...)``); neither knows the other.
+Objectives are in `_objectives.py`, defences in `_defences.py`. Uses the solver, diagnostics, models, attacks and data.
 """
 
 from odeadv.training._checkpoint import CheckpointWarning

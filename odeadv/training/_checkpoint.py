@@ -50,7 +50,7 @@ class Checkpoints:
         path = self.folder / f"step-{step:08d}.safetensors"
         try:
             write_tensors(path, tensors, {"schema": SCHEMA, "identity": self._identity, **info})
-        except Exception as error:  # safetensors wraps a full disk in an error of its own
+        except Exception as error:  # safetensors raises its own error for a full disk
             raise OSError(
                 f"checkpoint: {path} cannot be written ({error}); the ones before it are kept: free some space and "
                 "start the run again to go on"

@@ -28,8 +28,8 @@ class Layerwise(Defence, name="layerwise"):
     Attributes:
         scheme: ``"lie"`` is LAD (Eq. 5), ``"strang"`` LAD-SM (Eq. 8), ``"strang-midpoint"`` takes a(t + dt/2) from
             the costate equation.
-        eta: strength, for a loss averaged over the *global* batch (all processes and micro-batches of a step);
-            eta / batch_size is invariant.
+        eta: factor of the costate, for a loss averaged over the *global* batch (all processes and micro-batches of a
+            step); eta / batch_size is invariant.
         sweeps: number of recordings, each on the trajectory that the last one drives (see `odeadv.solve`); or
             "converge".
         ascent: number of recordings that are added up, Eq. 3, instead of ``sweeps``.
@@ -37,7 +37,7 @@ class Layerwise(Defence, name="layerwise"):
             directions with the costate's norm at every node and for every example; all nodes of one shape share a
             direction, because the costates of a segment are nearly parallel. ``"shuffled"`` has the costates of other
             examples of the micro-batch. ``"input"`` has the costate at x_0 alone: x_0 + eta a_0, then the plain
-            network (by the adjoint of Lie, which takes G first; LAD itself never perturbs x_0).
+            network (the adjoint of Lie, whose costate acts before f; LAD itself never perturbs x_0).
         strength: choose eta so that the first-order rise of the loss, eta sum |a_n|^2 / L, is this number on the
             first batches of a training. ``eta`` is then not used; the results of the epochs state the chosen one.
         warmup: epochs over which eta rises linearly, step by step, from 0 to its value.

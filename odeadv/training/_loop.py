@@ -211,7 +211,7 @@ class TrainingRun:
                 signal.signal(number, handler)
 
     def _stop_if_asked(self, epoch: int) -> None:
-        """Save and stop after a signal; all processes come to the same answer."""
+        """Save and stop after a signal; all processes decide alike."""
         if self.checkpoints is None:
             return
         asked = self.stopped_by or 0
@@ -225,7 +225,7 @@ class TrainingRun:
         if self.done:  # an epoch that has ended is saved already
             self._look(epoch)
             self._save()
-        self.fabric.barrier()  # the first process has written the file that all of them name
+        self.fabric.barrier()  # the first process has written the file that every process names
         at = f"in epoch {epoch + 1}, after step {self.done}" if self.done else f"after epoch {epoch + 1}"
         message = f"training: stopped {at}; saved in {self.checkpoints.paths()[-1]}"
         raise KeyboardInterrupt(message) if asked == signal.SIGINT else TrainingStopped(message)
@@ -282,7 +282,7 @@ class TrainingRun:
         return result
 
     def _due(self, last_saved: float) -> bool:
-        """Return True if a checkpoint is due within the epoch; all processes come to the same answer."""
+        """Return True if a checkpoint is due within the epoch; all processes decide alike."""
         if self.checkpoints is None:
             return False
         if self.fabric.world_size == 1:

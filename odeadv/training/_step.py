@@ -112,8 +112,8 @@ class Defence(Choice):
             net: in the mode in which it is trained; its statistics are updated once.
             images: the inputs of the network; (n, channels, height, width) in [0, 1] for images.
             labels: (n,), int64; or whatever ``net.field`` takes as targets.
-            share: n / (size of the global batch). eta belongs to the mean over the global batch. The gradient of the
-                mean over n images is 1 / share times as large, so multiply eta by ``share``.
+            share: n / (size of the global batch). eta belongs to the mean over the global batch. The mean over n
+                images has a gradient that is 1 / share times as large, so multiply eta by ``share``.
             draws: the step's random numbers.
             loss: ``loss(output, labels)`` instead of the network's own, the mean cross-entropy. Training passes it
                 only if the objective or the configuration has another loss.
@@ -248,7 +248,7 @@ class StepModule(nn.Module):
             self.net, images, labels, self.defence, draws, share, self._label_smoothing, self.attacked, undo=self._undo,
         )  # fmt: skip
         passed = self._objective(step)
-        # An objective may return a loss of its own without saying what it saw: its last defended pass is meant then.
+        # An objective may return its own loss and not say which images it saw. Then it saw those of the last pass.
         said = passed if passed.images is not None or step.last is None else step.last
         self.strength = said.strength if self.defence.active else Strength.none(passed.loss)
         self.seen = (images if said.images is None else said.images).detach(), labels

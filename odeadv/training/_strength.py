@@ -93,7 +93,7 @@ def first_order(drive: Sequence[Tensor], grid: Grid, scheme: Scheme, eta: float,
             rise that costates of the same norms would make.
         grid: times of the nodes.
         scheme: how the drive is composed with f.
-        eta: strength, as the field has it.
+        eta: as the field has it.
         recordings: number of costates that ``drive`` is the sum of.
     """
     with torch.no_grad():
