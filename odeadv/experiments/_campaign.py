@@ -67,11 +67,10 @@ STAGES = {
             "1-new", "ablations", "cpu", (0, 1, 2), _NEW_ROWS, best=False,
             says="the new rows on the first seeds",
         ),
-        CampaignStage("2b", "mechanism", "overfit", (90,), ("pgd",), says="whether the ConvNet over-fits, a pilot"),
+        CampaignStage("2b", "mechanism-conv", "overfit", (10, 11), ("pgd",), says="whether the ConvNet over-fits"),
         CampaignStage(
-            "2d", "mechanism", "overfit", tuple(range(10, 18)),
-            tuple(f"pgd{part}:wd0.02" for part in ("", "+lad", "+lad-sm", "+lad-sm+random", "+lad+input")),
-            says="Table 2 on a ConvNet; eta and weight decay as stage 2c chooses them on validation images",
+            "2d", "mechanism-conv", "overfit", tuple(range(10, 18)), TABLES["mechanism-conv"].methods[1:],
+            says="Table 2 on a ConvNet; pilots chose eta and weight decay on validation images",
         ),
         CampaignStage(
             "3", "mechanism-trades", "mlp", tuple(range(10, 16)),
@@ -90,7 +89,8 @@ def run_stage(
 ) -> list[Failure]:
     """Run the missing runs of ``stage``, seed by seed, and copy the records when a seed is finished.
 
-    If the stage is stopped, call this function again. It skips finished runs and resumes a run from its checkpoint.
+    If the stage is stopped, call this function again. It skips runs that have a record and resumes a run from its
+    checkpoint.
 
     Args:
         stage: one of `STAGES`.
@@ -110,7 +110,11 @@ def run_stage(
         raise ValueError(f"seeds: got {unknown}, expected some of {list(stage.seeds)}")
     failed: list[Failure] = []
     for seed in chosen:
-        jobs = [job for job in stage.jobs if job.config.training.seed == seed]
+        jobs = [
+            job
+            for job in stage.jobs
+            if job.config.training.seed == seed and not (records / f"{job.config.name}.json").exists()
+        ]
         print(f"stage {stage.name}, seed {seed}: {len(jobs)} runs", file=sys.stderr, flush=True)
         found, failures = launch(jobs, runs, folder)
         failed += failures

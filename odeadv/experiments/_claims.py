@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Claim:
         table, preset: names of the table and the preset whose runs decide the claim.
         row, other: names of the rows. The difference is ``row`` minus ``other``. Both are empty if the claim is about
             the shape of a table over eta.
-        again: a second pair of rows that answers the same question. The weaker of the two readings counts.
+        again: a second pair of rows that answers the same question. The weaker of the readings counts.
+        best: a pair of rows whose weights of the best epoch are a further reading.
         dataset: name of the data set.
     """
 
@@ -39,6 +40,7 @@ class Claim:
     row: str = ""
     other: str = ""
     again: tuple[str, str] | None = None
+    best: tuple[str, str] | None = None
     dataset: str = "cifar10"
 
     @property
@@ -83,6 +85,30 @@ CLAIMS = (
     Claim(
         "LAD-SM improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}", f"pgd{_DECAY}",
         again=(f"pgd+lad-sm{_BEST}", f"pgd{_BEST}"),
+    ),
+    *(
+        Claim(
+            f"{name} improves PGD training of a ConvNet", "Table 2", "mechanism-conv", "overfit",
+            f"{row}@0.1:wd0.03", "pgd:wd0.03", best=(f"{row}@0.1:wd0.02", "pgd:wd0.02"),
+        )
+        for name, row in (("LAD", "pgd+lad"), ("LAD-SM", "pgd+lad-sm"))
+    ),
+    *(
+        Claim(text, source, "mechanism-conv", "overfit", *pair, best=pair)
+        for text, source, pair in (
+            (
+                "LAD-SM is better than LAD for PGD training of a ConvNet", "Table 2",
+                ("pgd+lad-sm@0.1:wd0.02", "pgd+lad@0.1:wd0.02"),
+            ),
+            (
+                "The direction of the costate helps a ConvNet", "implied",
+                ("pgd+lad-sm@0.1:wd0.02", "pgd+lad-sm+random@0.1:wd0.02"),
+            ),
+            (
+                "Perturbing all layers of a ConvNet is better than perturbing the input", "implied",
+                ("pgd+lad@0.1:wd0.02", "pgd+lad+input@0.3:wd0.02"),
+            ),
+        )
     ),
     Claim(
         "LAD-SM is better than LAD for PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}",
@@ -132,18 +158,25 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         return {**result, "page": None}
     if not claim.row:
         return result | _shape(results)
-    found = {(decision.row.name, decision.other.name): decision for decision in results.decisions()}
-    readings = [found[pair] for pair in ((claim.row, claim.other), claim.again) if pair in found]
+    readings = _readings(results, ((claim.row, claim.other), claim.again))
+    at_best = _readings(replace(results, weights="best"), (claim.best,)) if claim.best else {}
+    readings |= {f"{label}, at the best epoch": decision for label, decision in at_best.items()}
     if not readings:
         return result
-    weaker = min(readings, key=_pull)
-    others = [decision for decision in readings if decision is not weaker]
-    result |= _found(weaker, results)
-    result["rows"] = f"{weaker.row.label} minus {weaker.other.label}"
+    weaker = min(readings, key=lambda label: _pull(readings[label]))
+    others = ", ".join(f"{label}: {decision.contrast}" for label, decision in readings.items() if label != weaker)
+    result |= _found(readings[weaker], results)
+    result["rows"] = weaker
     if others:
-        said = ", ".join(f"{other.row.label} minus {other.other.label}: {other.contrast}" for other in others)
-        result["why"] = "; ".join(filter(None, [result["why"], f"the weaker reading; {said}"]))
+        result["why"] = "; ".join(filter(None, [result["why"], f"the weaker reading; {others}"]))
     return result
+
+
+def _readings(results: Results, pairs: Sequence[tuple[str, str] | None]) -> dict[str, Decision]:
+    """Return the decisions on the ``pairs`` of rows that have runs, by what is compared."""
+    found = {(decision.row.name, decision.other.name): decision for decision in results.decisions()}
+    chosen = [found[pair] for pair in pairs if pair in found]
+    return {f"{decision.row.label} minus {decision.other.label}": decision for decision in chosen}
 
 
 def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | None:

@@ -7,7 +7,7 @@ import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method
@@ -84,6 +84,7 @@ class Results:
         table, preset, dataset: the table, the preset and the name of the data set.
         runs: records by row name, then by seed. Rows without a run are left out.
         missing: names of the runs that lack a record.
+        weights: the weights that are compared: ``"last"``, or ``"best"`` for those of the best epoch.
     """
 
     table: Table
@@ -91,17 +92,20 @@ class Results:
     dataset: str
     runs: Mapping[str, Mapping[int, Record]]
     missing: tuple[str, ...]
-    _fits: dict[str | None, TwoWay] = field(default_factory=dict, compare=False, repr=False)
-    _images: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    weights: Literal["last", "best"] = "last"
+    _fits: dict[str | None, TwoWay] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _images: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def rows(self) -> list[Row]:
         """The rows that have at least one run, in the order of the table."""
         return [row for row in self.table.rows if row.name in self.runs]
 
-    def accuracies(self, record: Record, which: str = "last", score: str = "robust_accuracy") -> dict[str, float]:
+    def accuracies(
+        self, record: Record, weights: Literal["last", "best"] | None = None, score: str = "robust_accuracy"
+    ) -> dict[str, float]:
         """Return the clean accuracy, the accuracy per column and the mean of the columns, in %."""
-        evaluation = record["evaluations"][which][self.table.protocol]
+        evaluation = record["evaluations"][weights or self.weights][self.table.protocol]
         values = {"acc": 100 * evaluation["clean_accuracy"]}
         for column in self.table.columns:
             values[column.key] = 100 * _attack(evaluation, column)[score]
@@ -125,7 +129,7 @@ class Results:
         return there, here
 
     def primary(self, record: Record) -> float:
-        """Return the mean accuracy under the table's attacks, in %, for the last iterates and the last weights."""
+        """Return the mean accuracy under the table's attacks, in %, for the last iterates."""
         values = self.accuracies(record)
         return statistics.fmean(values[column.key] for column in self.table.columns)
 
@@ -167,7 +171,7 @@ class Results:
         The share is over the attack ``key``, or over all columns if ``key`` is None or ``"avg"``.
         """
         if (name, seed) not in self._images:
-            evaluation = self.runs[name][seed]["evaluations"]["last"][self.table.protocol]
+            evaluation = self.runs[name][seed]["evaluations"][self.weights][self.table.protocol]
             by_key: dict[str, Any] = {}
             if evaluation.get("clean_outcomes") is not None:
                 read = Evaluation.from_dict(evaluation)
@@ -247,7 +251,7 @@ class Results:
         eps = 255 * float(getattr(config.training.objective, "eps", 0.0))
         columns = [column for column in self.table.columns if column.attack == "ifgsm"]
         column = min(columns, key=lambda column: abs(column.eps_255 - eps))
-        gaps = [100 * run["epochs"][-1]["accuracy"] - self.accuracies(run)[column.key] for run in runs]
+        gaps = [100 * run["epochs"][-1]["accuracy"] - self.accuracies(run, "last")[column.key] for run in runs]
         gap, drop = statistics.fmean(gaps), None
         courses = self.validation(self.table.row(objective))
         if courses:

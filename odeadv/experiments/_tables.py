@@ -318,6 +318,30 @@ TABLES = {
             ),
         ),
         Table(
+            "mechanism-conv", "What LAD does to PGD training of a ConvNet", "eps4", _HALF,
+            (
+                Row("pgd"),
+                *(
+                    Row(method, 0.1 if "lad" in method else 1.0, weight_decay=decay)
+                    for decay, methods in (
+                        (3e-2, ("pgd", "pgd+lad", "pgd+lad-sm")),
+                        (2e-2, ("pgd", "pgd+lad", "pgd+lad-sm", "pgd+lad-sm+random")),
+                    )
+                    for method in methods
+                ),
+                # About the s of LAD, which perturbs the state before each of the three blocks.
+                Row("pgd+lad+input", 0.3, weight_decay=2e-2),
+            ),
+            datasets=("cifar10",), autoattack_255=4.0, like="table2",
+            primary=(
+                ("pgd+lad@0.1:wd0.03", "pgd:wd0.03"), ("pgd+lad-sm@0.1:wd0.03", "pgd:wd0.03"),
+                ("pgd+lad@0.1:wd0.02", "pgd:wd0.02"), ("pgd+lad-sm@0.1:wd0.02", "pgd:wd0.02"),
+                ("pgd+lad-sm@0.1:wd0.02", "pgd+lad@0.1:wd0.02"),
+                ("pgd+lad-sm@0.1:wd0.02", "pgd+lad-sm+random@0.1:wd0.02"),
+                ("pgd+lad@0.1:wd0.02", "pgd+lad+input@0.3:wd0.02"),
+            ),
+        ),
+        Table(
             "mechanism-eta", "What the strength of LAD does to PGD training", "eps4", _HALF,
             (
                 Row("pgd"),
