@@ -18,14 +18,17 @@ from odeadv.evaluation import AttackResult, Evaluation
 from odeadv.experiments import (
     CLAIMS,
     PRESETS,
+    STAGES,
     TABLES,
     RecordWarning,
     Row,
     RunConfig,
+    _campaign,
     configuration,
     configurations,
     load_records,
     rehearse,
+    run_stage,
     table_costs,
     with_eta,
     write_claims,
@@ -582,11 +585,35 @@ class TestAutoAttack:
         assert not list(tmp_path.iterdir())
 
 
+def test_a_stage_goes_on_from_records_and_starts_no_run_that_has_one(tmp_path, monkeypatch):
+    stage = STAGES["2b"]
+    names = [job.config.name for job in stage.jobs]
+    (tmp_path / f"{names[0]}.json").write_text("{}")
+    started = []
+    monkeypatch.setattr(_campaign, "launch", lambda jobs, *_: (started.extend(jobs), ([{}] * len(jobs), []))[1])
+    assert run_stage(stage, tmp_path / "runs", tmp_path, tmp_path) == []
+    assert [job.config.name for job in started] == names[1:]
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(names)
+
+
 class TestClaims:
     def test_every_claim_is_a_primary_contrast_of_its_table(self):
         for claim in CLAIMS:
             pairs = TABLES[claim.table].primary_pairs(claim.dataset)
             assert (claim.row, claim.other) in pairs if claim.row else len(pairs) > 1
+            assert {claim.again, claim.best} - {None} <= set(pairs)
+
+    def test_the_weights_of_the_best_epoch_are_a_reading_of_their_own(self):
+        claim = next(claim for claim in CLAIMS if claim.best and claim.best != (claim.row, claim.other))
+        records = made_up(TABLES[claim.table], preset=claim.preset, seeds=(10, 11, 12))
+        last = decide(claim, records)
+        assert "best epoch" not in last["why"]
+        for made in records:
+            made["evaluations"]["best"] = made["evaluations"]["last"]
+        label = "{} minus {}, at the best epoch".format(*(TABLES[claim.table].row(name).label for name in claim.best))
+        found = decide(claim, records)
+        assert label in found["why"] or label == found["rows"]
+        assert found["difference"] <= last["difference"]
 
     def test_the_committed_page_is_made_of_committed_records(self, tmp_path):
         write_claims(RESULTS / "runs", tmp_path)

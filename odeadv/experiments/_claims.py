@@ -159,7 +159,9 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     if not claim.row:
         return result | _shape(results)
     readings = _readings(results, ((claim.row, claim.other), claim.again))
-    at_best = _readings(replace(results, weights="best"), (claim.best,)) if claim.best else {}
+    runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
+    has_best = all(results.table.protocol in run["evaluations"].get("best", {}) for run in runs)
+    at_best = _readings(replace(results, weights="best"), (claim.best,)) if claim.best and has_best else {}
     readings |= {f"{label}, at the best epoch": decision for label, decision in at_best.items()}
     if not readings:
         return result
