@@ -282,7 +282,7 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
     return [
         "",
         "As the first table, for the weights of the epoch with the highest accuracy on validation images that are "
-        "neither trained nor tested on (under IFGSM-10 at 8/255 for adversarial objectives).",
+        "neither trained nor tested on (for adversarial objectives under IFGSM-10 at the radius of the training).",
         "",
         *_header(["Method", "", "epochs", *labels]),
         *lines,
