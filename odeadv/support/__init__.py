@@ -1,1 +1,1 @@
-"""Ground floor: helpers that know nothing of fields, solvers or networks. Every folder may import them."""
+"""Helpers that do not depend on fields, solvers or networks. Every folder may import them."""

@@ -1,4 +1,4 @@
-"""Checks of arguments: one policy and one wording for the whole package, ``argument: got X, expected Y``."""
+"""Checks of arguments. Every message of the package has the form ``argument: got X, expected Y``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def shown(value: object) -> str:
-    """Return ``repr(value)`` for a message, but only the type and shape of a tensor and at most 80 characters."""
+    """Return ``repr(value)`` for a message: at most 80 characters, and only the shape if ``value`` is a tensor."""
     if isinstance(value, Tensor) and value.ndim:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value.item() if isinstance(value, Tensor) and not value.is_meta else value)
@@ -25,12 +25,12 @@ def integer(name: str, value: Any, *, least: int | None = 1) -> int:
 
     Args:
         name: the argument's name, for the message.
-        value: what the caller gave.
+        value: the value that the caller gave.
         least: the smallest value allowed; None allows every integer.
 
     Raises:
-        TypeError: if ``value`` is not an integer; bool and float are not.
-        ValueError: if it is below ``least``.
+        TypeError: if ``value`` is not an integer. A bool or a float does not count as an integer.
+        ValueError: if ``value`` is below ``least``.
     """
     try:
         found = None if isinstance(value, bool | Tensor) else index(value)
@@ -51,15 +51,15 @@ def number(
 
     Args:
         name: the argument's name, for the message.
-        value: what the caller gave.
+        value: the value that the caller gave.
         least: the smallest value allowed.
-        above: the value must be larger than this.
+        above: the value must be larger than this bound.
         most: the largest value allowed.
 
     Raises:
-        TypeError: if ``value`` is not a number (bool and str are not), or a tensor that requires a gradient, which a
-            float would lose.
-        ValueError: if it is not finite or outside the range.
+        TypeError: if ``value`` is not a number (a bool or a str does not count as a number). Also if it is a tensor
+            that requires a gradient, because a float would lose the gradient.
+        ValueError: if ``value`` is not finite or outside the range.
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name}: got a tensor that requires a gradient, expected a number; no gradient would reach it")
@@ -90,7 +90,7 @@ def choice(name: str, value: Any, known: Iterable[str]) -> str:
 
     Raises:
         TypeError: if ``value`` is not a string.
-        ValueError: if it is unknown; the message names the nearest known value.
+        ValueError: if ``value`` is unknown; the message names the nearest known value.
     """
     known = tuple(known)
     expected = f"expected one of {', '.join(map(repr, known))}"
@@ -111,8 +111,8 @@ def class_indices(name: str, labels: object, n: int) -> Tensor:
     """Return ``labels`` if they are an int64 tensor with one class index for each of ``n`` images.
 
     Raises:
-        TypeError: if it is not a tensor, or of another dtype.
-        ValueError: if it has another shape.
+        TypeError: if ``labels`` is not a tensor of dtype int64.
+        ValueError: if the shape is not ``(n,)``.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, expected an int64 tensor ({n},)")

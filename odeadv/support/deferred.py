@@ -1,4 +1,4 @@
-"""Checks of values on a device, which the caller may read later: each read waits until an accelerator has caught up."""
+"""Checks of tensor values that can be read later. Each read of a value waits until the accelerator has caught up."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def deferring() -> Iterator[list[Tensor]]:
     """Collect the checks of the body instead of reading them.
 
     Yields:
-        A list that receives a 0-d bool tensor per check. The caller reads them later. If one is False, the caller runs
-        the body again without deferring, and the error is raised where it belongs.
+        A list that receives one 0-d bool tensor per check. The caller reads these tensors later. If one of them is
+        False, the caller runs the body again without `deferring`, so that the failing check raises its own error.
     """
     kept: list[Tensor] = []
     token = _KEPT.set(kept)
@@ -33,7 +33,7 @@ def is_deferring() -> bool:
 
 
 def holds(good: Tensor) -> bool:
-    """Return the value of ``good``, a 0-d bool tensor; inside `deferring` keep it for later and return True."""
+    """Return the value of the 0-d bool tensor ``good``; inside `deferring`, keep ``good`` for later and return True."""
     kept = _KEPT.get()
     if kept is None:
         return bool(good)
@@ -44,6 +44,6 @@ def holds(good: Tensor) -> bool:
 def all_finite(x: Tensor) -> Tensor:
     """Return a 0-d bool tensor: True if no entry of ``x`` is NaN or infinite.
 
-    NaN and infinity times 0 are NaN. This takes a tenth of the time of ``isfinite().all()``.
+    NaN times 0 and infinity times 0 are NaN. The product takes a tenth of the time of ``isfinite().all()``.
     """
     return (x.detach() * 0).sum() == 0

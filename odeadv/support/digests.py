@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Bytes that are looked at together: a memory-mapped array may be larger than memory.
+# Number of bytes that are read at once. A memory-mapped array may be larger than memory.
 _CHUNK = 2**24
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -21,8 +21,8 @@ def chunks(tensor: Tensor, release: Callable[[], object] | None = None) -> Itera
     """Yield ``tensor``, (n, ...), part by part.
 
     Args:
-        tensor: with at least one dimension.
-        release: called after each part, to give back the memory of a mapped file.
+        tensor: a tensor with at least one dimension.
+        release: a function that is called after each part, to give back the memory of a mapped file.
     """
     rows = max(1, _CHUNK // max(1, tensor.element_size() * tensor[:1].numel()))
     for part in torch.split(tensor, rows):
@@ -34,13 +34,13 @@ def chunks(tensor: Tensor, release: Callable[[], object] | None = None) -> Itera
 def data_digest(images: Tensor, labels: Tensor, release: Callable[[], object] | None = None) -> str:
     """Return 16 hex digits of a SHA-256 over images and labels: dtypes, shapes and values.
 
-    Floating images (n, 1 or 3 channels, h, w) that are exact 255ths have the digest of the same images as uint8 with
-    channels last.
+    Floating images (n, channels, h, w) with 1 or 3 channels may hold exact multiples of 1/255. They then have the same
+    digest as these images in uint8 with channels last.
 
     Args:
-        images: (n, ...).
-        labels: (n,).
-        release: as for `chunks`.
+        images: tensor of shape (n, ...).
+        labels: tensor of shape (n,).
+        release: see `chunks`.
     """
     digest = hashlib.sha256()
     if are_255ths(images, release):
@@ -55,14 +55,14 @@ def data_digest(images: Tensor, labels: Tensor, release: Callable[[], object] | 
 
 
 def are_255ths(images: Tensor, release: Callable[[], object] | None = None) -> bool:
-    """Return True if floating images (n, 1 or 3 channels, h, w) could have been made from uint8 without loss."""
+    """Return True if ``images``, floating (n, channels, h, w) with 1 or 3 channels, are exact multiples of 1/255."""
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] not in (1, 3):
         return False
     return all(torch.equal((255 * part).round() / 255, part) for part in chunks(images.detach(), release))
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of a SHA-256 over names, dtypes, shapes and values, in any order of the names."""
+    """Return 16 hex digits of a SHA-256 over names, dtypes, shapes and values. The order of the names has no effect."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -71,7 +71,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def add_tensor(digest: Any, tensor: Tensor, release: Callable[[], object] | None = None) -> None:
-    """Feed dtype, shape and values of ``tensor`` to a hash of hashlib; ``release`` as for `chunks`."""
+    """Feed dtype, shape and values of ``tensor`` to ``digest``, a hash of hashlib. For ``release`` see `chunks`."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     for part in chunks(tensor, release) if tensor.ndim else (tensor,):
         _add_values(digest, part)
@@ -83,12 +83,12 @@ def _add_values(digest: Any, tensor: Tensor) -> None:
 
 
 def without_addresses(value: object) -> str:
-    """Return ``repr(value)`` without the addresses in it, which differ between processes."""
+    """Return ``repr(value)`` without memory addresses, which differ between processes."""
     return _ADDRESS.sub("", repr(value))
 
 
 def function_name(value: object) -> str:
-    """Return the module and qualified name of a function; ``repr`` of other callables, without addresses."""
+    """Return the module and qualified name of a function. For other callables return ``repr`` without addresses."""
     if isinstance(value, functools.partial):
         return f"partial of {function_name(value.func)} {without_addresses((value.args, value.keywords))}"
     owner, name = getattr(value, "__self__", None), getattr(value, "__qualname__", None)
@@ -98,15 +98,16 @@ def function_name(value: object) -> str:
 
 
 def is_local(value: object) -> bool:
-    """Return True for a lambda or a function that was defined within another: such functions share their names."""
+    """Return True for a lambda or a nested function. Several such functions may have the same name."""
     return "<" in function_name(value.func if isinstance(value, functools.partial) else value)
 
 
 def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
-    """Return 16 hex digits of a SHA-256 over the parts that make the model's function.
+    """Return 16 hex digits of a SHA-256 over everything that determines the model's function.
 
-    These are the class, ``extra_repr`` and ``config`` of every submodule; its attributes that are plain data, tensors
-    or functions (by name); and names, dtypes, shapes and values of the state dict and of buffers outside it.
+    The digest covers, for every submodule, its class, its ``extra_repr``, its ``config`` and its attributes that are
+    plain data, tensors or functions (by name). It also covers names, dtypes, shapes and values of the state dict and of
+    the buffers that the state dict leaves out.
 
     Args:
         model: any module.
@@ -116,7 +117,7 @@ def model_digest(model: nn.Module, ignored: Collection[str] = ()) -> str:
     for prefix, part in model.named_modules():
         dot = f"{prefix}." if prefix else ""
         own = {name: value for name, value in plain_attributes(part).items() if dot + name not in ignored}
-        # The order of a set depends on the process.
+        # The iteration order of a set differs between processes.
         own = {
             name: sorted(value, key=repr) if isinstance(value, set | frozenset) else value
             for name, value in own.items()
@@ -148,7 +149,7 @@ def _add(digest: Any, value: object) -> None:
 
 
 def local_functions(model: nn.Module) -> list[str]:
-    """Return the full names of attributes of ``model`` that are lambdas or functions defined within another."""
+    """Return the full names of all attributes of ``model`` that are lambdas or nested functions."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, part in model.named_modules()
@@ -161,18 +162,18 @@ _INTERNAL = frozenset(vars(nn.Module()))  # torch's own attributes: hooks, param
 
 
 def plain_attributes(part: nn.Module) -> dict[str, object]:
-    """Return the attributes of ``part`` that are plain values, without those that torch keeps in every module."""
+    """Return the attributes of ``part`` that are plain values, without torch's own attributes of every module."""
     return {name: value for name, value in vars(part).items() if is_own(name) and is_plain(value)}
 
 
 def held(part: nn.Module) -> dict[str, object]:
-    """Return the attributes of ``part`` that are tensors (not buffers) or functions, without torch's own."""
+    """Return the attributes of ``part`` that are tensors (not buffers) or functions, without torch's attributes."""
     kinds = (Tensor, FunctionType, MethodType, BuiltinFunctionType, functools.partial)
     return {name: value for name, value in vars(part).items() if is_own(name) and isinstance(value, kinds)}
 
 
 def is_own(name: str) -> bool:
-    """Return True if torch does not keep an attribute of this name in modules, or in modules that it compiles."""
+    """Return True if ``name`` is not the name of one of torch's own attributes of modules or compiled modules."""
     return name not in _INTERNAL and not name.startswith("_torchdynamo_")
 
 

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 def modules_of(*functions: object, owner: object = None) -> tuple[nn.Module, ...]:
-    """Return the modules that ``functions`` run, as far as can be seen.
+    """Return the modules that ``functions`` run, as far as a search of their attributes and variables can find them.
 
-    The search looks at modules, bound methods, partial functions, the variables that a function closes over or names
-    globally, the defaults of its arguments, objects with a tuple ``modules`` (operators and fields), and the items of
-    lists, tuples, sets and dicts. It looks at the attributes of other objects, but not at the attributes of those
-    attributes.
+    The search visits modules, bound methods, partial functions, and the items of lists, tuples, sets and dicts. In a
+    function it visits the variables that it closes over, the globals that it names, and the defaults of its arguments.
+    For operators and fields it takes their tuple ``modules``. For other objects it visits their attributes, but not the
+    attributes of these attributes.
 
     Args:
-        functions: what to search.
-        owner: the object whose ``modules`` these are. A bound method leads back to it; its attributes are then looked
-            at instead.
+        functions: the objects to search.
+        owner: the object that asks for its own ``modules``. If the search reaches it through a bound method, it visits
+            its attributes, because its tuple ``modules`` does not exist yet.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()

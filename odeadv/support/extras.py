@@ -1,4 +1,4 @@
-"""Imports of optional packages: an error names the extra that brings the package."""
+"""Imports of optional packages. If a package is missing, the error names the extra that installs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Import optional packages in the body; if one is not installed, say which extra of odeadv brings it.
+    """Run a body that imports optional packages. If one is missing, the error names ``name``, the extra of odeadv.
 
     Raises:
         ModuleNotFoundError: if a package outside odeadv is not installed.

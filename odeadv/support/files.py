@@ -1,4 +1,4 @@
-"""Files that are written atomically: a reader sees the old file or the new file, never a part."""
+"""Files that are written atomically: a reader sees the old file or the new file, never an incomplete file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _INFO = "odeadv"
 
 
 class DamagedFileError(ValueError):
-    """A file that is truncated, altered, or not what its name says."""
+    """Raised if a file is truncated or altered, or was not written by odeadv."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, which replaces ``path`` when the body ends without an exception."""
+    """Yield a temporary path to write to. It replaces ``path`` if the body ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary file keeps the suffix, because matplotlib chooses the format by it.
+    # The temporary file keeps the suffix, because matplotlib chooses the file format by the suffix.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.stem}-", suffix=path.suffix)
     os.close(handle)
     partial = Path(name)
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_file(argument: str, path: Path | None) -> None:
-    """Raise OSError, naming ``argument``, if a file could not be written to ``path``; make nothing."""
+    """Raise OSError, naming ``argument``, if a file could not be written to ``path``. Do not create anything."""
     if path is None:
         return
     if path.is_dir():
@@ -50,7 +50,7 @@ def check_file(argument: str, path: Path | None) -> None:
 
 
 def check_folder(argument: str, path: Path | None) -> None:
-    """Raise OSError, naming ``argument``, if files could not be written in the folder ``path``; make nothing."""
+    """Raise OSError, naming ``argument``, if no file could be written in folder ``path``. Do not create anything."""
     if path is None:
         return
     there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
@@ -72,12 +72,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write tensors and plain data as one .safetensors file, atomically and with a checksum over both; no pickle.
+    """Write tensors and plain data to one .safetensors file, atomically, without pickle, and with a checksum of both.
 
     Args:
-        path: the file.
+        path: the file to write.
         tensors: tensors by name.
-        info: plain data, kept as JSON in the header of the file.
+        info: plain data, which the header of the file holds as JSON.
     """
     with extra("train"):
         from safetensors.torch import save_file
@@ -89,10 +89,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
+    """Read a file of `write_tensors` and return its tensors and its plain data.
 
     Raises:
-        DamagedFileError: if the file is not whole or has been altered.
+        DamagedFileError: if the file is truncated or altered, or was not written by odeadv.
         FileNotFoundError: if the file does not exist.
     """
     with extra("train"):
@@ -124,6 +124,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flush ``path`` to the disk, so that the file is never renamed before its content is written."""
+    """Flush ``path`` to the disk, so that the rename never comes before the content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Networks in evaluation mode with their batch norms folded into convolutions: equal up to rounding, and faster."""
+"""Fold the batch norms of a network in evaluation mode into its convolutions: faster, and equal up to rounding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Affine(nn.Module):
-    """scale * x + shift per channel, in one pass; its derivative needs ``scale`` only, not x.
+    """scale * x + shift per channel, in one pass. The backward pass needs ``scale`` only, so x is not kept.
 
     Args:
-        scale: (channels,).
-        shift: (channels,).
+        scale: tensor of shape (channels,).
+        shift: tensor of shape (channels,).
     """
 
     scale: Tensor
@@ -40,21 +40,21 @@ class Affine(nn.Module):
 class Folded(nn.Module):
     """``model`` in evaluation mode with folded batch norms. It equals the model up to rounding.
 
-    A batch norm goes into the weights of the convolution before it, if nothing else reads that convolution. Any other
-    batch norm becomes an `Affine`; so does one after a convolution that has hooks or whose weights are computed
-    (spectral or weight norm). A batch norm that is called by keyword stays. Scales are computed in float64 and rounded
-    once. The model is not changed, and all its other modules and parameters are shared with it.
+    A batch norm is folded into the weights of the convolution before it, if nothing else reads that convolution. Any
+    other batch norm becomes an `Affine`. A batch norm after a convolution that has hooks or computed weights (spectral
+    norm, weight norm) becomes an `Affine` too. A batch norm that is called by keyword stays. Scales are computed in
+    float64 and rounded once. ``model`` is not changed; its other modules and parameters are shared.
 
-    A pass needs evaluation mode, as attacks set it. `eval` sets the mode of the shared modules, too.
+    A forward pass needs evaluation mode, which attacks set. `eval` also sets the mode of the shared modules.
 
     Args:
-        model: in any mode. It is traced in evaluation mode by torch.fx.
+        model: a module in any mode. torch.fx traces it in evaluation mode.
 
     Attributes:
         count: number of batch norms that are folded.
 
     Raises:
-        ValueError: if torch.fx cannot trace the model's forward, for example because it branches on values.
+        ValueError: if torch.fx cannot trace the model's forward, for example if it branches on values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,13 +91,13 @@ class Folded(nn.Module):
         self.follow()
 
     def follow(self) -> None:
-        """Fold the weights and statistics that the model has now."""
+        """Fold the current weights and statistics of the model again."""
         with torch.no_grad():
             for fold in self._folds:
                 fold.follow()
 
     def forward(self, images: Tensor) -> Any:
-        """Return what the model returns in evaluation mode.
+        """Return the output of the model in evaluation mode.
 
         Raises:
             ValueError: in training mode.
@@ -109,13 +109,13 @@ class Folded(nn.Module):
 
 class _FoldTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return True for modules of torch, and for batch norms that say that they are torch's in evaluation mode."""
+        """Return True for torch's modules and for batch norms that declare to equal torch's in evaluation mode."""
         return getattr(m, "plain_in_evaluation", False) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass(frozen=True)
 class _Fold:
-    """A batch norm, the convolution that it goes into (None: an `Affine`), and the module that replaces both."""
+    """A batch norm, the convolution that absorbs it (None for an `Affine`), and the module that replaces both."""
 
     norm: Any
     convolution: Any
@@ -133,7 +133,7 @@ class _Fold:
         return cls(norm, convolution, module)
 
     def follow(self) -> None:
-        """Write the scale and shift of the norm, or the weights of the convolution with both, to the module."""
+        """Write the norm's current scale and shift to the `Affine`, or to the weights and bias of the convolution."""
         scale, shift = _affine(self.norm)
         module, convolution = self.module, self.convolution
         if isinstance(module, Affine):
@@ -147,12 +147,12 @@ class _Fold:
 
 
 def _plain_weight(convolution: nn.Module) -> bool:
-    """Return True if its weight is a parameter that nothing recomputes before a pass."""
+    """Return True if the weight of ``convolution`` is a parameter that no hook recomputes before a pass."""
     return "weight" in convolution._parameters and not (convolution._forward_pre_hooks or convolution._forward_hooks)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Return scale and shift of a batch norm in evaluation mode, (channels,) in float64."""
+    """Return scale and shift of a batch norm in evaluation mode, each of shape (channels,) in float64."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = (variance + norm.eps).rsqrt()
     if norm.affine:

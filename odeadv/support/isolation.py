@@ -1,4 +1,4 @@
-"""Running a user's modules without leaving a trace: modes, buffers and random state come back as they were."""
+"""Run a user's modules without side effects: modes, buffers and random state are restored."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _in_segment: ContextVar[bool] = ContextVar("in_segment", default=False)
 
 @contextlib.contextmanager
 def untouched(*modules: nn.Module, mode: Mode = "unchanged") -> Iterator[None]:
-    """Run the body on ``modules`` and put their modes and buffers back afterwards, exceptions included.
+    """Run the body, then restore the modes and buffers of ``modules``, also after an exception.
 
-    Buffers (batch-norm running statistics among them) are swapped for copies inside the body, so the original
-    tensors are never written: their values, identities and autograd versions stay what they were.
-    ``requires_grad`` and ``.grad`` are not touched; use `torch.autograd.grad` in the body to keep it so.
+    Inside the body the buffers (such as the running statistics of batch norms) are replaced by copies. The original
+    tensors are never written, so their values, identities and autograd versions do not change.
+    ``requires_grad`` and ``.grad`` are not protected; use `torch.autograd.grad` in the body to leave them unchanged.
 
     Args:
-        modules: the modules to protect; one given twice (or inside another) is protected once.
-        mode: ``"eval"`` or ``"train"`` sets every submodule's mode inside the body; ``"unchanged"`` sets none.
+        modules: the modules to protect. A module that is given twice, or is part of another, is protected once.
+        mode: ``"eval"`` or ``"train"`` sets the mode of every submodule inside the body; ``"unchanged"`` sets no mode.
     """
     choice("mode", mode, ("eval", "train", "unchanged"))
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
@@ -51,7 +51,7 @@ def untouched(*modules: nn.Module, mode: Mode = "unchanged") -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_effects(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Evaluate inside without effect: buffers of ``modules`` and the global random state come back as they were."""
+    """Run the body, then restore the buffers of ``modules`` and the global random state."""
     cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with untouched(*modules), torch.random.fork_rng(devices=cuda):
         yield
@@ -59,20 +59,20 @@ def without_effects(modules: Sequence[nn.Module], device: torch.device) -> Itera
 
 @contextlib.contextmanager
 def differentiating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Differentiate inside, whatever the caller's grad mode, and without effect on buffers and random state.
+    """Run the body with autograd on, in any grad mode of the caller, then restore buffers and random state.
 
-    A `torch.Generator` or a Python attribute that a module keeps to itself is not protected.
+    A module's `torch.Generator` and its Python attributes are not protected.
     """
-    # Leaving inference mode comes first: buffers copied within it could not be used for a backward pass.
+    # Inference mode is left first: buffers that are copied inside it could not be used for a backward pass.
     with torch.inference_mode(False), torch.enable_grad(), without_effects(modules, device):
         yield
 
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Run the body under ``no_grad`` where the caller is in inference mode, and as it is elsewhere.
+    """Run the body under ``no_grad`` if the caller is in inference mode. Otherwise change nothing.
 
-    Inference mode does not count what is written to a tensor, so functions that write to a state go unseen there.
+    Inference mode does not count the writes to a tensor, so functions that write to a state would not be detected.
     """
     if not torch.is_inference_mode_enabled():
         yield
@@ -82,7 +82,7 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 class RandomState:
-    """The global random state, of the CPU and of ``device`` if that is a CUDA device, as it is when this is made."""
+    """A copy of the global random state of the CPU, and of ``device`` if it is a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -97,13 +97,13 @@ class RandomState:
 
 
 class Replay:
-    """Calls that draw the random numbers of the first of them and meet the same buffers.
+    """Repeats a computation: every call draws the random numbers of the first call and sees the same buffers.
 
-    The random state goes on as after one call; buffers stay what they are.
+    After the calls the random state is the one after a single call. The buffers do not change.
 
     Args:
-        modules: whose buffers the calls may write to.
-        device: where they draw.
+        modules: the modules with buffers that the calls may write to.
+        device: the device on which the calls draw random numbers.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
@@ -122,7 +122,7 @@ class Replay:
 
 
 class Buffers:
-    """The buffers of ``modules`` as they are when this is made."""
+    """Copies of the buffers of ``modules``, made by the constructor."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         parts = dict.fromkeys(part for module in modules for part in module.modules())
@@ -134,22 +134,23 @@ class Buffers:
         ]
 
     def put_back(self) -> None:
-        """Give the modules copies of them; the tensors they have now are not written to."""
+        """Replace the buffers of the modules by copies of the kept values. Their current tensors are not written."""
         for part, name, value in self._values:
             part._buffers[name] = value.clone()
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """Runs a loop in segments whose autograd graph is not kept: the backward pass runs each segment again.
+    """Runs a loop in segments and does not keep their autograd graphs: the backward pass runs each segment again.
 
-    The second run draws the same random numbers and sees the buffers of the first one, so gradients are the same bit
-    for bit, and both are left as they were. Apart from the states between segments, one segment is in memory at a time.
+    The second run draws the same random numbers and sees the same buffers as the first run, so the gradients are
+    bit-identical. It then restores the random state and the buffers. Only the states between segments and one segment
+    are in memory at a time.
 
     Attributes:
-        every: number of steps of a segment.
-        modules: modules whose buffers the steps may write to.
-        memory: lists that the steps may change, such as what a costate remembers of the step before.
+        every: number of steps per segment.
+        modules: modules with buffers that the steps may write to.
+        memory: lists that the steps may change, such as the values that a costate keeps from the previous step.
     """
 
     every: int
@@ -157,7 +158,7 @@ class Recompute:
     memory: Sequence[list[Any]] = ()
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
-        """Return ``function(*args)``."""
+        """Return ``function(*args)``, run as one segment."""
         result: T = checkpoint(function, *args, use_reentrant=False, context_fn=self._contexts)
         return result
 
@@ -166,7 +167,7 @@ class Recompute:
 
 
 class _Segment(contextlib.ExitStack):
-    """Run the body as a segment. It can be entered many times."""
+    """Run the body as a segment. The object can be entered many times."""
 
     def __enter__(self) -> _Segment:
         self.callback(_in_segment.reset, _in_segment.set(True))
@@ -174,7 +175,7 @@ class _Segment(contextlib.ExitStack):
 
 
 class _Again(_Segment):
-    """Run the body as a segment, with the buffers and the memory of this moment, and put both back afterwards."""
+    """Run the body as a segment with the buffers and the memory of the first run, and restore both afterwards."""
 
     def __init__(self, segments: Recompute) -> None:
         super().__init__()
@@ -192,9 +193,9 @@ class _Again(_Segment):
 
 
 def graph_kept() -> contextlib.AbstractContextManager[Any]:
-    """Keep the graph of the body, which is differentiated at once, if it is part of a segment of `Recompute`.
+    """Keep the autograd graph of the body if the body is part of a segment of `Recompute`.
 
-    Otherwise each differentiation would run its segment again from the beginning.
+    Use it for a graph that is differentiated at once. Without it each derivative would run the whole segment again.
     """
     if not _in_segment.get():
         return contextlib.nullcontext()
@@ -202,15 +203,15 @@ def graph_kept() -> contextlib.AbstractContextManager[Any]:
 
 
 def inside_transform() -> bool:
-    """Return True inside a torch.func transform (vmap, grad, jvp, ...), where leaves cannot be made."""
+    """Return True inside a torch.func transform (vmap, grad, jvp, ...), where autograd leaves cannot be made."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def read_value(value: Tensor, argument: str) -> float:
-    """Return ``value`` as a float, for a decision that ``argument`` asks for.
+    """Return the 0-d tensor ``value`` as a float, for a decision that the solver makes because of ``argument``.
 
     Raises:
-        ValueError: naming ``argument``, inside torch.func.vmap, where values cannot be read.
+        ValueError: inside torch.func.vmap, where values cannot be read. The message names ``argument``.
     """
     try:
         return float(value)
@@ -224,10 +225,10 @@ def read_value(value: Tensor, argument: str) -> float:
 
 
 def version(x: Tensor) -> int:
-    """Return the number of writes to ``x``; -1 in inference mode and under torch.compile, where it is not known."""
+    """Return the number of writes to ``x``, or -1 in inference mode and under torch.compile, which do not count."""
     if torch.compiler.is_compiling():
         return -1
-    while is_wrapped(x):  # within a torch.func transform: the tensor of the values knows
+    while is_wrapped(x):  # inside a torch.func transform only the innermost tensor counts its writes
         x = torch._C._functorch.get_unwrapped(x)
     return -1 if x.is_inference() else x._version
 
@@ -236,10 +237,10 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_unmodified(name: str, x: Tensor, before: int) -> None:
-    """Refuse a user's function ``name`` that wrote to the state ``x``, whose old value is still needed.
+    """Raise an error if the user's function ``name`` wrote to the state ``x``, because its old value is still needed.
 
     Raises:
-        ValueError: if the `version` of ``x`` is not ``before`` any more.
+        ValueError: if the `version` of ``x`` differs from ``before``.
     """
     if before >= 0 and version(x) != before:
         raise ValueError(f"{name}: modifies the state in place; return a new tensor (for a module, inplace=False)")

@@ -1,4 +1,4 @@
-"""GMRES, for linear systems that are known by their products only."""
+"""GMRES, for linear systems A x = b with a matrix A that is given by its products A v only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ def gmres(
 ) -> tuple[Tensor, bool, int]:
     """Solve A x = b by restarted GMRES (Saad and Schultz 1986, SIAM J. Sci. Stat. Comput. 7).
 
-    For a right preconditioner M, pass the product with A M and multiply the result by M: the residual stays that of
-    the system itself.
+    For a right preconditioner M, pass the product with A M and multiply the result by M. The residual is then still
+    the residual of A x = b.
 
     Args:
         product: ``product(v)`` returns A v, of the shape of ``v``.
         b: the right-hand side, a real vector.
-        rtol: the residual to reach, as a fraction of the norm of ``b``.
-        enough: the residual that counts as a solution, if the iteration stops early; by default twice ``rtol``.
+        rtol: the norm of the residual to reach, as a fraction of the norm of ``b``.
+        enough: the largest norm of the residual that still counts as solved, as a fraction of the norm of ``b``; by
+            default twice ``rtol``.
         restart: largest number of basis vectors that are kept.
         most: largest number of products.
 
     Returns:
-        The solution, whether its residual is small enough, and the number of products.
+        The solution, True if its residual is small enough, and the number of products.
     """
     x, residual, products = torch.zeros_like(b), b, 0
     size = whole = float(b.norm())
@@ -44,7 +45,7 @@ def gmres(
             known = torch.stack(basis)
             h = known @ w
             w = w - h @ known
-            again = known @ w  # once is not enough: the basis would lose its orthogonality
+            again = known @ w  # a single orthogonalisation is too inexact: the basis would lose its orthogonality
             w = w - again @ known
             length = w.norm()
             columns.append(torch.cat([h + again, length[None]]))

@@ -1,4 +1,4 @@
-"""Derivatives of a map at a point as products: J v and J^T a, never J."""
+"""Products with the Jacobian J of a map at a point: J v and J^T a. The matrix J is never formed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 class Linearised:
-    """The map ``g`` at ``x``: its value, and products with its Jacobian J, all from one evaluation.
+    """The value g(x) and products with the Jacobian J of ``g`` at ``x``, all from one evaluation of ``g``.
 
-    J^T w is linear in w, so J v is its derivative with respect to w: two backward passes. They work for everything that
-    can be differentiated twice, including batch norm in training mode, which forward-mode differentiation refuses. For
-    a complex state J^T is the adjoint of J in the real inner product.
+    J^T w is linear in w, and J v is the derivative of J^T w with respect to w, in the direction v. J v therefore takes
+    two backward passes. They work for every ``g`` that can be differentiated twice. An example is batch norm in
+    training mode, which forward-mode differentiation rejects. For a complex state J^T is the adjoint of J in the real
+    inner product.
 
     Args:
-        g: the map. Make the object while autograd is on.
-        x: the point.
+        g: the map. Autograd must be on when the object is made.
+        x: the point at which ``g`` is evaluated.
     """
 
     def __init__(self, g: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -49,7 +50,7 @@ class Linearised:
 
 
 def gradient(y: Tensor, x: Tensor, weights: Tensor, *, keep: bool = False) -> Tensor:
-    """Return the product of ``weights`` with the Jacobian of ``y`` by ``x``; with ``keep`` it is in the graph."""
+    """Return J^T ``weights`` for the Jacobian J of ``y`` with respect to ``x``; ``keep`` keeps it in the graph."""
     result: Tensor
     (result,) = torch.autograd.grad(
         y, x, weights, retain_graph=True, create_graph=keep, allow_unused=True, materialize_grads=True

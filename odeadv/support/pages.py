@@ -1,4 +1,4 @@
-"""Pages of results: Markdown tables, figures that pyplot does not know, and data that JSON can hold."""
+"""Pages of results: Markdown tables, figures that are made without pyplot, and data that JSON can hold."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> list[str]:
-    """Return the lines of a Markdown table. Bars and line breaks within cells are made safe.
+    """Return the lines of a Markdown table. Vertical bars and line breaks within cells are escaped, see `cell`.
 
     Args:
         head: titles of the columns.
         rows: cells as text, one sequence per row.
-        numbers: the last ``numbers`` columns are aligned to the right.
+        numbers: how many of the last columns are aligned to the right.
     """
     rules = ["---"] * (len(head) - numbers) + ["---:"] * numbers
     lines = [_line(map(cell, head)), _line(rules)]
@@ -29,7 +29,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, number
 
 
 def cell(text: str) -> str:
-    """Return ``text`` so that it stays within one cell of a Markdown table."""
+    """Return ``text`` for one cell of a Markdown table: vertical bars escaped, line breaks replaced by spaces."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -38,9 +38,9 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of that size in inches.
+    """Return an empty figure of ``width`` times ``height`` inches.
 
-    It is made without pyplot, which would keep every figure alive and may open windows.
+    pyplot is not used, because it would keep every figure in memory and may open windows.
     """
     with extra("plot"):
         from matplotlib.figure import Figure
@@ -49,9 +49,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(path: Path, figure: Figure, *, dpi: int = 120) -> None:
-    """Write ``figure`` to ``path``, atomically; the suffix chooses the format.
+    """Write ``figure`` to ``path``, atomically, in the format of the suffix.
 
-    The file names neither a date nor a version of matplotlib, so that equal data give an equal file.
+    A .png file contains neither a date nor the version of matplotlib, so equal data give an equal file.
     """
     with extra("plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,7 +64,7 @@ def save_figure(path: Path, figure: Figure, *, dpi: int = 120) -> None:
 def finite(value: Any) -> Any:
     """Return ``value`` as data that JSON can hold: dataclasses as dictionaries, NaN and infinity as None.
 
-    An object with a method ``to_dict`` is asked for its own dictionary.
+    If an object has a method ``to_dict``, the result of that method is converted.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -8,9 +8,9 @@ import torch
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """Return False for a CPU without instructions for bfloat16, such as one with AVX2 alone.
+    """Return False if ``device`` is a CPU without instructions for bfloat16, such as a CPU with AVX2 only.
 
-    Other devices, and versions of torch that cannot tell, count as native.
+    For other devices the result is True. It is also True if this version of torch does not have the test.
     """
     if device.type != "cpu":
         return True
@@ -19,12 +19,12 @@ def bf16_is_native(device: torch.device) -> bool:
 
 
 def warn_of_imitated_bf16(argument: str, device: torch.device, instead: str) -> None:
-    """Warn if torch imitates bfloat16 on ``device``, where it is about ten times slower than float32, not faster.
+    """Warn if torch only imitates bfloat16 on ``device``, which is about ten times slower than float32.
 
     Args:
         argument: the argument that asked for bfloat16.
         device: the device of the computation.
-        instead: the value to choose instead.
+        instead: the value that the warning recommends.
     """
     if not bf16_is_native(device):
         warnings.warn(

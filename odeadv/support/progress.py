@@ -1,4 +1,4 @@
-"""Progress lines: a bar with the time left on a terminal or in a notebook, one line per minute elsewhere."""
+"""Progress with the time left: a bar on a terminal or in a notebook, otherwise one line per minute."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _EVERY_LIVE, _EVERY_PIPED = 0.5, 60.0
 class ProgressLine:
     """A ``progress`` callback that shows how much is done and how long the rest will take.
 
-    On a terminal or in a notebook it is a bar of tqdm; elsewhere it prints one line per minute. The rate is measured
-    from the first call on, so work that an earlier run finished does not count as fast.
+    On a terminal or in a notebook it is a bar of tqdm. Otherwise it prints one line per minute. The rate is measured
+    from the first call on, so work that an earlier run finished does not raise the rate.
 
     Args:
-        label: printed first.
-        unit: of the counts.
-        stream: the stream to print to; the standard error by default.
+        label: text at the start of the line.
+        unit: name of one counted item.
+        stream: the stream to print to; by default the standard error.
         every: seconds between two lines if the stream is not a terminal.
     """
 
@@ -41,9 +41,9 @@ class ProgressLine:
             self._bar.set_postfix_str(text, refresh=False)
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` are done."""
+        """Show that ``done`` of ``total`` items are done."""
         with extra("evaluate"):
-            from tqdm.auto import tqdm  # imported here: it takes a tenth of a second
+            from tqdm.auto import tqdm  # imported here, because the import takes a tenth of a second
 
         stream = self._stream or sys.stderr
         now = time.monotonic()
@@ -68,7 +68,7 @@ class ProgressLine:
             print(f"{line} {self._note}".rstrip(), file=stream, flush=True)
 
     def write(self, text: str) -> None:
-        """Print ``text`` on a line of its own, above the bar if there is one."""
+        """Print ``text`` on a separate line, above the bar if the stream shows a bar."""
         stream = self._stream or sys.stderr
         if self._bar is not None:
             self._bar.write(text, file=stream)

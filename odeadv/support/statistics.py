@@ -1,4 +1,4 @@
-"""Intervals and tests of accuracies, computed by SciPy, which is imported when one is needed."""
+"""Confidence intervals and tests of accuracies. SciPy computes them, and is imported by the first call only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from odeadv.support.extras import extra
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of an accuracy of ``correct`` out of ``n`` >= 1 (Wilson 1927)."""
+    """Return the ends of the 95 % Wilson score interval of the accuracy ``correct / n``, ``n`` >= 1 (Wilson 1927)."""
     with extra("evaluate"):
         from scipy.stats import binomtest
 
@@ -15,7 +15,7 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def exact_p_value(b: int, c: int) -> float:
-    """Return the two-sided p-value of b against c under a fair coin, by the exact binomial test."""
+    """Return the two-sided p-value of the exact binomial test that ``b`` and ``c`` are the counts of a fair coin."""
     with extra("evaluate"):
         from scipy.stats import binomtest
 
