@@ -360,7 +360,6 @@ class _Krylov:
             )
         self.c, self._equation, self._y = equation.c, equation, y
         self._linear = _Jacobian(equation, y)
-        self._transposed_precondition: Function | None = None
 
     def step(self, x: Tensor) -> Tensor | None:
         """Return the solution to a few digits, for Newton's iteration; None if GMRES fails."""
