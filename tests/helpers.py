@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,7 @@ from odeadv.data import load
 from odeadv.models import PreActResNet, preact_resnet
 
 EPS = 8 / 255
+COMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # what compile_solver needs, torch 2.13
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import COMPILES
 from torch import Tensor
 
 import odeadv
@@ -16,6 +17,7 @@ from odeadv.fields import Piecewise
 from odeadv.solver import CompileWarning, _loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
+compiles = pytest.mark.skipif(not COMPILES, reason="compile_solver needs torch 2.13")
 X0 = torch.linspace(-1, 1, 6, dtype=torch.float64)
 MATRIX = 0.3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -63,6 +65,7 @@ def _short_iterations(monkeypatch):
     monkeypatch.setattr(_loop, "OPERATIONS", 100)
 
 
+@compiles
 class TestValues:
     def test_code_has_the_values_and_gradients_of_solve(self):
         matrix = MATRIX.clone().requires_grad_()
@@ -116,6 +119,7 @@ class TestValues:
         assert torch.allclose(*products, rtol=1e-12)
 
 
+@compiles
 class TestCompilation:
     def test_steps_spans_and_rounding_ask_for_no_other_graph(self):
         backend = CountingBackend()
@@ -162,6 +166,7 @@ class TestCompilation:
             torch.compile(lambda: loop(pair[0], pair[1]), backend="eager", fullgraph=True)()
 
 
+@compiles
 class TestRepeatedCalls:
     """Calls with the arguments of the latest call skip the checks of these arguments."""
 
@@ -198,6 +203,7 @@ class TestMessages:
         with pytest.raises(ValueError, match=r"^dt: got 'adaptive'"):
             odeadv.compile_solver(lambda t, x: -x, dt="adaptive")
 
+    @compiles
     def test_of_calls(self):
         solver = odeadv.compile_solver(lambda t, x: -x, dt=0.3, backend="eager")
         with pytest.raises(ValueError, match=r"^dt: 0\.3 does not divide"):
@@ -210,6 +216,12 @@ class TestMessages:
             odeadv.compile_solver(lambda t, x: torch.rand_like(x))(X0, (0.0, 1.0), steps=2)
         with pytest.raises(odeadv.SolveError, match="NaN or infinite"):
             odeadv.compile_solver(lambda t, x: math.inf * x, dt=0.5, backend="eager")(X0, (0.0, 1.0))
+
+
+def test_an_older_torch_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, *, fullgraph=False, backend="inductor": model)
+    with pytest.raises(ValueError, match=r"^torch: got version .*, expected 2\.13 or newer"):
+        odeadv.compile_solver(lambda t, x: -x)(X0, (0.0, 1.0), steps=2)
 
 
 def test_complex_states_are_refused_before_work():

@@ -144,7 +144,7 @@ class CompiledSolver:
             throw: raise if the solve fails.
 
         Raises:
-            TypeError, ValueError: for arguments that do not fit, by name.
+            TypeError, ValueError: for arguments that do not fit, by name; for a torch older than 2.13.
             SolveError: if the result is not finite and ``throw`` is set.
         """
         size = {"dt": self._dt if dt is None and steps is None else dt, "steps": steps}

@@ -8,6 +8,7 @@ field depends on, and turns the tensors that the field closes over into inputs. 
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import sys
@@ -56,9 +57,16 @@ class Steps:
     Args:
         step: see `StepFunction`.
         options: for `torch.compile`.
+
+    Raises:
+        ValueError: if this version of torch cannot compile a solver.
     """
 
     def __init__(self, step: StepFunction, options: dict[str, Any]) -> None:
+        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+            raise ValueError(
+                f"torch: got version {torch.__version__}, expected 2.13 or newer to compile a solver; use odeadv.solve"
+            )
         self._options = options
         self._capture = torch.compile(step, **{**_OWN_GRAPHS, "backend": self._bind, "dynamic": False})
         self._given: Tensors = ()
