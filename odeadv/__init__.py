@@ -1,9 +1,12 @@
 """odeadv: layer-wise adversarial defence as an ODE, dx/dt = f(t, x) + eta * dL/dx, and splitting solvers for it.
 
-``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and adversarial fields;
-``odeadv.models`` has residual networks that are such fields; ``odeadv.attacks`` and ``odeadv.evaluate`` measure
-robust accuracy. ``odeadv.data``, ``odeadv.training``, ``odeadv.diagnostics``, ``odeadv.audit`` and
-``odeadv.experiments`` are imported when they are first used, and so are the packages that plots and training need.
+Here x is the state of a residual network at depth t, f is a residual block, L is the loss and eta is the strength of
+the adversarial term. ``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and adversarial
+fields. ``odeadv.models`` has residual networks that are such fields. ``odeadv.attacks`` and ``odeadv.evaluate``
+measure robust accuracy.
+
+``odeadv.data``, ``odeadv.training``, ``odeadv.diagnostics``, ``odeadv.audit`` and ``odeadv.experiments`` are imported
+when they are first used. The packages that plots and training need are also imported on first use.
 """
 
 import importlib
@@ -69,13 +72,13 @@ if TYPE_CHECKING:
     from odeadv import experiments as experiments
     from odeadv import training as training
 
-# They are not in __all__, because `from odeadv import *` would import them.
+# These folders are not in __all__, because `from odeadv import *` would import them.
 _ON_DEMAND = ("audit", "data", "diagnostics", "experiments", "training")
 _FOLDERS = ("costate", "evaluation", "fields", "solver", "splitting")
 
 
 def __getattr__(name: str) -> object:
-    """Import, on first use, a folder that is slow to import."""
+    """Import a folder that is slow to import, on its first use."""
     if name in _ON_DEMAND:
         return importlib.import_module(f"odeadv.{name}")
     raise AttributeError(f"module 'odeadv' has no attribute {name!r}")

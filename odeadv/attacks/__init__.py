@@ -1,12 +1,12 @@
-"""Attacks on any module that maps images in [0, 1] to logits, and choosing among their results.
+"""Attacks on any module that maps images in [0, 1] to logits, and the choice among attacked images.
 
 `fgsm`, `ifgsm`, `pgd`, `apgd` and `apgd_t` follow gradients. `square` only needs logits. `transfer` attacks other
 models, and `worst_of` chooses among attacked images.
 
 An attack is made of small parts: a start (`_start`), a loss with its gradient (`objective`, `_losses`), steps and
-projections (`balls`), and a choice among everything that was tried (`Best` in `_setting`). `_setting` checks the
-arguments and restores the model afterwards: modes, buffers, ``requires_grad``, ``.grad`` and torch's global random
-state. This package imports torch and `odeadv.support`.
+projections (`balls`), and a choice among all tried images (`Best` in `_setting`). `_setting` checks the arguments. It
+restores the model's modes, buffers, ``requires_grad`` and ``.grad`` afterwards, and torch's global random state. This
+package imports torch and `odeadv.support`.
 """
 
 from odeadv.attacks._apgd import apgd, apgd_t

@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient ascent with momentum that chooses its own step sizes; and its targeted form."""
+"""Auto-PGD (projected gradient ascent with momentum that chooses its step sizes) and its targeted form."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ def apgd(
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """Attack with Auto-PGD: steps with momentum, whose length halves when the loss stops rising.
+    """Attack with Auto-PGD: steps with momentum; the step size is halved if the loss stops rising.
 
-    With P the projection, x_0 the start, eta = 2 eps at first, and s(x, eta) the step of length eta of `ifgsm`::
+    Let P be the projection to the ball and x_0 the start. Let s(x, eta) be x after a step of length eta of `ifgsm`,
+    with eta = 2 ``eps`` at first. The iterates are::
 
         z_{k+1} = P(s(x_k, eta))
         x_{k+1} = P(x_k + 0.75 (z_{k+1} - x_k) + 0.25 (x_k - x_{k-1})),   x_1 = z_1.
 
-    An example is reviewed at iteration w_j = ceil(p_j * steps), p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1}
-    - 0.03, 0.06). Its eta is halved, and it returns to its point of highest loss, in two cases: the loss rose in fewer
-    than ``rho`` of the steps since w_{j-1}; or neither eta nor the highest loss has changed. Source: Croce and Hein
-    2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
-    Algorithm 1.
+    Each example is reviewed at the iterations w_j = ceil(p_j * steps), with p_0 = 0, p_1 = 0.22 and
+    p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06). A review halves its eta and moves it back to its point of highest
+    loss in two cases: the loss rose in fewer than the share ``rho`` of the steps since w_{j-1}; or neither eta nor the
+    highest loss has changed since then. Source: Croce and Hein 2020, "Reliable evaluation of adversarial robustness
+    with an ensemble of diverse parameter-free attacks", Algorithm 1.
 
     Args:
         model: as for `fgsm`.
@@ -65,18 +66,19 @@ def apgd(
         target: as for `fgsm`.
         start: as for `ifgsm`.
         restarts: number of runs, each from its own start, on the examples that are not fooled yet.
-        rho: the share of rising steps below which the step size is halved, in [0, 1].
-        variant: ``"paper"`` follows Algorithm 1. ``"autoattack"`` follows the authors' code: reviews are at other
-            iterations unless ``steps`` is 100, and its count of rising steps differs (see the page on attacks). From
+        rho: threshold in [0, 1]: the step size is halved if a smaller share of the steps raised the loss.
+        variant: ``"paper"`` follows Algorithm 1. ``"autoattack"`` follows the authors' code, which reviews at other
+            iterations unless ``steps`` is 100, and counts rising steps in another way (see the page on attacks). From
             the same start it ends with AutoAttack's outcomes.
         eot: as for `fgsm`.
         mode: as for `fgsm`.
         tally: as for `fgsm`.
 
     Returns:
-        The attacked images, like those of `fgsm`: per example the first iterate (including the start) that fools the
-        model, or, if there is none, the iterate of highest loss. A fooled example leaves the batch at the next review,
-        unless some part of the model is in training mode.
+        The attacked images, with the properties that `fgsm` states. For each example this is the first iterate that
+        fools the model (the start counts as an iterate). If no iterate fools it, the iterate of highest loss is
+        returned. A fooled example leaves the batch at the next review, unless some part of the model is in training
+        mode.
 
     Raises:
         TypeError: as `fgsm`.
@@ -116,8 +118,8 @@ def apgd_t(
 
     The target of run k is the class with the (k + 1)-th largest logit of the clean image, k = 1, ..., ``targets``.
     Any wrong class counts as fooled, and fooled examples take no part in later runs. Images that the model gets wrong
-    without an attack are returned as they are. With the defaults and the same starts, the outcomes are those of
-    AutoAttack's APGD-T. (AutoAttack draws its starts in another way.) Source: Croce and Hein 2020, Section 4; the
+    without an attack are returned unchanged. With the defaults and the same starts, the outcomes equal the outcomes of
+    AutoAttack's APGD-T. (AutoAttack draws its starts in another way.) Sources: Croce and Hein 2020, Section 4; the
     authors' code, https://github.com/fra31/auto-attack.
 
     Args:
@@ -127,7 +129,7 @@ def apgd_t(
         eps: as for `fgsm`.
         generator: as for `fgsm`.
         steps: as for `apgd`.
-        targets: number of target classes; at most all classes but the label's are tried.
+        targets: number of target classes. If it exceeds the number of wrong classes, all wrong classes are tried.
         norm: as for `fgsm`.
         loss: as for `fgsm`, without ``"kl"``. ``"dlr"`` needs at least four classes; with fewer, take ``"margin"``.
         start: as for `ifgsm`.
@@ -157,7 +159,7 @@ def apgd_t(
         attack.reseed()
         scores = attack.loss.evaluate(attack.images)
         wrong = attack.loss.fooled(scores)
-        # The clean image is returned only if it is wrong: its loss is without a target and cannot be compared.
+        # A clean image is returned only if the model gets it wrong. Its loss has no target, so it cannot be compared.
         best.offer(attack.images, torch.full_like(scores.losses, -torch.inf), wrong)
         ranked = scores.logits.argsort(dim=1, descending=True)
         for rank in range(1, min(targets, ranked.shape[1] - 1) + 1):
@@ -173,9 +175,9 @@ class _Schedule:
 
     Attributes:
         steps: number of steps.
-        rho: the share of rising steps below which the step size is halved.
+        rho: the step size is halved if a smaller share of the steps raised the loss.
         reviews: the iterations w_1 < w_2 < ... at which step sizes are reviewed.
-        paper: True for Algorithm 1; False for the authors' code.
+        paper: True for Algorithm 1; False for the rules of the authors' code.
     """
 
     steps: int
@@ -193,7 +195,7 @@ def _schedule(steps: int, rho: float, variant: Variant) -> _Schedule:
 
 def checkpoints(steps: int) -> tuple[int, ...]:
     """Return the iterations w_1 < w_2 < ... <= ``steps`` at which the paper reviews step sizes."""
-    # In hundredths, so that ceil does not round 57.00000000000001 up.
+    # p is counted in hundredths. With floats, ceil would round 57.00000000000001 up to 58.
     before, p, reviewed = 0, 22, []
     while p <= 100:
         reviewed.append(-(-p * steps // 100))
@@ -203,7 +205,7 @@ def checkpoints(steps: int) -> tuple[int, ...]:
 
 def autoattack_checkpoints(steps: int) -> tuple[int, ...]:
     """Return the iterations at which the authors' code reviews step sizes: sums of truncated periods."""
-    # The same float products as in the authors' code, because int() of them decides.
+    # The float products must be the same as in the authors' code, because int() truncates them.
     period, shorter, shortest = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     reviewed, last = [], period
     while last <= steps:
@@ -214,20 +216,20 @@ def autoattack_checkpoints(steps: int) -> tuple[int, ...]:
 
 
 class _ApgdState(NamedTuple):
-    """One run between two iterations; every part has one row per example.
+    """The state of one run between two iterations; every tensor has one row per example.
 
     Attributes:
         x: x_k.
         before: x_{k-1}.
         gradient: the gradient at x_k.
-        loss: the loss that the next one must exceed to count as a rise.
+        loss: the next step counts as rising if its loss exceeds this loss.
         eta: step sizes, (n, 1, ...).
         top: the point of highest loss so far.
-        top_gradient: the gradient there.
-        top_loss: the loss there.
+        top_gradient: the gradient at ``top``.
+        top_loss: the loss at ``top``.
         rises: number of steps since the last review in which the loss rose.
         reviewed_loss: the highest loss at the last review.
-        halved: True if eta was halved there.
+        halved: True if eta was halved at the last review.
     """
 
     x: Tensor
@@ -244,7 +246,7 @@ class _ApgdState(NamedTuple):
 
 
 def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Ball, index: Tensor | None) -> None:
-    """Run once from ``x0`` on the examples ``index`` (None: all), offering every iterate to ``best``."""
+    """Run once from ``x0`` on the examples ``index`` (None: all), and offer every iterate to ``best``."""
     loss = attack.loss
     scores = loss.differentiate(x0, index)
     best.offer(x0, scores.losses, loss.fooled(scores, index), index)
@@ -254,7 +256,7 @@ def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Bal
         x=x0,
         before=x0,
         gradient=scores.gradient,
-        # The authors' code compares the first loss with an entry of its table that is still 0.
+        # The authors' code compares the loss after the first step with an entry of its table that is still 0.
         loss=scores.losses if schedule.paper else torch.zeros_like(scores.losses),
         eta=_first_eta(attack.eps, x0, index),
         top=x0,
@@ -322,7 +324,10 @@ def _moved(state: _ApgdState, x: Tensor, loss: Tensor, gradient: Tensor) -> _Apg
 
 
 def _reviewed(state: _ApgdState, schedule: _Schedule, *, steps: int) -> _ApgdState:
-    """Return the state after a review ``steps`` after the last: stuck examples halve eta and return to their top."""
+    """Return the state after a review, ``steps`` steps after the last review.
+
+    An example that is stuck gets half its eta and moves back to its point of highest loss.
+    """
     fewest = schedule.rho * steps
     # The authors' code also counts equality as too few rises.
     too_few = state.rises < fewest if schedule.paper else state.rises <= fewest
@@ -331,7 +336,7 @@ def _reviewed(state: _ApgdState, schedule: _Schedule, *, steps: int) -> _ApgdSta
     return state._replace(
         x=torch.where(shaped, state.top, state.x),
         gradient=torch.where(shaped, state.top_gradient, state.gradient),
-        # The authors' code compares the next loss with that of the point which was left.
+        # The authors' code compares the next loss with the loss of the point before the move.
         loss=torch.where(stuck, state.top_loss, state.loss) if schedule.paper else state.loss,
         eta=torch.where(shaped, state.eta / 2, state.eta),
         rises=torch.zeros_like(state.rises),

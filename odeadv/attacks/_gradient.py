@@ -36,36 +36,37 @@ def fgsm(
 ) -> Tensor:
     """Attack with the fast gradient sign method: one step of length ``eps`` from the images, clipped to [0, 1].
 
-    The step is ``x + eps * sign(g)`` in the L-infinity norm and ``x + eps * g / ||g||_2`` (FGM) in the L2 norm, with g
-    the gradient of the loss. The result is bitwise equal to `ifgsm` with ``steps=1, alpha=eps``. Source: Goodfellow,
+    Let x be the images and g the gradient of the loss at x. The step is ``x + eps * sign(g)`` in the L-infinity norm
+    and ``x + eps * g / ||g||_2`` (FGM) in the L2 norm. The result is bitwise equal to `ifgsm` with
+    ``steps=1, alpha=eps``. Source: Goodfellow,
     Shlens and Szegedy 2015, "Explaining and Harnessing Adversarial Examples".
 
     Args:
-        model: images to logits (n, classes), classes >= 2; its normalisation inside.
+        model: maps images to logits (n, classes), classes >= 2, and normalises the images itself.
         images: (n, channels, height, width) or (n, ...), floating, values in [0, 1].
         labels: (n,), int64 class indices, on the device of the images.
         eps: radius of the ball, in pixel units of [0, 1], e.g. 8/255; for L2, 1.0 is one pixel from black to white.
             A floating tensor (n,) gives one radius per image.
         norm: ``"linf"`` or ``"l2"``.
-        loss: the function that is raised: ``"ce"``, cross-entropy; ``"margin"``, max_{j != y} z_j - z_y; ``"dlr"``,
-            the difference of logits ratio (Croce and Hein 2020); ``"kl"``, KL(clean probabilities || attacked) (its
-            gradient is 0 at the clean images: start elsewhere); or a function (logits, labels) -> losses (n,). It
-            gets logits in at least float32.
-        target: (n,), int64 classes to be reached; or ``"most-likely"`` or ``"least-likely"``, the wrong class with the
-            largest or smallest logit of the clean image (one more forward pass). The loss is then that of the target,
-            and it is lowered (``"dlr"`` has a targeted form, ``"kl"`` has none).
+        loss: the function that the attack raises. ``"ce"`` is cross-entropy. ``"margin"`` is max_{j != y} z_j - z_y
+            with logits z and label y. ``"dlr"`` is the difference of logits ratio (Croce and Hein 2020). ``"kl"`` is
+            KL(clean probabilities || attacked probabilities); its gradient is 0 at the clean images, so it needs
+            another start. Or give a function (logits, labels) -> losses (n,). It gets logits in at least float32.
+        target: (n,), int64 classes to be reached. ``"most-likely"`` and ``"least-likely"`` choose the wrong class with
+            the largest or smallest logit of the clean image (one more forward pass). The attack then lowers the loss
+            of the target. (``"dlr"`` has a separate targeted form; ``"kl"`` cannot be targeted.)
         eot: number of forward passes over which the gradient is averaged, for models that draw random numbers
             ("expectation over transformation", Athalye et al. 2018).
-        generator: the only source of the attack's randomness, on any device. If something is random and None is
-            given, it is ``torch.Generator().manual_seed(0)``: every call draws the same numbers. The generator also
-            seeds torch's global random state, from which a stochastic model draws, during the attack.
+        generator: the only source of the attack's randomness, on any device. If it is None and the attack needs random
+            numbers, ``torch.Generator().manual_seed(0)`` is used, so every call draws the same numbers. During the
+            attack the generator also seeds torch's global random state, from which a stochastic model draws.
         mode: run the model in ``"eval"`` or ``"train"`` mode, or ``"unchanged"``. In every case modes, buffers,
             ``requires_grad``, ``.grad`` and torch's global random state are restored afterwards.
         tally: a `Tally` that receives the number of times each example went through the model.
 
     Returns:
-        The attacked images: shape, dtype, device and memory format of ``images``, detached. None is further than
-        ``eps`` from the clean one, to the last bit, and all pixels are in [0, 1].
+        The attacked images, detached, with the shape, dtype, device and memory format of ``images``. The distance of
+        every attacked image from its clean image is at most ``eps``, to the last bit. All pixels are in [0, 1].
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
@@ -119,14 +120,15 @@ def ifgsm(
         norm: as for `fgsm`.
         loss: as for `fgsm`.
         target: as for `fgsm`.
-        momentum: the decay mu of g_{k+1} = mu g_k + gradient / ||gradient||_1, along which steps are taken; 0 for none.
-        start: ``"clean"``; ``"uniform"``, in the ball; ``"gaussian"``, 0.001 times standard normal noise (see
-            `Gaussian`); a tensor like ``images``; or a function (images, generator) -> images. Every start is
-            projected to the ball and to [0, 1], with one exception: if ``keep="last"``, the first gradient is taken
-            at a tensor as it is, as TRADES does; all iterates are projected.
-        keep: ``"last"`` returns the last iterate. ``"worst"`` returns, per example, the first iterate that fools the
-            model, or, if there is none, the iterate of highest loss, including the start; the run ends when all
-            examples are fooled. It costs one more forward pass.
+        momentum: the decay mu in g_{k+1} = mu g_k + gradient / ||gradient||_1; steps follow g_{k+1}. 0 means that
+            steps follow the gradient.
+        start: ``"clean"``; ``"uniform"`` draws from the ball; ``"gaussian"`` adds 0.001 times standard normal noise
+            (see `Gaussian`); a tensor like ``images``; or a function (images, generator) -> images. Every start is
+            projected to the ball and to [0, 1], with one exception. If the start is a tensor and ``keep="last"``, the
+            first gradient is taken at the tensor itself, as TRADES does. All iterates are projected.
+        keep: ``"last"`` returns the last iterate. ``"worst"`` returns for each example the first iterate that fools
+            the model, or the iterate of highest loss if no iterate fools it. The start counts as an iterate. The run
+            ends when all examples are fooled. ``"worst"`` costs one more forward pass.
         eot: as for `fgsm`.
         generator: as for `fgsm`.
         mode: as for `fgsm`.
@@ -188,11 +190,11 @@ def pgd(
         target: as for `fgsm`.
         momentum: as for `ifgsm`.
         start: as for `ifgsm`.
-        restarts: number of runs, each from its own start. From one run the last iterate is returned. From several
-            runs, per example, the last iterate of the first run whose last iterate fools the model is returned, or, if
-            there is none, the last iterate of highest loss. Fooled examples are left out of later runs, unless some
-            part of the model is in training mode (examples may then depend on each other). Each run costs one more
-            forward pass.
+        restarts: number of runs, each from its own start. One run returns its last iterate. With several runs, the
+            last iterates of all runs are compared for each example. The first of them that fools the model is
+            returned, or the one of highest loss if none does. Fooled examples are left out of later runs, unless some
+            part of the model is in training mode (examples may then depend on each other). If there are several runs,
+            each costs one more forward pass.
         keep: as for `ifgsm`; with ``"worst"`` the choice is among all iterates of all runs.
         eot: as for `fgsm`.
         mode: as for `fgsm`.
@@ -231,7 +233,7 @@ def _attack(
     keep: Keep,
     **shared: Any,
 ) -> Tensor:
-    """Run ``restarts`` runs of ``steps`` steps; ``shared`` is the rest of what `setting` takes."""
+    """Make ``restarts`` runs of ``steps`` steps; ``shared`` has the other arguments of `setting`."""
     steps = integer("steps", steps)
     momentum = number("momentum", momentum, least=0)
     choice("keep", keep, ("last", "worst"))
@@ -250,20 +252,20 @@ def _attack(
 
 
 class _FixedSteps:
-    """Steps of a fixed length.
+    """Runs with steps of a fixed length.
 
     Args:
-        attack: the loss, among others.
+        attack: the loss and the other parts of this call.
         alpha: length of a step; a number, or a float64 tensor (n, 1, ...).
         steps: number of steps.
-        momentum: decay of the momentum; 0 for none.
+        momentum: decay of the momentum; 0 switches momentum off.
     """
 
     def __init__(self, attack: Setting, alpha: float | Tensor, steps: int, momentum: float) -> None:
         self._attack, self._alpha, self._steps, self._momentum = attack, alpha, steps, momentum
 
     def __call__(self, x0: Tensor, ball: Ball, index: Tensor | None = None) -> Tensor:
-        """Return the last iterate from ``x0``; ``index`` has the numbers of the examples (None: all)."""
+        """Return the last iterate of a run from ``x0``; ``index`` has the numbers of the examples (None: all)."""
 
         def gradient(x: Tensor) -> Tensor:
             found = self._attack.loss.differentiate(x, index).gradient
@@ -297,7 +299,7 @@ class _FixedSteps:
     ) -> Iterator[Tensor]:
         alpha = self._alpha
         if isinstance(alpha, Tensor):
-            # In float32 at least, as torch adds numbers to half precision.
+            # Use at least float32: torch also adds a Python number to a half-precision tensor in float32.
             alpha = alpha.to(torch.promote_types(x0.dtype, torch.float32))
             alpha = alpha if index is None else alpha[index]
         direction = with_momentum(gradient, self._momentum) if self._momentum else gradient
@@ -312,13 +314,13 @@ def iterates(
     bounds: Ball,
     first_gradient: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield x_1, x_2, ... without end: x_{k+1} = project(ascend(x_k, gradient(x_k), alpha)), x_0 = ``start``.
+    """Yield x_1, x_2, ... endlessly: x_{k+1} = project(ascend(x_k, gradient(x_k), alpha)), x_0 = ``start``.
 
     In the L-infinity norm ``ascend`` is x + alpha * sign(gradient), in the L2 norm x + alpha * gradient / ||gradient||.
-    Lazy: the gradient at x_k is evaluated when x_{k+1} is asked for, so k iterates cost k gradients.
+    The gradient at x_k is evaluated only when x_{k+1} is requested, so k iterates cost k gradients.
 
     Args:
-        gradient: images to gradient, both (n, ...).
+        gradient: maps images to the gradient, both (n, ...).
         start: x_0, (n, ...), within ``bounds``.
         alpha: step size, in pixel units of [0, 1].
         bounds: the allowed set, with the norm in which steps are measured.
@@ -334,8 +336,8 @@ def iterates(
 def with_momentum(gradient: Callable[[Tensor], Tensor], decay: float) -> Callable[[Tensor], Tensor]:
     """Return ``gradient`` with memory: g_{k+1} = decay * g_k + gradient(x_k) / ||gradient(x_k)||_1, g_0 = 0.
 
-    Each example has its own memory. A gradient that is 0 adds nothing. One such function serves one run. Source: Dong
-    et al. 2018, "Boosting Adversarial Attacks with Momentum", Eq. 6.
+    Each example has its own memory. A gradient that is 0 adds nothing. Use the returned function for one run only.
+    Source: Dong et al. 2018, "Boosting Adversarial Attacks with Momentum", Eq. 6.
     """
     memory: Tensor | None = None
 

@@ -25,10 +25,10 @@ class Truth(NamedTuple):
 
     Attributes:
         labels: (n,) int64, the true classes.
-        target: (n,) int64, the classes that the loss leads to; None for an untargeted attack.
+        target: (n,) int64, the classes that the attack aims at; None for an untargeted attack.
         clean: (n, classes), logits of the clean images; None unless the loss needs them.
-        reach: if True, a model with a ``target`` is fooled only if it answers the target. If False, any wrong class
-            fools it, and the target is only a direction (APGD-T).
+        reach: if True, an attack with a ``target`` succeeds only if the model predicts the target. If False, it
+            succeeds with any wrong class, and the target is only a direction (APGD-T).
     """
 
     labels: Tensor
@@ -37,7 +37,7 @@ class Truth(NamedTuple):
     reach: bool = True
 
     def rows(self, index: Tensor | None) -> Truth:
-        """Return the part of the examples ``index``; None means all."""
+        """Return the classes and logits of the examples ``index``; None means all examples."""
         if index is None:
             return self
         target, clean = (None if part is None else part[index] for part in (self.target, self.clean))
@@ -51,12 +51,12 @@ class Truth(NamedTuple):
 
 @dataclass(frozen=True)
 class LossRule:
-    """A loss as `AttackLoss` uses it.
+    """A loss in the form that `AttackLoss` uses.
 
     Attributes:
-        ascended: (logits, truth) to losses of shape (n,); a higher loss is worse for the model.
-        needs_clean: True if it reads ``truth.clean``.
-        targeted: True if it is defined for targeted attacks.
+        ascended: a function (logits, truth) -> losses of shape (n,); a higher loss is worse for the model.
+        needs_clean: True if ``ascended`` reads ``truth.clean``.
+        targeted: True if the loss is defined for targeted attacks.
     """
 
     ascended: Callable[[Tensor, Truth], Tensor]
@@ -71,18 +71,21 @@ def of_labels(function: PerExampleLoss) -> LossRule:
         if truth.target is None:
             return function(logits, truth.labels)
         losses = function(logits, truth.target)
-        return -losses if isinstance(losses, Tensor) else losses  # the caller rejects what is not a tensor
+        return -losses if isinstance(losses, Tensor) else losses  # the caller rejects other types
 
     return LossRule(ascended)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``logsumexp(z) - z_y``, (n,)."""
+    """Return ``logsumexp(z) - z_y``, (n,), for logits z and label y."""
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``max_{j != y} z_j - z_y``, (n,), which is positive for a wrong class. Source: Carlini, Wagner 2017."""
+    """Return ``max_{j != y} z_j - z_y``, (n,), for logits z and label y. Source: Carlini and Wagner 2017.
+
+    It is positive if the predicted class is wrong.
+    """
     own = labels[:, None]
     others = logits.scatter(1, own, -torch.inf)
     return others.amax(dim=1) - logits.gather(1, own)[:, 0]
@@ -91,14 +94,15 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def _dlr(logits: Tensor, truth: Truth) -> Tensor:
     """Return the difference of logits ratio, (n,). Source: Croce and Hein 2020, Eq. 6 and 7.
 
-    With pi sorting the logits z from high to low: ``(max_{j != y} z_j - z_y) / (z_pi1 - z_pi3)``; for a target t,
+    Let z be the logits, y the label and z_pi1 >= z_pi2 >= ... the sorted logits. The ratio is
+    ``(max_{j != y} z_j - z_y) / (z_pi1 - z_pi3)``. For a target t it is
     ``(z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2)``.
     """
     needed = 3 if truth.target is None else 4
     if logits.shape[1] < needed:
         raise ValueError(f"loss: 'dlr' got {logits.shape[1]} classes, expected at least {needed}; use 'margin'")
     top = logits.topk(needed, dim=1).values
-    # 1e-12 is the reference implementation's, so that equal logits give 0 and not NaN.
+    # 1e-12 comes from the authors' code; with it equal logits give 0 and not NaN.
     if truth.target is None:
         return margin(logits, truth.labels) / (top[:, 0] - top[:, 2] + 1e-12)
     gain = (logits.gather(1, truth.target[:, None]) - logits.gather(1, truth.labels[:, None]))[:, 0]
@@ -106,7 +110,10 @@ def _dlr(logits: Tensor, truth: Truth) -> Tensor:
 
 
 def _kl(logits: Tensor, truth: Truth) -> Tensor:
-    """Return ``sum_j p_j (log p_j - log q_j)``, (n,): p clean, q attacked. Source: Zhang et al. 2019."""
+    """Return ``sum_j p_j (log p_j - log q_j)``, (n,). Source: Zhang et al. 2019.
+
+    p are the probabilities of the clean image, q the probabilities of the attacked image.
+    """
     assert truth.clean is not None
     clean, attacked = (part.log_softmax(dim=1) for part in (truth.clean, logits))
     return functional.kl_div(attacked, clean, reduction="none", log_target=True).sum(dim=1)
@@ -131,7 +138,12 @@ def likely_targets(name: TargetName, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def resolve_loss(loss: object) -> LossRule:
-    """Return the rule for a name or a function; raise ValueError for an unknown name, TypeError otherwise."""
+    """Return the rule for a name or a function.
+
+    Raises:
+        TypeError: if ``loss`` is neither a name nor a function.
+        ValueError: if the name is unknown.
+    """
     expected = "'ce', 'margin', 'dlr', 'kl' or a function (logits, labels) -> losses of shape (n,)"
     if isinstance(loss, str):
         if loss not in LOSS_RULES:

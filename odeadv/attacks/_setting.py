@@ -1,4 +1,4 @@
-"""The parts that all attacks share: checks of arguments, a model that is restored, restarts, choosing the best."""
+"""The parts that all attacks share: checks of arguments, restoring the model, restarts, choosing the best image."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from odeadv.support.isolation import Mode
 
 
 class Best:
-    """For each example the first candidate that fools the model; until then the candidate of highest loss.
+    """The best candidate of each example: the first that fools the model, or else the one of highest loss.
 
     Attributes:
         images: (n, ...), the chosen candidates.
-        losses: (n,), their losses; -infinity before the first candidate.
+        losses: (n,), losses of the chosen candidates; -infinity before the first candidate.
         fooled: (n,) bool, True if the chosen candidate fools the model.
     """
 
@@ -55,9 +55,9 @@ class Best:
 
         Args:
             candidates: (m, ...), attacked images of the examples ``index``.
-            losses: (m,), their losses.
-            fooled: (m,) bool, True if they fool the model.
-            index: (m,) the numbers of the examples; None means all, m = n.
+            losses: (m,), losses of the candidates.
+            fooled: (m,) bool, True if the candidate fools the model.
+            index: (m,), the numbers of the examples; None means all n examples.
         """
         rows: Tensor | slice = slice(None) if index is None else index
         better = ~self.fooled[rows] & (fooled | (losses > self.losses[rows]))
@@ -83,8 +83,8 @@ class Setting:
         start: the start of a run.
         generator: the source of all randomness; None if there is none.
         target: the name of the rule that chooses targets; None if there is none.
-        independent: True if no part of the model is in training mode. The logits of an example then do not depend on
-            the rest of the batch, as far as modes tell, so examples may be left out.
+        independent: True if no part of the model is in training mode. Then the logits of an example should not depend
+            on the rest of the batch, so fooled examples may be left out.
     """
 
     images: Tensor
@@ -97,7 +97,7 @@ class Setting:
     independent: bool
 
     def begin(self) -> Tensor:
-        """Return the start of the first run; from now on the model's own noise comes from the generator, too."""
+        """Return the start of the first run; from then on the generator also seeds the noise of the model."""
         x = self.start(self.images, self.ball)
         self.reseed()
         self.loss.compare_with(self.images)
@@ -106,19 +106,19 @@ class Setting:
         return x
 
     def reseed(self) -> None:
-        """Seed the global random state, from which a stochastic model draws, if there is a generator."""
+        """If there is a generator, seed the global random state, from which a stochastic model draws."""
         if self.generator is not None:
             reseed(self.generator, self.images.device)
 
     def runs(self, count: int, best: Best, *, begun: bool = False) -> Iterator[tuple[Tensor, Ball, Tensor | None]]:
         """Yield start, ball and example numbers (None: all) of up to ``count`` runs.
 
-        A run has only the examples that are not fooled yet, if examples are independent. The runs end
-        once all are fooled.
+        If examples are independent, a run has only the examples that are not fooled yet. No further run starts after
+        all examples are fooled.
 
         Args:
             count: the largest number of runs.
-            best: receives the candidates of the caller, and so knows which examples are fooled.
+            best: the caller offers its candidates to it; it says which examples are fooled.
             begun: True if the model has been seeded already.
         """
         for number in range(count):
@@ -132,7 +132,7 @@ class Setting:
                 yield x0, self.ball, None
 
     def offer(self, best: Best, x: Tensor, index: Tensor | None = None) -> None:
-        """Score ``x`` of the examples ``index`` without a gradient, and offer it to ``best``."""
+        """Score the candidates ``x`` of the examples ``index`` without a gradient, and offer them to ``best``."""
         scores = self.loss.evaluate(x, index)
         best.offer(x, scores.losses, self.loss.fooled(scores, index), index)
 
@@ -157,7 +157,7 @@ def setting(
 ) -> Iterator[Setting]:
     """Check the arguments of the attack called ``attack`` and prepare it.
 
-    In the body the model is in ``mode``. Afterwards the model and the global random state are as before.
+    The body runs with the model in ``mode``. Afterwards the model and the global random state are restored.
     """
     check_model(model)
     check_images(images)

@@ -17,11 +17,11 @@ from odeadv.attacks.objective import LossArgument, Tally, Target
 from odeadv.support.checks import integer, number
 from odeadv.support.isolation import Mode
 
-# The share p of a square halves after each of these queries of 10,000, as in the authors' code.
+# The share p is halved after each of these queries of 10,000, as in the authors' code.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-SMALLEST = 3  # side of an L2 window in pixels: a bump has two signs and a middle
-TILES = 5  # bumps of the first L2 query along the shorter side of the image, as in the authors' code
+SMALLEST = 3  # smallest side of an L2 window in pixels: a bump has two signs and a middle
+TILES = 5  # number of bumps of the first L2 query along the shorter side of the image, as in the authors' code
 
 
 def square(
@@ -40,16 +40,16 @@ def square(
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """Attack by random search: changes of random squares are kept if they raise the loss or fool the model.
+    """Attack by random search: change random squares, and keep a change if it raises the loss or fools the model.
 
-    In the L-infinity norm the first query has vertical stripes of +-eps, each one pixel wide. Every later query sets a
-    random square to x + eps or x - eps, with a random sign per channel. In the L2 norm the first query has bumps of
-    random signs in tiles. Every later query takes two random squares, whose side is odd and at least 3. It moves the
-    length of both perturbations into the first square, as a bump of random sign that is added to the perturbation
-    there.
+    In the L-infinity norm the first query adds vertical stripes of +-eps to the clean image x, each one pixel wide.
+    Every later query sets a random square to x + eps or x - eps, with a random sign per channel. In the L2 norm the
+    first query adds bumps of random signs in tiles. Every later query takes two random squares of equal side, which is
+    odd and at least 3. It adds a bump of random sign to the perturbation in the first square. It sets the perturbation
+    in the second square to zero and gives its length to the first square.
 
     The side of the square is sqrt(p * height * width). p is halved at queries 10, 50, 200, 500, 1000, 2000, 4000, 6000
-    and 8000 of 10,000, rescaled to ``queries``. No gradient is needed, so the model may be of any kind. Source:
+    and 8000 of 10,000, rescaled to ``queries``. The model need not be differentiable. Source:
     Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random search",
     Algorithms 1 to 3.
 
@@ -60,17 +60,18 @@ def square(
         eps: as for `fgsm`.
         generator: as for `fgsm`.
         norm: ``"linf"`` or ``"l2"``.
-        queries: the largest number of passes of each example (times ``eot``); an example stops once it is fooled.
+        queries: the largest number of queries per example. A query costs ``eot`` forward passes. An example gets no
+            further query after it is fooled.
         loss: as for `fgsm`.
         target: as for `fgsm`.
-        p: the share of the pixels in the first squares, in (0, 1]; 0.8 is AutoAttack's, in both norms.
+        p: the share of the pixels in the first squares, in (0, 1]; AutoAttack uses 0.8 in both norms.
         eot: number of forward passes over which logits and losses are averaged.
         mode: as for `fgsm`.
         tally: as for `fgsm`; ``tally.queries`` has the number of queries of each example.
 
     Returns:
-        The attacked images, like those of `fgsm`: per example the first query that fooled the model, or, if none did,
-        the query of highest loss. (The clean image is not among the queries.)
+        The attacked images, with the properties that `fgsm` states. For each example this is the first query that
+        fooled the model, or the query of highest loss if none did. (The clean image is not a query.)
 
     Raises:
         TypeError: as `fgsm`.
@@ -90,7 +91,7 @@ def square(
 
 
 def share(query: int, *, queries: int, p: float) -> float:
-    """Return the share of the pixels in the square of query ``query`` (from 1) of ``queries``."""
+    """Return the share of the pixels that the square of query number ``query`` (from 1) of ``queries`` covers."""
     rescaled = query * 10_000 // queries
     return float(p * 0.5 ** sum(rescaled > step for step in _HALVINGS))
 
@@ -99,12 +100,18 @@ class Proposals(Protocol):
     """The images that the search tries next."""
 
     def proposed(self, best: Tensor, share: float, index: Tensor) -> Tensor:
-        """Return images to try instead of ``best``, (k, channels, height, width), of the examples ``index``, (k,)."""
+        """Return images to try next, shaped like ``best``.
+
+        Args:
+            best: (k, channels, height, width), the best images so far.
+            share: the share of the pixels that a square covers.
+            index: (k,), the numbers of the examples.
+        """
 
 
 @dataclass(frozen=True)
 class Corners:
-    """Proposals in the L-infinity norm: a random square set to x + eps or x - eps, by channel (Algorithm 2).
+    """Proposals in the L-infinity norm: set a random square to x + eps or x - eps, per channel (Algorithm 2).
 
     Attributes:
         ball: the allowed set.
@@ -133,7 +140,7 @@ def side(share: float, shape: tuple[int, int]) -> int:
 
 
 def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the images plus or minus 1 in vertical stripes, one pixel wide; the projection leaves eps of it."""
+    """Return the images plus or minus 1 in vertical stripes, one pixel wide; the projection reduces 1 to eps."""
     n, channels, _, width = images.shape
     return images + signs((n, channels, 1, width), generator).to(images)
 
@@ -161,7 +168,7 @@ def _search(attack: Setting, *, queries: int, p: float) -> Tensor:
 
 
 def _window(n: int, length: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return (n, length) bool: in each row ``size`` adjacent places, drawn uniformly."""
+    """Return (n, length) bool: in each row ``size`` adjacent entries are True, at a place drawn uniformly."""
     first = torch.randint(length - size + 1, (n, 1), generator=generator, device=generator.device)
     places = torch.arange(length, device=generator.device)
     return (places >= first) & (places < first + size)
@@ -171,9 +178,10 @@ def _window(n: int, length: int, size: int, generator: torch.Generator) -> Tenso
 class Bumps:
     """Proposals in the L2 norm.
 
-    A proposal moves the length of the perturbation in two random windows, and the length that the ball leaves unused,
-    into the first window, channel by channel. The new perturbation there is the old one plus a bump of random sign,
-    both of length 1, scaled to that length. Source: Andriushchenko et al. 2020, Algorithm 3 and Eq. 2.
+    A proposal takes two random windows and works channel by channel. The new perturbation of the first window is its
+    old perturbation plus a bump of random sign, both scaled to length 1 first. The sum is scaled to a length that
+    collects the perturbation of both windows and the length that the ball leaves unused. The rest of the second window
+    becomes 0. Source: Andriushchenko et al. 2020, Algorithm 3 and Eq. 2.
 
     Attributes:
         ball: the allowed set.
@@ -184,7 +192,7 @@ class Bumps:
     generator: torch.Generator
 
     def side(self, share: float) -> int:
-        """Return the side of a window with ``share`` of the pixels: odd, and at least `SMALLEST` if that fits."""
+        """Return the side of a window with ``share`` of the pixels: odd, and at least `SMALLEST` if the image is."""
         height, width = self.ball.images.shape[2:]
         most = min(height, width)
         chosen = max(round(math.sqrt(share * height * width)), SMALLEST) // 2 * 2 + 1
@@ -225,7 +233,7 @@ class Bumps:
 
 
 def tiled(images: Tensor, generator: torch.Generator, *, eps: float | Tensor) -> Tensor:
-    """Return the images with bumps of random signs in tiles, which together have the length ``eps``."""
+    """Return the images plus bumps of random signs in tiles; all bumps of an image together have length ``eps``."""
     n, channels, height, width = images.shape
     side = max(min(height, width) // TILES, 1)
     rows, columns = height // side, width // side
@@ -241,14 +249,17 @@ def tiled(images: Tensor, generator: torch.Generator, *, eps: float | Tensor) ->
 
 
 def pattern(side: int) -> Tensor:
-    """Return (side, side) float64 of length 1: a positive and a negative bump, each falling off from its middle."""
+    """Return (side, side) float64 of length 1: a positive and a negative bump, each highest in its middle."""
     half = side // 2
     both = torch.cat([_bump(side, half), -_bump(side, side - half)], dim=1)
     return both / both.square().sum().sqrt()
 
 
 def _bump(height: int, width: int) -> Tensor:
-    """Return Eq. 2: at a distance d (maximum norm) from the middle, the sum of 1 / k^2 for k from d + 1 to n + 1."""
+    """Return Eq. 2 as (height, width): the sum of 1 / k^2 for k from d + 1 to n + 1.
+
+    d is the distance from the middle in the maximum norm, and n is ``height // 2``.
+    """
     n = height // 2
     rows = (torch.arange(height) - height // 2).abs()
     columns = (torch.arange(width) - width // 2).abs()

@@ -16,7 +16,7 @@ from odeadv.support.deferred import holds
 Start = Callable[[Tensor, Ball], Tensor]
 GivenStart = Literal["clean", "uniform", "gaussian"] | Tensor | Callable[[Tensor, torch.Generator], Tensor]
 
-# As good as infinite next to images in [0, 1], but it overflows in no dtype.
+# This radius is as good as infinite for images in [0, 1], and it does not overflow in any dtype.
 _FAR = 1e4
 
 _NAMES = ("clean", "uniform", "gaussian")
@@ -27,11 +27,11 @@ class Gaussian:
     """A start at the clean images plus normal noise. Source: the start of TRADES (Zhang et al. 2019).
 
     Attributes:
-        std: standard deviation of each pixel's noise, in pixel units of [0, 1]; TRADES has 0.001.
+        std: standard deviation of each pixel's noise, in pixel units of [0, 1]; TRADES uses 0.001.
 
     Raises:
         TypeError: if ``std`` is not a number.
-        ValueError: if it is negative or not finite.
+        ValueError: if ``std`` is negative or not finite.
     """
 
     std: float = 0.001
@@ -52,8 +52,8 @@ def clean_start(images: Tensor, bounds: Ball) -> Tensor:
 def uniform_start(eps: float | Tensor, generator: torch.Generator) -> Start:
     """Return a start that draws uniformly from the L-infinity ball, then projects (Madry et al. 2018).
 
-    The draw is made on the generator's device and in row-major order. So one seed gives one start, on every device
-    and in every memory format of the images.
+    The numbers are drawn on the generator's device and in row-major order. So a seed gives the same start on every
+    device and in every memory format of the images.
     """
 
     def start(images: Tensor, bounds: Ball) -> Tensor:
@@ -66,8 +66,8 @@ def uniform_start(eps: float | Tensor, generator: torch.Generator) -> Start:
 def uniform_l2_start(eps: float | Tensor, generator: torch.Generator) -> Start:
     """Return a start that draws uniformly from the L2 ball, then projects.
 
-    The direction is that of a normal random vector. Its length is eps * u^(1 / pixels) with u uniform, because the
-    volume of a ball grows with that power of its radius.
+    The direction is the direction of a normal random vector. The length is eps * u^(1 / pixels) with u uniform in
+    [0, 1], because the volume of a ball grows as radius^pixels.
     """
 
     def start(images: Tensor, bounds: Ball) -> Tensor:
@@ -80,7 +80,7 @@ def uniform_l2_start(eps: float | Tensor, generator: torch.Generator) -> Start:
 
 
 def is_random(start: object) -> bool:
-    """Return True if ``start`` draws random numbers, or is a function that may."""
+    """Return True if ``start`` draws random numbers, or is a function that may draw them."""
     return not isinstance(start, Tensor) and not (isinstance(start, str) and start == "clean")
 
 
@@ -90,11 +90,11 @@ def resolve_start(
     """Return the start for a name, a tensor or a function.
 
     Args:
-        start: as the attack was given it.
+        start: the argument ``start`` of the attack.
         images: the clean images.
         eps: radius of the ball.
         norm: norm of the ball.
-        generator: the source of random starts. None if the start is not random, see `is_random`.
+        generator: the source of random starts; None if the start is not random (see `is_random`).
 
     Raises:
         TypeError: if ``start`` is neither a name, a tensor nor a function.
@@ -119,7 +119,7 @@ def resolve_start(
         started = draw(images, source)
         if not isinstance(started, Tensor) or started.shape != images.shape:
             raise ValueError(f"start: returned {_described(started)}, expected a tensor of shape {tuple(images.shape)}")
-        # Our own draws need no check: waiting for its result would stop an accelerator's queue.
+        # Skip the check for Gaussian, which returns no NaN: reading the result would stop an accelerator's queue.
         if not isinstance(draw, Gaussian) and not (~started.isnan()).all():
             raise ValueError("start: returned NaN, expected pixel values")
         return ball.project(torch.empty_like(images).copy_(started.detach()))
@@ -138,7 +138,7 @@ def _tensor_start(given: Tensor, images: Tensor) -> Start:
 
 
 def _at_most(eps: float | Tensor, like: Tensor) -> float | Tensor:
-    """Return ``eps``, or `_FAR` if that is smaller; a tensor in the dtype of ``like``, as a number would be."""
+    """Return the smaller of ``eps`` and `_FAR`; a tensor gets the dtype of ``like``, as a number would."""
     return eps.clamp(max=_FAR).to(like.dtype) if isinstance(eps, Tensor) else min(eps, _FAR)
 
 

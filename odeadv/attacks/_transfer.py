@@ -1,4 +1,4 @@
-"""Attacks that were made elsewhere: on another model, or by another method."""
+"""Attacked images that were made on another model or by other methods."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def worst_of(
 ) -> Tensor:
     """Return the strongest of several attacked versions of each image.
 
-    The strongest version is the first that fools ``model``, or, if none does, the version of highest loss.
+    The strongest version is the first that fools ``model``, or the version of highest loss if none fools it.
 
     Args:
         model: as for `fgsm`; it need not be differentiable.
         candidates: attacked images, each (n, ...), all of one shape, floating, values in [0, 1].
         labels: (n,), int64 class indices.
-        loss: ranks images that do not fool the model; as for `fgsm`, without ``"kl"``.
+        loss: ranks the images that do not fool the model; as for `fgsm`, without ``"kl"``.
         target: (n,), int64 classes to be reached; None if any wrong class counts.
         mode: as for `fgsm`.
 
     Returns:
-        (n, ...), chosen example by example, detached.
+        (n, ...), the strongest version of each image, detached.
 
     Raises:
         TypeError: as `fgsm`.
@@ -79,13 +79,13 @@ def transfer(
     target: Tensor | None = None,
     mode: Mode = "eval",
 ) -> Tensor:
-    """Attack other models, and keep for each image the version that is worst for ``model``.
+    """Attack other models, and return for each image the version that is worst for ``model``.
 
     The gradient of ``model`` is never used. Source: Papernot, McDaniel and Goodfellow 2016, "Transferability in
     Machine Learning".
 
     Args:
-        model: the victim; as for `fgsm`, but it need not be differentiable.
+        model: the model that is evaluated; as for `fgsm`, but it need not be differentiable.
         images: as for `fgsm`.
         labels: as for `fgsm`.
         surrogates: the models that are attacked.
@@ -93,7 +93,7 @@ def transfer(
             alpha=2/255, steps=20)``.
         loss: as for `worst_of`.
         target: as for `worst_of`; give it to ``attack`` as well.
-        mode: of ``model``, as for `fgsm`.
+        mode: mode of ``model``, as for `fgsm`.
 
     Returns:
         (n, ...), chosen by `worst_of` among one attacked version per surrogate.

@@ -1,4 +1,4 @@
-"""The sets that attacks stay in, by norm."""
+"""The sets of allowed images for each norm, with projections and steps."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2"]
 
-# Below this radius float64 has too few digits to scale an offset to it: such a ball is its centre.
+# float64 has too few digits to scale an offset to a radius below this one. Such a ball is replaced by its centre.
 _POINT = 1e-300
 
 
 class Ball(Protocol):
-    """The images that are allowed around clean ones: a ball of some norm, within [0, 1]."""
+    """The images that are allowed around the clean images: a ball in some norm, intersected with [0, 1]."""
 
     def project(self, x: Tensor) -> Tensor:
         """Return allowed images near ``x``, with its shape, dtype and memory format."""
 
     def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-        """Return ``x`` after the step of length ``alpha``, in this norm, that raises the loss most."""
+        """Return ``x`` after a step of length ``alpha`` in the direction of steepest ascent in this norm."""
 
     def rows(self, index: Tensor) -> Ball:
         """Return the set around the images ``index`` only."""
 
 
 class Bounds(NamedTuple):
-    """The L-infinity ball: the lowest and highest allowed value of every pixel, both shaped like the images."""
+    """The L-infinity ball: the lowest and the highest allowed value of every pixel, both shaped like the images."""
 
     lower: Tensor
     upper: Tensor
@@ -41,16 +41,16 @@ class Bounds(NamedTuple):
 
     def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
         """Return ``x`` after a step of length ``alpha`` (a number, or one per image) along the gradient's signs."""
-        # A step of 2 leaves the box from anywhere in it, and a longer one may overflow in half precision.
+        # A step of 2 leaves [0, 1] from every point. A longer step has the same effect and may overflow in float16.
         return sign_step(x, gradient, alpha if isinstance(alpha, Tensor) else min(alpha, 2.0))
 
     def rows(self, index: Tensor) -> Bounds:
-        """Return the bounds of the images ``index`` only, numbers or (n,) bool."""
+        """Return the bounds of the images ``index`` only; ``index`` has numbers or is (n,) bool."""
         return Bounds(rows(self.lower, index), rows(self.upper, index))
 
 
 def rows(images: Tensor, index: Tensor) -> Tensor:
-    """Return the images chosen by ``index``, numbers or (n,) bool, in their memory format."""
+    """Return the images chosen by ``index``, numbers or (n,) bool, in the memory format of ``images``."""
     taken = images[index]
     # Plain indexing may return contiguous images.
     last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
@@ -60,8 +60,8 @@ def rows(images: Tensor, index: Tensor) -> Tensor:
 def linf_bounds(images: Tensor, eps: float | Tensor) -> Bounds:
     """Return the intersection of the eps-ball around ``images`` with [0, 1], rounded towards ``images``.
 
-    In exact arithmetic on the returned values, ``images - lower <= eps`` and ``upper - images <= eps``. No wider bound
-    of that dtype has this property for the largest radius <= eps that the dtype represents.
+    In exact arithmetic on the returned values, ``images - lower <= eps`` and ``upper - images <= eps``. The bounds are
+    the widest that satisfy this for the largest radius <= eps that the dtype represents.
 
     Args:
         images: (n, ...), values in [0, 1], any floating dtype.
@@ -72,12 +72,12 @@ def linf_bounds(images: Tensor, eps: float | Tensor) -> Bounds:
         radius = eps.clamp(max=1).to(images.dtype)
         radius = torch.where(radius.double() > eps, torch.nextafter(radius, zero), radius)
     else:
-        # Rounded on the CPU: reading it back would wait for the device. Beyond 1 the ball holds the whole box.
+        # Round on the CPU, because reading a value back would wait for the device. A radius above 1 acts as 1.
         near = torch.tensor(min(eps, 1.0), dtype=images.dtype)
         radius = torch.where(near.double() > eps, torch.nextafter(near, torch.zeros_like(near)), near)
         radius = radius.to(images.device, non_blocking=True)
-    # A floating-point sum minus its larger part is exact, so both comparisons with the rest are exact too.
-    # (The lower bound needs no such care if images < radius: the bound is then 0.)
+    # A floating-point sum minus its larger part is exact, so both comparisons with the radius are exact too.
+    # (If images < radius, the lower bound is 0 anyway.)
     lower = images - radius
     lower = torch.where(images - lower > radius, torch.nextafter(lower, infinity), lower)
     upper = images + radius
@@ -95,7 +95,7 @@ def sign_step(x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class L2Ball:
-    """All images in [0, 1] within ``eps`` of ``images`` in the Euclidean norm of each image.
+    """The L2 ball: all images in [0, 1] whose Euclidean distance from the clean image is at most ``eps``.
 
     Attributes:
         images: (n, ...), the clean images, values in [0, 1], any floating dtype.
@@ -109,22 +109,23 @@ class L2Ball:
     def project(self, x: Tensor) -> Tensor:
         """Return ``x`` scaled down to the ball, then clipped to [0, 1], with its shape, dtype and memory format.
 
-        In exact arithmetic on the returned values no image is further than ``eps`` from the clean one. Images in the
-        ball are only clipped. (As in the usual libraries, the result is in the ball and the box, but it is not always
-        the nearest such point.)
+        In exact arithmetic on the returned values, the distance of every image from the clean image is at most
+        ``eps``. Images in the ball are only clipped. (The result is in the ball and in [0, 1]. It is not always the
+        nearest such point; other attack libraries do the same.)
         """
         if not isinstance(self.eps, Tensor) and self.eps < _POINT:
             return torch.empty_like(x).copy_(self.images)
         eps = self.eps.clamp(min=_POINT) if isinstance(self.eps, Tensor) else self.eps
         clean = self.images.double()
         offset = x.double() - clean
-        # Relative to eps, so that no square underflows. 1 - slack pays for the rounding of this very sum; with twice
-        # the slack a second projection finds the first one inside.
+        # Divide by eps, so that squares do not underflow. The factor 1 - slack compensates the rounding of this sum.
+        # Scaling with twice the slack makes a second projection leave the result unchanged.
         slack = (offset[0].numel() + 8) * torch.finfo(torch.float64).eps
         length = (offset / eps).square().sum(dim=_pixels(x), keepdim=True).sqrt()
         allowed = offset * ((1 - 2 * slack) / length.clamp(min=1 - slack))
         scaled = (clean + allowed).to(x.dtype)
-        # Rounding to the dtype of the images may lengthen an offset. Such pixels go back by one number.
+        # Rounding to the dtype of the images may lengthen an offset. Such pixels move to the next number towards the
+        # clean image.
         outside = (scaled.double() - clean).abs() > allowed.abs()
         scaled = torch.where(outside, torch.nextafter(scaled, self.images), scaled)
         inside = torch.where(length <= 1 - slack, x, scaled).clamp(0, 1)
@@ -133,7 +134,7 @@ class L2Ball:
     def ascend(self, x: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
         """Return ``x`` after a step of length ``alpha`` (a number, or one per image) along the gradient.
 
-        This is the steepest ascent of that length in the L2 norm. If the gradient is 0, ``x`` stays.
+        This is the steepest ascent in the L2 norm. If the gradient is 0, ``x`` does not change.
         """
         direction = unit(gradient)
         if isinstance(alpha, Tensor):
@@ -154,7 +155,7 @@ def unit(gradient: Tensor) -> Tensor:
 
 
 def divided(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return ``numerator / denominator``, and 0 where the denominator is 0."""
+    """Return ``numerator / denominator``; entries with denominator 0 are 0."""
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
 
 

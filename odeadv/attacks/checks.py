@@ -13,7 +13,7 @@ from odeadv.support.isolation import version
 
 _WRITES = "model: writes to its images; expected a new tensor (x = (x - mean) / std, nn.ReLU(inplace=False) as first)"
 
-# Enough to find the images in a data set; more would fill the terminal.
+# So many image numbers are enough to find the images; more would fill the terminal.
 _NUMBERS_SHOWN = 5
 
 
@@ -21,8 +21,9 @@ def radius(eps: object, norm: object = "linf") -> float:
     """Return ``eps`` as a float.
 
     Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is negative or not finite, or if an L-infinity ball would hold every image in [0, 1].
+        TypeError: if ``eps`` is not a number.
+        ValueError: if ``eps`` is negative or not finite, or above 1 in the L-infinity norm (the ball would then hold
+            every image in [0, 1]).
     """
     found = number("eps", eps, least=0)
     if found > 1 and norm in ("linf", "Linf"):
@@ -37,7 +38,7 @@ def lengths(name: str, value: object, images: Tensor, *, most: float | None = No
         name: the argument's name, for the message.
         value: a number, or a tensor (n,).
         images: (n, ...).
-        most: the largest length allowed.
+        most: the largest length that is allowed; None allows every length.
 
     Returns:
         A float; or a float64 tensor (n, 1, ...) on the device of ``images``.
@@ -67,7 +68,12 @@ def check_model(model: object, *, name: str = "model") -> None:
 
 
 def check_images(images: object) -> None:
-    """Raise TypeError unless a floating tensor; ValueError unless (n, ...) with n >= 1 and all values in [0, 1]."""
+    """Check that ``images`` are a floating tensor (n, ...) with n >= 1 and values in [0, 1].
+
+    Raises:
+        TypeError: if ``images`` are not a floating tensor.
+        ValueError: if the shape or a value is wrong.
+    """
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a torch.Tensor")
     if not images.is_floating_point():
@@ -85,7 +91,12 @@ def check_images(images: object) -> None:
 
 
 def check_labels(labels: object, n: int, device: torch.device | None = None, *, name: str = "labels") -> None:
-    """Raise TypeError unless an int64 tensor; ValueError unless (n,), nonnegative and on ``device`` (None: any)."""
+    """Check that ``labels`` are a nonnegative int64 tensor (n,) on ``device`` (None: any device).
+
+    Raises:
+        TypeError: if ``labels`` are not an int64 tensor.
+        ValueError: if the shape, the device or a value is wrong.
+    """
     labels = class_indices(name, labels, n)
     if device is not None and labels.device != device:
         raise ValueError(f"{name}: got device {labels.device}, expected {device}, the device of the images")
@@ -121,7 +132,7 @@ def answered(model: nn.Module, images: Tensor) -> object:
 
 
 def check_classes(logits: object, n: int, highest_label: int, *, name: str = "labels") -> Tensor:
-    """Return ``logits`` if they are (n, classes), with at least two classes and one for every label.
+    """Return ``logits`` if they have shape (n, classes), with at least two classes and a class for every label.
 
     Args:
         logits: what the model returned.
@@ -130,8 +141,8 @@ def check_classes(logits: object, n: int, highest_label: int, *, name: str = "la
         name: the argument that has the largest label, for the message.
 
     Raises:
-        TypeError: if they are not a floating tensor.
-        ValueError: if their shape is wrong.
+        TypeError: if ``logits`` are not a floating tensor.
+        ValueError: if the shape of ``logits`` is wrong.
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"model: returned {type(logits).__name__}, expected a tensor of logits")
@@ -161,7 +172,7 @@ def _advice(logits: Tensor, n: int) -> str:
 
 
 def check_logits(logits: object, n: int, highest_label: int, *, first: int = 0) -> Tensor:
-    """Return ``logits``; raise as `check_classes`, and ValueError unless they are finite.
+    """Return ``logits``; raise as `check_classes`, and ValueError if a logit is not finite.
 
     Args:
         logits: what the model returned.
@@ -179,14 +190,14 @@ def check_logits(logits: object, n: int, highest_label: int, *, first: int = 0) 
 
 
 def image_numbers(numbers: Tensor, n: int) -> str:
-    """Return the first few of these image numbers and their count, e.g. ``images 3, 17 (2 of 128)``."""
+    """Return the first few image numbers and their count as text, e.g. ``images 3, 17 (2 of 128)``."""
     few = ", ".join(str(number) for number in numbers[:_NUMBERS_SHOWN].tolist())
     more = ", ..." if len(numbers) > _NUMBERS_SHOWN else ""
     return f"image{'s' if len(numbers) > 1 else ''} {few}{more} ({len(numbers)} of {n})"
 
 
 def check_target(target: object, labels: Tensor) -> Tensor | None:
-    """Return ``target``; raise as `check_labels`, and ValueError if it is the label of some image."""
+    """Return ``target``; raise as `check_labels`, and ValueError if the target of an image is its label."""
     if target is None:
         return None
     check_labels(target, len(labels), labels.device, name="target")
@@ -198,7 +209,7 @@ def check_target(target: object, labels: Tensor) -> Tensor | None:
 
 
 def check_generator(generator: object) -> torch.Generator:
-    """Return ``generator``; raise TypeError unless it is one, and ValueError if it is torch's global one."""
+    """Return ``generator``; raise TypeError if it is not a torch.Generator, ValueError if it is torch's global one."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {shown(generator)}, expected e.g. torch.Generator().manual_seed(0)")
     if any(generator is own for own in (torch.default_generator, *torch.cuda.default_generators)):

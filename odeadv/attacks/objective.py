@@ -1,4 +1,4 @@
-"""The function that an attack raises: a model's loss on one labelled batch, with its gradient for the images."""
+"""The function that an attack raises: the loss of a model on a labelled batch, and its gradient for the images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ __all__ = [
     "resolve_loss",
 ]
 
-# What was not finite: the sentence before the image numbers, and the one after them.
+# Texts of messages: the part before the image numbers, and the part after them.
 _LOGITS = ("model: returned logits that are not finite for", "so no attack on it can be trusted")
 _LOSSES = ("loss: returned NaN for the finite logits of", "so no attack can rank these images")
 _GRADIENTS = (
@@ -56,8 +56,8 @@ _GRADIENTS = (
 def attacking(model: nn.Module, mode: Mode, device: torch.device | None = None) -> Iterator[None]:
     """Run the body with gradients on and ``model`` in ``mode``, then restore the model and the random state.
 
-    Gradients are on even under a caller's ``no_grad`` or ``inference_mode``. The global random state that is restored
-    is that of the CPU, and that of ``device`` if it is a CUDA device.
+    Gradients are on even if the caller uses ``no_grad`` or ``inference_mode``. The global random state of the CPU is
+    restored, and also the state of ``device`` if it is a CUDA device.
     """
     cuda: list[int] = []
     if device is not None and device.type == "cuda":
@@ -73,7 +73,7 @@ def attacking(model: nn.Module, mode: Mode, device: torch.device | None = None) 
 
 
 def reseed(generator: torch.Generator, device: torch.device) -> None:
-    """Seed torch's global random state, from which stochastic models draw, with one draw from ``generator``."""
+    """Seed torch's global random state with one draw from ``generator``; stochastic models draw from that state."""
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -82,13 +82,13 @@ def reseed(generator: torch.Generator, device: torch.device) -> None:
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` without history, usable by autograd even if it was made under ``inference_mode``."""
+    """Return ``tensor`` without history; autograd can use it even if it was made under ``inference_mode``."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @dataclass
 class Tally:
-    """The number of times each example went through the model. Give an empty one to an attack, then read it.
+    """The number of times each example went through the model. Give an empty tally to an attack, then read it.
 
     Attributes:
         queries: (n,) int64, forward passes per example.
@@ -100,7 +100,7 @@ class Tally:
 
 
 class Scores(NamedTuple):
-    """Logits (n, classes) and losses (n,) of one batch; and the gradient, shaped like the images, if asked for."""
+    """Logits (n, classes) and losses (n,) of a batch, and the gradient, shaped like the images, or None."""
 
     logits: Tensor
     losses: Tensor
@@ -108,27 +108,28 @@ class Scores(NamedTuple):
 
 
 class AttackLoss:
-    """The loss of ``model`` on images with these labels, as a function of the images. Attacks raise it.
+    """The loss of ``model`` on images with these labels, as a function of the images. Attacks raise this loss.
 
-    The losses of a batch are summed. So an example's gradient does not depend on the batch and does not shrink with
-    its size. Losses are computed in at least float32, whatever the dtype of the logits (bfloat16 under autocast).
-    Only images are differentiated: no weight gradient is computed, no ``.grad`` is written. Use it inside `attacking`.
+    The losses of a batch are summed, not averaged. So an example's gradient does not depend on the rest of the batch
+    or on its size. Losses are computed in at least float32, for every dtype of the logits (bfloat16 under autocast).
+    Only images are differentiated; weight gradients are not computed, and ``.grad`` is not written. Use this class
+    inside `attacking`.
 
     Args:
-        model: (n, ...) images to (n, classes) logits.
+        model: maps images (n, ...) to logits (n, classes).
         labels: (n,) int64.
-        loss: (logits, labels) to losses of shape (n,), or a `LossRule`.
+        loss: a function (logits, labels) -> losses of shape (n,), or a `LossRule`.
         target: (n,) int64, the classes that a targeted attack wants.
         eot: the number of forward passes over which logits, losses and gradients are averaged, for models that draw
             random numbers.
-        deferred: do not wait for the result of the check that logits, losses and gradients are finite: on an
-            accelerator each wait would stop its queue. `raise_if_not_finite` then raises for all passes so far.
-        tally: counts per example, set to zero here.
+        deferred: if True, do not wait for the check that logits, losses and gradients are finite, because each wait
+            would stop an accelerator's queue. `raise_if_not_finite` then raises for all passes so far.
+        tally: receives the counts per example; it is set to zero here.
         attack: the name of the attack, for messages.
 
     Attributes:
-        forward_passes: images sent through the model so far.
-        gradient_evaluations: forward passes that were also differentiated.
+        forward_passes: number of images sent through the model so far.
+        gradient_evaluations: number of those images that were also differentiated.
         truth: the classes and logits that the model's logits are compared with.
     """
 
@@ -150,7 +151,7 @@ class AttackLoss:
         self._model = model
         given = {"labels": labels} if target is None else {"labels": labels, "target": target}
         self._highest = {name: values.max() for name, values in given.items()}
-        # Unknown, and compared on the device, where checks are read later.
+        # If checks are deferred, the highest label is unknown here; `_forward` compares it on the device.
         highest = {name: -1 if is_deferring() else int(value) for name, value in self._highest.items()}
         self._highest_in, self._highest_label = max(highest.items(), key=lambda item: item[1])
         self._rule = loss if isinstance(loss, LossRule) else of_labels(loss)
@@ -163,7 +164,7 @@ class AttackLoss:
             tally.queries, tally.gradients = torch.zeros_like(labels), torch.zeros_like(labels)
 
     def compare_with(self, clean: Tensor) -> None:
-        """Evaluate the logits of the clean images, once, if the loss needs them."""
+        """If the loss needs the logits of the clean images, compute them once."""
         if self._rule.needs_clean:
             self.truth = self.truth._replace(clean=_wide(self.logits(clean)))
 
@@ -172,11 +173,11 @@ class AttackLoss:
         self.truth = self.truth._replace(target=likely_targets(name, self.logits(clean), self.truth.labels))
 
     def aim(self, target: Tensor) -> None:
-        """From now on lead to ``target``, (n,) int64; any wrong class still counts as fooled."""
+        """Aim at ``target``, (n,) int64, from now on; any wrong class still counts as fooled."""
         self.truth = self.truth._replace(target=target, reach=False)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits (n, classes) without a graph; raise ValueError if they are not finite or not of that shape."""
+        """Return logits (n, classes) without a graph; raise ValueError if they are not finite or have another shape."""
         with torch.no_grad():
             return _mean([self._forward(images, None) for _ in range(self._eot)])
 
@@ -185,7 +186,9 @@ class AttackLoss:
         return self.logits_and_gradient(images)[1]
 
     def logits_and_gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (n, classes) and the gradient of the summed loss, like ``images``, from one forward pass.
+        """Return logits (n, classes) and the gradient of the summed loss, shaped like ``images``.
+
+        Both come from one forward pass.
 
         Raises:
             TypeError: if the model or the loss does not return a tensor.
@@ -211,11 +214,11 @@ class AttackLoss:
         return Scores(*(_mean(list(part)) for part in zip(*passes, strict=True)))
 
     def fooled(self, scores: Scores, index: Tensor | None = None) -> Tensor:
-        """Return (n,) bool: True if the (mean) logits of the examples ``index`` are what the attack wants."""
+        """Return (n,) bool: True if the (mean) logits of an example in ``index`` give the class the attack wants."""
         return self.truth.rows(index).fooled(scores.logits)
 
     def raise_if_not_finite(self) -> None:
-        """Raise ValueError if logits, losses or gradients so far were not finite; ``deferred`` checks end here."""
+        """Raise ValueError if a logit, loss or gradient so far was not finite; this completes ``deferred`` checks."""
         for what, good in self._finite.items():
             if not holds(good.all()):
                 raise ValueError(self._message(what, (~good).nonzero()[:, 0]))
@@ -258,12 +261,13 @@ class AttackLoss:
         return logits
 
     def _answer(self, images: Tensor) -> object:
-        # The first pass gets a copy: a model that writes to its images is rejected before it can write to the caller's.
+        # The first pass gets a copy of the images. If the model writes to them, it is rejected before it can write to
+        # the caller's images.
         first = not self.forward_passes and not images.requires_grad
         return answered(self._model, images.clone() if first else images)
 
     def _check(self, good: Tensor, what: tuple[str, str], index: Tensor | None) -> None:
-        """Check ``good``, (m,) bool, of the examples ``index``: now, or later if checks are deferred."""
+        """Check ``good``, (m,) bool, of the examples ``index``, now or (if checks are deferred) later."""
         if not self._deferred:
             if not good.all():
                 bad = (~good).nonzero()[:, 0]
@@ -282,7 +286,7 @@ class AttackLoss:
 
 def _finite_rows(tensor: Tensor) -> Tensor:
     """Return (n,) bool: True if all entries of the row are finite."""
-    # NaN and infinity times 0 are NaN. This takes a tenth of the time of isfinite().all() on images.
+    # NaN times 0 and infinity times 0 are NaN. On images this takes a tenth of the time of isfinite().all().
     return (tensor.detach() * 0).sum(dim=tuple(range(1, tensor.ndim))) == 0
 
 
