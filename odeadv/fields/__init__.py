@@ -1,8 +1,8 @@
-"""The equation: operators (one term of dx/dt each) and the vector fields made of them.
+"""The equation: operators (one term of dx/dt each) and the vector fields that consist of them.
 
-A field is a named sum of operators, and may carry its own problem (initial state, time span, steps).
-`AdversarialField` is the paper's Eq. 7, dx/dt = f(t, x) + eta * a(t). The solver records its second operator, the
-costate. Imports `odeadv.support` only.
+A field is a sum of named operators. It may contain its problem (initial state, time span, steps).
+`AdversarialField` is the paper's Eq. 7, dx/dt = f(t, x) + eta * a(t). Its second operator is the costate a(t), which
+the solver records. This folder imports `odeadv.support` only.
 """
 
 from odeadv.fields._field import AdversarialField, Loss, Problem, SplitField, VectorField, as_field

@@ -1,4 +1,4 @@
-"""What a solve counts and learns about each of its functions."""
+"""The number of evaluations per operator, and whether its function reuses memory."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from odeadv.support.isolation import inside_transform
 
 
 class Cost:
-    """The cost of one operator in one run, and what the run has learned about its function.
+    """The cost of one operator in one run, and whether its function reuses memory.
 
     Attributes:
-        evaluations: evaluations of the right-hand side, the flow or the map.
-        vjps: vector-Jacobian products.
-        jvps: Jacobian-vector products.
-        solves: equations of implicit stages that were solved, or not.
-        iterations: Newton's iterations for them; none if the operator solves them directly.
-        unsolved: equations on which Newton's iteration failed.
-        watch: compare the state before and after each call, see `watched`.
-        reuses: whether the function returns memory that it returned before; None if that is not known yet.
+        evaluations: number of evaluations of the right-hand side, the flow or the map.
+        vjps: number of vector-Jacobian products.
+        jvps: number of Jacobian-vector products.
+        solves: number of equations of implicit stages, solved and unsolved.
+        iterations: number of Newton iterations for these equations; 0 if the operator has a direct solver.
+        unsolved: number of equations for which Newton's iteration failed.
+        watch: True compares the state before and after each call, see `watched`.
+        reuses: True if the function returns the same memory again; None if this is not known yet.
     """
 
     __slots__ = ("evaluations", "iterations", "jvps", "reuses", "solves", "unsolved", "vjps", "watch")
@@ -35,7 +35,7 @@ class Cost:
         self.reuses: bool | None = None
 
     def include(self, other: Cost) -> None:
-        """Add what ``other`` has counted."""
+        """Add the counts of ``other``."""
         self.evaluations += other.evaluations
         self.vjps += other.vjps
         self.jvps += other.jvps
@@ -44,17 +44,17 @@ class Cost:
         self.unsolved += other.unsolved
 
     def evaluated(self) -> None:
-        """Count one evaluation. Tracing by torch.compile is not counted, since the graph would depend on the count."""
+        """Count one evaluation, except during tracing by torch.compile, because the graph would depend on the count."""
         if not torch.compiler.is_compiling():
             self.evaluations += 1
 
 
 class Slopes:
-    """Several results of one operator that are held at the same time.
+    """Several results of one operator that are needed at the same time.
 
     A function may return the same memory every time: ``torch.neg(x, out=buffer)``, a replayed CUDA graph, a bridge to
-    C++. Its earlier results are then overwritten by the later ones. In the first step of a run all results are copied
-    and their memory is compared; from then on they are copied only if the function reuses its memory.
+    C++. Each result then overwrites the earlier results. In the first step of a run all results are copied, and their
+    memory addresses are compared. In later steps they are copied only if the function reuses its memory.
     """
 
     def __init__(self, cost: Cost) -> None:
@@ -64,19 +64,19 @@ class Slopes:
         self._given: list[Tensor] = []
 
     def add(self, value: Tensor) -> None:
-        """Hold ``value``, or a copy of it."""
+        """Append ``value``, or a copy if the function may reuse its memory."""
         if not self._copy:
             self.values.append(value)
             return
         place = value.untyped_storage().data_ptr()
-        # The earlier results are kept alive, so equal addresses mean shared memory and not memory that was freed.
+        # The earlier results are still alive, so equal addresses mean shared memory, and not memory that was freed.
         if place and any(place == other.untyped_storage().data_ptr() for other in self._given):
             self._cost.reuses = True
         self._given.append(value)
         self.values.append(value.clone())
 
     def done(self) -> list[Tensor]:
-        """Return the values; the function counts as one that reuses no memory if none was shared."""
+        """Return all values. If none of them share memory, note in the cost that the function does not reuse memory."""
         if self._copy and self._cost.reuses is None and len(self._given) > 1:
             self._cost.reuses = False
         return self.values

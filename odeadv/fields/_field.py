@@ -1,4 +1,4 @@
-"""Vector fields: named sums of operators, with or without the problem they are to be solved on."""
+"""Vector fields: sums of named operators, with or without a problem (initial state, time span, steps)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Problem:
-    """The problem a field carries. Anything that is None must be given to `odeadv.solve`.
+    """The problem that a field contains. Give the values that are None to `odeadv.solve`.
 
     Attributes:
-        x0: the initial state, or a function without arguments that computes it anew for each solve.
+        x0: the initial state, or a function without arguments that computes it for each solve.
         t_span: start and end time.
-        dt: step size (give this or ``steps``).
+        dt: step size. Give either ``dt`` or ``steps``.
         steps: number of steps.
     """
 
@@ -41,11 +41,11 @@ class Problem:
 
 
 class VectorField:
-    """A sum of named operators, dx/dt = sum_p f_p(t, x); callable as ``field(t, x)``, as torchdiffeq expects.
+    """A sum of named operators, dx/dt = sum_p f_p(t, x). Call it as ``field(t, x)``, as torchdiffeq expects.
 
     Args:
-        operators: name to operator (or callable ``f(t, x)``), in the order in which schemes number them.
-        problem: the initial state, span and steps, if the field carries them.
+        operators: a dict of name to operator f_p (or callable ``f(t, x)``). Schemes number operators in this order.
+        problem: the initial state, time span and steps, if the field contains them.
     """
 
     def __init__(self, operators: Mapping[str, Operator | VectorFunction], problem: Problem | None = None) -> None:
@@ -62,7 +62,7 @@ class VectorField:
 
     @property
     def jumps(self) -> list[tuple[float, float]]:
-        """The intervals on which the state jumps."""
+        """The time intervals on which a `Jump` maps the state."""
         return [jump for operator in self.operators.values() for jump in operator.jumps]
 
     @property
@@ -76,15 +76,15 @@ class VectorField:
         return all(operator.constant for operator in self.operators.values())
 
     def with_time_dtype(self: Field, dtype: torch.dtype) -> Field:
-        """Return the same field, whose functions are given times of ``dtype``."""
+        """Return the same field with functions that receive times of ``dtype``."""
         return self._mapped(lambda operator: operator.with_time_dtype(dtype))
 
     def widened(self: Field, narrow: torch.dtype) -> Field:
-        """Return the same field for a state kept in float32, whose functions are given it in ``narrow``."""
+        """Return the same field for float32 states. Its functions receive each state rounded to ``narrow``."""
         return self._mapped(lambda operator: operator.widened(narrow))
 
     def timed(self: Field, span: MovingSpan) -> Field:
-        """Return the field with the times and the rate of ``span``."""
+        """Return the same field with the time and the rate of ``span``, see `MovingSpan`."""
         return self._mapped(lambda operator: operator.timed(span))
 
     def _mapped(self: Field, change: Callable[[Operator], Operator]) -> Field:
@@ -93,10 +93,10 @@ class VectorField:
         return field
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return the whole right-hand side, the sum of all operators.
+        """Return the right-hand side, the sum of all operators.
 
         Args:
-            t: 0-d tensor.
+            t: the time, a 0-d tensor.
             x: the state.
 
         Returns:
@@ -112,12 +112,13 @@ class VectorField:
 class SplitField(VectorField):
     """A field given as a sum of named operators, dx/dt = sum_p f_p(t, x), for operator splitting.
 
-    The order of the names is the order of the operators in a scheme. Lie-Trotter takes them as listed. Strang takes the
-    first one for the full step and the later ones around it, the last one outermost (the paper's Eq. 20 with F first).
+    The order of the names is the order of the operators in a scheme. Lie-Trotter applies the operators in this order.
+    Strang applies the first operator for the full step. It applies the other operators for half a step before and after
+    it, the last operator outermost (the paper's Eq. 20 with F as the first operator).
 
     Args:
-        x0, t_span, dt, steps: the problem, if the field carries it. Operators cannot have these names.
-        operators: callables ``f(t, x)`` or `Operator` objects, at least two.
+        x0, t_span, dt, steps: the problem, if the field contains it. Operators cannot have these names.
+        operators: at least two callables ``f(t, x)`` or `Operator` objects, by name.
 
     Raises:
         ValueError: if there are fewer than two operators.
@@ -151,34 +152,34 @@ class SplitField(VectorField):
 
 
 class AdversarialField(VectorField):
-    """The paper's Eq. 7, dx/dt = f(t, x) + eta * dL/dx(t): the state is pushed up the loss by its costate.
+    """The paper's Eq. 7, dx/dt = f(t, x) + eta * dL/dx(t): the costate pushes the state towards a higher loss.
 
-    dL/dx(t) is the costate a(t) of Eq. 9 with a(T) = grad L(x(T)). It depends on the whole trajectory, so
-    `odeadv.solve` records it before it solves (see its arguments ``sweeps``, ``ascent`` and ``costate``). The
-    right-hand side is therefore not a function of (t, x), and ``field(t, x)`` raises; `odeadv.driven` makes a plain
-    field for other solvers. The operators are named ``"f"`` and ``"costate"``.
+    dL/dx(t) is the costate a(t) of Eq. 9 with a(T) = grad L(x(T)), for the loss L and the final time T. It depends on
+    the whole trajectory, so `odeadv.solve` records it before it solves (see its arguments ``sweeps``, ``ascent`` and
+    ``costate``). The right-hand side is therefore not a function of (t, x), and ``field(t, x)`` raises TypeError.
+    `odeadv.driven` makes a plain field for other solvers. The operators are named ``"f"`` and ``"costate"``.
 
     Args:
-        f: ``f(t, x)``, an `Operator`, or another field, whose operators are then added up.
-        loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of it. None if
-            the total loss has other terms only.
-        eta: factor of the costate, any finite number, or a tensor. A tensor of no dimension may require a gradient, so
-            that eta is learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is
-            one eta per sample, and ``(1, d)`` one per component of a state of shape ``(batch, d)``. eta > 0 pushes the
-            loss up if time runs forward, and down if it runs backward, since the right-hand side is then subtracted.
-            eta multiplies the gradient of ``loss`` as it is: if the loss is a mean over a batch, eta / batch_size is
-            invariant.
-        readout: map from the final state to the output (the logits of a network); the identity if not given.
+        f: ``f(t, x)``, an `Operator`, or another field. The operators of another field are added up.
+        loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of the final
+            state. Give None if the total loss consists of ``running`` or ``at`` only.
+        eta: factor of the costate, any finite number, or a tensor. A 0-d tensor may require a gradient, so that eta is
+            learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
+            sample, and ``(1, d)`` is one eta per component of a state of shape ``(batch, d)``. eta > 0 raises the loss
+            if time runs forward. It lowers the loss if time runs backward, because the right-hand side is then
+            subtracted. eta multiplies the gradient of ``loss`` without normalisation: if the loss is a mean over a
+            batch, keep eta / batch_size constant.
+        readout: map from the final state to the output (the logits of a network); by default the identity.
         running: ``running(t, x)`` returns a scalar tensor, a cost per unit of time. Its integral over the span is added
-            to the loss, and the costate equation gets a source, da/dt = -(df/dx)^T a - d(running)/dx. The integral is
-            computed by the trapezoidal rule, or by Simpson's rule if the sub-step of f has an order above two.
-        at: time to ``loss(x)``: losses of the states at these times, added to the loss. The costate jumps there by the
-            gradient of the loss. Each time must be the end of a step.
-        x0, t_span, dt, steps: the problem, if the field carries it.
-        modules: modules that ``f``, ``readout`` or a loss runs and that cannot be found from them, see `Operator`.
+            to the loss, and the costate equation gets a source term, da/dt = -(df/dx)^T a - d(running)/dx. The integral
+            is computed by the trapezoidal rule, or by Simpson's rule if the sub-step of f has an order above two.
+        at: a dict of time to ``loss(x)``. Each is a loss of the state at this time, and is added to ``loss``. The
+            costate jumps at this time by the gradient of the added loss. Each time must be the end of a step.
+        x0, t_span, dt, steps: the problem, if the field contains it.
+        modules: modules that ``f``, ``readout`` or a loss runs, if a search does not find them, see `Operator`.
 
     Attributes:
-        transforms: the functions that `transformed` has put between a recording and the drive, in turn.
+        transforms: the functions given to `transformed`. They are applied in this order to each recorded costate.
 
     Raises:
         TypeError: if ``f``, a loss, ``running`` or ``readout`` is not callable, or ``eta`` is not a number or a real
@@ -228,17 +229,17 @@ class AdversarialField(VectorField):
 
     @property
     def f(self) -> Operator:
-        """The unperturbed operator."""
+        """The operator f, without the costate."""
         return self.operators["f"]
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that an evaluation of the field, its read-out or its loss runs."""
+        """The modules that an evaluation of the field, its read-out or its losses runs."""
         return modules_of(self.f, *self._runs)
 
     @property
     def idle(self) -> bool:
-        """True if eta is the number 0, so that the costate does not drive. A tensor may get a gradient at 0 too."""
+        """True if eta is the number 0, so that the costate has no effect. False if eta is a tensor with the value 0."""
         return not isinstance(self.eta, Tensor) and self.eta == 0.0
 
     @property
@@ -247,20 +248,21 @@ class AdversarialField(VectorField):
         return self.running is not None or bool(self.at)
 
     def transformed(self, transform: NodeTransform) -> AdversarialField:
-        """Return the same field, whose costate passes through ``transform`` between each recording and the drive.
+        """Return the same field with ``transform`` applied to each recorded costate before it drives the state.
 
         Use it for ablations: noise of the same norm, gradients shuffled across the batch, the first node only. With
-        several recordings (``sweeps``, ``ascent``) each one is transformed once. ``sol.costate`` is the transformed
-        costate. A second transform acts on the result of the first.
+        several recordings (``sweeps``, ``ascent``) each recording is transformed once. ``sol.costate`` is the
+        transformed costate. A second transform acts on the result of the first transform.
 
         Args:
-            transform: ``transform(nodes)`` maps the N + 1 recorded a(t_n), each of the shape of the state at t_n, to as
-                many tensors of the same shapes, dtypes and devices. It runs without gradients, unless the costate is
-                differentiated. The global random state is put back after it, so draw from your own generator.
+            transform: ``transform(nodes)`` maps the N + 1 recorded costates a(t_n) of N steps to N + 1 tensors of the
+                same shapes, dtypes and devices. a(t_n) has the shape of the state at t_n. ``transform`` runs without
+                gradients, unless the costate is differentiated. The global random state is restored afterwards, so
+                draw random numbers from a separate generator.
 
         Raises:
             TypeError: if ``transform`` is not callable.
-            ValueError: if the field has losses at given times, at which its costate jumps.
+            ValueError: if the field has losses at given times, because its costate jumps at these times.
         """
         if not callable(transform):
             raise TypeError(f"transform: got {type(transform).__name__}, expected a callable transform(nodes)")
@@ -276,15 +278,15 @@ class AdversarialField(VectorField):
 
         Args:
             costate: a function of time, such as the ``costate`` of a solution. The time is a float, or a 0-d tensor if
-                the solver differentiates through it, see `Forcing`. The costate of a solution is extrapolated beyond
-                its span, since adaptive solvers step beyond the end.
+                the solver differentiates with respect to time, see `Forcing`. The costate of a solution is extrapolated
+                outside its span, because adaptive solvers step beyond the end.
         """
         value = getattr(costate, "extrapolated", costate)
         forcing = Forcing(value, scale=self.eta * self._rate, on=getattr(costate, "on", None), source=costate)
         return VectorField({"f": self.f, "costate": forcing}, self.problem)
 
     def widened(self, narrow: torch.dtype) -> AdversarialField:
-        """See `VectorField.widened`; read-out, losses and running cost are given the state in ``narrow`` too."""
+        """See `VectorField.widened`. Read-out, losses and running cost also receive the state in ``narrow``."""
         field, readout, running = super().widened(narrow), self.readout, self.running
         field.readout = lambda x: x.to(narrow) if readout is None else readout(x.to(narrow))
         field.running = running and (lambda t, x: running(t, x.to(narrow)))
@@ -292,7 +294,7 @@ class AdversarialField(VectorField):
         return field
 
     def timed(self, span: MovingSpan) -> AdversarialField:
-        """See `VectorField.timed`; the rate is a factor of eta and of the running cost too."""
+        """See `VectorField.timed`. The rate also multiplies eta and the running cost."""
         field, running = super().timed(span), self.running
         field._rate = span.rate
         field.running = running and (lambda t, x: span.rate * running(span(t), x))
@@ -302,7 +304,8 @@ class AdversarialField(VectorField):
         """Return the output and the loss of the final state ``x``.
 
         Raises:
-            TypeError, ValueError: if the loss is not a scalar tensor.
+            TypeError, ValueError: if the loss is not a real scalar tensor, or if the read-out or the loss writes to its
+                argument.
         """
         output = x
         if self.readout is not None:
@@ -312,11 +315,11 @@ class AdversarialField(VectorField):
         return output, self._checked("loss", self.loss, output)
 
     def loss_at(self, loss: Loss, x: Tensor) -> Tensor:
-        """Return ``loss``, one of those in ``at``, of the state ``x``; raises as `evaluate`."""
+        """Return ``loss(x)`` for a loss of ``at`` and the state ``x``. The errors are those of `evaluate`."""
         return self._checked("at", loss, x)
 
     def running_cost(self, t: float | Tensor, x: Tensor) -> Tensor:
-        """Return the running cost at the time ``t`` and the state ``x``; raises as `evaluate`."""
+        """Return the running cost at the time ``t`` and the state ``x``. The errors are those of `evaluate`."""
         running = self.running
         assert running is not None
         return self._checked("running", lambda y: running(as_time(t, y, self.f.time_dtype), y), x)
@@ -343,7 +346,7 @@ class AdversarialField(VectorField):
 
 
 def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
-    """Return ``field`` as a `VectorField`: a callable or an `Operator` becomes a field with the one operator "f"."""
+    """Return ``field`` as a `VectorField`. A callable or an `Operator` becomes a field with a single operator "f"."""
     if isinstance(field, VectorField):
         return field
     if not callable(field):
@@ -355,7 +358,7 @@ def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
 
 
 def _read_eta(eta: Any) -> float | Tensor:
-    """Return eta as a float, or as the tensor that it is if it has axes or may get a gradient."""
+    """Return ``eta`` as a float. Return a tensor unchanged if it has axes or may receive a gradient."""
     if not isinstance(eta, Tensor) or not (eta.ndim or eta.requires_grad or is_wrapped(eta)):
         return number("eta", eta)
     if not eta.is_floating_point():
@@ -372,10 +375,10 @@ def _nothing(output: Any) -> Tensor:
 
 
 def _timed_losses(at: Any) -> dict[float, Loss]:
-    """Return ``at`` with its times as floats.
+    """Return the dict ``at`` with its times as floats.
 
     Raises:
-        TypeError: if it is not a mapping from times to callables.
+        TypeError: if ``at`` is not a mapping from times to callables.
     """
     if at is not None and not isinstance(at, Mapping):
         raise TypeError(f"at: got {type(at).__name__}, expected a dict of time to loss(x)")

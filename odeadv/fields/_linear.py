@@ -1,4 +1,4 @@
-"""Linear operators dx/dt = A x: right-hand side, exact flow and implicit solve, from a matrix or from a symbol."""
+"""Linear operators dx/dt = A x, with right-hand side, exact flow and implicit solve. A is a matrix or a symbol."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from odeadv.support.isolation import is_wrapped, version
 TransformName = Literal["fft", "dct"] | None
 _NARROW = (torch.float16, torch.bfloat16)
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-MOST = 32  # numbers that a linear operator remembers; a step of a scheme of order eight has about as many
+# A linear operator keeps exp(dt A) for the last MOST step sizes. A step of a scheme of order eight has about as many.
+MOST = 32
 
 
 class Remembered:
-    """Values that follow from a tensor and a number, such as exp(dt A), for the last `MOST` numbers.
+    """Keeps values that depend on a tensor and a number, such as exp(dt A), for the last `MOST` numbers.
 
-    Nothing is kept if a gradient has to pass through the value, in torch.func transforms of the tensor, and under
-    torch.compile. A value is made again after a write to the tensor.
+    Values are not kept if a gradient has to pass through them, nor in torch.func transforms of the tensor, nor under
+    torch.compile. After a write to the tensor a value is computed again.
+
+    Args:
+        of: the tensor.
     """
 
     def __init__(self, of: Tensor) -> None:
@@ -30,13 +34,13 @@ class Remembered:
         self._values: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def __call__(self, make: Callable[[Tensor, Tensor], tuple[Tensor, ...]], number: Tensor, x: Tensor) -> Tensor:
-        """Return ``make(number, x)``, the first of its results alone, see `all`."""
+        """Return the first result of ``make(number, x)``, see `all`."""
         return self.all(make, number, x)[0]
 
     def all(
         self, make: Callable[[Tensor, Tensor], tuple[Tensor, ...]], number: Tensor, x: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return ``make(number, x)``, which may depend on the dtype, device and reality of ``x`` only."""
+        """Return all results of ``make(number, x)``. They must not depend on the values of ``x``."""
         graph = torch.is_grad_enabled() and (self._of.requires_grad or number.requires_grad)
         if graph or torch.compiler.is_compiling() or is_wrapped(self._of) or is_wrapped(number):
             return make(number, x)
@@ -65,14 +69,14 @@ class Matrix:
         return _product(self.a.to(x.device, x.dtype), x)
 
     def flow(self, t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
-        """Return exp(dt A) x; the exponential is kept for its step size."""
+        """Return exp(dt A) x. The exponential is kept for each step size."""
         self._check(x)
         return _product(self._kept(self._exponential, dt, x), x)
 
     def solve(self, t: Tensor, c: Tensor, b: Tensor) -> Tensor:
-        """Return y with y - c A y = b; the factors of the matrix are kept for c."""
+        """Return y with y - c A y = b. The factors of 1 - c A are kept for each c."""
         self._check(b)
-        if b.dtype in _NARROW:  # which the factorisation does not know
+        if b.dtype in _NARROW:  # torch cannot factorise matrices of 16 bits
             return self.solve(t, c, b.float()).to(b.dtype)
         factors, pivots = self._kept.all(self._factors, c, b)
         flat = factors.ndim == 2
@@ -81,8 +85,8 @@ class Matrix:
         return y.mT.reshape(b.shape) if flat else y.squeeze(-1)
 
     def _exponential(self, dt: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        # In the dtype of A, which may be finer than that of the state. exp(M) is e^-1 exp(M + 1), for torch's own has
-        # relative errors of 2e-11 if the norm of M is between 0.005 and 0.05 (seen in torch 2.14.1), but not near 1.
+        # The dtype is the dtype of A, which may be more precise than the state. exp(M) is computed as e^-1 exp(M + 1):
+        # torch 2.14.1 has relative errors of 2e-11 if the norm of M is between 0.005 and 0.05, but not if it is near 1.
         around = self.a * dt.to(self.a.device) + self._eye()
         return ((math.exp(-1.0) * torch.linalg.matrix_exp(around)).to(x.device, x.dtype),)
 
@@ -102,7 +106,7 @@ class Matrix:
 
 
 class Diagonal:
-    """dx/dt = T^-1 k T x with a transform T, see `Operator.diagonal`."""
+    """dx/dt = T^-1 k T x with a transform T and a symbol k, see `Operator.diagonal`."""
 
     def __init__(self, k: Tensor, transform: TransformName, dims: int | None) -> None:
         _check_tensor("k", k)
@@ -131,7 +135,7 @@ class Diagonal:
 
     def _through(self, make: Callable[[Tensor, Tensor], tuple[Tensor, ...]], number: Tensor, x: Tensor) -> Tensor:
         self._check(x)
-        if x.dtype in _NARROW:  # which Fourier transforms do not know
+        if x.dtype in _NARROW:  # torch's Fourier transforms do not take 16 bits
             return self._through(make, number, x.float()).to(x.dtype)
         factor = self._kept(make, number, x)
         if self.transform is None:
@@ -155,7 +159,7 @@ class Diagonal:
         return (self._fitting(1 / (1 - self._of(x) * c.to(self.k.device)), x),)
 
     def _of(self, x: Tensor) -> Tensor:
-        """Return the symbol for states like ``x``: half of it for the Fourier transform of a real state."""
+        """Return the symbol for the state ``x``: half of its grid if ``x`` is real and T is a Fourier transform."""
         if self.transform != "fft" or x.is_complex():
             return self.k
         even = 0.5 * (self.k + _mirrored(self.k, self.axes).conj())
@@ -163,7 +167,7 @@ class Diagonal:
 
     @staticmethod
     def _fitting(factor: Tensor, x: Tensor) -> Tensor:
-        """Return ``factor`` in the precision of ``x``, and real if it is real."""
+        """Return ``factor`` in the precision of ``x``. A real factor stays real."""
         real = x.real.dtype if x.is_complex() else x.dtype
         return factor.to(x.device, _COMPLEX[real] if factor.is_complex() else real)
 
@@ -206,15 +210,15 @@ def _product(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _mirrored(k: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return k(-w) on the grid of the Fourier transform."""
+    """Return k(-w) for the symbol k(w), on the frequencies w of the Fourier transform."""
     return torch.roll(torch.flip(k, axes), (1,) * len(axes), axes)
 
 
 def _is_symmetric(k: Tensor, axes: tuple[int, ...]) -> bool:
-    """Return whether k(-w) = conj(k(w)), except at the highest frequency of an even number of points.
+    """Return True if k(-w) = conj(k(w)) at all frequencies w. For even sizes the highest frequency is not tested.
 
-    There w and -w are the same point of the grid, so the symbol of an odd derivative cannot be symmetric. Its real
-    part is taken, which is the usual choice.
+    At the highest frequency w and -w are the same point of the grid, so the symbol of an odd derivative cannot be
+    symmetric there. The real part of the symbol is used, which is the usual choice.
     """
     off = (k - _mirrored(k, axes).conj()).abs() > 1e-6 * k.abs().amax()
     for axis in axes:
@@ -225,7 +229,7 @@ def _is_symmetric(k: Tensor, axes: tuple[int, ...]) -> bool:
 
 
 def _cosine(x: Tensor, axes: tuple[int, ...], *, forward: bool) -> Tensor:
-    """Return the discrete cosine transform of type II (without a norm) along ``axes``, or its inverse."""
+    """Return the discrete cosine transform of type II (not normalised) along ``axes``, or its inverse."""
     if x.is_complex():
         return torch.complex(_cosine(x.real, axes, forward=forward), _cosine(x.imag, axes, forward=forward))
     for axis in axes:
@@ -243,7 +247,7 @@ def _turn(x: Tensor) -> Tensor:
 
 
 def _cosine_last(x: Tensor) -> Tensor:
-    """Return the transform by one complex Fourier transform of the same length (Makhoul 1980, IEEE ASSP 28)."""
+    """Return the cosine transform along the last axis, by one Fourier transform (Makhoul 1980, IEEE ASSP 28)."""
     spectrum: Tensor = torch.fft.fft(torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], -1))
     return 2 * (spectrum * _turn(x).conj()).real
 

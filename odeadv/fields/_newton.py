@@ -1,4 +1,4 @@
-"""The equation of an implicit stage, y - c f(t, y) = b: Newton's iteration, and gradients of its solution."""
+"""Newton's iteration for the equation of an implicit stage, y - c f(t, y) = b, and gradients of its solution."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ from odeadv.support.linearised import Linearised
 Function = Callable[[Tensor], Tensor]
 Preconditioner = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-DENSE = 512  # unknowns (of a sample, if samples are independent) up to which the Jacobian is made
-SLOW = 0.1  # a Jacobian is made again if an iteration does not reduce the error at least to this fraction
-HALVINGS = 8  # of a Newton step that leads to a much larger residual
-INNER = 1e-3  # GMRES solves for a Newton step to this fraction of the residual; the next step mends the rest
+DENSE = 512  # largest number of unknowns (per sample, if samples are independent) for which the Jacobian is made
+SLOW = 0.1  # the Jacobian is made again if an iteration does not reduce the error to this fraction or less
+HALVINGS = 8  # largest number of halvings of a Newton step that leads to a much larger residual
+INNER = 1e-3  # GMRES reduces the residual of a Newton step to this fraction; the next step corrects the rest
 
 
 @dataclass(frozen=True)
 class Newton:
     """Solves the equation of an implicit stage, y - c f(t, y) = b, by Newton's iteration.
 
-    It is what an `Operator` without a direct solver uses; give ``Operator(f, solve=Newton(...))`` to choose. The
-    Jacobian is kept as long as the iteration converges fast, and between the stages of one sub-step. Steps are halved
-    if they would more than double the residual.
+    An `Operator` without a direct solver uses it. Give ``Operator(f, solve=Newton(...))`` to change the settings. The
+    Jacobian is kept as long as the iteration converges fast, also from stage to stage of one sub-step. A Newton step
+    is halved if it would more than double the residual.
 
-    Gradients follow from the implicit function theorem. The iteration is not in the graph: the solution is corrected
-    by (1 - c df/dx)^-1 applied to its residual, which is zero, but whose derivatives are those of the solution.
-    First and second derivatives are right. Third ones would not be, so asking for them is a ValueError.
+    Gradients follow from the implicit function theorem, and the iteration is not in the autograd graph. Instead,
+    (1 - c df/dx)^-1 times the residual is subtracted from the solution. The value of this correction is zero, and its
+    derivatives are the derivatives of the solution. First and second derivatives are correct. Third derivatives would
+    be wrong, so they raise ValueError.
 
     Attributes:
-        jacobian: ``"dense"`` makes the Jacobian by reverse mode and factors it; ``"krylov"`` needs its products only
-            and solves by GMRES. The default is dense up to 512 unknowns.
-        samples: the axis, or a tuple of axes, that counts samples which do not depend on one another: 0 for a batch, -1
-            for a reaction at each point of a line. Each sample then has its own, small Jacobian, and all are made by as
-            many products as one sample has unknowns. The promise is tested on the first sample.
-        precondition: ``precondition(t, c, y, r)`` returns an approximation of (1 - c df/dx)^-1 r, linear in ``r``, of
-            the shape of the state. GMRES uses it.
-        rtol: the error of y to reach, relative to its largest entry, of each sample by itself; by default 2e-12 in
-            float64 and 6e-6 in float32.
+        jacobian: ``"dense"`` makes the Jacobian by reverse mode and factors it. ``"krylov"`` computes only products
+            with the Jacobian and solves by GMRES. The default is dense up to 512 unknowns.
+        samples: the axis, or a tuple of axes, of samples that do not depend on one another: 0 for a batch, -1 for a
+            reaction at each point of a line. Each sample then has a separate, small Jacobian. The number of products
+            that all these Jacobians need is the number of unknowns per sample. The independence is tested on the first
+            sample.
+        precondition: ``precondition(t, c, y, r)`` returns an approximation of (1 - c df/dx)^-1 r that is linear in
+            ``r`` and has the shape of the state. GMRES uses it.
+        rtol: the error of y to reach in each sample, relative to its largest entry; by default 2e-12 in float64 and
+            6e-6 in float32.
         most: largest number of iterations.
-        restart: number of vectors that GMRES keeps. It gives up after ten times as many products.
+        restart: number of vectors that GMRES keeps. GMRES fails after ``10 * restart`` products.
 
     Raises:
-        TypeError, ValueError: naming the attribute that does not fit.
+        TypeError, ValueError: if an attribute has a wrong type or value. The message names the attribute.
 
     Example:
         >>> field = odeadv.Operator(lambda t, x: -1e4 * (x**3 - torch.cos(t)), solve=odeadv.Newton(samples=0))
@@ -86,14 +88,14 @@ class Newton:
         return self.samples if isinstance(self.samples, tuple) else (self.samples,)
 
     def solve(self, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
-        """Return y with y - c f(y) = b; all NaN if the iteration fails, which ``cost`` then counts.
+        """Return y with y - c f(y) = b. If the iteration fails, return NaN and count the failure in ``cost``.
 
         Raises:
-            ValueError: inside torch.func.vmap and under torch.compile, where values cannot be read.
+            ValueError: inside torch.func.vmap, where tensor values cannot be read.
         """
         equation = _Equation(self, f, t, c, b, cost)
         if not math.isfinite(equation.norm(b, b)):
-            return b * math.nan  # the failure is not that of this equation
+            return b * math.nan  # b is not finite, so the failure came earlier and is not counted here
         found = equation.iterate(kept.state.detach(), kept)
         if found is None:
             cost.unsolved += 1
@@ -101,7 +103,7 @@ class Newton:
         y, residual = found
         if not (residual.requires_grad or inside_transform() or _has_tangent(residual)):
             return y
-        # Here f needs a gradient: the Jacobian must be that at the solution.
+        # f needs a gradient here, so the Jacobian must be the Jacobian at the solution, and not a kept one.
         inverse = kept.system = equation.system(y)
         once: Tensor = _ForHigherOrders.apply(y - inverse(residual))
         twice = once - inverse(equation.residual(once))
@@ -111,12 +113,12 @@ class Newton:
 
 @dataclass
 class Kept:
-    """What an implicit stage leaves to the next stage of the same sub-step.
+    """Values of an implicit stage that the next stage of the same sub-step uses.
 
     Attributes:
-        state: the state of the last stage, from which Newton's iteration starts. Its slope is not better: in a fast
-            transient it overshoots, and may lead to another solution of the equation.
-        system: (1 - c df/dx)^-1 of the last stage.
+        state: the state of the previous stage, at which Newton's iteration starts. Extrapolation with its slope is not
+            a better start: in a fast transient it overshoots, and may lead to another solution of the equation.
+        system: (1 - c df/dx)^-1 of the previous stage.
     """
 
     state: Tensor
@@ -124,7 +126,7 @@ class Kept:
 
 
 class _ForHigherOrders(torch.autograd.Function):
-    """The identity. Its gradient is zero except for rounding, and is passed on only if it is differentiated again."""
+    """The identity. Its gradient is only rounding error, so it is passed on only if it is differentiated again."""
 
     generate_vmap_rule = True
 
@@ -147,10 +149,10 @@ class _ForHigherOrders(torch.autograd.Function):
 
 
 class _OrderLimited(torch.autograd.Function):
-    """The identity in ``x``, which contains a derivative of the solution ``y`` of order ``order``.
+    """The identity of ``x``, which contains derivatives of order ``order`` of the solution ``y``.
 
-    Its derivatives are counted in turn, so that a third derivative of ``y`` is refused. Zeros of order 2 are added to
-    every second derivative, because nothing else is sure to be on the way to a third one.
+    Each differentiation raises the order by one, and a third derivative of ``y`` is a ValueError. Zeros of order 2 are
+    added to every second derivative, because only they are certain to be part of each third derivative.
     """
 
     generate_vmap_rule = True
@@ -182,7 +184,7 @@ class _OrderLimited(torch.autograd.Function):
 
 
 def _has_tangent(x: Tensor) -> bool:
-    """Return whether ``x`` is a dual number of torch.autograd.forward_ad."""
+    """Return True if ``x`` is a dual number of torch.autograd.forward_ad."""
     return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
@@ -195,7 +197,7 @@ def _check_order(order: int) -> None:
 
 
 class _Equation:
-    """y - c f(y) = b. Linear algebra sees real vectors of shape (rows, m): samples and the unknowns of each."""
+    """y - c f(y) = b. For linear algebra a state is a real matrix (rows, m): samples, and unknowns per sample."""
 
     def __init__(self, newton: Newton, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost) -> None:
         self.newton, self.f, self.t, self.c, self.b, self.cost = newton, f, t, c, b, cost
@@ -204,17 +206,17 @@ class _Equation:
         self.rows = math.prod(self._moved[: len(self._axes)])
         eps = torch.finfo(b.dtype).eps
         self.target = eps**0.75 if newton.rtol is None else newton.rtol
-        self.stalled = max(self.target, eps**0.7)  # where rounding may stop the iteration
+        self.stalled = max(self.target, eps**0.7)  # below this error, rounding may stop the iteration
         self.tiny, self.size = torch.finfo(b.dtype).tiny, self._largest(b)
 
     def vector(self, x: Tensor) -> Tensor:
-        """Return the state ``x`` as real vectors."""
+        """Return the state ``x`` as real vectors, (rows, m)."""
         if self._axes:
             x = x.movedim(self._axes, self._front)
         return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(self.rows, -1)
 
     def state(self, v: Tensor) -> Tensor:
-        """Return the real vectors ``v`` as a state."""
+        """Return the real vectors ``v``, (rows, m), as a state."""
         x = torch.view_as_complex(v.reshape(*self._moved, 2)) if self.b.is_complex() else v.reshape(self._moved)
         return x.movedim(self._front, self._axes) if self._axes else x
 
@@ -223,12 +225,12 @@ class _Equation:
         return torch.sub(y - self.b, self.f(y), alpha=self.c)
 
     def norm(self, x: Tensor, y: Tensor) -> float:
-        """Return the largest entry of the state ``x``, relative to the largest of b and ``y`` in its sample."""
+        """Return the largest entry of the state ``x``, relative to the largest entry of b and ``y`` in its sample."""
         size = torch.maximum(self.size, self._largest(y)) + self.tiny
         return read_value((self._largest(x) / size).amax(), "substep: an implicit sub-step")
 
     def _largest(self, x: Tensor) -> Tensor:
-        """Return the largest entry of each sample."""
+        """Return the largest absolute value of each sample."""
         sizes = x.detach().abs()
         return sizes.amax() if self.rows == 1 else sizes.movedim(self._axes, self._front).reshape(self.rows, -1).amax(1)
 
@@ -239,7 +241,7 @@ class _Equation:
         return _DenseInverse(self, y) if dense else _Krylov(self, y)
 
     def iterate(self, y: Tensor, kept: Kept) -> tuple[Tensor, Tensor] | None:
-        """Return the solution and its residual, in the graph of what f and b depend on; None if the iteration fails."""
+        """Return the solution and its residual, which is in the autograd graph of f and b. Return None on failure."""
         residual = self.residual(y)
         error, before = self.norm(residual, y), math.nan
         for _ in range(self.newton.most):
@@ -257,7 +259,7 @@ class _Equation:
             if not math.isfinite(error):
                 return None
             rate = moved / before if whole else math.nan
-            # If steps keep on shrinking by the rate, those to come add up to this.
+            # The sum of all future steps, if each is smaller than the previous step by the factor rate.
             left = moved * rate / (1 - rate) if rate < 1 else math.inf
             if left <= self.target or (fresh and (moved <= self.target or (rate >= 0.5 and moved <= self.stalled))):
                 return y, residual
@@ -267,7 +269,7 @@ class _Equation:
         return None
 
     def _move(self, y: Tensor, step: Tensor, residual: Tensor, error: float) -> tuple[Tensor, Tensor, float, bool]:
-        """Return the next y, its residual and the norm of that, and whether the step was not shortened."""
+        """Return the next y, its residual, the norm of this residual, and True if the step was not shortened."""
         scale = 1.0
         for _ in range(HALVINGS):
             trial = y - scale * step
@@ -280,7 +282,7 @@ class _Equation:
 
 
 class _Jacobian:
-    """Products with df/dx at a state, from both sides, by reverse mode and counted: f is evaluated once."""
+    """Products with the Jacobian df/dx at a state and with its transpose, by reverse mode. f is evaluated once."""
 
     def __init__(self, equation: _Equation, y: Tensor) -> None:
         def f(v: Tensor) -> Tensor:
@@ -318,12 +320,12 @@ class _Jacobian:
         seeds = torch.eye(m, dtype=self.zero.dtype, device=self.zero.device)[:, None].expand(m, rows, m)
         try:
             found: Tensor = torch.func.vmap(self._transposed)(seeds)
-        except RuntimeError:  # a function without a rule for batches
+        except RuntimeError:  # f contains a function without a batching rule for vmap
             found = torch.stack([self._transposed(seed) for seed in seeds])
         return found.transpose(0, 1)
 
     def _check_samples(self) -> None:
-        """Check that the first sample does not depend on the others."""
+        """Raise ValueError if the first sample depends on other samples."""
         u = torch.zeros_like(self.zero)
         u[0] = torch.linspace(0.5, 1.5, u.shape[1])
         if bool((self.transposed(u)[1:] != 0).any()):
@@ -334,7 +336,7 @@ class _Jacobian:
 
 
 class _DenseInverse:
-    """(1 - c df/dx)^-1 at a state, by the factors of the matrix (of each sample)."""
+    """(1 - c df/dx)^-1 at a state, by LU factors of one matrix per sample."""
 
     def __init__(self, equation: _Equation, y: Tensor) -> None:
         self.c, self._equation = equation.c, equation
@@ -362,7 +364,7 @@ class _Krylov:
         self._linear = _Jacobian(equation, y)
 
     def step(self, x: Tensor) -> Tensor | None:
-        """Return the solution to a few digits, for Newton's iteration; None if GMRES fails."""
+        """Return the Newton step for the residual ``x``, to a few digits. Return None if GMRES fails."""
         found = self._gmres(self._equation.vector(x), False, INNER, 0.5)
         return None if found is None else self._equation.state(found)
 
@@ -371,7 +373,7 @@ class _Krylov:
         return self._equation.state(solved)
 
     def exactly(self, v: Tensor, transposed: bool) -> Tensor:
-        """Return the solution of the system, or of the transposed one; NaN if GMRES fails."""
+        """Solve the system, or the transposed system, for the right-hand side ``v``. Return NaN if GMRES fails."""
         found = self._gmres(v, transposed, self._equation.target, 10 * self._equation.target)
         if found is None:
             self._equation.cost.unsolved += 1
@@ -379,7 +381,7 @@ class _Krylov:
         return found
 
     def _gmres(self, v: Tensor, transposed: bool, rtol: float, enough: float) -> Tensor | None:
-        """Return the solution if its residual is a fraction of ``v`` of at most ``enough``; aim at ``rtol``."""
+        """Solve by GMRES to a residual of ``rtol * |v|``. Return None if the residual exceeds ``enough * |v|``."""
         shape, restart = v.shape, self._equation.newton.restart
         jacobian = self._linear.transposed if transposed else self._linear.product
         precondition = self._precondition(transposed)
@@ -407,7 +409,7 @@ class _Krylov:
 
 
 class _Solved(torch.autograd.Function):
-    """The solution of the linear system of a `_Krylov`; its derivative is the solution of the transposed system."""
+    """The solution of the linear system of a `_Krylov`. Its backward pass solves the transposed system."""
 
     @staticmethod
     def forward(v: Tensor, system: _Krylov, transposed: bool) -> Tensor:

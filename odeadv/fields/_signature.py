@@ -1,4 +1,4 @@
-"""Checks of the arguments of a user's functions, by their names, before anything is solved."""
+"""Checks of the number and names of the arguments of a user's functions, before the solve starts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import types
 from torch import nn
 
 _STATES = frozenset(("x", "y", "u", "z", "state"))
-_VARIABLE = 0x04 | 0x08  # flags of *args and **kwargs
+_VARIABLE = 0x04 | 0x08  # code flags of functions with *args or **kwargs
 
 
 def check_arguments(name: str, function: object, expected: str) -> None:
-    """Reject a function or module whose arguments cannot be those of ``expected``, such as ``"f(t, x)"``.
+    """Raise an error if the arguments of a function or module do not fit ``expected``, such as ``"f(t, x)"``.
 
-    Other callables are not looked at.
+    Other callables are not checked.
 
     Raises:
-        TypeError: if the number of arguments differs, or the state comes where ``expected`` has a time.
+        TypeError: if the number of arguments differs, or the state is at the place of a time in ``expected``.
     """
     is_module = isinstance(function, nn.Module)
     if isinstance(function, nn.Module):

@@ -1,4 +1,4 @@
-"""A time span whose ends have gradients."""
+"""A time span that is differentiated with respect to its ends."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MovingSpan:
-    """A time span whose ends have gradients: time is rescaled, and with it dx/dt.
+    """A time span that is differentiated with respect to its ends: time is rescaled, and so is dx/dt.
 
-    The steps are numbers. With s the fraction of the span, t = t0 + s (t1 - t0), so dx/ds = (t1 - t0) f(t, x). Here s
-    is counted in units of time, from ``first`` to ``last``: the values of t and of the rate 1 are those of
-    plain numbers, bit for bit, and only their gradients differ.
+    The times of the steps are plain numbers. With s as the fraction of the span, t = t0 + s (t1 - t0), so
+    dx/ds = (t1 - t0) f(t, x). Here s has units of time and runs from ``first`` to ``last``, so the rate is 1. The
+    values of t and of the rate are bit-identical to plain numbers. Only their gradients differ.
 
     Attributes:
         first, last: the ends as numbers.
-        t0, t1: tensors of these values, or the numbers.
+        t0, t1: the ends as tensors of the same values, or as numbers.
     """
 
     first: float
@@ -27,11 +27,11 @@ class MovingSpan:
 
     @property
     def rate(self) -> float | Tensor:
-        """(t1 - t0) / (last - first): the number 1, with its gradients by the ends."""
+        """(t1 - t0) / (last - first): the number 1, with its gradients with respect to the ends t0 and t1."""
         return 1.0 + (_gradient(self.t1) - _gradient(self.t0)) / (self.last - self.first)
 
     def __call__(self, t: Tensor) -> Tensor:
-        """Return the time ``t`` with its gradients by the ends of the span."""
+        """Return the time ``t`` with its gradients with respect to the ends t0 and t1 of the span."""
         s = (t.detach() - self.first) / (self.last - self.first)
         return t + ((1.0 - s) * _gradient(self.t0) + s * _gradient(self.t1)).to(t.dtype)
 

@@ -1,4 +1,4 @@
-"""`Operator`, one term of dx/dt, `Jump`, a map between two times, and the checks of a user's functions."""
+"""`Operator` (one term of dx/dt), `Jump` (a map between two times), and checks of a user's functions."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _CLOCKS = {torch.float64: torch.float64, torch.complex128: torch.float64}
 
 
 def clock_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the times that f is given with a state of ``dtype``: its real dtype, but at least float32.
+    """Return the dtype of the times that f receives with a state of ``dtype``: its real dtype, or at least float32.
 
-    In the state's own dtype a time can be joined to the state (``torch.cat``) without changing its dtype. 16 bits are
-    too few for a time: bfloat16 has 8 of them, three digits.
+    A time in the dtype of the state can be joined to the state (``torch.cat``) without a change of dtype. 16 bits are
+    too few for a time: bfloat16 has 8 significant bits, which are three digits.
     """
     return _CLOCKS.get(dtype, torch.float32)
 
@@ -46,7 +46,7 @@ def as_time(value: float | Tensor, like: Tensor, dtype: torch.dtype | None = Non
 
 
 def leading(factor: float | Tensor, x: Tensor) -> Tensor:
-    """Return ``factor`` times ``x``. The axes of a tensor ``factor`` are the leading axes of ``x``, or of size one."""
+    """Return ``factor`` times ``x``. If ``factor`` is a tensor, its axes broadcast with the leading axes of ``x``."""
     if not isinstance(factor, Tensor):
         return factor * x
     whole = factor.reshape(factor.shape + (1,) * (x.ndim - factor.ndim))
@@ -54,7 +54,7 @@ def leading(factor: float | Tensor, x: Tensor) -> Tensor:
 
 
 def plus(x: Tensor, slope: Tensor, h: float | Tensor) -> Tensor:
-    """Return x + h * slope. ``h`` is a tensor if one graph serves steps of every size, see `leading`."""
+    """Return x + h * slope. ``h`` is a tensor if one compiled graph is used for all step sizes, see `leading`."""
     return x + leading(h, slope) if isinstance(h, Tensor) else x.add(slope, alpha=h)
 
 
@@ -62,8 +62,8 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
     """Return ``value``, the result of the user's function ``name``, if it fits the state ``x``.
 
     Raises:
-        TypeError: if it is not a tensor, or has a dtype that would change the state's.
-        ValueError: if its shape differs.
+        TypeError: if ``value`` is not a tensor, or has a dtype that would change the dtype of the state.
+        ValueError: if its shape differs from the shape of ``x``.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: returned {type(value).__name__}, expected a tensor of shape {tuple(x.shape)}")
@@ -72,7 +72,7 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
             f"{name}: returned shape {tuple(value.shape)} for a state of shape {tuple(x.shape)}, expected the same"
         )
     if value.dtype != x.dtype and x.dtype not in NARROW:
-        # A state of 16 bits may be promoted, as autocast does. Any other state would change its dtype on the way.
+        # Autocast promotes states of 16 bits, so such a promotion is allowed. Other states must keep their dtype.
         promoted = torch.promote_types(value.dtype, x.dtype)
         if promoted != x.dtype:
             raise TypeError(
@@ -83,7 +83,7 @@ def same_shape(name: str, value: object, x: Tensor) -> Tensor:
 
 
 def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
-    """Return ``f(t, x)``. Not for torch.compile, see `version`.
+    """Return ``f(t, x)`` after checks. Do not call it under torch.compile, see `version`.
 
     Raises:
         TypeError, ValueError: if f writes to ``x``, or its result does not fit ``x``.
@@ -93,7 +93,7 @@ def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
         return returned(f(t, x), x, before)
     before = -1 if x.is_inference() else x._version
     value = f(t, x)
-    # The body of `returned`, written out: Python calls are most of the cost of a step on small states.
+    # This repeats the body of `returned`, because Python calls are most of the cost of a step on small states.
     if before >= 0 and x._version != before:
         check_unmodified("f", x, before)
     if isinstance(value, Tensor) and value.dtype is x.dtype and value.shape == x.shape:
@@ -102,7 +102,7 @@ def checked(f: VectorFunction, t: Tensor, x: Tensor) -> Tensor:
 
 
 def returned(value: object, x: Tensor, before: int) -> Tensor:
-    """Return ``value``, which f returned for ``x`` when `version` was ``before``; raises as `checked`."""
+    """Return ``value``, the result of f for ``x``, after the checks of `checked`. ``before`` is the earlier version."""
     check_unmodified("f", x, before)
     return same_shape("f", value, x)
 
@@ -110,22 +110,22 @@ def returned(value: object, x: Tensor, before: int) -> Tensor:
 def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
     """Return ``function()`` after comparing the values of the state ``x`` before and after the call.
 
-    `version` does not see a write through ``x.data`` or through a NumPy array that shares the memory. This does, at
-    the price of a copy, so the loops call it on one step out of many.
+    `version` does not see a write through ``x.data`` or through a NumPy array that shares the memory. This function
+    sees such writes, but it copies the state, so the loops call it on a few steps only.
 
     Raises:
-        ValueError: if the function ``name`` has written to ``x``.
+        ValueError: if the function has written to ``x``. The message names it by ``name``.
     """
     before = x.detach().clone()
     value = function()
     now = x.detach()
     try:
-        if is_deferring():  # NaN differs from itself, so the check of such a state fails, and so it should
+        if is_deferring():  # NaN differs from itself, so a state with NaN fails the check, as intended
             written = not holds((now == before).all())
         else:
             same = torch.equal(now, before)
             written = not same and bool(((now != before) & ~(now.isnan() & before.isnan())).any())
-    except RuntimeError:  # a fake tensor does not have values
+    except RuntimeError:  # fake tensors have no values
         written = False
     if written:
         raise ValueError(
@@ -144,25 +144,25 @@ def _name(function: object) -> str:
 
 
 class Operator:
-    """One term of a vector field, dx/dt = f(t, x), by what is known of it: f, its exact flow, its implicit solve.
+    """One term of a vector field, dx/dt = f(t, x), given by f, by its exact flow or by its implicit solve.
 
-    A sub-step uses one of the three. Explicit Runge-Kutta methods evaluate ``f``, ``"exact"`` uses ``flow``, and
-    implicit methods (``"backward-euler"``, ``"sdirk2"``, ...) use ``solve``. `linear` and `diagonal` make operators
-    with all of them.
+    A sub-step uses one of these three functions. Explicit Runge-Kutta methods evaluate ``f``, ``"exact"`` uses
+    ``flow``, and implicit methods (``"backward-euler"``, ``"sdirk2"``, ...) use ``solve``. `linear` and `diagonal` make
+    operators with all three functions.
 
     Args:
-        f: ``f(t, x)``, with ``t`` a 0-d tensor and ``x`` the state. f must not write to either. It returns a tensor of
-            the shape of ``x``. An operator that is known by its flow or its solve alone does not need it.
-        flow: ``flow(t, dt, x)``, the exact solution at ``t + dt`` of dx/dt = f from ``x`` at time ``t``. ``t`` and
-            ``dt`` are 0-d tensors, and ``dt`` may be negative.
-        solve: ``solve(t, c, b)``, the solution y of y - c f(t, y) = b, with 0-d tensors ``t`` and ``c``, if a direct
-            solver is known (multigrid, FFT, a factorisation). Or a `Newton`, to choose how the equation is solved from
-            ``f``; that is what happens if ``solve`` is not given.
-        modules: modules that ``f``, ``flow`` or ``solve`` runs, so that a recording pass can protect their buffers. A
-            module, a bound method of one, and modules that a function closes over or names globally are found without
-            this.
-        reversible: False for diffusion and other operators that cannot be run backward in time. A scheme with negative
-            weights for such an operator gives a warning.
+        f: ``f(t, x)`` with a 0-d tensor ``t`` and the state ``x``. It returns a tensor of the shape of ``x``, and must
+            not write to ``t`` or ``x``. f is optional if ``flow`` or a callable ``solve`` is given.
+        flow: ``flow(t, dt, x)`` returns the exact solution of dx/dt = f at ``t + dt`` that is ``x`` at time ``t``.
+            ``t`` and ``dt`` are 0-d tensors, and ``dt`` may be negative.
+        solve: ``solve(t, c, b)`` returns the solution y of y - c f(t, y) = b, with 0-d tensors ``t`` and ``c``. Give it
+            if a direct solver is known (multigrid, FFT, a factorisation). Or give a `Newton` with settings of Newton's
+            iteration for ``f``. The default is ``Newton()``.
+        modules: modules that ``f``, ``flow`` or ``solve`` runs, so that a recording pass can protect their buffers.
+            Most modules are found without this argument: ``f`` itself, the module of a bound method, and modules that a
+            function closes over or names globally.
+        reversible: False for diffusion and other operators that cannot be run backward in time. solve warns if a scheme
+            has negative weights for such an operator.
 
     Raises:
         TypeError: if ``f``, ``flow`` or ``solve`` is not callable, or none of them is given.
@@ -176,7 +176,7 @@ class Operator:
 
     pieces: Sequence[Operator | Jump] = ()
     edges: Sequence[float] = ()
-    time_dtype: torch.dtype | None = None  # of the times that f, flow and solve are given; None: see `clock_dtype`
+    time_dtype: torch.dtype | None = None  # dtype of the times that f, flow and solve receive; None: see `clock_dtype`
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class Operator:
 
     @cached_property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that the operator runs. Only a recording needs them, and the search takes time."""
+        """The modules that the operator runs, searched on first use. Only a recording needs them."""
         return modules_of(*self._runs, owner=self)
 
     def __repr__(self) -> str:
@@ -217,18 +217,19 @@ class Operator:
 
     @staticmethod
     def linear(A: Tensor, *, reversible: bool = True) -> Operator:
-        """Return dx/dt = A x, with its right-hand side, its exact flow and its implicit solve.
+        """Return the operator dx/dt = A x, with its right-hand side, its exact flow and its implicit solve.
 
-        The exponential exp(dt A) and the factors of 1 - c A are kept for the step sizes in use, unless a gradient has
-        to pass through them. They are used in the dtype and on the device of the state.
+        The exponential exp(dt A) and the factors of 1 - c A are kept for the latest step sizes, unless a gradient has
+        to pass through them. They are converted to the dtype and device of the state.
 
         Args:
-            A: ``(n, n)``, acting on the last axis of the state. Or ``(..., n, n)``, whose leading axes broadcast with
-                those of the state as in `torch.matmul`: one matrix per sample is ``(batch, n, n)``.
+            A: matrix of shape ``(n, n)`` for the last axis of the state. Or a tensor of shape ``(..., n, n)`` with
+                leading axes that broadcast with the leading axes of the state as in `torch.matmul`. One matrix per
+                sample has shape ``(batch, n, n)``.
             reversible: see `Operator`.
 
         Raises:
-            TypeError, ValueError: naming ``A``.
+            TypeError, ValueError: if ``A`` is not a square matrix with finite real or complex entries.
 
         Example:
             >>> turn = odeadv.Operator.linear(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
@@ -241,24 +242,24 @@ class Operator:
     def diagonal(
         k: Tensor, *, transform: TransformName = None, dims: int | None = None, reversible: bool = True
     ) -> Operator:
-        """Return dx/dt = T^-1 k T x, an operator that a transform T makes diagonal, with flow and implicit solve.
+        """Return dx/dt = T^-1 k T x, an operator that is diagonal after a transform T, with flow and implicit solve.
 
-        Linear equations with constant coefficients are of this form. Heat with the diffusivity D on a periodic line of
-        length L with n points has ``k = -D * (2 * pi * torch.fft.fftfreq(n, L / n)) ** 2`` and ``transform="fft"``.
-        Between reflecting (Neumann) ends, with points in the middles of n cells, it has
+        Linear equations with constant coefficients have this form. An example is heat with diffusivity D on a line of
+        length L with n points. If the line is periodic, ``k = -D * (2 * pi * torch.fft.fftfreq(n, L / n)) ** 2`` and
+        ``transform="fft"``. If its ends are reflecting (Neumann) and the points are the middles of n cells,
         ``k = -D * (pi * torch.arange(n) / L) ** 2`` and ``transform="dct"``. Right-hand side, flow and solve each cost
-        one transform and one inverse.
+        one transform and one inverse transform.
 
         Args:
-            k: the symbol on the whole grid, real or complex: an eigenvalue for each frequency.
+            k: the symbol, one eigenvalue per frequency, real or complex, on the whole grid.
             transform: ``"fft"``, ``"dct"`` (the cosine transform of type II), or None for ``k * x``. A real state stays
-                real. For ``"fft"`` the symbol must then have k(-w) = conj(k(w)).
-            dims: number of axes of the grid, the last ones of ``k`` and of the state; by default all axes of ``k``.
-                Axes of ``k`` in front of the grid broadcast with the state: ``(2, n)`` and ``dims=1`` are two species.
+                real. For ``"fft"`` and a real state, the symbol must satisfy k(-w) = conj(k(w)) at each frequency w.
+            dims: number of axes of the grid, which are the last axes of ``k`` and of the state; by default all axes of
+                ``k``. The other axes of ``k`` broadcast with the state: ``(2, n)`` with ``dims=1`` is two species.
             reversible: see `Operator`.
 
         Raises:
-            TypeError, ValueError: naming ``k``, ``transform`` or ``dims``.
+            TypeError, ValueError: if ``k``, ``transform`` or ``dims`` is not valid. The message names the argument.
 
         Example:
             >>> heat = odeadv.Operator.diagonal(-torch.fft.fftfreq(64, 1 / 64) ** 2, transform="fft", reversible=False)
@@ -269,7 +270,7 @@ class Operator:
 
     @property
     def abilities(self) -> frozenset[str]:
-        """The known functions of the operator, of ``"f"``, ``"flow"`` and ``"solve"``. A sub-step needs one of them."""
+        """The names of the known functions: ``"f"``, ``"flow"``, ``"solve"``. A sub-step needs one of them."""
         evaluates = self.f is not _unknown
         solves = evaluates or not isinstance(self.solver, Newton)
         known = {"f": evaluates, "flow": self.flow is not None, "solve": solves}
@@ -277,7 +278,7 @@ class Operator:
 
     @property
     def acts(self) -> bool:
-        """True if the operator can be evaluated; only a costate that has not been recorded cannot."""
+        """True if the operator can be evaluated. It is False only for a costate that has not been recorded yet."""
         return True
 
     @property
@@ -287,7 +288,7 @@ class Operator:
 
     @property
     def jumps(self) -> tuple[tuple[float, float], ...]:
-        """The intervals on which the state jumps."""
+        """The time intervals on which a `Jump` maps the state."""
         return ()
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
@@ -295,11 +296,11 @@ class Operator:
         return self.f(t, x)
 
     def on(self, t0: float, t1: float) -> Operator | Jump:
-        """Return the operator as it is on the step from ``t0`` to ``t1``: itself, unless it is `Piecewise`."""
+        """Return the operator for the step from ``t0`` to ``t1``: usually itself, or one piece of a `Piecewise`."""
         return self
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """Evaluate dx/dt for the solver: counted, and checked to fit the state."""
+        """Evaluate dx/dt, count the evaluation in ``cost``, and check that the result fits the state."""
         if torch.compiler.is_compiling():
             return same_shape("f", self.f(as_time(t, x, self.time_dtype), x), x)
         cost.evaluations += 1
@@ -308,13 +309,13 @@ class Operator:
         return checked(self.f, as_time(t, x, self.time_dtype), x)
 
     def with_time_dtype(self, dtype: torch.dtype) -> Operator:
-        """Return the same operator, whose functions are given times of ``dtype``."""
+        """Return the same operator with functions that receive times of ``dtype``."""
         other = copy.copy(self)
         other.time_dtype = dtype
         return other
 
     def widened(self, narrow: torch.dtype) -> Operator:
-        """Return the same operator for a state kept in float32, whose functions are given it in ``narrow``."""
+        """Return the same operator for float32 states. Its functions receive each state rounded to ``narrow``."""
         f, flow, solver = self.f, self.flow, self.solver
 
         def wide_flow(t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
@@ -332,7 +333,7 @@ class Operator:
             y = b.to(narrow)
             return same_shape("solve", solver(t, c, y), y).to(b.dtype)
 
-        coarse = 4 * torch.finfo(narrow).eps  # Newton's iteration cannot come closer than f is exact
+        coarse = 4 * torch.finfo(narrow).eps  # Newton's iteration cannot be more accurate than f
         other = Operator(
             None if f is _unknown else wide,
             flow=wide_flow if flow else None,
@@ -344,7 +345,7 @@ class Operator:
         return other
 
     def timed(self, span: MovingSpan) -> Operator:
-        """Return rate * f(t, x) with the time and the rate of ``span``."""
+        """Return the operator rate * f(t, x) with the time and the rate of ``span``, see `MovingSpan`."""
         f, flow, solver = self.f, self.flow, self.solver
         rate = span.rate
         other = copy.copy(self)
@@ -357,17 +358,17 @@ class Operator:
         return other
 
     def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept | None = None) -> Tensor:
-        """Return y with y - c f(t, y) = b, counted: the equation of an implicit stage.
+        """Return the solution y of the equation of an implicit stage, y - c f(t, y) = b.
 
         Args:
             t: time of the stage.
             c: a duration, the step size times a coefficient of the method.
-            b: of the shape of the state.
-            cost: counts, and knows if Newton's iteration fails; the result is then NaN.
-            kept: what the last stage of the same sub-step has left; None lets Newton's iteration start at ``b``.
+            b: right-hand side, a tensor of the shape of the state.
+            cost: counts the solve. If Newton's iteration fails, it counts the failure, and the result is NaN.
+            kept: values of the previous stage of the same sub-step; None lets Newton's iteration start at ``b``.
 
         Raises:
-            TypeError, ValueError: if a direct solver writes to ``b``, or its result does not fit.
+            TypeError, ValueError: if a direct solver writes to ``b``, or its result does not fit ``b``.
         """
         time = as_time(t, b, self.time_dtype)
         solver = self.solver
@@ -384,7 +385,7 @@ class Operator:
         return in_graph("solve", same_shape("solve", y, b), b)
 
     def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return x + h f(t, x), one step of Euler."""
+        """Return x + h f(t, x), one explicit Euler step."""
         return plus(x, self.velocity(t, x, cost), h)
 
 
@@ -396,11 +397,11 @@ def _unknown(t: Tensor, x: Tensor) -> Tensor:
 
 
 def in_graph(name: str, end: Tensor, x: Tensor) -> Tensor:
-    """Return ``end`` if a gradient that ``x`` needs can pass through it.
+    """Return ``end``, the result of the function ``name`` for the state ``x``, after a check of its gradient.
 
     Raises:
-        ValueError: if ``end`` was cut from the autograd graph, as results of SciPy and NumPy are. Within a splitting
-            the rest of the gradient would come out wrong without a word.
+        ValueError: if ``x`` needs a gradient and ``end`` is not in the autograd graph, like results of SciPy and NumPy.
+            In a splitting the remaining gradient would be wrong without an error.
     """
     if x.requires_grad and torch.is_grad_enabled() and not end.requires_grad:
         raise ValueError(
@@ -411,10 +412,10 @@ def in_graph(name: str, end: Tensor, x: Tensor) -> Tensor:
 
 
 class Jump:
-    """A map that takes the state from one end of an interval to the other, where no ODE step can (shapes change).
+    """A map that replaces the ODE step over a whole time interval, for example because the state changes its shape.
 
     Args:
-        map: ``map(x)``, the state at the end of the interval.
+        map: ``map(x)`` returns the state at the end of the interval for the state ``x`` at its start.
         modules: modules that ``map`` runs.
     """
 
@@ -430,7 +431,7 @@ class Jump:
         return modules_of(*self._runs, owner=self)
 
     def across(self, x: Tensor, cost: Cost) -> Tensor:
-        """Return the state at the end of the interval, counted."""
+        """Return the state at the end of the interval, and count one evaluation in ``cost``."""
         cost.evaluated()
         before = version(x)
         end = watched("map", lambda: self.map(x), x) if cost.watch else self.map(x)

@@ -12,14 +12,14 @@ from odeadv.support.isolation import check_unmodified, version
 
 
 class Residual(Operator):
-    """A block x -> block(x) as the velocity f(x) = block(x) - x: its Euler step of length 1 is the block, bit for bit.
+    """A block x -> block(x) as the velocity f(x) = block(x) - x. Its Euler step of length 1 is exactly block(x).
 
-    In floating point x + (block(x) - x) differs from block(x) by rounding. `euler` therefore evaluates the block itself
+    In floating point x + (block(x) - x) differs from block(x) by rounding. `euler` therefore returns block(x) itself
     if the step has length 1. Every other step and sub-step uses the difference.
 
     Args:
-        block: ``block(x)``, a tensor of the shape and dtype of ``x``, to which it must not write.
-        name: names the block in messages.
+        block: ``block(x)`` returns a tensor of the shape and dtype of ``x``. It must not write to ``x``.
+        name: name of the block in messages.
 
     Raises:
         TypeError: if ``block`` is not callable.
@@ -33,7 +33,7 @@ class Residual(Operator):
         self.name = name
 
     def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return the block of ``x`` if ``h`` is 1; see `Operator.euler`."""
+        """Return block(x) if ``h`` is 1, and x + h (block(x) - x) otherwise; see `Operator.euler`."""
         if h != 1.0:
             return super().euler(t, h, x, cost)
         cost.evaluated()
@@ -43,7 +43,7 @@ class Residual(Operator):
         return same_shape(self.name, end, x)
 
     def widened(self, narrow: torch.dtype) -> Residual:
-        """See `Operator.widened`; a step of length 1 is still the block, for ``narrow`` fits into float32 exactly."""
+        """See `Operator.widened`. A step of length 1 is still exactly the block, since float32 contains ``narrow``."""
         block = self.block
         other = Residual(lambda x: block(x.to(narrow)).to(x.dtype), name=self.name)
         other.time_dtype = self.time_dtype

@@ -1,4 +1,4 @@
-"""Terms of a special form: a forcing that depends on time, a sum, pieces in time, a costate before its recording."""
+"""Special terms of dx/dt: a forcing (time only), a sum, pieces in time, and a costate before its recording."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ ALL = frozenset(("f", "flow", "solve"))
 
 
 class Forcing(Operator):
-    """A term that depends on time only, dx/dt = scale * value(t): a sub-step of it is a quadrature rule.
+    """A term that depends on time only, dx/dt = scale * value(t). A sub-step of a forcing is a quadrature rule.
 
     Args:
-        value: ``value(t)`` returns a tensor of the state's shape. ``t`` is a float. It is a 0-d tensor only if another
-            solver's time requires a gradient, as that of torchdiffeq's adaptive methods does.
-        scale: a factor, kept apart so that it costs no pass over the tensor; or a tensor, see `leading`.
-        on: ``on(t0, t1)`` returns ``value`` restricted to a step; ``value`` itself is used if not given.
-        source: the object that ``value`` evaluates, such as a recorded costate, for readers of a driven field.
+        value: ``value(t)`` returns a tensor of the shape of the state. ``t`` is a float. It is a 0-d tensor only if
+            the time of another solver requires a gradient, for example in torchdiffeq's adaptive methods.
+        scale: a factor, or a tensor of factors, see `leading`. A number is not multiplied into ``value`` in advance,
+            which saves a pass over the tensor.
+        on: ``on(t0, t1)`` returns ``value`` for the step from t0 to t1; by default ``value`` itself is used.
+        source: the object that ``value`` evaluates, such as a recorded costate. Code that gets the field can read it.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Forcing(Operator):
 
     @property
     def abilities(self) -> frozenset[str]:
-        """All, see `Operator.abilities`: every sub-step of it is a quadrature rule."""
+        """All three functions, see `Operator.abilities`: every sub-step of a forcing is a quadrature rule."""
         return ALL
 
     @property
@@ -57,21 +58,21 @@ class Forcing(Operator):
         return self._on is None
 
     def on(self, t0: float, t1: float) -> Forcing:
-        """Return the forcing on one step."""
+        """Return the forcing for the step from ``t0`` to ``t1``."""
         if self._on is None:
             return self
-        local = copy.copy(self)  # without `__init__`, whose search for modules would be repeated on every step
+        local = copy.copy(self)  # `__init__` is avoided, because this runs on every step
         local.value, local._on = self._on(t0, t1), None
-        local.f = partial(_forced, local.value, self.scale)  # not a method: a cycle would keep what `value` holds
+        local.f = partial(_forced, local.value, self.scale)  # a method would be a cycle that keeps `value` in memory
         return local
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return the forcing at ``t``, at full precision of the time."""
+        """Return the forcing at ``t``. The time is a float, so it keeps its full precision."""
         cost.evaluated()
         return self.scale * same_shape("costate", self.value(t), x)
 
     def widened(self, narrow: torch.dtype) -> Forcing:
-        """Return the forcing itself: it does not see the state."""
+        """Return the forcing itself, because it does not depend on the state."""
         return self
 
     def timed(self, span: MovingSpan) -> Forcing:
@@ -90,8 +91,8 @@ class Forcing(Operator):
 
 
 def _forced(value: Callable[[float], Tensor], scale: float, t: Tensor, x: Tensor) -> Tensor:
-    # torchdiffeq keeps the sizes of its steps in the graph. The gradient of a solve is right only if the time is in the
-    # graph as well, for the two cancel.
+    # torchdiffeq keeps its step sizes in the autograd graph. The gradient of a solve is correct only if the time is in
+    # the graph too, because both parts cancel.
     return scale * value(t if t.requires_grad else float(t.detach()))  # type: ignore[arg-type]
 
 
@@ -107,20 +108,20 @@ class Unrecorded(Operator):
 
     @property
     def abilities(self) -> frozenset[str]:
-        """All, as of the `Forcing` that it becomes."""
+        """All three functions. The recording replaces this term by a `Forcing`, which has all of them."""
         return ALL
 
     @property
     def acts(self) -> bool:
-        """False."""
+        """False, because the costate has not been recorded; see `Operator.acts`."""
         return False
 
     def widened(self, narrow: torch.dtype) -> Unrecorded:
-        """Return the term itself: it is never evaluated."""
+        """Return the term itself, because it is never evaluated."""
         return self
 
     def timed(self, span: MovingSpan) -> Unrecorded:
-        """Return the term itself: it is never evaluated."""
+        """Return the term itself, because it is never evaluated."""
         return self
 
     @staticmethod
@@ -133,12 +134,14 @@ class Unrecorded(Operator):
 
 
 class Sum(Operator):
-    """Several operators as one: a field as a term of another field, or a field that is solved without splitting.
+    """The sum of several operators as one operator.
+
+    It makes a field a term of another field, and it is the operator of a field that is solved without splitting.
 
     Args:
         operators: the terms.
-        names: their names.
-        costs: where the evaluations of each term are counted; without them, an evaluation of the sum counts as one.
+        names: names of the terms.
+        costs: one counter per term. Without them, an evaluation of the sum counts as one evaluation.
     """
 
     def __init__(
@@ -166,10 +169,10 @@ class Sum(Operator):
         return tuple(jump for operator in self.operators for jump in operator.jumps)
 
     def on(self, t0: float, t1: float) -> Sum:
-        """Return the sum of the operators as they are on the step.
+        """Return the sum of the operators for the step from ``t0`` to ``t1``.
 
         Raises:
-            ValueError: if one of them jumps there.
+            ValueError: if one of the operators is a `Jump` on this step.
         """
         if self.constant:
             return self
@@ -185,7 +188,7 @@ class Sum(Operator):
         return Sum(parts, self.names, self.costs)
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return the sum of all velocities."""
+        """Return the sum of the velocities of all terms."""
         if self.costs is None:
             cost.evaluated()
         costs = [Cost() for _ in self.operators] if self.costs is None else self.costs
@@ -197,7 +200,7 @@ class Sum(Operator):
         return sum(values[1:], start=values[0])
 
     def implicit(self, t: float, c: float, b: Tensor, cost: Cost, kept: Kept | None = None) -> Tensor:
-        """See `Operator.implicit`. If the other terms are forcings, a single term solves, directly if it can."""
+        """See `Operator.implicit`. If all terms except one are forcings, the solver of this one term is used."""
         costs = [cost] * len(self.operators) if self.costs is None else self.costs
         terms = list(zip(self.operators, costs, strict=True))
         free = [(term, own) for term, own in terms if not isinstance(term, Forcing)]
@@ -223,7 +226,7 @@ class Sum(Operator):
 
 
 def _common_newton(operators: Sequence[Operator]) -> Newton:
-    """Return the `Newton` that all terms, forcings excepted, have; the default if they differ."""
+    """Return the `Newton` that all terms except forcings have in common, or the default if they differ."""
     found = {operator.solver for operator in operators if not isinstance(operator, Forcing | Unrecorded)}
     only = found.pop() if len(found) == 1 else None
     return only if isinstance(only, Newton) else Newton()
@@ -232,13 +235,13 @@ def _common_newton(operators: Sequence[Operator]) -> Newton:
 class Piecewise(Operator):
     """Different operators on consecutive intervals of time, such as a residual network with one block per unit of time.
 
-    The step's interval chooses the piece. The rounding of an evaluation time never does, so a sub-step that evaluates
-    at the end of an interval still sees the piece of that interval. A step must not straddle two pieces. A `Jump` is
-    one step over its whole interval.
+    The interval that contains the step determines the piece. The evaluation time does not, so rounding of the time has
+    no effect: an evaluation at the end of an interval still uses the piece of this interval. Each step must lie within
+    one interval. A `Jump` is one step over its whole interval.
 
     Args:
         pieces: one `Operator` or `Jump` per interval.
-        edges: increasing times, one more than pieces: piece ``i`` acts on ``[edges[i], edges[i + 1]]``.
+        edges: increasing times, one more than ``pieces``. Piece ``i`` is used on ``[edges[i], edges[i + 1]]``.
 
     Raises:
         ValueError: if the numbers do not match or ``edges`` do not increase.
@@ -260,7 +263,7 @@ class Piecewise(Operator):
 
     @property
     def abilities(self) -> frozenset[str]:
-        """The functions that are known of all pieces; a jump does not need them."""
+        """The names of the functions that all pieces have. Jumps are left out, because they do not need these."""
         return ALL.intersection(*(piece.abilities for piece in self.pieces if isinstance(piece, Operator)))
 
     @property
@@ -270,16 +273,20 @@ class Piecewise(Operator):
 
     @property
     def jumps(self) -> tuple[tuple[float, float], ...]:
-        """The intervals on which the state jumps."""
+        """The time intervals on which a `Jump` maps the state."""
         return tuple(
             (self.edges[i], self.edges[i + 1]) for i, piece in enumerate(self.pieces) if isinstance(piece, Jump)
         )
 
     def on(self, t0: float, t1: float) -> Operator | Jump:
-        """Return the piece of the interval that contains the step from ``t0`` to ``t1``."""
+        """Return the piece of the interval that contains the step from ``t0`` to ``t1``.
+
+        Raises:
+            ValueError: if the step does not lie within one interval, or is only a part of a jump.
+        """
         low, high = min(t0, t1), max(t0, t1)
         index = bisect_right(self.edges, 0.5 * (low + high)) - 1
-        slack = 1e-9 * max(1.0, abs(low), abs(high))  # ends of steps are sums of step sizes, with their rounding
+        slack = 1e-9 * max(1.0, abs(low), abs(high))  # ends of steps are sums of step sizes, which have rounding errors
         if not 0 <= index < len(self.pieces) or low < self.edges[index] - slack or high > self.edges[index + 1] + slack:
             raise ValueError(
                 f"dt: the step from {t0:g} to {t1:g} does not lie within one piece of the field, whose edges are at "
