@@ -94,13 +94,63 @@ def test_newton_beyond_eta_I_of_one_in_more_directions_than_anderson_remembers()
 
 def test_coarse_grids_save_work():
     problem = {"x0": Y0, "t_span": (0.0, T), "steps": 32, "scheme": "rk4", "costate": "hermite"}
-    whole = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(rtol=1e-6))
-    nested = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(rtol=1e-6, nested=True))
+    whole = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(rtol=1e-6, nested=False))
+    nested = odeadv.solve(bent(), **problem, sweeps=odeadv.Converge(rtol=1e-6))
     assert torch.allclose(nested.xs, whole.xs, rtol=1e-6)
     assert nested.stats.evaluations["f"] + nested.stats.vjps < 0.75 * (whole.stats.evaluations["f"] + whole.stats.vjps)
     assert nested.costate.grid == whole.costate.grid
     odd = odeadv.solve(bent(), **{**problem, "steps": 9}, sweeps=odeadv.Converge(nested=True))
-    assert odd.stats == odeadv.solve(bent(), **{**problem, "steps": 9}, sweeps="converge").stats
+    plain = odeadv.Converge(nested=False)
+    assert odd.stats == odeadv.solve(bent(), **{**problem, "steps": 9}, sweeps=plain).stats
+    second = {**problem, "costate": "linear"}  # the whole is of order two: coarse grids are not tried
+    assert odeadv.solve(bent(), **second, sweeps="converge").stats == odeadv.solve(bent(), **second, sweeps=plain).stats
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_coarse_grids_change_neither_the_fixed_point_nor_its_gradient(seed):
+    """Random non-linear f and time dependence, with eta * I from far below 1 to above it."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    x0 = torch.randn(3, generator=generator, dtype=torch.float64).requires_grad_()
+    eta, steps = (0.05, 0.3, -1.5)[seed % 3], (8, 12, 16)[seed // 2]
+    field = odeadv.AdversarialField(
+        lambda t, x: torch.tanh(a @ x) + 0.3 * torch.sin(4.0 * t) * (b @ x), lambda x: 0.5 * (x * x).sum(), eta
+    )
+    results = []
+    for nested in (False, None):
+        sol = odeadv.solve(
+            field, x0, (0.0, 1.0), steps=steps, scheme="rk4", costate="hermite", differentiate_costate=True,
+            sweeps=odeadv.Converge(nested=nested),
+        )  # fmt: skip
+        results.append([sol.xs[-1], sol.costate(0.3), *torch.autograd.grad(sol.loss, x0)])
+    assert all(torch.allclose(*pair, rtol=1e-7, atol=1e-9) for pair in zip(*results, strict=True))
+
+
+def test_coarse_grids_that_are_unstable_are_passed_over():
+    """RK4 is stable for |h rate| < 2.78: on 32 steps at rate -60, not on 4, 8 or 16."""
+
+    def f(t: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([-60.0 * (x[0] - torch.cos(x[1])), 0.5 * x[0] * x[1]])
+
+    field = odeadv.AdversarialField(f, lambda x: 0.5 * (x * x).sum(), 0.4)
+    problem = {"x0": torch.tensor([0.5, 1.0], dtype=torch.float64), "t_span": (0.0, 1.0), "steps": 32}
+    problem |= {"scheme": "rk4", "costate": "hermite"}
+    whole = odeadv.solve(field, **problem, sweeps=odeadv.Converge(nested=False))
+    nested = odeadv.solve(field, **problem, sweeps="converge")
+    assert torch.allclose(whole.xs, nested.xs, rtol=1e-8)
+    assert nested.stats.recordings > whole.stats.recordings
+
+
+@pytest.mark.parametrize("rtol", [1e-2, None])
+def test_a_coarse_fixed_point_does_not_pass_for_one_that_does_not_exist(rtol):
+    """At eta I = 1 on the given steps there is no fixed point; on coarser steps, whose I differs, there is."""
+    problem = {"x0": X0, "t_span": (0.0, T), "steps": 16, "scheme": "rk4", "costate": "hermite"}
+    free = odeadv.solve(scalar_field(0.0), **problem).xs[-1]
+    found = odeadv.solve(scalar_field(0.3), **problem, sweeps=odeadv.Converge(rtol=1e-13, nested=False)).xs[-1]
+    # x(T) = free / (1 - eta I), with the I of these steps
+    field = scalar_field(0.3 / float(1.0 - (free / found)[0]))
+    sol = odeadv.solve(field, **problem, sweeps=odeadv.Converge(rtol=rtol), throw=False)
+    assert sol.status is not odeadv.Status.SUCCESS
 
 
 def test_the_gradient_of_the_fixed_point_of_the_scalar_problem():

@@ -20,6 +20,8 @@ from odeadv.support.linearised import Linearised, gradient
 
 GROWTH = 1e8  # a sweep that changes the costate by this factor has diverged
 FIRST = 1e-3  # change at which the coarsest grid is left
+PATIENCE = 15  # recordings on a coarse grid, after which it is passed over
+NEAR = 0.1  # an accelerated step that is larger leads away from the last image
 REDUCED = 0.03  # the change on a finer grid is at least that of the difference of two grids, a fourth-order one over 16
 POINTS = 6  # nodes of the polynomials between grids
 
@@ -42,24 +44,34 @@ class Level:
     Attributes:
         record: makes a recording on the grid.
         recorded: the last recording.
-        residuals: relative change of each sweep.
+        rtol: change to reach on the finest grid.
+        residuals: relative change of each sweep, on all grids so far.
         secants: pairs of differences of (change, image), which Anderson acceleration combines.
         converged: whether the last change is below the tolerance.
         largest: norm beyond which a costate is out of proportion.
+        began: index of the first change of the iteration that began with a recording of its own.
+        diverged: change from which the iteration is given up.
         products: cost of the products with linearised sweeps: each counts as much as the sweep.
     """
 
     record: Recorder
     recorded: RecordedCostate
-    residuals: list[float]
+    rtol: float
+    residuals: list[float] = field(default_factory=list)
     secants: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     converged: bool = False
     largest: float = 0.0
+    began: int = 0
+    diverged: float = GROWTH
     products: int = 0
 
 
 def fixed_point(record: Recorder, settings: Converge, coarse: Sequence[Grid], finest: Grid | None) -> Level:
     """Iterate u -> the costate recorded on the trajectory driven by u, from the coarsest grid to the finest.
+
+    The iteration on a grid begins with the fixed point of the grid before. If there is none, it begins with a recording
+    of its own. If its first change is larger than that of a recording, or if it fails, coarse grids do not resolve the
+    problem: the iteration begins again on the finest grid.
 
     Args:
         record: makes a recording.
@@ -67,18 +79,38 @@ def fixed_point(record: Recorder, settings: Converge, coarse: Sequence[Grid], fi
         coarse: the grids before the finest, each with every second node of the next one.
         finest: the grid to converge on; None if the first recording finds it.
     """
-    recorded = record(None, coarse[0] if coarse else finest)
-    eps = torch.finfo(recorded.nodes[0].dtype).eps
-    rtol = settings.rtol or eps ** (2.0 / 3.0)
-    first = read_value(_flat(recorded.nodes).norm(), "sweeps: 'converge'")
-    # A costate larger than the first one by half of all digits is out of proportion: a blow-up, not a solution.
-    level = Level(record, recorded, [], largest=max(first, 1e-300) * eps**-0.5)
     iterate = _newton if settings.method == "newton" else _anderson
-    for k, finer in enumerate([*coarse[1:], finest] if coarse else []):
-        assert finer is not None
-        iterate(level, settings, max(rtol, FIRST) if k == 0 else rtol, 0.0 if k == 0 else REDUCED)
-        level = _prolonged(level, finer)
-    iterate(level, settings, rtol)
+    level: Level | None = None
+    for grid in coarse:
+        if level is not None and level.converged:
+            level = _prolonged(level, grid)
+            iterate(level, settings, level.rtol, REDUCED)
+            if not level.converged:
+                break
+        else:
+            level = _begun(record, grid, settings, level)
+            iterate(level, replace(settings, most=min(settings.most, PATIENCE)), max(level.rtol, FIRST))
+    if level is not None and level.converged:
+        assert finest is not None
+        level = _prolonged(level, finest)
+        iterate(level, settings, level.rtol)
+    if level is None or not level.converged:
+        level = _begun(record, finest, settings, level)
+        iterate(level, settings, level.rtol)
+    return level
+
+
+def _begun(record: Recorder, grid: Grid | None, settings: Converge, before: Level | None) -> Level:
+    """Return the iteration on ``grid`` that begins with the recording without a costate."""
+    recorded = record(None, grid)
+    eps = torch.finfo(recorded.nodes[0].dtype).eps
+    first = read_value(_flat(recorded.nodes).norm(), "sweeps: 'converge'")
+    level = Level(record, recorded, settings.rtol or eps ** (2.0 / 3.0))
+    # A costate larger than the first one by half of all digits is out of proportion: a blow-up, not a solution.
+    level.largest = max(first, 1e-300) * eps**-0.5
+    if before is not None:
+        level.residuals, level.products = before.residuals, before.products
+        level.began = len(level.residuals)
     return level
 
 
@@ -99,8 +131,7 @@ def _anderson(level: Level, settings: Converge, rtol: float, reduced: float = 0.
         last, recorded = recorded, level.recorded
         image = _flat(_driving(recorded, states=False))
         change = image - u
-        settled = _settled(level, change, image, max(rtol, reduced * (level.residuals[done:] or [0.0])[0]))
-        if not level.residuals[-1] < GROWTH:
+        if not _noted(level, change, image) < level.diverged:
             level.recorded = last
             return
         if before is not None:
@@ -108,16 +139,26 @@ def _anderson(level: Level, settings: Converge, rtol: float, reduced: float = 0.
         level.secants = level.secants[-settings.memory :] if settings.memory else []
         before = change, image
         u = _combined(change, image, level.secants)
-        if settled:
+        if _settled(level, image, u, max(rtol, reduced * level.residuals[done])):
             level.recorded = _like(recorded, u)  # better than the image, whose change is known
             return
 
 
-def _settled(level: Level, change: Tensor, image: Tensor, rtol: float) -> bool:
-    """Note the change of a sweep and return whether it is small, and the costate in proportion."""
+def _noted(level: Level, change: Tensor, image: Tensor) -> float:
+    """Note the relative change of a sweep and return it."""
     scale = image.norm().item()
     level.residuals.append(change.norm().item() / scale if scale else change.norm().item())
-    level.converged = level.residuals[-1] <= rtol and scale <= level.largest
+    return level.residuals[-1]
+
+
+def _settled(level: Level, image: Tensor, better: Tensor, rtol: float) -> bool:
+    """Return whether the last change is small, the costate in proportion, and the accelerated one, ``better``, near it.
+
+    Near eta * I = 1 a small change does not mean that the fixed point is near, or that there is one.
+    """
+    scale = image.norm().item()
+    near = scale <= level.largest and (better - image).norm().item() <= NEAR * scale
+    level.converged = level.residuals[-1] <= rtol and near
     return level.converged
 
 
@@ -152,18 +193,18 @@ def _newton(level: Level, settings: Converge, rtol: float, reduced: float = 0.0)
         with torch.enable_grad():
             sweep = Linearised(partial(_image, level, level.recorded), w)
         change = sweep.value - w
-        aim = max(rtol, reduced * (level.residuals[done:] or [0.0])[0])
-        settled = _settled(level, change[:size], sweep.value[:size], aim)
-        residual, size_of_change = level.residuals[-1], float(change.norm())
+        residual, size_of_change = _noted(level, change[:size], sweep.value[:size]), float(change.norm())
+        better = _combined(change, sweep.value, level.secants) if residual < GROWTH else sweep.value
+        settled = _settled(level, sweep.value[:size], better[:size], max(rtol, reduced * level.residuals[done]))
         if halved is not None and not settled and not size_of_change < halved[2]:
             begin, step, least = halved
             halved, w = (begin, 0.5 * step, least), begin + 0.5 * step
             continue
-        if not residual < GROWTH:
+        if not residual < level.diverged:
             return
         known = known and residual <= 0.1 * before
         if settled or known:
-            w, before = _combined(change, sweep.value, level.secants), residual
+            w, before = better, residual
         if settled:
             level.recorded = _like(level.recorded, w)
             return
@@ -221,7 +262,7 @@ def _prolonged(level: Level, grid: Grid) -> Level:
 
     fine = replace(recorded, grid=grid, nodes=finer(recorded.nodes), states=finer(recorded.states))
     secants = [(finer_flat(change), finer_flat(image)) for change, image in level.secants]
-    return replace(level, recorded=fine, secants=secants)
+    return replace(level, recorded=fine, secants=secants, converged=False, diverged=level.residuals[level.began])
 
 
 def _between_nodes(coarse: Sequence[float], fine: Sequence[float]) -> Tensor:

@@ -21,14 +21,16 @@ class Converge:
     Attributes:
         rtol: stop if the change of a sweep, relative to the costate, is below this; by default the two-thirds power of
             the dtype's rounding unit (4e-11 in float64, 2e-5 in float32).
-        most: largest number of recordings (on each grid).
+        most: largest number of recordings (on each grid, and for each beginning on it).
         memory: number of sweeps that Anderson acceleration combines; 0 for plain sweeps (Picard iteration).
         method: ``"anderson"``, or ``"newton"``: Newton's method, whose linear systems GMRES solves by products with the
             linearised sweep. It squares the error in each step, needs no memory of directions, and shortens steps that
             go too far. It keeps the graph of a recording, and f must allow to be differentiated twice.
         nested: begin on coarser grids (every second node, down to 4 steps) and continue on each finer one from what the
-            coarser one found, so that few sweeps remain on the given steps. By default with ``"newton"`` only. Fields
-            with pieces or with losses at given times, odd numbers of steps and adaptive steps lack coarser grids.
+            coarser one found, so that few sweeps remain on the given steps. By default with ``"newton"``, and with
+            methods of order three or more, whose coarse solutions are close enough. If coarse grids do not help, the
+            iteration begins again on the given steps. Fields with pieces or with losses at given times, odd numbers of
+            steps and adaptive steps lack coarser grids.
 
     Raises:
         ValueError: naming the attribute that is out of range.

@@ -142,7 +142,10 @@ class SolveRun:
         coarse: list[Grid] = []
         if converge is not None and request.times.grid is not None and not request.field.edges:
             assert isinstance(request.field, AdversarialField)
-            nested = converge.method == "newton" if converge.nested is None else converge.nested
+            nested = converge.nested
+            if nested is None:
+                driven = request.field.driven_by(lambda t: request.x0)  # its order does not depend on the costate
+                nested = converge.method == "newton" or request.discretisation.order(driven) > 2
             coarse = coarser(request.times.grid, 4) if nested and not request.field.at else []
         swept = sweep(
             self.record, request.recordings, grid=request.times.grid, coarse=coarse, implicit=request.differentiate

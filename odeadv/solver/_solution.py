@@ -35,7 +35,7 @@ class Stats:
         states_held: largest number of tensors of the state's size alive at the same time: states and costates at the
             nodes of recordings, and saved states. The tensors that autograd keeps within a step are not included.
         rejected: with adaptive steps, trial steps that did not meet the tolerances.
-        residuals: with ``sweeps="converge"``, the relative changes of the sweeps.
+        residuals: with ``sweeps="converge"``, the relative changes of the sweeps, on coarse grids too.
     """
 
     steps: int = 0
