@@ -1,11 +1,11 @@
 """Robust accuracy under fixed attack protocols: `evaluate` runs a `Protocol` on a model and returns an `Evaluation`.
 
-Protocols are data (`PROTOCOLS` has the paper's). FGSM and IFGSM of a protocol share their passes (`_ifgsm.py`); the
-other attacks are functions of `odeadv.attacks`. Every attack is scored under two names that are never mixed: on its
-last iterate (the paper's tables) and worst so far (stricter). `Evaluation.worst_case` counts an example only if it
-stays right under every attack. Outcomes are kept for every example, so that `mcnemar` and `compare` can compare two
-models in pairs. This package imports torch, numpy, `odeadv.support`, `odeadv.attacks` and `odeadv.data`; SciPy, tqdm
-and pyautoattack when they are used.
+A protocol is data (`PROTOCOLS` has the protocols of the paper). FGSM and IFGSM of a protocol share their passes
+(`_ifgsm.py`). The other attacks are functions of `odeadv.attacks`. An attack has two scores, which are never mixed:
+its last iterate (the paper's tables), and the worst of all iterates so far (stricter). `Evaluation.worst_case` counts
+an example only if the model classifies it correctly under every attack. Outcomes are kept for every example, so that
+`mcnemar` and `compare` can compare two models in pairs. This package imports torch, numpy, `odeadv.support`,
+`odeadv.attacks` and `odeadv.data`. SciPy, tqdm and pyautoattack are imported on first use.
 """
 
 from odeadv.evaluation._compare import McNemar, compare, mcnemar

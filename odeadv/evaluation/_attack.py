@@ -1,4 +1,4 @@
-"""All attacks of a protocol on one batch: FGSM and IFGSM by `_ifgsm.py`, other functions of `odeadv.attacks`."""
+"""Run all attacks of a protocol on one batch: FGSM and IFGSM from `_ifgsm.py`, the others from `odeadv.attacks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack
 from odeadv.evaluation.trust import FLAT
 from odeadv.support.digests import derived_seed
 
-# Values of an image that are 0 or 1 from which on their gradients say that the model clips its images.
+# An image needs at least this many values 0 or 1 before their gradients can show that the model clips its images.
 FEWEST_AT_BOUNDS = 16
 
 
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """Images and labels on the model's device.
 
     Attributes:
-        images: as the model takes them.
+        images: the images in the form that the model takes.
         labels: (n,) int64.
         places: (n,) int64 on the CPU, the numbers of the examples in the data.
     """
@@ -43,18 +43,18 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of one evaluation that hold for every batch.
+    """The settings of one evaluation that are the same for every batch.
 
     Attributes:
         protocol: the attacks.
-        seed: of the attacks that draw random numbers.
+        seed: seed of the attacks that draw random numbers.
         stochastic: True for a random model. Its images are scored by fresh forward passes. Worst-so-far outcomes would
             count noise as an attack, so they are not kept.
-        passes: forward passes that score the images an attack ends with.
+        passes: number of forward passes that score the final images of an attack.
         repeatable: True if equal images always have equal gradients.
         highest_label: the largest label of all batches.
-        keep_images: True if the attacked images are wanted; then no work is shared.
-        by_example: arguments that differ between examples, by the name of the attack (`Protocol.names`), one value per
+        keep_images: True if the attacked images are kept; attacks then share no work.
+        by_example: for each attack (`Protocol.names`), its arguments that differ between examples, with one value per
             example of the data.
     """
 
@@ -69,7 +69,7 @@ class Rules:
 
     def measures_worst(self, spec: AttackSpec) -> bool:
         """Return True if worst-so-far outcomes of the attack are kept."""
-        # Without shared work only the last iterate of several is seen.
+        # An attack that shares no work returns only its last iterate.
         unseen = self.keep_images and spec.shared and spec.score == "last" and (spec.steps or 1) > 1
         return spec.measures_worst and not self.stochastic and not unseen
 
@@ -80,18 +80,18 @@ class BatchOutcomes:
 
     Attributes:
         clean: (passes, n) bool, True if the clean image is classified correctly.
-        last: (passes, n) bool of the images that each attack ended with.
-        worst: (n,) bool, True if the clean image and everything that was scored on the way are classified correctly.
-        signs: (n,) bool of each sign that an attack may say nothing. Of the gradient: ``"no gradient"`` (it is exactly
-            zero), ``"at bounds"`` (the image has enough pixels that are 0 or 1), ``"clipped"`` (and the gradient is
-            exactly zero at these pixels, and only there). Of the cross-entropy: ``"saturated"`` (exactly zero, and
-            still zero under IFGSM), ``"lowered"`` (IFGSM has lowered it). Of the outputs: ``"probabilities"``,
-            ``"bounded"`` (all in [0, 1]), ``"flat"`` (nearly equal), ``"clipped logits"`` (several are exactly 0, none
-            is negative).
-        forward_passes: images sent through the model.
-        gradient_evaluations: images that were also differentiated.
+        last: (passes, n) bool per attack, True if its final image is classified correctly.
+        worst: (n,) bool per attack, True if the clean image and every scored iterate are classified correctly.
+        signs: (n,) bool per sign that an attack may be meaningless for an image. Signs in the gradient:
+            ``"no gradient"`` (it is exactly zero); ``"at bounds"`` (the image has enough pixels that are 0 or 1, and
+            the gradient is not zero at some other pixel); ``"clipped"`` (in addition, the gradient is exactly zero at
+            all pixels that are 0 or 1). Signs in the cross-entropy: ``"saturated"`` (it is exactly zero, also under
+            IFGSM); ``"lowered"`` (IFGSM has lowered it). Signs in the outputs: ``"probabilities"``; ``"bounded"``
+            (all in [0, 1]); ``"flat"`` (nearly equal); ``"clipped logits"`` (several are exactly 0, none is negative).
+        forward_passes: number of images sent through the model.
+        gradient_evaluations: number of those images that were also differentiated.
         notes: warnings of the attacks.
-        images: the attacked images, if they are wanted.
+        images: the attacked images per attack, if they are kept.
     """
 
     clean: Tensor
@@ -105,13 +105,13 @@ class BatchOutcomes:
 
 
 def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) -> BatchOutcomes:
-    """Run the attacks on one batch, without those that a queue runs (`_ifgsm.queues_of`).
+    """Run the attacks on one batch, except the attacks that a queue runs (`_ifgsm.queues_of`).
 
     Args:
         prepared: the model.
         batch: the clean images and labels.
-        rules: of the evaluation.
-        number: of the batch; attacks that draw random numbers are seeded by it.
+        rules: the settings of the evaluation.
+        number: number of the batch; it is part of the seed of attacks that draw random numbers.
     """
     images, labels, _ = batch
     specs = dict(zip(rules.protocol.names, rules.protocol.attacks, strict=True))
@@ -142,8 +142,8 @@ def batch_outcomes(prepared: Prepared, batch: Batch, rules: Rules, number: int) 
     written = [json.dumps(spec.to_dict(), sort_keys=True) for spec in specs.values()]
     for place, (name, spec) in enumerate(specs.items()):
         if name not in shared and (rules.keep_images or not (spec.shared and spec.score == "worst")):
-            # The seed depends on the attack and not on its place in the protocol. Equal attacks draw different numbers
-            # because the seed contains how many came before.
+            # The seed depends on the attack and not on its place in the protocol. It also contains the number of equal
+            # attacks before this one, so that equal attacks draw different numbers.
             drawn_at = f"{number} {written[place]} {written[:place].count(written[place])}"
             _separate(outcomes, name, spec, counted, batch, rules, drawn_at)
     if rules.stochastic:
@@ -166,7 +166,7 @@ def _signs(logits: Tensor, labels: Tensor, images: Tensor, gradient: Tensor | No
         "flat": wide.amax(dim=1) - wide.amin(dim=1) < FLAT,
         "clipped logits": (wide >= 0).all(dim=1) & ((wide == 0).sum(dim=1) > 1),
         "saturated": functional.cross_entropy(wide, labels, reduction="none") == 0,
-        # The sum of probabilities is exact to some units in the last place; 1e-3 allows for half precision.
+        # Probabilities sum to 1 up to rounding; 1e-3 allows for the rounding of half precision.
         "probabilities": bounded & ((wide.sum(dim=1) - 1).abs() < 1e-3),
     }
 
@@ -183,8 +183,8 @@ def _signs_of_gradient(images: Tensor, gradient: Tensor) -> dict[str, Tensor]:
 
 
 def _signs_under_way(clean: Tensor, reached: Tensor) -> dict[str, Tensor]:
-    """Return signs of the cross-entropy of the clean images and of the last iterates known; NaN if none is."""
-    known = ~reached.isnan()  # a hundredth, or 1e-6, may be rounding
+    """Return the signs in the cross-entropy of clean images and of last iterates (``reached``; NaN means unknown)."""
+    known = ~reached.isnan()  # a decrease by 1 % or by 1e-6 may be rounding
     return {"lowered": known & (reached < 0.99 * clean - 1e-6), "saturated": (clean == 0) & (~known | (reached == 0))}
 
 
@@ -199,7 +199,8 @@ def _separate(
 ) -> None:
     """Add the outcomes of an attack that shares no work.
 
-    If only its worst-so-far score is asked, it runs on the examples whose clean image is classified correctly.
+    If only its worst-so-far score is requested, the attack runs only on examples whose clean image is classified
+    correctly.
     """
     clean = outcomes.clean[0]
     only_worst = spec.score == "worst" and not rules.stochastic
@@ -229,17 +230,18 @@ def _separate(
 
 
 class CountingModel(nn.Module):
-    """A model that checks its logits and counts images sent through it, and images whose gradient comes back.
+    """A model that checks its logits, and counts images sent through it and images that were differentiated.
 
     Args:
-        model: images to logits.
-        highest_label: the largest label there is.
+        model: maps images to logits.
+        highest_label: the largest label of all batches.
 
     Attributes:
-        forward_passes: images sent through the model so far.
-        gradient_evaluations: images that were also differentiated.
-        signs: (n,) bool each, see `BatchOutcomes`. ``"no gradient"`` is True if the gradient of an expected image was
-            exactly zero in every pass with all expected images; the others are those of the first such pass.
+        forward_passes: number of images sent through the model so far.
+        gradient_evaluations: number of those images that were also differentiated.
+        signs: (n,) bool each, see `BatchOutcomes`. They are measured in passes that contain all expected images (see
+            `expect`). ``"no gradient"`` is True if the gradient was exactly zero in every such pass. The other signs
+            come from the first such pass.
     """
 
     def __init__(self, model: nn.Module, highest_label: int) -> None:
@@ -285,12 +287,12 @@ def attacked(
     place: str,
     by_example: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Return the images that the attack ends with, and its warnings.
+    """Return the final images of the attack, and its warnings.
 
     ``by_example`` has the arguments of the attack that differ between the images.
 
-    Random numbers come from a generator that is seeded by ``seed`` and ``place`` (of the batch and attack), so they do
-    not depend on earlier work. The global random state does not change.
+    Random numbers come from a generator that is seeded by ``seed`` and ``place`` (a text that names the batch and the
+    attack), so they do not depend on earlier work. The global random state does not change.
     """
     own_seed = derived_seed(seed, place)
     if spec.name == AUTOATTACK:
@@ -298,7 +300,7 @@ def attacked(
     function = attack_function(spec.name)
     arguments = spec.arguments() | dict(by_example or {})
     if spec.score == "worst" and takes(function, "keep"):
-        arguments["keep"] = "worst"  # the first iterate that fools, not the last iterate
+        arguments["keep"] = "worst"  # return the first iterate that fools the model, not the last iterate
     if takes(function, "generator") and "generator" not in arguments:
         arguments["generator"] = torch.Generator(device="cpu").manual_seed(own_seed)
     return function(model, images, labels, **arguments), []
@@ -307,7 +309,7 @@ def attacked(
 def _autoattack(
     spec: AttackSpec, model: CountingModel, images: Tensor, labels: Tensor, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Run AutoAttack (Croce and Hein 2020) by pyautoattack, the authors' code; project to the exact ball."""
+    """Run AutoAttack (Croce and Hein 2020) with pyautoattack, the authors' code; project its images to the ball."""
     autoattack = pyautoattack()
     if images.dtype != torch.float32 or images.ndim != 4:
         raise ValueError(
@@ -328,7 +330,7 @@ def _autoattack(
         for part in (attack.apgd_targeted, attack.fab):
             part.n_target_classes = min(part.n_target_classes, classes - 1)
         found, _ = attack.run_standard_evaluation(plain, labels, batch_size=len(plain))
-    # The balls of pyautoattack are wider by up to a rounding.
+    # Rounding makes the balls of pyautoattack slightly wider.
     if options["norm"] == "Linf":
         found = linf_bounds(plain, spec.eps).project(found)
     elif options["norm"] == "L2":
@@ -337,7 +339,7 @@ def _autoattack(
 
 
 def _check_classes(names: Collection[str], classes: int) -> None:
-    """Raise ValueError if a loss needs more logits than there are: DLR needs three, its targeted form four."""
+    """Raise ValueError if a loss needs more logits than the model has: DLR needs 3, its targeted form 4."""
     least = {"apgd-dlr": 3, "apgd-t": 4}
     for name in names:
         if classes < least.get(name, 2):
@@ -360,7 +362,7 @@ def _tracing_kept() -> Iterator[None]:
 
 @contextmanager
 def _logged(name: str) -> Iterator[list[str]]:
-    """Collect the warnings that a logger receives inside."""
+    """Yield a list of the warnings that the logger ``name`` receives in the body."""
     messages: list[str] = []
 
     class Listener(logging.Handler):

@@ -20,12 +20,12 @@ class McNemar:
 
     Attributes:
         n: number of examples.
-        both: examples that both models get right.
-        only_a: examples that only the first gets right: the count b.
-        only_b: examples that only the second gets right: the count c.
-        neither: examples that neither gets right.
-        p_value: two-sided: the chance of a split of b + c that is at least as uneven, if each of these examples were
-            a toss of a fair coin.
+        both: number of examples that both models get right.
+        only_a: number b of examples that only the first model gets right.
+        only_b: number c of examples that only the second model gets right.
+        neither: number of examples that both models get wrong.
+        p_value: two-sided p-value. If each of the b + c examples were a toss of a fair coin, a split at least as
+            uneven as b to c would have this probability.
     """
 
     n: int
@@ -37,7 +37,7 @@ class McNemar:
 
     @property
     def difference(self) -> float:
-        """Accuracy of the first model minus that of the second, in [-1, 1]."""
+        """The accuracy of the first model minus the accuracy of the second, in [-1, 1]."""
         return (self.only_a - self.only_b) / self.n
 
     def to_dict(self) -> dict[str, float]:
@@ -46,17 +46,18 @@ class McNemar:
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, McNemar]:
-    """Test everything that two evaluations by one protocol have in common with `mcnemar`.
+    """Apply `mcnemar` to every score that two evaluations with the same protocol share.
 
-    The p-values are not corrected for the number of tests: of twenty tests of equal models one has p < 0.05.
+    The p-values are not corrected for the number of tests: of 20 tests of equally good models, about one gives
+    p < 0.05 by chance.
 
     Args:
         a: the first model's evaluation.
-        b: the second's, on the same examples, with the same attacks in the same order.
+        b: the second model's evaluation, on the same examples, with the same attacks in the same order.
 
     Returns:
-        Tests by name: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``, ``"worst case"``;
-        with the place of the attack if a label occurs more than once, ``"pgd-20 at 8/255 (attack 3)"``.
+        Tests by name: ``"clean"``, ``"ifgsm-20 at 8/255"``, ``"ifgsm-20 at 8/255, worst so far"``, ``"worst case"``.
+        If a label occurs more than once, the name contains the place of the attack: ``"pgd-20 at 8/255 (attack 3)"``.
 
     Raises:
         TypeError, ValueError: as `mcnemar`, or if the attacks differ.
@@ -81,10 +82,10 @@ def mcnemar(
 
     Args:
         a: the first model's evaluation.
-        b: the second's, on the same images and labels in the same order.
-        attack: its place in the protocol, its label (``"ifgsm-20 at 8/255"``), ``"clean"``, or ``"worst case"`` for
-            all attacks together.
-        score: compare the images that the attack ended with, ``"last"``, or worst-so-far outcomes, ``"worst"``.
+        b: the second model's evaluation, on the same images and labels in the same order.
+        attack: place of the attack in the protocol, or its label (``"ifgsm-20 at 8/255"``), or ``"clean"``, or
+            ``"worst case"`` for all attacks together.
+        score: ``"last"`` compares outcomes of the final images of the attack, ``"worst"`` worst-so-far outcomes.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -118,7 +119,7 @@ def mcnemar(
 
 
 def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple[Any, ...], Tensor]:
-    """Return what identifies the attack, and the outcomes."""
+    """Return the values that identify the attack, and its outcomes."""
     if attack == "clean":
         return ("clean",), evaluation.clean_outcomes
     if attack == "worst case":
@@ -145,5 +146,5 @@ def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple
 
 
 def _identity(result: AttackResult) -> tuple[Any, ...]:
-    # As they come back from a file: lists instead of tuples.
+    # An evaluation from a file has lists instead of tuples, so convert both through JSON.
     return tuple(json.loads(json.dumps([result.name, result.eps, result.alpha, result.steps, dict(result.options)])))

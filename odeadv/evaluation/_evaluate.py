@@ -69,62 +69,69 @@ def evaluate(
 ) -> Evaluation:
     """Measure clean and robust accuracy of ``model`` on ``data``. The model runs in eval mode and is restored.
 
-    The figures are those of the functions of `odeadv.attacks` called one by one, with less work. One clean forward and
-    backward pass gives the clean accuracy, FGSM at every radius and the first step of every IFGSM. Attacks that differ
-    in their number of steps only come from one run. IFGSM at two radii is one run while the iterates are equal. The
-    forward pass that scores an iterate gives the next gradient too. If only the worst-so-far score is asked for
-    (`AttackSpec.score`), fooled examples leave and the batch is refilled. Examples whose iterates enter a cycle leave
-    long runs: their later outcomes are those of the cycle (if equal images have equal gradients, which is tried
-    first). Weight gradients are never computed. Arithmetic is in the dtype of the model, without autocast.
+    The figures are the same as from separate calls of the functions of `odeadv.attacks`, but cost less work:
+
+    - One clean forward and backward pass gives the clean accuracy, FGSM at every radius and the first step of every
+      IFGSM.
+    - Attacks that differ only in their number of steps share one run. IFGSM at two radii shares one run while the
+      iterates are equal. The forward pass that scores an iterate also gives the next gradient.
+    - If only the worst-so-far score is requested (`AttackSpec.score`), fooled examples leave the batch, and the batch
+      is refilled.
+    - Examples whose iterates enter a cycle leave long runs, because the cycle repeats their outcomes. (This needs
+      equal gradients for equal images, which is checked first.)
+
+    Weight gradients are never computed. Arithmetic is in the dtype of the model, without autocast.
 
     Args:
-        model: images to logits (n, classes), including its normalisation.
-        data: (images, labels) as tensors or NumPy arrays on any device, memory-mapped ones too; a Dataset or
-            DataLoader of such pairs; or an `odeadv.data.ImageDataset`, of which the test images are taken. Images are
-            floating, (n, channels, h, w) or (n, ...), in [0, 1]; or uint8, (n, h, w, channels), converted batch by
-            batch to the model's dtype / 255. Labels are (n,) int64.
+        model: maps images to logits (n, classes), and normalises the images itself.
+        data: (images, labels) as tensors or NumPy arrays on any device (they may be memory-mapped); a Dataset or
+            DataLoader of such pairs; or an `odeadv.data.ImageDataset` (its test images). Images are floating,
+            (n, channels, h, w) or (n, ...), in [0, 1]. Or they are uint8, (n, h, w, channels); each batch is then
+            converted to the model's dtype and divided by 255. Labels are (n,) int64.
         protocol: one of `PROTOCOLS` (``"table1"``, ``"table2"``, ``"table6"``, ``"autoattack"``), a `Protocol`, an
             `AttackSpec` or a list of them.
         batch_size: images in one forward pass.
-        device: the device to compute on; None takes the model's. The model is not moved.
-        channels_last: lay 4-D images out channels-last in memory (same values, often faster convolutions). A model
-            that takes only contiguous images gets these, and ``notes`` say so.
+        device: the device to compute on; None means the model's device. The model is not moved.
+        channels_last: lay 4-D images out channels-last in memory (same values, often faster convolutions). If the
+            model takes only contiguous images, it gets contiguous images, and ``notes`` say so.
         progress: called as ``progress(done, total)``, in batches, after each batch, and once at the start if a journal
             is resumed; `ProgressLine` prints the time left.
-        resume: path of a journal. Finished batches are written there; if the file exists, its batches are not run
-            again. A journal of another model, data set, protocol, batch size or setting is refused.
-        save: a folder for the attacked images, one .safetensors file per batch, read by `saved_images`. Every attack
-            then runs by itself, without sharing work; IFGSM with ``score="last"`` lacks a worst-so-far figure then.
-        seed: of attacks and models that draw random numbers; each batch has its own.
-        num_classes: refuse a model with another number of logits; None does not check.
+        resume: path of a journal, to which finished batches are written. If the file exists, its batches are not run
+            again. A journal of another model, data set, protocol, batch size or setting is rejected.
+        save: a folder for the attacked images, one .safetensors file per batch; `saved_images` reads them. Attacks
+            then share no work, and IFGSM with ``score="last"`` has no worst-so-far figure.
+        seed: seed of attacks and models that draw random numbers; each batch derives its own seed from it.
+        num_classes: reject a model with another number of logits; None does not check.
         stochastic: accept a model whose answers differ between two passes on the same images. Attacks then follow
-            single draws unless they have ``eot``, and the images they end with are scored by fresh passes. There is no
-            worst-so-far score: the worst of many draws counts noise as an attack. `odeadv.models.averaged` makes a
-            function of the image of such a model.
-        passes: number of fresh forward passes of a ``stochastic`` model; accuracies are means over them, with their
+            single draws unless they have ``eot``, and fresh passes score their final images. The worst-so-far score is
+            not measured, because the worst of many draws counts noise as an attack. `odeadv.models.averaged` turns
+            such a model into a deterministic one.
+        passes: number of fresh forward passes of a ``stochastic`` model. Accuracies are means over these passes, with
             standard errors.
-        output: the logits among the model's outputs: a key, an attribute, an index, or a function of the outputs.
-        fold: fold batch norms on a copy of the model. Outcomes are the same except for ties decided by rounding.
-        compile: compile a copy of the model with ``torch.compile``, for full batches of FGSM and IFGSM. It takes
-            seconds to minutes. If it fails, a warning says so and the evaluation continues without.
-        accept: ``"batch dependence"`` evaluates a model whose logits depend on the batch. The result records it.
+        output: where the logits are in the model's outputs: a key, an attribute, an index, or a function of the
+            outputs.
+        fold: fold batch norms on a copy of the model. Outcomes are the same, except for ties decided by rounding.
+        compile: compile a copy of the model with ``torch.compile``, for full batches of FGSM and IFGSM. Compiling
+            takes seconds to minutes. If it fails, evaluate warns and continues without it.
+        accept: ``"batch dependence"`` evaluates a model whose logits depend on the other images of the batch. The
+            result records this.
 
     Returns:
-        Robust accuracies by last iterate, separate worst-so-far accuracies, and the worst case over all attacks, with
-        outcomes and cost.
+        Robust accuracies of the last iterates, separate worst-so-far accuracies, and the worst case over all attacks,
+        with outcomes and cost.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if an argument is out of range or has the wrong shape, or the protocol is unknown; if logits or
-            gradients are not finite; if a forward pass changes buffers or parameters; if two forward passes differ
-            (unless ``stochastic``), or passes with and without gradients do; if the answer to an image depends on its
-            batch by more than rounding; if the model does not take the images' dtype; or if the logits of the first
-            images are not the same at the end as at the beginning.
+        ValueError: if an argument is out of range or has the wrong shape, or the protocol is unknown. Also if the
+            model cannot be attacked in a meaningful way: logits or gradients are not finite; a forward pass changes
+            buffers or parameters; two forward passes differ (unless ``stochastic``); logits with and without gradients
+            differ; the logits of an image depend on its batch by more than rounding; the model does not take the
+            images' dtype; or the logits of the first images change during the evaluation.
         ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
 
     Warns:
-        RuntimeWarning: if the model could not be folded or compiled, or if the figures show that an attack says
-            nothing.
+        RuntimeWarning: if the model could not be folded or compiled, or if the figures show signs that an attack is
+            meaningless.
 
     Example:
         >>> digits = odeadv.data.load("digits").resized(16)
@@ -152,7 +159,7 @@ def evaluate(
         "compile": compile, "stochastic": stochastic, "passes": passes, "accept": list(accepted),
         "saves_images": folder is not None,
     }  # fmt: skip
-    # This leaves inference mode too, in which the session's tensors must not be made.
+    # `attacking` also leaves inference mode: the tensors of the session must not be made in inference mode.
     with attacking(model, "eval", device):
         examples = Examples(images, labels, device, own_dtype(model, torch.get_default_dtype()), channels_last, release)
         rules = Rules(
@@ -179,13 +186,13 @@ def evaluate(
 def _judged(
     result: Evaluation, seen: _Examined, signs: Mapping[str, Tensor], tried: int, stochastic: bool
 ) -> Evaluation:
-    """Return the result with the cost of its probes and with notes on what may be wrong; warn of these once.
+    """Return the result with the cost of its probes and with notes on possible faults; warn once per note.
 
     Args:
-        result: of the protocol.
-        seen: the model as it was looked at.
-        signs: see `_attack.BatchOutcomes`, (n,) bool each.
-        tried: images differentiated to find out if equal images have equal gradients.
+        result: the result of the protocol.
+        seen: the observations of the model before the attacks.
+        signs: (n,) bool per sign, see `_attack.BatchOutcomes`.
+        tried: number of images differentiated to find out if equal images have equal gradients.
         stochastic: True for a random model.
     """
     checks: dict[str, Any] = {
@@ -201,15 +208,15 @@ def _judged(
 
 @dataclass(frozen=True)
 class _Examined:
-    """A model that was looked at before it is attacked.
+    """Observations of a model before it is attacked.
 
     Attributes:
         examples: the data, in a memory format that the model takes.
         probe: the first images.
-        whole: the first batch.
-        first: the model's behaviour on the first images.
-        is_function: True if the model has one answer to an image.
-        forward_passes: images sent through the model.
+        whole: the images of the first batch.
+        first: the model's behaviour on ``probe``.
+        is_function: True if equal images get equal logits.
+        forward_passes: number of images sent through the model.
         notes: sentences for the reader.
     """
 
@@ -230,7 +237,7 @@ def _examined(
     num_classes: int | None,
     accepted: tuple[str, ...],
 ) -> _Examined:
-    """Look at the model; raise ValueError if outcomes of attacks on it would mean nothing."""
+    """Observe the model; raise ValueError if attacks on it would be meaningless."""
     notes: list[str] = []
     times = _times(rules.stochastic)
 
@@ -255,7 +262,7 @@ def _examined(
             f"model: returned {first.logits.shape[1]} logits per image, expected num_classes, {num_classes}"
         )
     refuse(first, stochastic=rules.stochastic)
-    # Nothing can be concluded from two answers of a random model that differ.
+    # If the model is random, only bitwise equal answers show that it is a function of the images.
     is_function = first.repeats if rules.stochastic else not first.random
     whole = examples.load(slice(0, batch_size)).images
     if is_function:
@@ -274,12 +281,12 @@ def _examined(
 
 
 def _times(random: bool) -> int:
-    """Return how often a model is looked at: draws may be equal by chance, so a random model more often."""
+    """Return the number of probing passes. A random model gets more, because its draws may be equal by chance."""
     return 8 if random else 2
 
 
 def _dependence_note(model: nn.Module, images: Tensor, difference: float, accepted: tuple[str, ...]) -> str:
-    """Return the note for logits that change with the batch; raise ValueError unless it is rounding or accepted."""
+    """Return the note for logits that change with the batch; raise ValueError if this is not rounding or accepted."""
     if is_rounding(model, images, difference):
         return (
             f"logits change with the batch by {difference:.2g}: the network amplifies rounding, so outcomes may depend "
@@ -305,9 +312,9 @@ def _look_again(model: nn.Module, seen: _Examined, rules: Rules) -> None:
 
 
 def _repeatable(prepared: Prepared, examples: Examples, rules: Rules) -> tuple[Rules, int]:
-    """Measure if equal images have equal gradients; return the rules with the answer, and the images that it took.
+    """Measure if equal images have equal gradients; return the rules with the answer, and the number of images used.
 
-    It is measured only if a run is long enough to make use of it.
+    The measurement is skipped if every run is too short to use its answer.
     """
     if not rules.repeatable or all((spec.steps or 1) <= SHORT for spec in rules.protocol.attacks if spec.shared):
         return rules, 0
@@ -325,7 +332,7 @@ def _journal(
     settings: Mapping[str, Any],
     seen: _Examined,
 ) -> Journal:
-    """Open the journal; raise ValueError for functions that a journal cannot identify."""
+    """Open the journal; raise ValueError if an option is a function that a journal cannot identify."""
     header = {
         **identity,
         "protocol": protocol.name,
@@ -354,7 +361,7 @@ def _not_compiled(protocol: Protocol, compiled: bool) -> list[str]:
 
 
 def _not_repeatable(rules: Rules, seen: _Examined) -> list[str]:
-    """Return the note for gradients that differ from pass to pass although nothing else tells of a random model."""
+    """Return the note for gradients that differ from pass to pass, if the model shows no other sign of randomness."""
     if rules.repeatable or rules.stochastic or seen.first.random_gradient:
         return []
     return [

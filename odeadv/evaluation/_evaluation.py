@@ -16,12 +16,12 @@ from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import wilson_interval
 
 SCHEMA = "odeadv.evaluation/3"
-# Version 2 lacks the worst case, scores by passes and units of radii; everything else is the same.
+# Version 2 lacks the worst case, the scores per pass and the units of radii. The rest is the same.
 READABLE = (SCHEMA, "odeadv.evaluation/2")
 
 
 def standard_error(accuracies: Sequence[float]) -> float | None:
-    """Return the standard error of the mean of accuracies by pass; None for fewer than two passes."""
+    """Return the standard error of the mean of the accuracies of passes; None for fewer than two passes."""
     return stdev(accuracies) / math.sqrt(len(accuracies)) if len(accuracies) > 1 else None
 
 
@@ -31,17 +31,17 @@ class AttackResult:
 
     Attributes:
         name: name of the attack, e.g. ``"ifgsm"``.
-        eps: radius of the ball, in pixel units of [0, 1]; a tuple if there is one per example.
-        alpha: size of one step, in the same units, or a tuple; None if the attack has none.
-        steps: number of steps; None if the attack has none.
-        outcomes: (n,) bool on the CPU, true if the image that the attack ended with (for IFGSM the *last iterate*) is
-            classified correctly; None if only the worst-so-far score was asked for. For a random model: true if it
-            is in more than half of the passes.
-        worst_so_far_outcomes: (n,) bool on the CPU, true if the clean image and *everything scored on the way* are
-            classified correctly (for IFGSM every iterate; for an attack that returns its best image, that image). None
-            if only the last iterate was scored (``score="last"`` of PGD and of IFGSM with options), and for a random
-            model, since the worst of many draws would count noise as an attack.
-        options: the attack's further arguments.
+        eps: radius of the ball, in pixel units of [0, 1]; a tuple if every example has its own radius.
+        alpha: size of one step, in the same units, or a tuple; None if the attack has no step size.
+        steps: number of steps; None if the attack has no steps.
+        outcomes: (n,) bool on the CPU, true if the final image of the attack (for IFGSM the *last iterate*) is
+            classified correctly. None if only the worst-so-far score was requested. For a random model: true if the
+            image is classified correctly in more than half of the passes.
+        worst_so_far_outcomes: (n,) bool on the CPU, true if the clean image and *every scored image* are classified
+            correctly. Scored images are every iterate of IFGSM, or the returned image of an attack that returns its
+            best image. None if only the last iterate was scored (``score="last"`` of PGD and of IFGSM with options).
+            Also None for a random model, because the worst of many draws would count noise as an attack.
+        options: further arguments of the attack.
         pass_accuracies: for a random model, the accuracy in each of the fresh forward passes; otherwise empty.
     """
 
@@ -63,7 +63,7 @@ class AttackResult:
 
     @property
     def robust_correct(self) -> int:
-        """The number of last iterates that are classified correctly. ValueError if they were not scored."""
+        """The number of last iterates that are classified correctly; raises ValueError if they were not scored."""
         if self.outcomes is None:
             raise ValueError(f"robust_correct: {self.label} was scored worst-so-far only, see worst_so_far_correct")
         return int(self.outcomes.sum())
@@ -72,7 +72,7 @@ class AttackResult:
     def robust_accuracy(self) -> float:
         """The fraction of last iterates that are classified correctly: the paper's figure.
 
-        For a random model, the mean over its passes. ValueError as `robust_correct`.
+        For a random model it is the mean over the passes. Raises ValueError as `robust_correct`.
         """
         return fmean(self.pass_accuracies) if self.pass_accuracies else self.robust_correct / self._n
 
@@ -83,14 +83,17 @@ class AttackResult:
 
     @property
     def worst_so_far_correct(self) -> int:
-        """The number of examples whose clean image and every iterate are right. ValueError if that was not scored."""
+        """The number of examples whose clean image and every iterate are classified correctly.
+
+        Raises ValueError if the worst-so-far score was not measured.
+        """
         if self.worst_so_far_outcomes is None:
             raise ValueError(f"worst_so_far_correct: {self.label} was scored by what it returned; give score='worst'")
         return int(self.worst_so_far_outcomes.sum())
 
     @property
     def worst_so_far_accuracy(self) -> float:
-        """`worst_so_far_correct` as a fraction; never above the robust accuracy, and not comparable with it."""
+        """`worst_so_far_correct` as a fraction. It is never above `robust_accuracy`; do not compare the two."""
         return self.worst_so_far_correct / self._n
 
     @property
@@ -112,15 +115,16 @@ class Evaluation:
         clean_outcomes: (n,) bool on the CPU, true if the clean image is classified correctly (for a random model: in
             more than half of the passes).
         attacks: one result per attack of the protocol, in its order.
-        forward_passes: images sent through the model by the protocol.
-        gradient_evaluations: images that were also differentiated.
-        seconds: wall-clock time, including that of interrupted runs.
-        model: digest of the model's state, ``""`` if not known.
-        data: digest of images and labels, ``""`` if not known.
-        settings: settings that the figures may depend on by rounding or by chance: batch size, seed, folding, ...
-        checks: figures apart from the protocol: forward passes and gradients of the probes, signs of failed attacks.
-        notes: sentences for the reader, e.g. warnings of AutoAttack, or signs that an attack says nothing.
-        clean_pass_accuracies: of a random model, the clean accuracy in each of the passes; else empty.
+        forward_passes: number of images that the protocol sent through the model.
+        gradient_evaluations: number of those images that were also differentiated.
+        seconds: wall-clock time, including the time of interrupted runs.
+        model: digest of the model's state, ``""`` if unknown.
+        data: digest of images and labels, ``""`` if unknown.
+        settings: settings that may change the figures by rounding or by chance: batch size, seed, folding, ...
+        checks: figures that do not belong to the protocol: forward passes and gradients of the probes, signs of failed
+            attacks.
+        notes: sentences for the reader, e.g. warnings of AutoAttack, or signs that an attack is meaningless.
+        clean_pass_accuracies: for a random model, the clean accuracy in each of the passes; otherwise empty.
     """
 
     protocol: str
@@ -153,17 +157,17 @@ class Evaluation:
 
     @property
     def average(self) -> float:
-        """Mean of the robust (last-iterate) accuracies: the paper's "Avg". The clean accuracy is not in it.
+        """The mean of the robust (last-iterate) accuracies: the paper's "Avg". It excludes the clean accuracy.
 
-        ValueError if an attack was scored worst-so-far only: the two are never mixed.
+        Raises ValueError if an attack was scored worst-so-far only, because the two scores are never mixed.
         """
         return fmean(attack.robust_accuracy for attack in self.attacks)
 
     @property
     def worst_case_outcomes(self) -> Tensor:
-        """(n,) bool on the CPU, true if the image is right when it is clean and under every attack of the protocol.
+        """(n,) bool on the CPU, true if the clean image is classified correctly, and also under every attack.
 
-        ValueError for a random model: the worst of many draws would count noise as an attack.
+        Raises ValueError for a random model, because the worst of many draws would count noise as an attack.
         """
         if self.clean_pass_accuracies:
             raise ValueError(
@@ -175,14 +179,14 @@ class Evaluation:
 
     @property
     def worst_case_correct(self) -> int:
-        """The number of examples that are right under every attack; ValueError as `worst_case_outcomes`."""
+        """The number of examples that are correct under every attack; raises ValueError as `worst_case_outcomes`."""
         return int(self.worst_case_outcomes.sum())
 
     @property
     def worst_case(self) -> float:
-        """The accuracy to quote: an example counts only if it is right under every attack of the protocol.
+        """The accuracy to quote: an example counts only if it is correct under every attack of the protocol.
 
-        ValueError as `worst_case_outcomes`.
+        Raises ValueError as `worst_case_outcomes`.
         """
         return self.worst_case_correct / self.n
 
@@ -197,11 +201,11 @@ class Evaluation:
         return unique_names([attack.label for attack in self.attacks])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-ready data; ``*_interval`` are 95 % Wilson intervals [low, high].
+        """Return the whole evaluation as JSON-ready data; ``*_interval`` are 95 % Wilson intervals [low, high].
 
-        ``outcomes`` are base64 of packed bits, one per example (`Evaluation.from_dict` unpacks them). Figures that were
-        not measured are None: ``robust_*`` of an attack that was scored worst-so-far only, and then ``average``;
-        ``worst_so_far_*`` of an attack that was scored by its last iterate only; ``worst_case_*`` of a random model.
+        ``outcomes`` are packed bits, one per example, in base64 (`Evaluation.from_dict` unpacks them). Figures that
+        were not measured are None: ``robust_*`` if an attack was scored worst-so-far only, and then also ``average``;
+        ``worst_so_far_*`` if only the last iterate was scored; ``worst_case_*`` of a random model.
         """
         complete = all(attack.outcomes is not None for attack in self.attacks)
         random = bool(self.clean_pass_accuracies)
@@ -245,11 +249,11 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Evaluation:
-        """Return the evaluation that `to_dict` made ``value`` from, now or in version 2 of the schema.
+        """Return the evaluation that `to_dict` converted to ``value``, in this version or version 2 of the schema.
 
         Raises:
-            ValueError: if it has another schema (the first kept no outcomes), a key is missing or has another type,
-                or the outcomes do not fit the accuracies.
+            ValueError: if ``value`` has another schema (version 1 kept no outcomes), a key is missing or has another
+                type, or the outcomes do not fit the accuracies.
         """
         if value.get("schema") not in READABLE:
             raise ValueError(f"schema: got {value.get('schema')!r}, expected {' or '.join(map(repr, READABLE))}")
@@ -325,7 +329,7 @@ def result_of(spec: AttackSpec, last: Tensor | None, worst: Tensor | None, *, ra
         spec: the attack.
         last: (passes, n) bool, last-iterate outcomes, or None.
         worst: (n,) bool, worst-so-far outcomes, or None.
-        random: True if the passes are those of a random model.
+        random: True if the model is random.
     """
     options = spec.to_dict()["options"]
     passes = by_pass(last) if random and last is not None else ()
@@ -334,12 +338,12 @@ def result_of(spec: AttackSpec, last: Tensor | None, worst: Tensor | None, *, ra
 
 
 def by_pass(outcomes: Tensor) -> tuple[float, ...]:
-    """Return the accuracy in each pass of outcomes (passes, n)."""
+    """Return the accuracy of each pass, for outcomes (passes, n)."""
     return tuple(outcomes.double().mean(dim=1).tolist())
 
 
 def majority(outcomes: Tensor) -> Tensor:
-    """Return (n,) bool: True if more than half of the passes of outcomes (passes, n) are right."""
+    """Return (n,) bool for outcomes (passes, n): True if more than half of the passes are correct."""
     return outcomes.double().mean(dim=0) > 0.5
 
 
@@ -367,7 +371,7 @@ def _unpacked(text: object, n: int) -> Tensor | None:
 
 
 def _check_types(value: Mapping[str, Any]) -> None:
-    """Raise ValueError if a value has another type than `Evaluation.to_dict` writes."""
+    """Raise ValueError if the type of a value differs from the type that `Evaluation.to_dict` writes."""
     number, integer, text = (int, float), (int,), (str,)
     kinds: dict[str, tuple[type, ...]] = {"n": integer, "seconds": number}
     kinds |= dict.fromkeys(("forward_passes", "gradient_evaluations"), integer)
@@ -393,7 +397,7 @@ def _check_kinds(value: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
 
 
 def _agree(a: object, b: object) -> bool:
-    """Return True if two figures are equal up to the last places."""
+    """Return True if two figures are equal up to rounding."""
     if isinstance(a, float) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
     return a == b
@@ -402,7 +406,7 @@ def _agree(a: object, b: object) -> bool:
 def _in_255(value: Radius | None) -> float | list[float] | None:
     if isinstance(value, tuple):
         return [round(255 * each, 9) for each in value]
-    return None if value is None else round(255 * value, 9)  # so that 12/255 reads 12 again
+    return None if value is None else round(255 * value, 9)  # rounding turns 11.999999... back into 12
 
 
 def _radius(value: Any) -> Any:

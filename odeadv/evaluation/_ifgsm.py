@@ -1,4 +1,4 @@
-"""FGSM and IFGSM with shared work: runs at several radii and lengths, cycles, and the worst-so-far queue."""
+"""FGSM and IFGSM with shared work: runs of several radii and lengths, cycles, and the worst-so-far queue."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from odeadv.evaluation._prepare import Prepared, Scorer
 from odeadv.evaluation.protocols import AttackSpec
 
 IfgsmRun = tuple[float, float]  # eps, alpha
-Load = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # indices to images, labels, indices
+Load = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # maps indices to images, labels, indices
 
-# Examples in a cycle leave once they are this share of a batch: its composition, on which rounding depends, changes
-# seldom then.
+# Examples in a cycle leave a batch together, when they are at least this share of it. Rounding depends on the
+# composition of a batch, so it should change seldom.
 LEAVE_TOGETHER = 0.25
-# Cycles are looked for beyond this many steps only. Shorter runs (the paper's have 20) hardly have any, and a batch
-# that examples have left may round differently.
+# The search for cycles starts after this many steps. Shorter runs (the paper's have 20 steps) rarely have cycles, and
+# rounding may change if examples leave the batch.
 SHORT = 20
-# An earlier iterate is kept for this many steps, or for this share of all steps if that is more. Most cycles have 2 to
-# 8 steps; the share lets longer cycles be found in long runs.
+# An earlier iterate is kept for KEPT_FOR steps, or for the share KEPT_SHARE of the steps so far if that is more. Most
+# cycles have 2 to 8 steps. The share makes it possible to find longer cycles in long runs.
 KEPT_FOR, KEPT_SHARE = 16, 1 / 8
 
 
 def run_of(spec: AttackSpec) -> IfgsmRun:
-    """Return radius and step size of an FGSM or IFGSM attack that has the same for all examples."""
+    """Return radius and step size of an FGSM or IFGSM attack; both must be the same for all examples."""
     assert isinstance(spec.eps, float)
     assert isinstance(spec.alpha, float)
     return spec.eps, spec.alpha
 
 
 def queues_of(attacks: Sequence[AttackSpec]) -> dict[IfgsmRun, int]:
-    """Return the (I)FGSM runs of which only the worst-so-far score is asked, with their numbers of steps."""
+    """Return the FGSM and IFGSM runs that need only the worst-so-far score, each with its number of steps."""
     queues: dict[IfgsmRun, int] = {}
     for spec in attacks:
         if spec.shared and spec.score == "worst":
@@ -44,31 +44,34 @@ def queues_of(attacks: Sequence[AttackSpec]) -> dict[IfgsmRun, int]:
 
 @dataclass(frozen=True)
 class Cycles:
-    """An earlier iterate of each example, which shows when an iterate comes back to the last bit.
+    """One earlier iterate of each example. It shows if a later iterate is bitwise equal, so that the run is in a cycle.
 
     A sign step of fixed length moves a pixel among few values, so long runs mostly end in a cycle of a few steps.
-    One iterate of each example is kept, and replaced by a newer one after `KEPT_FOR` steps, or after the share
-    `KEPT_SHARE` of all steps if that is more. A cycle that is not longer than this is found at most this many steps
-    and one period after the run entered it.
+    The kept iterate of an example is replaced after K steps. K is `KEPT_FOR`, or the share `KEPT_SHARE` of the steps
+    so far if that is more. A cycle of at most K steps is found at most K steps plus one period after the run enters it.
 
     Attributes:
-        kept: the earlier iterates, (n, ...).
-        kept_at: the number of steps after which they were reached, (n,) int64.
+        kept: (n, ...), the earlier iterates.
+        kept_at: (n,) int64, the number of steps that led to each kept iterate.
     """
 
     kept: Tensor
     kept_at: Tensor
 
     def rows(self, keep: Tensor) -> Cycles:
-        """Return the part of the examples chosen by ``keep``, (n,) bool."""
+        """Return the earlier iterates of the examples chosen by ``keep``, (n,) bool."""
         return Cycles(rows(self.kept, keep), self.kept_at[keep])
 
     def after(self, x: Tensor, step: Tensor) -> tuple[Cycles, Tensor]:
-        """Add the iterates ``x`` that are reached after ``step`` steps, (n,) int64, one more than at the last call.
+        """Compare the iterates ``x`` with the kept iterates, and keep those that are due to be replaced.
+
+        Args:
+            x: (n, ...), the iterates after ``step`` steps.
+            step: (n,) int64, one more than in the last call.
 
         Returns:
-            The iterates kept from now on; and the number of steps since an iterate was equal to ``x``, (n,) int64,
-            a multiple of the period, or 0 if none is known to be equal.
+            The iterates that are kept from now on; and (n,) int64, the number of steps since the kept iterate if it
+            equals ``x`` (a multiple of the period), or 0 if it differs.
         """
         back = (x == self.kept).flatten(1).all(dim=1)
         ago = torch.where(back, step - self.kept_at, 0)
@@ -83,17 +86,17 @@ class Cycles:
 
 @dataclass(frozen=True)
 class _Branch:
-    """Runs whose iterates are the same so far, to the last bit.
+    """Runs whose iterates are bitwise equal so far.
 
     Attributes:
-        x: the iterates of the examples that are still under way.
-        gradient: the gradient there.
+        x: the iterates of the examples that are still attacked.
+        gradient: the gradient at ``x``.
         runs: the runs.
-        index: the examples' places in the batch.
+        index: the places of these examples in the batch.
         bounds: the ball of each run.
-        scorer: of these examples.
-        cycles: earlier iterates; None while cycles are not looked for.
-        periods: of the cycles that the examples are in; 0 if they are in none.
+        scorer: the scorer of these examples.
+        cycles: earlier iterates; None before the search for cycles starts.
+        periods: the period of each example's cycle, or a multiple of it; 0 if the example is in no known cycle.
         history: one (batch,) bool per iterate so far, from the clean images on: True if classified correctly.
     """
 
@@ -125,23 +128,23 @@ class _Branch:
 class SharedRuns:
     """Last-iterate and worst-so-far outcomes of runs that begin at the same images.
 
-    The clean gradient is the first of every run. Runs of one alpha then continue as one while their iterates are
-    bitwise equal: up to rounding, a radius is not a bound within the first eps / alpha steps. The forward pass that
-    scores an iterate also gives its gradient. Examples whose iterates enter a cycle (`Cycles`) leave a long run; their
-    later outcomes are those of the cycle.
+    All runs share the clean gradient. Runs with the same alpha share all work while their iterates are bitwise equal.
+    (Up to rounding, the radius does not act within the first eps / alpha steps.) The forward pass that scores an
+    iterate also gives its gradient. Examples whose iterates enter a cycle (`Cycles`) leave a long run, because the
+    cycle repeats their outcomes.
 
     Args:
-        scorer: of this batch.
-        images: the clean images, (n, ...).
-        clean: (n,) bool, True if they are classified correctly.
-        clean_gradient: the gradient there.
-        lengths: the numbers of steps that are scored, for each (eps, alpha).
+        scorer: the scorer of this batch.
+        images: (n, ...), the clean images.
+        clean: (n,) bool, True if the clean image is classified correctly.
+        clean_gradient: the gradient at ``images``.
+        lengths: for each (eps, alpha), the numbers of steps after which the run is scored.
         repeatable: True if equal images always have equal gradients, so that a cycle repeats.
-        passes: forward passes that score the images of the last iterate; more than one for random models.
+        passes: number of forward passes that score the last iterate; more than one for random models.
 
     Attributes:
-        losses: (n,), the largest cross-entropy, over the runs, of the last iterates that were also differentiated; NaN
-            if there are none.
+        losses: (n,), the cross-entropy of the latest differentiated iterate of each run, the largest over all runs;
+            NaN before the first such iterate.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class SharedRuns:
 
     @property
     def losses(self) -> Tensor:
-        """See the attributes."""
+        """The largest cross-entropy over all runs, see the attributes of the class."""
         if not self._losses:
             return torch.full(self._clean.shape, torch.nan, device=self._clean.device)
         return torch.stack(list(self._losses.values())).amax(dim=0)
@@ -197,7 +200,7 @@ class SharedRuns:
         )
 
     def _advance(self, branch: _Branch, step: int) -> list[_Branch]:
-        """Make and score one step of all runs of a branch; return the branches after it."""
+        """Take one step of all runs of a branch and score it; return the branches that continue."""
         moved = sign_step(branch.x, branch.gradient, branch.runs[0][1])
         children: list[tuple[Tensor, list[IfgsmRun]]] = []
         for run in branch.runs:
@@ -210,7 +213,7 @@ class SharedRuns:
         return [after for x, runs in children if (after := self._scored_at(branch, x, runs, step)) is not None]
 
     def _scored_at(self, branch: _Branch, x: Tensor, runs: list[IfgsmRun], step: int) -> _Branch | None:
-        """Score the runs at their iterates ``x``; return None if all of them end there."""
+        """Score the iterates ``x`` of the runs; return the branch that continues, or None if all runs end here."""
         index, scorer = branch.index, branch.scorer
         onward = [run for run in runs if max(self._lengths[run]) > step]
         reported = any(step in self._lengths[run] for run in runs)
@@ -238,7 +241,10 @@ class SharedRuns:
         return self._left_by_cycles(after, step)
 
     def _left_by_cycles(self, branch: _Branch, step: int) -> _Branch | None:
-        """Return the branch without examples in a cycle, if these are many enough; None if no example is left."""
+        """Remove examples in a cycle from the branch, if there are enough of them (`LEAVE_TOGETHER`).
+
+        Returns None if no example is left.
+        """
         if not self._repeatable or step < SHORT:
             return branch
         steps = torch.full_like(branch.index, step)
@@ -253,7 +259,7 @@ class SharedRuns:
         return None if cyclic.all() else branch.without(cyclic)
 
     def _foresee(self, branch: _Branch, cyclic: Tensor, step: int) -> None:
-        """Write down the outcomes at all later lengths of the examples that are in a cycle."""
+        """Fill in the outcomes of examples in a cycle for all later lengths."""
         for run in branch.runs:
             for length in self._lengths[run]:
                 if length <= step:
@@ -266,22 +272,22 @@ class SharedRuns:
 
 
 class WorstSoFar:
-    """IFGSM in batches that are refilled: an example leaves once it is fooled, or once it cannot be fooled any more.
+    """IFGSM in batches that are refilled: an example leaves as soon as it is fooled or can no longer be fooled.
 
     Args:
         prepared: the model.
-        load: indices (k,) to images and labels on the model's device.
-        waiting: indices of examples, (n,) int64.
+        load: maps indices (k,) to images and labels on the model's device.
+        waiting: (n,) int64, indices of the examples to attack.
         eps: radius of the L-infinity ball.
         alpha: size of one step.
         steps: an example that was never fooled leaves after this many steps.
         batch_size: images in one forward pass.
-        repeatable: True if equal images always have equal gradients. An example whose iterates enter a cycle then
+        repeatable: True if equal images always have equal gradients. Then an example whose iterates enter a cycle
             leaves, because it will not be fooled.
 
     Attributes:
-        forward_passes: images sent through the model so far.
-        gradient_evaluations: images that were also differentiated.
+        forward_passes: number of images sent through the model so far.
+        gradient_evaluations: number of those images that were also differentiated.
         no_gradient: indices of examples whose gradient at the clean image is exactly zero.
     """
 
@@ -304,17 +310,17 @@ class WorstSoFar:
         self._repeatable = repeatable
 
     def run(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (indices, fooled_at), (k,) each, of examples as they leave.
+        """Yield (indices, fooled_at), (k,) each, for examples when they leave.
 
-        ``fooled_at`` is the number of the first iterate that is misclassified (0: the clean image), or ``steps`` + 1
-        if none is.
+        ``fooled_at`` is the number of the first misclassified iterate (0 is the clean image), or ``steps`` + 1 if no
+        iterate is misclassified.
         """
         batch = self._loaded(self._waiting[:0])
         while len(batch.index) or len(self._waiting):
             batch = self._filled(batch)
             scorer = self._prepared.scorer(batch.labels)
             ending = batch.step >= self._steps
-            if ending.all():  # only last iterates, whose gradient is not needed
+            if ending.all():  # last iterates need no gradient
                 logits, gradient = scorer.logits(batch.x), torch.zeros_like(batch.x)
             else:
                 logits, gradient = scorer.logits_and_gradient(batch.x)
@@ -357,11 +363,11 @@ class _UnderAttack:
     """Examples under attack.
 
     Attributes:
-        index: their places in the data.
-        x: their iterates.
-        labels: their labels.
-        bounds: their balls.
-        step: the number of steps that each has made.
+        index: places of the examples in the data.
+        x: iterates of the examples.
+        labels: labels of the examples.
+        bounds: balls around the clean images.
+        step: number of steps so far, per example.
         cycles: earlier iterates.
     """
 

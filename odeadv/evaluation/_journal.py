@@ -1,4 +1,4 @@
-"""The journal: finished work of a running evaluation, in a file that survives a kill at any moment."""
+"""The journal: a file with the finished work of a running evaluation. It survives a kill at any moment."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _START = b'{"schema": "odeadv.evaluation.journal/'
 class Journal:
     """A file with one JSON object per line, each with its checksum. Lines are appended whole and synced to the disk.
 
-    The first line identifies the evaluation. A last line that was cut off, by a kill or a full disk, is dropped; a
-    damaged line before it is an error.
+    The first line identifies the evaluation. If a kill or a full disk has cut off the last line, that line is dropped.
+    Any other damaged line is an error.
 
     Args:
         path: the file; it is made, with its folder, if it does not exist.
-        header: identifies the evaluation; a journal with another header is refused.
+        header: identifies the evaluation; a journal with another header is rejected.
 
     Attributes:
         records: the lines of the file, without the header.
@@ -53,11 +53,11 @@ class Journal:
         self.records = found[1:]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append one line and wait until the disk has it."""
+        """Append one line and wait until it is on the disk."""
         line = (json.dumps({**record, "checksum": _checksum(record)}) + "\n").encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            # One write, so that a kill leaves the whole line or its beginning.
+            # Use one write, so that a kill leaves the whole line or its beginning.
             if os.write(handle, line) != len(line):
                 raise OSError(f"{self.path}: could not be written whole; is the disk full?")
             os.fsync(handle)
@@ -81,9 +81,9 @@ def _parse(line: bytes) -> Line | None:
 
 
 def _read(path: Path) -> list[Line]:
-    """Return the undamaged lines of the file, and cut off a last line that is not whole."""
+    """Return the undamaged lines of the file; remove a last line that is incomplete."""
     raw = path.read_bytes()
-    # A file of another kind is never called damaged, and never written to.
+    # Reject a file of another kind before anything is written to it.
     if raw and not (raw.startswith(_START) or _START.startswith(raw)):
         raise ValueError(f"resume: {path} is not a journal of an evaluation; give another path")
     records: list[Line] = []
@@ -119,13 +119,13 @@ def _check_header(path: Path, found: Line, expected: Line) -> None:
 
 
 def probe_logits(logits: Tensor) -> list[list[float]]:
-    """Return logits (n, classes) as data for a header."""
+    """Return logits (n, classes) as plain data for a header."""
     rows: list[list[float]] = logits.double().tolist()
     return rows
 
 
 def _close(found: object, expected: object) -> bool:
-    """Return True if probed logits are equal up to the rounding of another machine: a thousandth of their scale."""
+    """Return True if probed logits differ by at most a thousandth of their scale, the rounding of another machine."""
     if found is None or expected is None:
         return found is expected
     try:

@@ -1,4 +1,4 @@
-"""Make the model ready: as it is, or as a copy that is folded or compiled."""
+"""Prepare the model for an evaluation: use it unchanged, or fold or compile a copy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Prepared:
     """A model that is ready to be attacked.
 
     Attributes:
-        model: the user's own model, or a copy that is equal to it up to rounding.
+        model: the user's model, or a copy that is equal to it up to rounding.
         compiled: ``model`` compiled for batches of ``batch_size`` images, or None.
-        batch_size: images in a batch of the compiled model. It would be compiled anew for another size.
+        batch_size: number of images in a batch of the compiled model; another size would need another compilation.
         notes: sentences for the reader of the result.
     """
 
@@ -37,11 +37,11 @@ class Prepared:
 
 
 class Scorer:
-    """Scores the images of one batch and differentiates its cross-entropy; counts images sent through the model.
+    """Score the images of one batch, differentiate the cross-entropy, and count images sent through the model.
 
     Args:
         prepared: the model.
-        labels: (n,).
+        labels: (n,) int64, labels of the batch.
     """
 
     def __init__(self, prepared: Prepared, labels: Tensor) -> None:
@@ -62,7 +62,7 @@ class Scorer:
         return self._fast.gradient_evaluations + sum(part.gradient_evaluations for part in self._parts)
 
     def part(self, keep: Tensor) -> Scorer:
-        """Return the scorer of the examples chosen by ``keep``, (n,) bool; its cost counts here too."""
+        """Return a scorer for the examples chosen by ``keep``, (n,) bool; its cost is also counted in this scorer."""
         self._parts.append(self._prepared.scorer(self._labels[keep]))
         return self._parts[-1]
 
@@ -71,11 +71,11 @@ class Scorer:
         return self._plain.logits(images)
 
     def correct(self, images: Tensor, passes: int = 1) -> Tensor:
-        """Return (passes, n) bool: True if an image is classified correctly in that forward pass."""
+        """Return (passes, n) bool: True if the image is classified correctly in the forward pass."""
         return torch.stack([self.right(self.logits(images)) for _ in range(passes)])
 
     def right(self, logits: Tensor) -> Tensor:
-        """Return (n,) bool: True if the largest logit is that of the label."""
+        """Return (n,) bool: True if the label has the largest logit."""
         return logits.argmax(dim=1) == self._labels
 
     def losses(self, logits: Tensor) -> Tensor:
@@ -93,13 +93,13 @@ class Scorer:
 
 
 def prepare(model: nn.Module, probe: Tensor, *, folded: bool, compiled: bool) -> Prepared:
-    """Return ``model`` as asked. A step that fails is left out, with a warning and a note.
+    """Return ``model``, folded or compiled as requested. If a step fails, it is skipped with a warning and a note.
 
     Args:
-        model: in eval mode. It is never changed: folding and compiling work on a copy.
-        probe: a batch of images, of the size that the evaluation has.
-        folded: fold batch norms.
-        compiled: compile the model with torch.compile.
+        model: the model in eval mode. It is never changed: folding and compiling use a copy.
+        probe: a batch of images of the size that the evaluation uses.
+        folded: True to fold batch norms.
+        compiled: True to compile the model with torch.compile.
     """
     notes: list[str] = []
     ready, fast = model, None
@@ -116,7 +116,7 @@ def prepare(model: nn.Module, probe: Tensor, *, folded: bool, compiled: bool) ->
 def _copy(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
     try:
         copied = copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception as error:  # a user's module may refuse in any way
+    except Exception as error:  # copying a user's module may raise any error
         notes.append(f"the model cannot be copied ({type(error).__name__}: {error}): neither folded nor compiled")
         return model
     if probe.ndim == 4 and probe.is_contiguous(memory_format=torch.channels_last):
@@ -129,8 +129,8 @@ def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
         folded = Folded(model).eval()
         with torch.no_grad():
             plain, other = model(probe), folded(probe)
-    except Exception as error:  # the traced graph may fail in any way
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # messages of fold need no type
+    except Exception as error:  # the traced graph may raise any error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # fold's own messages are clear
         notes.append(f"not folded: {kind}{error}")
         return model
     limit = FOLD_LIMIT * torch.finfo(plain.dtype).eps

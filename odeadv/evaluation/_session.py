@@ -1,4 +1,4 @@
-"""One evaluation under way: finished batches, their outcomes by the attack's name, and the records of the journal."""
+"""A running evaluation: finished batches, their outcomes per attack, and the records of the journal."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SIGNS = (
 
 
 class Session:
-    """One evaluation under way. Batches that the journal has are finished from the start.
+    """A running evaluation. Batches that are in the journal count as finished from the start.
 
     Args:
         prepared: the model.
         examples: the data.
-        rules: what holds for every batch.
+        rules: the settings that are the same for every batch.
         batch_size: images in one forward pass.
-        journal: receives finished batches; None keeps none.
+        journal: receives finished batches; None writes no journal.
         progress: called as ``progress(done, total)`` after each batch.
-        save: the folder for the attacked images; None keeps none.
+        save: the folder for the attacked images; None saves no images.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Session:
             name: torch.zeros(n, dtype=torch.bool) for name, spec in attacks.items() if rules.measures_worst(spec)
         }
         self._signs = {sign: torch.zeros(n, dtype=torch.bool) for sign in SIGNS}
-        # By example: the number of the first iterate that is misclassified; -1 if the example is not finished.
+        # Per example: the number of the first misclassified iterate; -1 if the example is not finished.
         self._fooled_at = {run: torch.full((n,), -1) for run in self._queues}
         self._finished: set[int] = set()
         self._forward_passes = self._gradient_evaluations = 0
-        self._seconds = 0.0  # of interrupted runs
+        self._seconds = 0.0  # wall-clock time of interrupted runs
         self._notes: list[str] = []
         for record in journal.records if journal is not None else []:
             self._recall(record)
@@ -90,8 +90,8 @@ class Session:
         Args:
             seconds: wall-clock time of this run.
             identity: digests of model and data.
-            settings: of the evaluation.
-            notes: sentences for the reader; those of the attacks follow them.
+            settings: settings of the evaluation.
+            notes: sentences for the reader; the notes of the attacks are added after them.
         """
         for run, fooled_at in self._fooled_at.items():
             for name, spec in zip(self._rules.protocol.names, self._rules.protocol.attacks, strict=True):
@@ -114,7 +114,7 @@ class Session:
 
     @property
     def signs(self) -> Mapping[str, Tensor]:
-        """(n,) bool of each sign that an attack may have failed, see `BatchOutcomes`."""
+        """(n,) bool per sign that an attack may have failed, see `BatchOutcomes`."""
         return self._signs
 
     def _results(self) -> tuple[AttackResult, ...]:
@@ -129,7 +129,7 @@ class Session:
         return slice(first, min(first + self._batch_size, len(self._examples.images)))
 
     def _reseed(self, place: str) -> None:
-        """Let a random model draw the same numbers at this place, whatever was done before."""
+        """Seed the random numbers of a random model by ``place``, so that they do not depend on earlier work."""
         if self._rules.stochastic:
             torch.manual_seed(derived_seed(self._rules.seed, place))
 
@@ -162,7 +162,7 @@ class Session:
                 table[name][..., part] = rows.cpu()
 
     def _run_queue(self, place: int, run: IfgsmRun) -> None:
-        """Run the examples of one worst-so-far run; write a record whenever a batch of them has left."""
+        """Run the examples of one worst-so-far run; write a record each time a batch of them is finished."""
         self._reseed(f"queue {place}")
         fooled_at = self._fooled_at[run]
         fooled_at[~self._clean[0]] = 0
@@ -198,7 +198,7 @@ class Session:
                 pending = []
 
     def _write(self, forward: int, gradient: int, notes: list[str], record: Mapping[str, Any]) -> None:
-        """Count the cost of finished work, append its record to the journal and report progress."""
+        """Count the cost of finished work, append its record to the journal, and report progress."""
         self._count(forward, gradient, notes)
         if self._journal is not None:
             now = time.perf_counter()
@@ -217,7 +217,7 @@ class Session:
         if "batch" in record:
             lost = self._save is not None and not self._save.file(record["batch"]).exists()
             if lost or record["batch"] in self._finished:
-                return  # run again, because the images are wanted too; or known already
+                return  # the batch is already known, or must run again because its images are missing
             part = self._part(record["batch"])
             n, passes = part.stop - part.start, self._rules.passes
             self._keep(
@@ -242,7 +242,7 @@ class Session:
         return len(self._starts) * (1 + len(self._queues))
 
     def _done(self) -> int:
-        """Return the number of finished batches; a queue counts the batches that its finished examples would fill."""
+        """Return the number of finished batches; a queue counts its finished examples divided by the batch size."""
         done = len(self._finished)
         for fooled_at in self._fooled_at.values():
             finished = int((fooled_at >= 0).sum())
@@ -251,7 +251,7 @@ class Session:
 
 
 def _packed(value: Any) -> Any:
-    """Return plain data with every tensor of outcomes packed."""
+    """Return plain data; every tensor of outcomes is packed into a string."""
     if isinstance(value, Mapping):
         return {key: _packed(item) for key, item in value.items()}
     return pack(value) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Data as people have them (tensors, arrays, memory-mapped files, datasets, loaders), and models with other outputs."""
+"""Data of every usual kind (tensors, arrays, memory-mapped files, datasets, loaders), and models with other outputs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from odeadv.support.checks import shown
 from odeadv.support.digests import chunks
 from odeadv.support.files import read_tensors, write_tensors
 
-# Images that are read together from a dataset. Larger batches take more memory and no less time.
+# So many images are read together from a dataset. Larger batches take more memory and save no time.
 _READ = 256
 _FILES = "batch-*.safetensors"
 _EXPECTED = "a pair (images, labels), a Dataset, a DataLoader or an ImageDataset"
 
 
 def nothing() -> None:
-    """Do nothing: these images need no release."""
+    """Do nothing, because these images hold no mapped memory."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Examples:
     Attributes:
         images: floating (n, ...) in [0, 1], or uint8 (n, h, w, channels).
         labels: (n,) int64.
-        device: of the model.
-        dtype: of the model.
-        channels_last: lay 4-D images out channels-last in memory.
+        device: device of the model.
+        dtype: dtype of the model.
+        channels_last: True to lay 4-D images out channels-last in memory.
         release: see `CheckedData`.
     """
 
@@ -58,7 +58,7 @@ class Examples:
         return int(self.labels.max())
 
     def load(self, part: slice | Tensor) -> Batch:
-        """Return images and labels as the model takes them."""
+        """Return images and labels in the form that the model takes."""
         self.release()  # the images of the last batch
         places = torch.arange(*part.indices(len(self.images))) if isinstance(part, slice) else part.cpu()
         chosen = part if isinstance(part, slice) else part.to(self.images.device)
@@ -70,12 +70,12 @@ class Examples:
 
 
 class CheckedData(NamedTuple):
-    """Data that were checked.
+    """Data that have been checked.
 
     Attributes:
         images: floating (n, ...) in [0, 1], or uint8 (n, h, w, channels).
         labels: (n,) int64.
-        release: gives back the memory of images that were read from a mapped file; does nothing for other images.
+        release: frees the memory of images that were read from a mapped file; does nothing for other images.
     """
 
     images: Tensor
@@ -84,16 +84,16 @@ class CheckedData(NamedTuple):
 
 
 def read_data(data: object) -> CheckedData:
-    """Return images and labels.
+    """Return images and labels after checking them.
 
     A memory-mapped array is not read into memory. A dataset or loader is read once, in its order, into a temporary
-    file, so it may be larger than memory too.
+    file, so it may also be larger than memory.
 
     Args:
         data: a pair of tensors or NumPy arrays, an `ImageDataset` (its test images), a Dataset or a DataLoader.
 
     Raises:
-        TypeError, ValueError: if it is anything else, or as `check_images` and `check_labels`.
+        TypeError, ValueError: if ``data`` is of another kind, or as `check_images` and `check_labels`.
     """
     release: Callable[[], object] = nothing
     if isinstance(data, ImageDataset):
@@ -124,12 +124,12 @@ def read_data(data: object) -> CheckedData:
 
 
 def _release_of(array: object) -> Callable[[], object]:
-    """Return a function that gives back the memory of a file that is mapped for reading."""
+    """Return a function that frees the memory of a file that is mapped for reading."""
     import mmap
 
     import numpy
 
-    # What was written to a mapping in another mode could be lost.
+    # Require mode "r": changes that were written to a mapping in another mode could be lost.
     if isinstance(array, numpy.memmap) and array.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
         mapped = array._mmap  # type: ignore[attr-defined]
         return lambda: mapped.madvise(mmap.MADV_DONTNEED)
@@ -137,7 +137,7 @@ def _release_of(array: object) -> Callable[[], object]:
 
 
 def _tensor(value: object) -> Tensor:
-    """Return a tensor that shares the memory of an array; return anything else as it is, for the checks to reject."""
+    """Return a tensor that shares the memory of an array; return other values unchanged for the checks to reject."""
     import numpy
 
     if not isinstance(value, numpy.ndarray):
@@ -164,14 +164,14 @@ def _collected(batches: Iterable[object]) -> CheckedData:
                     f"data: got images of shape {tuple(images.shape[1:])} and dtype {images.dtype} after "
                     f"{tuple(first.shape[1:])} and {first.dtype}, expected equal ones"
                 )
-            # As bytes: NumPy lacks bfloat16.
+            # Write bytes, because NumPy lacks bfloat16.
             file.write(images.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             labels.append(label.detach().cpu())
         if first is None or not sum(len(label) for label in labels):
             raise ValueError("data: got no images, expected at least one")
         file.flush()
         together = torch.cat(labels)
-        # The mapping stays valid after the file is closed: the system removes the file with its last user.
+        # The mapping stays valid after the file is closed: the system removes the file when nothing uses it any more.
         array = numpy.memmap(file, numpy.uint8, "r")
     pixels = _tensor(array).view(first.dtype).view(len(together), *first.shape[1:])
     return CheckedData(pixels, together, _release_of(array))
@@ -188,11 +188,11 @@ class ImageFolder:
 
     Args:
         path: the folder.
-        about: what identifies the evaluation; every file has it.
-        resumed: True if finished batches of this evaluation may be there.
+        about: data that identify the evaluation; they are stored in every file.
+        resumed: True if the folder may hold finished batches of this evaluation.
 
     Raises:
-        ValueError: if there are images and the evaluation does not resume.
+        ValueError: if the folder holds images and the evaluation does not resume.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], *, resumed: bool) -> None:
@@ -212,12 +212,12 @@ class ImageFolder:
 
 
 def saved_images(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the attacked images that `evaluate` saved: by name of the attack, (n, ...) in the order of the data.
+    """Return the attacked images that `evaluate` saved, by the name of the attack; (n, ...) in the order of the data.
 
     Raises:
         FileNotFoundError: if the folder does not contain such files.
-        ValueError: if images are missing, or those of several evaluations are mixed.
-        DamagedFileError: if a file is not whole or has been altered.
+        ValueError: if images are missing, or images of several evaluations are mixed.
+        DamagedFileError: if a file is incomplete or has been altered.
     """
     files = sorted(Path(folder).glob(_FILES))
     if not files:
@@ -244,10 +244,10 @@ def saved_images(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 class Output(nn.Module):
-    """A model whose logits are a part of its outputs (a tuple, a dict, an output of Hugging Face).
+    """A wrapper for a model whose logits are a part of its outputs (a tuple, a dict, an output of Hugging Face).
 
     Args:
-        model: images to outputs.
+        model: maps images to outputs.
         output: the key, attribute or index of the logits, or a function of the outputs.
     """
 

@@ -19,14 +19,14 @@ from odeadv.support.checks import choice, did_you_mean, integer, number, shown
 from odeadv.support.digests import function_name, is_local
 
 Score = Literal["last", "worst"]
-Radius = tuple[float, ...] | float  # one per example, or one for all examples
+Radius = tuple[float, ...] | float  # one radius per example, or one for all examples
 AUTOATTACK = "autoattack"
-_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally")  # fields, or set by the evaluation
+_RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally")  # fields of AttackSpec, or set by the evaluation
 _AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
 
 
 def radius_text(eps: Radius, options: Mapping[str, Any]) -> str:
-    """Return a radius as labels show it: ``8/255``; or ``0.5 in L2``, because grey levels measure L-infinity only.
+    """Return a radius as text for labels: ``8/255``, or ``0.5 in L2`` (only L-infinity radii are given in 1/255).
 
     Several radii are shown as their range: ``2 to 8/255``.
     """
@@ -43,7 +43,7 @@ def in_255ths(options: Mapping[str, Any]) -> bool:
 
 def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
     """Return the labels; a label that occurs more than once is followed by its place, ``(attack 3)``."""
-    # Options are not in a label, so two attacks that differ in their options only share it.
+    # A label does not contain options, so two attacks that differ only in their options have the same label.
     return tuple(
         label if labels.count(label) == 1 else f"{label} (attack {place})" for place, label in enumerate(labels)
     )
@@ -56,19 +56,19 @@ class AttackSpec:
     Attributes:
         name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1), ``"ifgsm"``, any other function of
             `odeadv.attacks` that takes ``eps``, or ``"autoattack"``.
-        eps: radius of the ball, in pixel units of [0, 1]. A list, an array or a tensor gives one radius per example of
-            the data, in their order.
-        alpha: size of one step, in the same units, or one size per example; None if the attack has none, or for its
-            default.
-        steps: number of steps; None if the attack has none, or for its default.
-        score: ``"last"`` scores the images that the attack ends with, on every example. ``"worst"`` counts an example
-            only if the clean image and everything the attack tried are right. This is stricter, and much cheaper: an
-            example is dropped as soon as it is fooled. AutoAttack is always ``"worst"``.
+        eps: radius of the ball, in pixel units of [0, 1]. A list, an array or a tensor gives one radius per example,
+            in the order of the data.
+        alpha: size of one step, in the same units, or one size per example. None means the default of the attack, or
+            that the attack has no step size.
+        steps: number of steps. None means the default of the attack, or that the attack has no steps.
+        score: ``"last"`` scores the final images of the attack, on every example. ``"worst"`` counts an example only
+            if the clean image and every image that the attack tried are classified correctly. This is stricter, and
+            much cheaper, because an example is dropped as soon as it is fooled. AutoAttack always uses ``"worst"``.
         options: further keyword arguments of the attack (``restarts``, ``loss``, ``norm``, ...); for AutoAttack
             ``norm``, ``version`` and, with version ``"custom"``, ``attacks``. ``target`` may be a name
-            (``"least-likely"``), one class per example of the data (a list, an array or a tensor), or a function of
-            the labels: int64 (n,) to int64 (n,). A targeted attack is scored like every other: an example counts as
-            robust if the label is still predicted.
+            (``"least-likely"``), one class per example of the data (a list, an array or a tensor), or a function that
+            maps labels to targets, both (n,) int64. A targeted attack is scored like every other attack: an example
+            counts as robust if the label is still predicted.
 
     Raises:
         TypeError: if a value is of the wrong type.
@@ -106,18 +106,18 @@ class AttackSpec:
             self._check_arguments(function)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A read-only view of a mapping can be neither pickled nor copied.
+        # A MappingProxyType cannot be pickled or copied, so pass a dict.
         return AttackSpec, (self.name, self.eps, self.alpha, self.steps, self.score, dict(self.options))
 
     @property
     def shared(self) -> bool:
-        """True for plain FGSM or IFGSM, whose gradients and iterates are shared with the other attacks."""
+        """True for FGSM or IFGSM without options, which share gradients and iterates with each other."""
         one = isinstance(self.eps, float) and isinstance(self.alpha, float)
         return self.name in ("fgsm", "ifgsm") and one and not self.options
 
     @property
     def measures_worst(self) -> bool:
-        """True if the attack has worst-so-far outcomes; false if it returns only the last of several iterates."""
+        """True if worst-so-far outcomes are measured; False if the attack returns only the last of several iterates."""
         if self.shared or self.score == "worst":
             return True
         return not takes(attack_function(self.name), "keep") or self.options.get("keep") == "worst"
@@ -130,14 +130,14 @@ class AttackSpec:
         return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{score}"
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for the attack, without its generator; `by_example` has some of them again."""
+        """Return the keyword arguments of the attack without its generator; `by_example` may replace some of them."""
         own = {"eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         if self.name == "fgsm":
             own = {"eps": self.eps}
         return {key: value for key, value in own.items() if value is not None} | dict(self.options)
 
     def by_example(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return the arguments that differ between examples, one value for each of ``labels``, (n,) int64.
+        """Return the arguments that differ between examples, one value per label; ``labels`` is (n,) int64.
 
         Raises:
             TypeError: if a target is not int64.
@@ -205,12 +205,12 @@ class Protocol:
     """A named sequence of attacks. Clean accuracy is always measured too.
 
     Attributes:
-        name: what the result calls it.
-        attacks: at least one, in the order of the report.
+        name: name of the protocol in the result.
+        attacks: at least one attack, in the order of the report.
 
     Raises:
         TypeError: if ``attacks`` is not a tuple of `AttackSpec`.
-        ValueError: if it is empty.
+        ValueError: if ``attacks`` is empty.
     """
 
     name: str
@@ -229,14 +229,14 @@ class Protocol:
 
 
 def attack_function(name: object) -> Callable[..., Tensor]:
-    """Return the function of `odeadv.attacks` called ``name``; raise as `choice`."""
+    """Return the function of `odeadv.attacks` called ``name``; raise ValueError for an unknown name."""
     names = [*(key for key in _attacks.__all__ if _is_attack(getattr(_attacks, key))), AUTOATTACK]
     function: Callable[..., Tensor] = getattr(_attacks, choice("name", name, names))
     return function
 
 
 def takes(function: Callable[..., Tensor], argument: str) -> bool:
-    """Return True if the attack has a keyword argument of that name."""
+    """Return True if the attack ``function`` has a keyword argument called ``argument``."""
     return argument in _keywords(function)
 
 
@@ -250,7 +250,7 @@ def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _each(name: str, value: Any, checked: Callable[[Any], float]) -> Radius:
-    """Return a number that is ``checked``, or a tuple of them if there is one per example."""
+    """Apply ``checked`` to a number, or to each number of a list, array or tensor; return a float or a tuple."""
     several = _listed(value)
     if several is None:
         return checked(value)
@@ -269,7 +269,7 @@ def _listed(value: Any) -> list[Any] | None:
 
 
 def _targets(value: Any) -> Any:
-    """Return the name of a rule, a function, or a tuple of one class per example."""
+    """Return a target as the name of a rule, a function, or a tuple with one class per example."""
     if value is None or callable(value):
         return value
     several = _listed(value)
@@ -325,18 +325,20 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
         )
     }
 )
-"""The paper's protocols by table number; ``"table2"`` is also that of Tables 3, 4, 5 and 7.
+"""The paper's protocols by table number; Tables 3, 4, 5 and 7 also use ``"table2"``.
 
-``"eps4"`` is Table 2 at half its radii and step size; ``"autoattack"`` is AutoAttack at 8/255.
+``"eps4"`` is ``"table2"`` with half its radii and step size. ``"autoattack"`` is AutoAttack at 8/255.
 """
 
 
 def resolve_protocol(protocol: object) -> Protocol:
-    """Return ``protocol``, the protocol that it names, or a protocol ``"custom"`` of one attack or a list of them.
+    """Return the protocol for a `Protocol`, the name of one, an attack, or a list of attacks.
+
+    An attack or a list of attacks gives a protocol called ``"custom"``.
 
     Raises:
-        ValueError: for an unknown name.
-        TypeError: for anything else.
+        ValueError: if the name is unknown.
+        TypeError: if ``protocol`` is of another type.
     """
     if isinstance(protocol, Protocol):
         return protocol
@@ -358,13 +360,13 @@ def resolve_protocol(protocol: object) -> Protocol:
 
 
 def require_packages(protocol: Protocol) -> None:
-    """Import the packages that its attacks need, or raise an ImportError that says how to install them."""
+    """Import the packages that the attacks of the protocol need; ImportError says how to install a missing one."""
     if any(spec.name == AUTOATTACK for spec in protocol.attacks):
         pyautoattack()
 
 
 def pyautoattack() -> Any:
-    """Import `pyautoattack.AutoAttack`; ImportError says how to install it."""
+    """Import and return `pyautoattack.AutoAttack`; ImportError says how to install it."""
     try:
         return importlib.import_module("pyautoattack").AutoAttack
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Trust: models that an evaluation refuses, and signs in the figures that an attack says nothing."""
+"""Trust: reasons to reject a model, and signs in the figures that an attack is meaningless."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from odeadv.evaluation._evaluation import AttackResult, Evaluation
 from odeadv.evaluation.protocols import Radius, in_255ths
 from odeadv.support.digests import is_own, is_plain
 
-# Images in a probing forward pass: two can differ from each other and change places, and cost little.
+# Number of images in a probing forward pass. Two images can change places, and they cost little.
 PROBES = 2
-# Images whose gradients are computed twice before long runs. An order of sums that is not fixed changes the last bit of
-# few gradients: 64 images show it almost surely, and cost less than a step of a batch.
+# Number of images whose gradients are computed twice before long runs. If the order of sums is not fixed, the last bit
+# of a few gradients changes. 64 images show this almost surely, and cost less than one step of a batch.
 GRADIENT_PROBES = 64
-# Two answers may differ by this many units in the last place: kernels for other batch sizes sum in another order, which
-# 56 layers amplify to some 10 units.
+# Two answers may differ by this many units in the last place. Kernels for other batch sizes sum in another order, and
+# 56 layers amplify this rounding to about 10 units.
 _UNITS = 64
-# A whole batch against two images changes the algorithm of every convolution.
+# The limit is larger if a whole batch is compared with two images: every convolution then uses another algorithm.
 _UNITS_WHOLE_BATCH = 1024
-# Logits this many times larger than the next smaller ones have a scale of their own: a class is masked by -1e4 or -1e9,
-# while unmasked logits of one image lie within a factor of some 100.
+# Logits that are this many times larger than the next smaller logit get a separate scale. Models mask a class by -1e4
+# or -1e9, while the other logits of an image lie within a factor of about 100.
 _GAP = 1e3
-# Rounding in float64 is 2e-9 of that in float32. What is left above this share is not rounding.
+# Rounding in float64 is 2e-9 times the rounding in float32. If more than this share of a change remains in float64,
+# the change is not rounding.
 _ROUNDING_SHARE = 1e-3
-#: Folding rounds every weight once, which a deep network amplifies: ResNet-56 differs by some 100 units in the last
-#: place. A wrong fold differs in the first places.
+#: Folding rounds every weight once, and a deep network amplifies this: ResNet-56 differs by about 100 units in the last
+#: place. A wrong fold changes the leading digits.
 FOLD_LIMIT = 1e4
-# A sign of a failed attack is noted if it concerns more than this share of the images, and more than one: single images
-# have dead units or sit on a tie.
+# A sign of a failed attack is noted if it concerns more than this share of the images, and more than one image. Single
+# images may have dead units or a tie.
 _NOTED = 0.01
-# Other signs are those of single images of plain networks, too, and are noted above a larger share of all images. A
-# property of the model concerns most images that can show it.
+# Other signs also occur for single images of sound networks, so they are noted only above the share _OFTEN of all
+# images. A property of the model is noted if the share _MOSTLY of the images that can show it do show it.
 _OFTEN, _MOSTLY = 0.1, 0.9
-#: Logits of one image are flat if they lie within this of each other.
+#: The logits of an image are flat if the largest exceeds the smallest by less than this.
 FLAT = 0.01
-# Sums in another order change a gradient by some units in the last place, which steep networks amplify.
+# Two gradients may differ by this relative amount: rounding from another order of sums, amplified by steep networks.
 _GRADIENT_ROUNDING = 0.01
-# With fewer images, an accuracy below that of guessing may be chance.
+# With fewer images, an accuracy below the accuracy of guessing may be chance.
 FEWEST = 50
 ACCEPTABLE = ("batch dependence",)
 
@@ -55,16 +56,16 @@ class Behaviour:
     """Observations from forward passes on the same images.
 
     Attributes:
-        logits: of the first pass.
-        difference: largest difference between two equal passes, in the unit of the logits.
-        random: True if this difference is more than rounding.
-        repeats: True if they are equal to the last bit.
-        with_gradient: largest difference between passes with and without gradients.
-        disagrees: True if that difference is more than rounding.
+        logits: logits of the first pass.
+        difference: largest difference between the logits of two repeated passes.
+        random: True if ``difference`` is more than rounding.
+        repeats: True if the logits of repeated passes are bitwise equal.
+        with_gradient: largest difference between the logits of passes with and without gradients.
+        disagrees: True if ``with_gradient`` is more than rounding.
         changed_tensors: buffers and parameters that a forward pass wrote to.
         changed_attributes: other attributes of modules that a forward pass changed.
-        training: submodules that were in training mode after it, although eval mode was set before.
-        random_gradient: True if the gradients of two equal passes, of a model that is not random, differ by more than
+        training: submodules that were in training mode after a pass, although eval mode was set before it.
+        random_gradient: True if the model is not random, but the gradients of two repeated passes differ by more than
             rounding.
     """
 
@@ -81,7 +82,7 @@ class Behaviour:
 
 
 def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
-    """Run ``model`` on ``images``, ``times`` without gradients and ``times`` with them, and compare the passes.
+    """Run ``model`` on ``images``, ``times`` times without and ``times`` times with gradients; compare the passes.
 
     Call it with the model in eval mode and protected (`odeadv.support.isolation.untouched`).
 
@@ -119,14 +120,14 @@ def behaviour(model: nn.Module, images: Tensor, *, times: int = 2) -> Behaviour:
 
 
 def _with_gradient(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the logits, and the gradient of the cross-entropy of the predicted class; None if there is none."""
+    """Return the logits, and the gradient of the cross-entropy of the predicted class (None if it is not available)."""
     leaf = images.detach().clone().requires_grad_()
     answer = model(leaf)
     logits = _logits(answer)
     try:
         loss = functional.cross_entropy(answer, logits.argmax(dim=1), reduction="sum")
         return logits, torch.autograd.grad(loss, leaf, allow_unused=True)[0]
-    except Exception:  # a model that cannot be differentiated, or is refused for its logits: others say so
+    except Exception:  # other checks report models that cannot be differentiated, and faulty logits
         return logits, None
 
 
@@ -138,10 +139,10 @@ def _far(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
-    """Return the largest change of the ``logits`` of ``images`` with the batch; None if it is not more than rounding.
+    """Return the largest change of ``logits`` if ``images`` are in other batches; None if the change is rounding.
 
     The batches are: the first images alone, all images in reversed order, and all images at other places of a larger
-    batch. `is_rounding` takes a second look at the change.
+    batch. `is_rounding` examines a change that is returned.
     """
     pairs = _batch_pairs(model, images, logits)
     return max(_distance(a, b) for a, b in pairs) if any(differs(a, b) for a, b in pairs) else None
@@ -152,7 +153,7 @@ def _batch_pairs(model: nn.Module, images: Tensor, logits: Tensor) -> tuple[tupl
     with torch.no_grad():
         alone = torch.cat([_logits(model(images[i : i + 1])) for i in range(few)])
         reverse = _logits(model(_laid_out(images.flip(0), images))).flip(0)
-        odd = 2 * few - 1  # an odd number of images in front, so that places change parity
+        odd = 2 * few - 1  # an odd number of images come first, so that places change parity
         before = (1 - images[:few]).repeat_interleave(2, dim=0)[:odd]
         batch = _laid_out(torch.cat([before, images, 1 - images[:few]]), images)
         larger = _logits(model(batch))[len(before) :][: len(images)]
@@ -162,7 +163,7 @@ def _batch_pairs(model: nn.Module, images: Tensor, logits: Tensor) -> tuple[tupl
 def whole_batch_dependence(model: nn.Module, images: Tensor, logits: Tensor) -> float | None:
     """Return the largest change of ``logits`` if their images are in a batch of all ``images``; None if it is rounding.
 
-    ``logits`` are those of the first of ``images``, computed in a smaller batch.
+    ``logits`` belong to the first images, and were computed in a smaller batch.
     """
     with torch.no_grad():
         found = _logits(model(images))[: len(logits)]
@@ -203,7 +204,7 @@ def refuse(found: Behaviour, *, stochastic: bool) -> None:
             f"model: two forward passes on the same images differ by {found.difference:.2g}{cause}, so one gradient "
             "says little; evaluate odeadv.models.averaged(model, passes=...), or give stochastic=True and passes=..."
         )
-    # A difference between draws of a random model may be as small as rounding once, and larger the next time.
+    # Draws of a random model may happen to differ by no more than rounding, so require bitwise equality for it.
     if found.disagrees and (found.repeats if stochastic else not found.random):
         raise ValueError(
             f"model: its logits with gradients differ from those without by {found.with_gradient:.2g}, so attacks meet "
@@ -212,7 +213,7 @@ def refuse(found: Behaviour, *, stochastic: bool) -> None:
 
 
 def refuse_batches(difference: float | None) -> None:
-    """Raise ValueError if an answer depends on the rest of its batch, by ``difference``."""
+    """Raise ValueError if the logits depend on the rest of the batch by ``difference``; None means that they do not."""
     if difference is not None:
         raise ValueError(
             "model: the logits of an image depend on the other images in its batch, its place or the batch size (by "
@@ -225,8 +226,8 @@ def refuse_batches(difference: float | None) -> None:
 def is_rounding(model: nn.Module, images: Tensor, difference: float) -> bool:
     """Return True if a change of the logits with the batch, by ``difference``, is amplified rounding.
 
-    Steep networks (quantised activations, sines, saturating heads) amplify it. The change is measured again in
-    float64 on a copy of the model: rounding nearly vanishes there, a real dependence stays. If the model does not
+    Steep networks (quantised activations, sines, saturating heads) amplify rounding. The change is measured again in
+    float64 on a copy of the model. There rounding nearly vanishes, but a real dependence remains. If the model cannot
     compute in float64, the change is compared with the effect of one unit in the last place of the images.
     """
     try:
@@ -237,7 +238,7 @@ def is_rounding(model: nn.Module, images: Tensor, difference: float) -> bool:
             few, rest = x[:PROBES], _logits_without_graph(wide, x[:PROBES])
             pairs = [*_batch_pairs(wide, few, rest), (rest, logits[: len(rest)])]
             return max(_distance(a, b) for a, b in pairs) <= _ROUNDING_SHARE * difference
-    except Exception:  # a user's module may refuse to be copied, or to compute in float64, in any way
+    except Exception:  # copying a user's module, or computing in float64, may raise any error
         pass
     return difference <= 10 * _effect_of_rounding(model, images)
 
@@ -247,7 +248,7 @@ def _effect_of_rounding(model: nn.Module, images: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     logits = _logits_without_graph(model, images)
     changes = []
-    for _ in range(8):  # one direction in which a steep unit does not flip is common, eight are rare
+    for _ in range(8):  # one direction often fails to flip a steep unit, eight directions rarely do
         up = (torch.rand(images.shape, generator=generator) < 0.5).to(images.device)
         moved = torch.nextafter(images, up.to(images))
         changes.append(_distance(logits, _logits_without_graph(model, moved)))
@@ -264,8 +265,8 @@ def doubts(result: Evaluation, probe: Tensor, first: Behaviour) -> list[str]:
 
     Args:
         result: the evaluation.
-        probe: the first images, as the model takes them.
-        first: the behaviour of the model on them.
+        probe: the first images, in the form that the model takes.
+        first: the behaviour of the model on ``probe``.
     """
     notes = []
     classes = first.logits.shape[1]
@@ -311,11 +312,11 @@ def _largest(length: Radius) -> float:
 
 
 def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
-    """Return a sentence for every sign that an attack says nothing about robustness.
+    """Return a sentence for every sign that an attack is meaningless for robustness.
 
     Args:
         result: the evaluation.
-        signs: (n,) bool each, see `_attack.BatchOutcomes`.
+        signs: (n,) bool per sign, see `_attack.BatchOutcomes`.
     """
     rows = [result.clean_outcomes, *(row for attack in result.attacks for row in attack.measured)]
     survived = torch.stack(rows).all(dim=0)
@@ -357,7 +358,8 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
             "failed: the last layer clips the logits, whose gradients are then zero; return the values before it"
         )
     lowered = int((signs["lowered"] & survived).sum())
-    if lowered > max(limit, _OFTEN * result.n) and not result.clean_pass_accuracies:  # a random loss falls by chance
+    # The loss of a random model may fall by chance.
+    if lowered > max(limit, _OFTEN * result.n) and not result.clean_pass_accuracies:
         notes.append(
             f"IFGSM lowered the cross-entropy of {lowered} of {result.n} images that stay right under every attack: "
             "its steps should raise it, so the gradient is wrong or misleads; add 'square'"
@@ -405,16 +407,17 @@ def _one_step_of(one: AttackResult, many: AttackResult) -> bool:
 
 
 def _excess(a: Tensor, b: Tensor, limit: float, deviations: int) -> int:
-    """Return how many more outcomes are true in ``a`` than in ``b``; 0 if this may be chance.
+    """Return how many more outcomes are true in ``a`` than in ``b``; 0 if the excess may be chance.
 
-    It may be chance up to this many standard ``deviations`` of a fair coin, tossed for each example that differs.
+    An excess may be chance if it is at most ``limit``, or at most ``deviations`` standard deviations of fair coin
+    tosses, one toss per example that differs.
     """
     more, differing = int(a.sum()) - int(b.sum()), int((a != b).sum())
     return more if more > limit and more > deviations * math.sqrt(differing) else 0
 
 
 def differs(a: Tensor, b: Tensor, *, units: float = _UNITS) -> bool:
-    """Return True if two answers (n, classes) to the same images differ by more than ``units`` in the last place."""
+    """Return True if two logits (n, classes) of the same images differ by more than ``units`` in the last place."""
     return beyond(a, b, units * torch.finfo(a.dtype).eps)
 
 
@@ -425,7 +428,7 @@ def beyond(a: Tensor, b: Tensor, relative: float) -> bool:
     """
     if a.shape != b.shape:
         return True
-    if a.ndim != 2:  # not logits, which the caller rejects
+    if a.ndim != 2:  # these are not logits; the caller rejects them
         return not torch.equal(a, b)
     same = (a == b) | (a.isnan() & b.isnan())
     apart = (a - b).abs()
@@ -433,14 +436,15 @@ def beyond(a: Tensor, b: Tensor, relative: float) -> bool:
 
 
 def scales(logits: Tensor) -> Tensor:
-    """Return the scale of each column of ``logits`` (n, classes), by which its rounding is measured, (classes,).
+    """Return (classes,): the scale that rounding in each column of ``logits`` (n, classes) is compared with.
 
-    The scale is the largest logit. Classes a thousand times above all others have a scale of their own: a class that is
-    masked by -1e9 does not decide what is rounding in the others.
+    The scale is the largest absolute logit. Classes whose logits are a thousand times larger than all others get a
+    separate scale, so that a class masked by -1e9 does not hide differences in the other classes.
     """
     sizes, order = logits.abs().amax(dim=0).sort()
     jump = sizes[1:] > _GAP * sizes[:-1]
-    # A logit that is 0 (a class that is never predicted) or alone at the bottom may be small by cancellation.
+    # A column of zeros (a class that is never predicted) gets no separate scale. Nor does a single smallest column,
+    # which may be small by cancellation.
     jump &= (sizes[:-1] > 0).cumsum(0) >= 2
     group = torch.cat([jump.new_zeros(1), jump]).cumsum(0)
     largest = torch.stack([sizes[group == k][-1] for k in range(int(group[-1]) + 1)])
