@@ -1,4 +1,4 @@
-"""Checks that attacks behave as they must: stronger with radius, steps and restarts, never beaten by weaker ones."""
+"""Checks that attacks get stronger with radius, steps and restarts, and are not beaten by weaker attacks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
 from odeadv.evaluation import AttackSpec
 
-# Comparisons of attacks of about equal strength allow this many times the tolerance; of clearly different ones, 2.
+# Comparisons allow a multiple of the tolerance: 5 if the attacks are about equally strong, 2 if one is clearly
+# stronger.
 _EQUAL_STRENGTH = 5
 _OTHER_STRENGTH = 2
 
-# 2^-12 of the way between two images is below eps/8 at the usual radii.
+# After 12 bisections the distance to the boundary is below eps/8 at the usual radii.
 _BISECTIONS = 12
 
-_RADII = (0.25, 0.5, 1, 2, 4, 8, 16)  # of the curve, as multiples of eps
-_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the curve
+_RADII = (0.25, 0.5, 1, 2, 4, 8, 16)  # radii of the curve, as multiples of eps
+_STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)  # numbers of steps of the curve
 
 
 @check(
@@ -52,7 +53,7 @@ def iterative_beats_single_step(subject: Subject) -> Finding:
     "fails at small eps too.",
 )
 def accuracy_falls_to_0_with_eps(subject: Subject) -> Finding:
-    """Attack at growing radii, up to the one that allows every image."""
+    """Attack at growing radii, up to the radius that allows every image."""
     largest = subject.largest_eps
     radii = [subject.eps * factor for factor in _RADII if subject.eps * factor < largest] + [largest]
     result = subject.evaluated(*(subject.spec(subject.counts.steps, eps=radius) for radius in radii))
@@ -135,7 +136,7 @@ def gradient_free_does_not_beat_gradients(subject: Subject) -> Finding:
     repeatable=True,
 )
 def transfer_does_not_beat_gradients(subject: Subject) -> Finding:
-    """Attack a surrogate and try its images on the examples that resist gradients."""
+    """Attack a surrogate model, and try the attacked images on the examples that resist gradients."""
     surrogate = subject.surrogate
     if surrogate is None:
         return not_applicable("no surrogate= was given to attack from")
@@ -183,14 +184,14 @@ def planted_examples_are_found(subject: Subject) -> Finding:
     if not keep.any():
         return not_applicable("no two examples of different classes are classified correctly")
     inside, outside, labels = subject.images[index][keep], ends[keep], labels[keep]
-    # Images are at most largest_eps apart, so this number of halvings brings them within eps/8.
+    # Two images are at most largest_eps apart, so this number of halvings brings them to a distance of eps/8.
     for _ in range(max(_BISECTIONS, math.ceil(math.log2(8 * subject.largest_eps / subject.eps)))):
         middle = (inside + outside) / 2
         good = (subject.logits(middle).argmax(dim=1) == labels).reshape(-1, *(1 for _ in middle.shape[1:]))
         inside, outside = torch.where(good, middle, inside), torch.where(good, outside, middle)
     offset = (inside - outside).flatten(1)
     distance = offset.abs().amax(dim=1) if subject.norm == "linf" else offset.norm(dim=1)
-    near = distance <= subject.eps / 4  # so that the planted example is well within the ball
+    near = distance <= subject.eps / 4  # the planted example must be well within the ball
     if not near.any():
         return not_applicable("the boundary cannot be located to eps/4 in this precision")
     inside, labels = inside[near], labels[near]
@@ -199,7 +200,7 @@ def planted_examples_are_found(subject: Subject) -> Finding:
         norm=subject.norm,
     )  # fmt: skip
     missed = int((subject.logits(attacked).argmax(dim=1) == labels).sum())
-    loose = max(1, len(inside) // 50)  # 2 %: rounding may hide the boundary of a few
+    loose = max(1, len(inside) // 50)  # 2 %: rounding may hide the boundary for a few images
     figures = {"planted": len(inside), "missed": missed, "allowed": loose}
     text = f"{len(inside) - missed} of {len(inside)} planted adversarial examples are found"
     return Finding(missed <= loose, text, figures)
@@ -210,7 +211,7 @@ ATTACKS = (
     accuracy_falls_to_0_with_eps,
     more_steps_converge,
     restarts,
-    gradient_free_does_not_beat_gradients,  # after the gradient attacks: it tries what resists them
+    gradient_free_does_not_beat_gradients,  # must follow the gradient attacks: it attacks the examples that resist them
     transfer_does_not_beat_gradients,
     planted_examples_are_found,
 )

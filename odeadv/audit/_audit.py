@@ -1,4 +1,4 @@
-"""The checklist in order: can the model be attacked at all, do its gradients tell the truth, do attacks work?"""
+"""The checklist in order: can the model be attacked, are its gradients right, do attacks work?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from odeadv.evaluation.trust import PROBES
 from odeadv.support.checks import choice, integer, number, shown
 from odeadv.support.extras import extra
 
-# Within a larger L-infinity radius every image could become grey, so robustness would mean nothing.
+# With a larger L-infinity radius every image could become grey, so robustness would be meaningless.
 _LARGEST_LINF = 0.5
 
 
@@ -52,32 +52,31 @@ def audit(
 ) -> Audit:
     """Run the checklist on ``model``, and restore the model and the global random state afterwards.
 
-    A fault that makes attacks meaningless (logits that are not finite, too few classes) fails its own line, and the
-    lines with attacks are not applicable. A random model is attacked by single draws.
+    Some faults make attacks meaningless (logits that are not finite, too few classes). Such a fault fails one line, and
+    all lines with attacks are then not applicable. Attacks on a random model follow single draws.
 
     Args:
-        model: images to logits (n, classes); its normalisation inside.
+        model: maps images to logits (n, classes), and normalises the images itself.
         data: (images, labels), a Dataset, a DataLoader or an `ImageDataset`, as for `evaluate`; a few hundred examples
             are enough. Images are floating in [0, 1], or uint8 (n, h, w, channels).
-        eps: radius of the ball whose robust accuracy is in question, in pixel units of [0, 1].
-        norm: of the ball, ``"linf"`` or ``"l2"``.
+        eps: radius of the ball for which robustness is claimed, in pixel units of [0, 1].
+        norm: norm of the ball, ``"linf"`` or ``"l2"``.
         generator: the only source of randomness; None means ``torch.Generator().manual_seed(0)``.
-        steps: of IFGSM and PGD, with alpha = eps / 4.
-        more_steps: the largest number of steps, at which the accuracy must have converged.
-        restarts: random starts of PGD.
-        queries: of the gradient-free attack.
-        tolerance: the fraction of examples by which one attack may differ from another without a failure; never
-            below one example.
-        num_classes: the number of logits that there must be. None takes the highest label, if there are enough
-            examples to tell.
-        surrogate: another model for the same task, for the transfer attack, which needs one.
-        batch_size: images in one forward pass.
-        output: the logits among the outputs of the model, and of the surrogate: a key, an attribute, an index, or a
-            function of the outputs.
+        steps: number of steps of IFGSM and PGD, with alpha = eps / 4.
+        more_steps: the largest number of steps; the accuracy must have converged there.
+        restarts: number of random starts of PGD.
+        queries: number of queries of the gradient-free attack.
+        tolerance: two attacks may differ by this fraction of the examples without a failure (at least one example).
+        num_classes: the expected number of logits. None expects the highest label plus 1, if there are enough examples
+            to see all labels.
+        surrogate: another model for the same task. The transfer attack needs it, and is not applicable without it.
+        batch_size: number of images in one forward pass.
+        output: where the logits are in the outputs of the model and of the surrogate: a key, an attribute, an index,
+            or a function of the outputs.
         progress: called with the name of each group of checks before the group is run.
 
     Returns:
-        One `Check` per line, the accuracy under everything that was tried, and accuracy against eps and steps.
+        One `Check` per line, the accuracy under all attacks together, and curves of accuracy against eps and steps.
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
@@ -103,7 +102,7 @@ def audit(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {shown(progress)}, expected a function of one string")
     with attacking(model, "eval"):
-        torch.manual_seed(_drawn(generator))  # inside, so that the global state is restored
+        torch.manual_seed(_drawn(generator))  # seed here, so that the global state is restored
         subject = Subject(
             model=model,
             images=constant(images),
@@ -123,7 +122,7 @@ def audit(
 def _checks_of(subject: Subject, progress: Callable[[str], object] | None) -> tuple[Check, ...]:
     """Run all lines of the checklist."""
     if own_dtype(subject.model, subject.images.dtype) != subject.images.dtype:
-        # Raise, and do not report as a failure: the mistake is the caller's, not the model's.
+        # Wrong images are a mistake of the caller, not of the model: raise here instead of reporting a failed check.
         with torch.no_grad():
             answered(subject.model, subject.images[:PROBES].clone())
     checks: list[Check] = []
@@ -150,9 +149,9 @@ def _result(subject: Subject, checks: tuple[Check, ...]) -> Audit:
 
 
 def _headline(subject: Subject) -> tuple[int | None, int | None]:
-    """Return the number of examples that are right, and right under everything tried; None if unknown.
+    """Return two numbers of examples: correct without an attack, and correct under every attack; None if unknown.
 
-    For a random model they are unknown: among many draws noise alone finds a wrong answer.
+    Both are unknown for a random model, because noise alone finds a wrong answer among many draws.
     """
     if subject.unusable or subject.random:
         return None, None

@@ -1,4 +1,4 @@
-"""Checks that the model is a function from images to logits: finite, of the right width, always the same answer."""
+"""Checks that the model is a function of the image, with finite logits and the right number of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
 from odeadv.evaluation.trust import FEWEST, PROBES, batch_dependence, behaviour, is_rounding
 
-# A float32 softmax over 1,000 classes sums to 1 within 1e-5; logits hardly ever do by accident.
+# A float32 softmax over 1,000 classes sums to 1 up to 1e-5. Logits rarely do so by accident.
 _SUM_TOLERANCE = 1e-4
 
-# With ten examples per class the highest class is missing among them with probability exp(-10).
+# With ten examples per class the examples lack the highest class with probability exp(-10).
 _EXAMPLES_PER_CLASS = 10
 
 
@@ -34,7 +34,7 @@ def finite_logits(subject: Subject) -> Finding:
             check_classes(answer, len(probe), 0)  # raises, with advice
         for part in subject.batches():
             subject.behaviours.append(behaviour(subject.model, subject.images[part]))
-    except Exception as error:  # a user's model may raise anything
+    except Exception as error:  # a user's model may raise any error
         subject.unusable = "the forward pass failed"
         return Finding(False, f"the forward pass failed with {type(error).__name__}: {error}")
     logits = torch.cat([found.logits for found in subject.behaviours])
@@ -76,7 +76,7 @@ def number_of_classes(subject: Subject) -> Finding:
     attacks=False,
 )
 def same_answer_twice(subject: Subject) -> Finding:
-    """Check that two passes agree, with and without a gradient, and that no part is in training mode."""
+    """Check that passes with and without gradients agree, and that all parts of the model are in eval mode."""
     seen, random = subject.behaviours, subject.random
     difference = max(found.difference for found in seen)
     training = sorted({name for found in seen for name in found.training})
@@ -105,13 +105,13 @@ def same_answer_twice(subject: Subject) -> Finding:
     repeatable=True,
 )
 def same_answer_in_any_batch(subject: Subject) -> Finding:
-    """Compare the logits with those of images alone, in reversed order and in a larger batch."""
+    """Compare the logits of a batch with logits of single images, of a reversed batch and of a larger batch."""
     differences = {0.0: subject.images[:0]}
     for part, found in zip(subject.batches(), subject.behaviours, strict=True):
         difference = batch_dependence(subject.model, subject.images[part], found.logits)
         if difference is not None:
             differences[difference] = subject.images[part]
-    # NaN, of a batch in which logits stop being finite, is worse than any number.
+    # A difference is NaN if logits become NaN or infinite in another batch. NaN counts as the largest difference.
     largest = max(differences, key=lambda difference: math.inf if math.isnan(difference) else difference)
     rounding = largest > 0 and is_rounding(subject.model, differences[largest], largest)
     text = (
@@ -166,7 +166,7 @@ def logits_not_probabilities(subject: Subject) -> Finding:
     attacks=False,
 )
 def better_than_guessing(subject: Subject) -> Finding:
-    """Check that the clean accuracy is above that of guessing."""
+    """Check that the clean accuracy is above the accuracy of guessing."""
     width = subject.outputs.shape[1]
     right = int((subject.outputs.argmax(dim=1) == subject.labels).sum())
     found = f"{right} of {subject.n} clean examples are right, of {width} classes"
@@ -176,7 +176,7 @@ def better_than_guessing(subject: Subject) -> Finding:
 
 
 BEHAVIOUR = (
-    finite_logits,  # first: the others read what it records
+    finite_logits,  # must be first: the other checks read its records
     number_of_classes,
     better_than_guessing,
     same_answer_twice,

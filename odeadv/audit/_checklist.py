@@ -1,4 +1,4 @@
-"""The form of a check: a function with a name and a sentence on what its failure means."""
+"""The form of a check: a function with a name and a sentence that explains a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Finding:
     Attributes:
         passed: True or False; None if the check does not apply.
         found: one sentence with the figures, or the reason why the check does not apply.
-        figures: the figures that the verdict rests on, JSON-ready.
+        figures: the figures behind the verdict, JSON-ready.
     """
 
     passed: bool | None
@@ -34,14 +34,14 @@ def not_applicable(why: str) -> Finding:
 def check(
     name: str, meaning: str, *, attacks: bool = True, repeatable: bool = False
 ) -> Callable[[Callable[[Subject], Finding]], Callable[[Subject], Check]]:
-    """Make a function from a subject to its finding into a check, which never raises.
+    """Turn a function that returns a finding for a subject into a check, which never raises.
 
     Args:
-        name: of the line.
-        meaning: one sentence on what failure means.
-        attacks: True if the check attacks the model. It then does not apply if the model cannot be attacked.
-        repeatable: True if the check compares outcomes of single examples. It then does not apply to a random model,
-            because noise alone changes such outcomes.
+        name: name of the line.
+        meaning: one sentence that explains what a failure means.
+        attacks: True if the check attacks the model. Such a check does not apply if the model cannot be attacked.
+        repeatable: True if the check compares outcomes of single examples. Such a check does not apply to a random
+            model, because noise alone changes these outcomes.
     """
 
     def decorate(function: Callable[[Subject], Finding]) -> Callable[[Subject], Check]:
@@ -65,5 +65,5 @@ def _found(function: Callable[[Subject], Finding], subject: Subject, attacks: bo
         return not_applicable("the model is random, so noise alone changes outcomes; audit an average of its passes")
     try:
         return function(subject)
-    except Exception as error:  # a user's model may raise anything
+    except Exception as error:  # a user's model may raise any error
         return Finding(False, f"could not be checked: {type(error).__name__}: {error}")

@@ -12,10 +12,12 @@ from odeadv.attacks.objective import PerExampleLoss, cross_entropy, margin
 from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
 
-# Attacks of about equal strength differ on more examples than repetitions of one attack do.
+# Two attacks of about equal strength differ on more examples than two runs of the same attack, so allow a multiple of
+# the tolerance.
 _EQUAL_STRENGTH = 5
 
-# A curved loss changes the slope by a few per cent over eps/100; a gradient of another function is far off.
+# The curvature of a loss changes its slope by a few per cent over eps/100. The gradient of another function differs
+# much more.
 _SLOPE_TOLERANCE = 0.25
 
 
@@ -25,7 +27,7 @@ _SLOPE_TOLERANCE = 0.25
     "a step function, a saturated softmax), not real.",
 )
 def gradients_not_zero(subject: Subject) -> Finding:
-    """Count the examples with a gradient that is zero or not finite."""
+    """Count the examples whose gradient is zero or not finite."""
     zero = not_finite = 0
     for part in subject.batches():
         _, found = _gradient(subject.model, subject.images[part], subject.labels[part], cross_entropy)
@@ -44,7 +46,7 @@ def gradients_not_zero(subject: Subject) -> Finding:
     repeatable=True,
 )
 def another_loss(subject: Subject) -> Finding:
-    """Attack the survivors of cross-entropy along other losses."""
+    """Attack the examples that resist cross-entropy with other losses."""
     scale = float(subject.logits(subject.images).std(dim=1).mean())
     if not scale > 0:
         return not_applicable("all logits of an image are equal")
@@ -74,13 +76,13 @@ def another_loss(subject: Subject) -> Finding:
     repeatable=True,
 )
 def local_linearity(subject: Subject) -> Finding:
-    """Compare the change of the margin over small and large steps with the gradient."""
+    """Compare the change of the margin over small and large steps with the change that the gradient predicts."""
     part = subject.batches()[0]
     model, dtype = _double(subject)
     images, labels = subject.images[part].to(dtype), subject.labels[part]
     losses, gradient = _gradient(model, images, labels, margin)
     flat = gradient.flatten(1)
-    # The slope along the steepest step: the dual norm of the gradient.
+    # The slope in the steepest direction is the dual norm of the gradient.
     slope = flat.abs().sum(dim=1) if subject.norm == "linf" else flat.norm(dim=1)
     length = slope.view(-1, *[1] * (images.ndim - 1)).clamp(min=torch.finfo(dtype).tiny)
     direction = gradient.sign() if subject.norm == "linf" else gradient / length
@@ -91,7 +93,7 @@ def local_linearity(subject: Subject) -> Finding:
     )
     usable = float(kept.float().mean())
     good = usable > 0.5 and abs(small - 1) <= _SLOPE_TOLERANCE
-    # A step function that is followed on average: flat over a small step, but not over a large one.
+    # A straight-through estimator follows a step function on average: its gradient fits large steps, not small ones.
     straight = usable > 0.5 and not good and 0.5 <= large <= 2
     figures = {
         "ratio_at_eps_over_100": small,
@@ -137,7 +139,7 @@ GRADIENTS = (gradients_not_zero, another_loss, local_linearity, float_precision)
 
 
 class _Rescaled(nn.Module):
-    """The model with logits divided by their spread, so that no softmax of them saturates."""
+    """The model with its logits divided by their spread ``scale``, so that their softmax does not saturate."""
 
     def __init__(self, model: nn.Module, scale: float) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class _Rescaled(nn.Module):
 
 
 def _survivors(subject: Subject, model: nn.Module, index: Tensor, loss: PerExampleLoss) -> Tensor:
-    """Return the examples of ``index`` that IFGSM along ``loss`` does not break."""
+    """Return the examples of ``index`` that IFGSM with ``loss`` does not break."""
     kept = [index[:0]]
     for part in torch.split(index, subject.counts.batch_size) if len(index) else ():
         images, labels = subject.images[part], subject.labels[part]
@@ -162,7 +164,7 @@ def _survivors(subject: Subject, model: nn.Module, index: Tensor, loss: PerExamp
 
 
 def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: PerExampleLoss) -> tuple[Tensor, Tensor]:
-    """Return the losses (n,) and the gradient of their sum, which is zero if the logits ignore the images."""
+    """Return the losses (n,) and the gradient of their sum; the gradient is zero if the logits ignore the images."""
     leaf = images.detach().requires_grad_()
     losses = loss(model(leaf), labels)
     if not losses.requires_grad:
@@ -174,15 +176,15 @@ def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: PerExample
 def _median_ratio(
     model: nn.Module, moved: Tensor, labels: Tensor, losses: Tensor, expected: Tensor, kept: Tensor
 ) -> float:
-    """Return the median over ``kept`` of the margin's change divided by ``expected``; NaN if none is kept."""
+    """Return the median over ``kept`` of the margin's change divided by ``expected``; NaN if ``kept`` is empty."""
     with torch.no_grad():
         gained = margin(model(moved), labels) - losses
     return float((gained[kept] / expected[kept]).median()) if kept.any() else float("nan")
 
 
 def _double(subject: Subject) -> tuple[nn.Module, torch.dtype]:
-    """Return a float64 copy of the model and its dtype; or the model itself, if it cannot be copied."""
+    """Return a float64 copy of the model and its dtype, or the model itself if it cannot be copied."""
     try:
         return copy.deepcopy(subject.model).double(), torch.float64
-    except Exception:  # a user's module may refuse in any way
+    except Exception:  # copying a user's module may raise any error
         return subject.model, subject.images.dtype

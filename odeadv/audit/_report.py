@@ -25,9 +25,9 @@ class Check:
     Attributes:
         name: name of the check.
         status: the verdict.
-        figures: the figures that the verdict rests on, JSON-ready.
+        figures: the figures behind the verdict, JSON-ready.
         found: one sentence with the figures.
-        meaning: one sentence that says what a failure means.
+        meaning: one sentence that explains what a failure means.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Audit:
         checks: the lines, in order.
         n: number of examples.
         eps: radius of the ball, in pixel units of [0, 1].
-        against_eps: (eps, accuracy) pairs: worst-so-far accuracy under IFGSM.
-        against_steps: (steps, accuracy) pairs at ``eps``: the same.
+        against_eps: pairs (eps, worst-so-far accuracy under IFGSM).
+        against_steps: pairs (steps, worst-so-far accuracy under IFGSM at ``eps``).
         settings: the other settings.
-        norm: of the ball.
-        clean_correct: number of examples that are right without an attack; None if that is unknown.
-        robust_correct: number of examples that are right under everything that was tried within ``eps``; None if the
-            model is random or cannot be attacked.
+        norm: norm of the ball.
+        clean_correct: number of examples that are correct without an attack; None if it is unknown.
+        robust_correct: number of examples that are correct under every attack within ``eps``; None if the model is
+            random or cannot be attacked.
     """
 
     checks: tuple[Check, ...]
@@ -81,18 +81,18 @@ class Audit:
 
     @property
     def robust_accuracy(self) -> float | None:
-        """``robust_correct`` as a fraction: the figure to quote, an upper bound of the robust accuracy."""
+        """``robust_correct`` as a fraction. Quote this figure; it is an upper bound of the robust accuracy."""
         return None if self.robust_correct is None else self.robust_correct / self.n
 
     def __getitem__(self, name: str) -> Check:
-        """Return the line called ``name``; raise KeyError if there is none."""
+        """Return the check called ``name``; raise KeyError for an unknown name."""
         for check in self.checks:
             if check.name == name:
                 return check
         raise KeyError(f"{name!r}: expected one of {', '.join(check.name for check in self.checks)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-ready data (figures that are not finite as None)."""
+        """Return the whole audit as JSON-ready data; figures that are not finite become None."""
         return {
             "schema": SCHEMA,
             "passed": self.passed,
@@ -119,7 +119,7 @@ class Audit:
         }
 
     def to_markdown(self, about: str = "") -> str:
-        """Return a page: verdict, headline, table and failures; ``about`` says which model was audited."""
+        """Return a page of Markdown: verdict, headline, table, failures; ``about`` says which model was audited."""
         counts = {status: sum(check.status == status for check in self.checks) for status in _MARKS}
         lines = [
             "# Audit of a robustness evaluation",
@@ -191,7 +191,7 @@ class Audit:
 
     @property
     def _scale(self) -> float:
-        """Grey levels per unit for L-infinity radii; L2 radii have their own unit."""
+        """The factor from an L-infinity radius to grey levels (255); 1 for L2 radii."""
         return 255 if self.norm == "linf" else 1
 
     @property
@@ -211,7 +211,7 @@ def _plot(path: Path, points: Sequence[tuple[float, float]], label: str, mark: f
     axes = figure.add_subplot()
     x, y = zip(*points, strict=True)
     axes.plot(x, [100 * value for value in y], marker="o")
-    axes.set_xscale("symlog", linthresh=1.0)  # linear below 1, so that eps = 0 has a place
+    axes.set_xscale("symlog", linthresh=1.0)  # linear below 1, so that eps = 0 is on the axis
     axes.set_xticks(x, [f"{value:g}" for value in x])
     if mark is not None:
         axes.axvline(mark, color="0.7", linestyle="--", zorder=0)

@@ -1,4 +1,4 @@
-"""The model that is audited, what was asked of the audit, and what its checks have found so far."""
+"""The audited model, the settings of the audit, and the findings of its checks so far."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from odeadv.evaluation.trust import Behaviour
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers that `audit` was given.
+    """The numbers among the arguments of `audit`.
 
     Attributes:
-        steps: of IFGSM and PGD, with alpha = eps / 4.
+        steps: number of steps of IFGSM and PGD, with alpha = eps / 4.
         more_steps: the largest number of steps.
-        restarts: random starts of PGD.
-        queries: of the gradient-free attack.
-        batch_size: images in one forward pass.
+        restarts: number of random starts of PGD.
+        queries: number of queries of the gradient-free attack.
+        batch_size: number of images in one forward pass.
     """
 
     steps: int
@@ -37,27 +37,27 @@ class Counts:
 
 @dataclass(kw_only=True)
 class Subject:
-    """A model, in eval mode and protected, with examples, the audit's settings and its findings.
+    """A protected model in eval mode with its examples, the settings of the audit, and the findings so far.
 
     Attributes:
-        model: images to logits.
+        model: maps images to logits.
         images: (n, ...), on the model's device.
-        labels: (n,), there too.
+        labels: (n,), on the model's device.
         eps: radius of the ball, in pixel units of [0, 1].
-        norm: of the ball.
-        tolerance: fraction of examples by which attacks may differ.
+        norm: norm of the ball.
+        tolerance: fraction of the examples by which attacks may differ.
         generator: the source of all randomness.
-        surrogate: the model of the transfer attack, if there is one.
-        num_classes: the number of logits that there must be, if it is known.
+        surrogate: the model of the transfer attack; None if there is none.
+        num_classes: the expected number of logits; None if it is unknown.
         counts: the numbers of steps, restarts, queries and images per pass.
-        unusable: the reason why the model's logits cannot be used; empty if they can. Found by the first check.
-        behaviours: one per batch, found by the first check.
-        outputs: (n, classes), the logits of the clean images, found by the first check.
-        attackable: True if attacks on the model make sense, found by the first checks.
-        resistant: (n,) bool, the examples that no attack along the cross-entropy gradient has broken so far.
-        unbroken: (n,) bool, the examples that are right without an attack and under every attack so far.
-        against_eps: (eps, accuracy) pairs, found by a check.
-        against_steps: (steps, accuracy) pairs, found by a check.
+        unusable: the reason why the model's logits cannot be used; empty if they can be used. Set by the first check.
+        behaviours: the behaviour of the model on each batch, set by the first check.
+        outputs: (n, classes), the logits of the clean images, set by the first check.
+        attackable: True if attacks on the model are meaningful, set by the first checks.
+        resistant: (n,) bool, True for examples that no attack along the cross-entropy gradient has broken so far.
+        unbroken: (n,) bool, True for examples that are correct without an attack and under every attack so far.
+        against_eps: (eps, accuracy) pairs, set by a check.
+        against_steps: (steps, accuracy) pairs, set by a check.
     """
 
     model: nn.Module
@@ -90,7 +90,7 @@ class Subject:
 
     @property
     def allowed(self) -> int:
-        """Number of examples that may differ without a failure."""
+        """The number of examples that may differ without a failure."""
         return max(1, int(self.tolerance * self.n))
 
     @property
@@ -105,33 +105,33 @@ class Subject:
 
     @property
     def norm_option(self) -> dict[str, Any]:
-        """The attack argument ``norm``, left out for L-infinity, whose plain attacks share their work."""
+        """The attack option ``norm``; empty for L-infinity, because only attacks without options share work."""
         return {} if self.norm == "linf" else {"norm": self.norm}
 
     def spec(self, steps: int, *, eps: float | None = None, name: str = "ifgsm", worst: bool = True) -> AttackSpec:
-        """Return an attack with alpha = eps / 4; ``worst`` scores everything that it tries, not the last iterate.
+        """Return an attack with alpha = eps / 4; ``worst`` scores all its iterates instead of the last one.
 
-        On a random model the last iterate is scored: among many draws noise alone finds a wrong answer.
+        On a random model always the last iterate is scored, because noise alone finds a wrong answer among many draws.
         """
         eps = self.eps if eps is None else eps
         score = "worst" if worst and not self.random else "last"
         return AttackSpec(name, eps, eps / 4, steps, score, self.norm_option)  # type: ignore[arg-type]
 
     def batches(self) -> Sequence[slice]:
-        """Return all examples, batch by batch."""
+        """Return the slices that divide all examples into batches."""
         return [slice(first, first + self.counts.batch_size) for first in range(0, self.n, self.counts.batch_size)]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return (k, classes), without a graph."""
+        """Return the logits of ``images``, (k, classes), without a graph."""
         with torch.no_grad():
             return torch.cat([self.model(part) for part in torch.split(images, self.counts.batch_size)])
 
     def correct(self, images: Tensor) -> Tensor:
-        """Return (n,) bool: True for each of ``images``, one per example, that is classified correctly."""
+        """Return (n,) bool: True if the image is classified correctly; ``images`` has one image per example."""
         return self.logits(images).argmax(dim=1) == self.labels
 
     def evaluated(self, *attacks: AttackSpec) -> Evaluation:
-        """Run the attacks on all examples; a random model by single draws."""
+        """Run the attacks on all examples; attacks on a random model follow single draws."""
         seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
         result = self.evaluated_as(self.model, self.images, *attacks, stochastic=self.random, seed=seed)
         for attack in result.attacks:
@@ -142,7 +142,7 @@ class Subject:
     def evaluated_as(self, model: nn.Module, images: Tensor, *attacks: AttackSpec, **options: Any) -> Evaluation:
         """Run the attacks on another form of the model and the images, without the warnings of `evaluate`.
 
-        The lines of the audit say what those warnings say.
+        The warnings are suppressed because the lines of the audit report the same signs.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -151,7 +151,7 @@ class Subject:
             )
 
     def resisted(self, attack: AttackResult) -> Tensor:
-        """Return (n,) bool: True for the examples that are right at the end of the attack, and on its way if scored."""
+        """Return (n,) bool: True if every scored iterate is correct (for a random model, the last iterate)."""
         found = attack.worst_so_far_outcomes
         if found is None or self.random:
             found = attack.outcomes if attack.outcomes is not None else found
