@@ -1,8 +1,10 @@
-"""Training: objectives x defences x networks, freely combined, with checkpoints that resume bit for bit.
+"""Training: freely combined objectives, defences and networks, with checkpoints that resume bit for bit.
 
-`TrainConfig` says how, `train` does it. An objective says what a step minimises, a defence how the forward pass that
-is trained on is solved (``odeadv.solve(net.field(...), scheme=...)``); neither knows the other.
-Objectives are in `_objectives.py`, defences in `_defences.py`. Uses the solver, diagnostics, models, attacks and data.
+`train` trains a network as a `TrainConfig` says. An objective is the loss that a step minimises. A defence solves the
+forward pass of this loss (``odeadv.solve(net.field(...), scheme=...)``). Objectives and defences are independent.
+
+Objectives are in `_objectives.py`, defences in `_defences.py`. This package imports the solver, diagnostics, models,
+attacks and data.
 """
 
 from odeadv.training._checkpoint import CheckpointWarning

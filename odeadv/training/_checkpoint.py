@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had not been stopped."""
+"""Checkpoints: all data that a run needs to continue as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from torch import Tensor, nn
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
 
 SCHEMA = "odeadv-checkpoint/1"
-#: Fields of a configuration that a run may change when it goes on: more epochs extend it.
+#: Fields of a configuration that may change when a run continues: more epochs extend the run.
 EXTENDS = ("config.epochs", "run.training.epochs")
 
 
-#: End of a message about a file with other parts than this version writes.
+#: End of a message about a file whose parts differ from the parts that this version writes.
 _ELSEWHERE = "it was not written by a known version of odeadv; remove it, or give another folder"
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was refused, and an older one is used."""
+    """A checkpoint was rejected, and an older one is used."""
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder: ``step-00001234.safetensors``, the newest two.
+    """The newest checkpoints of one run in a folder: ``step-00001234.safetensors``.
 
-    A file holds tensors and, in its header, JSON. It is written under another name and renamed, and it carries a
-    checksum.
+    A file holds tensors, and JSON in its header. It has a checksum. It is written under another name and then renamed,
+    so that a kill cannot leave a part of it.
 
     Args:
-        folder: made if it is not there.
-        identity: what the run is, as plain data; a checkpoint of another run is refused. If only the number of epochs
-            differs, the run is extended.
-        keep: how many to keep.
+        folder: the folder of the checkpoints.
+        identity: plain data that identify the run; a checkpoint of another run is rejected. If only the number of
+            epochs differs, the run is extended.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, identity: Any, keep: int = 2) -> None:
         self.folder, self._identity, self._keep = folder, identity, keep
 
     def save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> Path:
-        """Write the checkpoint of ``step`` and remove all but the newest.
+        """Write the checkpoint of ``step`` and remove all except the newest ``keep`` checkpoints.
 
         Raises:
-            OSError: if it cannot be written; older ones are still there.
+            OSError: if the checkpoint cannot be written; older checkpoints are kept.
         """
         path = self.folder / f"step-{step:08d}.safetensors"
         try:
@@ -60,19 +60,19 @@ class Checkpoints:
         return path
 
     def paths(self) -> list[Path]:
-        """Return the files, oldest first."""
+        """Return the checkpoint files, oldest first."""
         return sorted(self.folder.glob("step-*.safetensors"))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the newest checkpoint that is whole, or None. What killed writes have left behind is removed.
+        """Return tensors and plain data of the newest undamaged checkpoint, or None; remove leftovers of killed writes.
 
-        The plain data have the name of the file under ``"file"``.
+        The plain data contain the name of the file under ``"file"``.
 
         Raises:
-            ValueError: if it belongs to another run, or its parts are not those of this version.
+            ValueError: if the checkpoint belongs to another run, or lacks parts that this version writes.
 
         Warns:
-            CheckpointWarning: naming each damaged file that was passed over.
+            CheckpointWarning: names each damaged file that was skipped.
         """
         for partial in self.folder.glob(".tmp-step-*"):
             partial.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ class Checkpoints:
 
 
 def _differing(a: Any, b: Any, name: str = "") -> list[str]:
-    """Return the dotted names of what two identities do not share."""
+    """Return the dotted names of the entries in which two identities differ."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [name or "its identity"]
     keys = sorted(a.keys() | b.keys())
@@ -112,7 +112,7 @@ def _differing(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 def architecture(net: nn.Module) -> dict[str, Any]:
-    """Return what tells networks apart before they are trained: their ``config``, if they have one, and the shapes."""
+    """Return data that distinguish untrained networks: ``config`` (if the network has it), dtypes and shapes."""
     config = json.dumps(getattr(net, "config", None), default=lambda value: type(value).__name__)
     shapes = {name: [str(value.dtype), *value.shape] for name, value in model_tensors(net).items()}
     return {"config": json.loads(config), "tensors": shapes}
@@ -135,14 +135,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, in the memory format of the parameters."""
+    """Load tensors from `optimizer_tensors` into the optimiser, in the memory format of the parameters."""
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
     on_device = any(group.get("fused") or group.get("capturable") for group in groups)
     for name, value in tensors.items():
         number, _, entry = name.partition(".")
         parameter = parameters[int(number)]
-        if entry == "step":  # counts of steps stay on the CPU, unless the device counts
+        if entry == "step":  # torch keeps step counts on the CPU, unless fused or capturable is set
             value = value.to(parameter.device) if on_device else value
         elif value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -155,5 +155,5 @@ def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of ``tensors`` that have ``prefix.`` before their names, without it."""
+    """Return the tensors whose names begin with ``prefix.``, and remove this prefix from their names."""
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}

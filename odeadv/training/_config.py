@@ -24,59 +24,62 @@ Augment = Literal["crop-flip", "crop", "flip", "none"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults are the paper's for CIFAR-10 (Appendix B.1), natural and without a defence.
+    """One training run. The defaults are the paper's for CIFAR-10 (Appendix B.1): natural training, no defence.
 
     Attributes:
-        objective: the loss of a step: `Natural`, `Pgd`, `Trades`, `Mart`, `Awp`, or a class of your own.
-        defence: solves the pass that is trained on: `Undefended`, `Layerwise`, `Penalty`, or a class of your own.
-        epochs: passes over the training set.
-        batch_size: images per step, over all processes and micro-batches. The last, smaller batch of an epoch is left
-            out, because eta belongs to a batch size.
-        accumulate: micro-batches per step, one after the other: less memory, the same mean gradient. Batch statistics
-            are those of a micro-batch; eta keeps its meaning (the mean over the whole batch).
+        objective: the loss of a step: `Natural`, `Pgd`, `Trades`, `Mart`, `Awp`, or your own class.
+        defence: solves the forward pass that is trained: `Undefended`, `Layerwise`, `Penalty`, or your own class.
+        epochs: number of passes over the training set.
+        batch_size: images per step, over all processes and micro-batches. The last batch of an epoch is left out if it
+            is smaller, because the strength of eta depends on the batch size.
+        accumulate: number of micro-batches per step. They run one after the other, which saves memory and gives the
+            same mean gradient. Batch statistics are computed per micro-batch. eta keeps its meaning: it belongs to the
+            mean loss over the whole batch.
         lr: initial learning rate.
-        milestones: epochs after which the learning rate is divided by 10. If the default is beyond ``epochs``, it
-            becomes half and three quarters of them.
-        momentum: of SGD and RMSprop.
-        weight_decay: of the optimiser.
-        precision: ``"fp32"``; ``"bf16"`` for autocast; ``"fp16"`` for autocast with scaled gradients, if the device has
-            it. Costates and the gradients of attacks are not scaled, and fp16 loses numbers below 6e-8, so prefer bf16
-            if the device has both.
-        channels_last: memory layout of images and weights. It changes speed, and results by rounding only.
-        sync_batchnorm: take batch statistics over all processes.
-        compile: compile the network that attacks run (``torch.compile``). It changes results by rounding only.
-        fold: run the attacks on a copy of the network whose batch norms are folded into convolutions; see `Folded`. It
-            follows the weights in every step, and changes results by rounding only. Attacks need evaluation mode.
-        stop_above: a loss above this counts as diverged.
-        check_every: number of steps between two looks at the checks of the steps. A look waits for the device, so a GPU
-            runs ahead in between. If a check has failed, the steps since the last look are redone, and the error is
-            that of the step that failed. It needs a copy of weights and optimiser state; 1 looks after every step.
-        draws: where the random numbers of attacks, ablations and augmentation are drawn: ``"cpu"`` gives the same
-            numbers on every device, ``"device"`` saves the copies to it. Both follow from ``seed``.
-        cudnn_benchmark: set ``torch.backends.cudnn.benchmark`` during the run: cuDNN tries its algorithms for every
-            shape. The choice may differ from run to run, and with it results by rounding.
-        seed: of the initial weights, the order of the images, their augmentation, attacks and noise.
-        augment: ``"crop-flip"`` is the paper's (pad by 4, crop, mirror); ``"crop"``, ``"flip"``, or ``"none"``. Images
-            are only mirrored if the data set allows it. Or transforms of torchvision.transforms.v2 by name and
-            arguments, ``{"name": "RandAugment", "num_ops": 2}`` or a list of them. Each image gets random numbers of
-            its own. Pixels are uint8 if the data set has them so.
-        optimizer: ``{"name": "adamw", "lr": 1e-3, ...}``: a class of torch.optim by its name in lower case, and its
-            arguments. ``lr``, ``momentum`` and ``weight_decay`` above are used unless they are given here. The default
-            is SGD.
-        schedule: ``{"name": "cosine", "warmup": 5, ...}`` instead of ``milestones``: ``"constant"``, ``"steps"``,
-            ``"step"``, ``"cosine"``, ``"cosine-restarts"``, ``"one-cycle"``, ``"linear"``, ``"exponential"``,
-            ``"polynomial"`` or ``"cyclic"``, with the arguments of the class in torch.optim.lr_scheduler, and
-            ``warmup`` epochs of a linear rise before it.
-        decay: ``"all"`` decays all parameters, ``"weights"`` leaves out biases and norms (fewer than two dimensions).
-        clip: largest norm of the gradient of a step; None for no limit.
-        label_smoothing: of the training loss, in [0, 1]. Attacks are made on the labels themselves.
-        ema: decay of an exponential moving average of the weights; 0 for none. The average is validated, and the
-            network has it after training.
-        patience: stop after this number of epochs without a higher validation accuracy (robust accuracy, for
-            adversarial objectives); None trains all epochs.
+        milestones: epochs after which the learning rate is divided by 10. If ``epochs`` is too small for the default,
+            the milestones become one half and three quarters of ``epochs``.
+        momentum: momentum of SGD and RMSprop.
+        weight_decay: weight decay of the optimiser.
+        precision: ``"fp32"``; ``"bf16"`` for autocast; ``"fp16"`` for autocast with scaled gradients, if the device
+            supports it. Costates and the gradients of attacks are not scaled, and fp16 loses numbers below 6e-8. So
+            prefer bf16 if the device supports both.
+        channels_last: store images and weights channels-last. This changes the speed, and results only by rounding.
+        sync_batchnorm: compute batch statistics over all processes.
+        compile: compile the network that attacks run (``torch.compile``). This changes results only by rounding.
+        fold: run the attacks on a copy of the network whose batch norms are folded into convolutions; see `Folded`. The
+            copy follows the weights in every step, and changes results only by rounding. Attacks need evaluation mode.
+        stop_above: a loss above this value counts as diverged.
+        check_every: read the results of the checks of steps after this number of steps. Reading waits for the device,
+            so between two readings a GPU need not wait. If a check has failed, the steps since the last reading are
+            redone, and the failing step raises its error. This needs a copy of weights and optimiser state; 1 reads
+            after every step and needs no copy.
+        draws: where the random numbers of attacks, ablations and augmentation are drawn. ``"cpu"`` gives the same
+            numbers on every device; ``"device"`` avoids copies to the device. Both follow from ``seed``.
+        cudnn_benchmark: set ``torch.backends.cudnn.benchmark`` during the run: cuDNN then tries its algorithms for
+            every shape. Its choice may differ from run to run, which changes results by rounding.
+        seed: seed of the initial weights, the order of the images, augmentation, attacks and noise.
+        augment: ``"crop-flip"`` (the paper's: pad by 4, crop, mirror), ``"crop"``, ``"flip"`` or ``"none"``. Images
+            are mirrored only if the data set allows it. Or transforms of torchvision.transforms.v2 by name and
+            arguments: ``{"name": "RandAugment", "num_ops": 2}`` or a list of such mappings. Each image gets its own
+            random numbers. Transforms receive uint8 pixels if the data set stores uint8.
+        optimizer: ``{"name": "adamw", "lr": 1e-3, ...}``: the lower-case name of a class of torch.optim, and its
+            arguments. Arguments that are missing here are taken from ``lr``, ``momentum`` and ``weight_decay``. The
+            default is SGD.
+        schedule: ``{"name": "cosine", "warmup": 5, ...}`` replaces ``milestones``. The names are ``"constant"``,
+            ``"steps"``, ``"step"``, ``"cosine"``, ``"cosine-restarts"``, ``"one-cycle"``, ``"linear"``,
+            ``"exponential"``, ``"polynomial"`` and ``"cyclic"``. The arguments are the arguments of the class in
+            torch.optim.lr_scheduler. The rate first rises linearly for ``warmup`` epochs.
+        decay: ``"all"`` applies weight decay to all parameters; ``"weights"`` only to parameters with two or more
+            dimensions, which leaves out biases and norms.
+        clip: largest norm of the gradient of a step; None sets no limit.
+        label_smoothing: smoothing of the labels in the training loss, in [0, 1]. Attacks use unsmoothed labels.
+        ema: decay of an exponential moving average of the weights; 0 switches it off. The averaged weights are
+            validated, and the network has them after training.
+        patience: stop if the validation accuracy (robust accuracy for adversarial objectives) has not risen for this
+            number of epochs; None trains all epochs.
 
     Raises:
-        TypeError, ValueError: naming the first attribute that is out of range.
+        TypeError, ValueError: if an attribute is out of range; the message names the first such attribute.
     """
 
     objective: Objective = field(default_factory=Natural)
@@ -123,7 +126,7 @@ class TrainConfig:
             raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of batch_size ({self.batch_size})")
         for name in ("lr", "momentum", "weight_decay"):
             number(name, getattr(self, name), least=0)
-        if not self.stop_above > 0:  # infinity is allowed: never stop
+        if not self.stop_above > 0:  # infinity is allowed and never stops
             raise ValueError(f"stop_above: got {self.stop_above}, expected a number above 0")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: got {self.seed}, expected a number of 64 bits")
@@ -163,7 +166,7 @@ class TrainConfig:
             raise ValueError(f"milestones: got {self.milestones!r}, expected a list of numbers of epochs")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         if self.optimizer:
-            # So that a wrong argument is known before anything is trained. Nothing is drawn at random.
+            # Make an optimiser here, so that a wrong argument raises before training. This draws no random numbers.
             self.make_optimizer(nn.utils.skip_init(nn.Linear, 2, 2))  # type: ignore[no-untyped-call]
         if self.schedule is not None:
             learning_rates(self.schedule, self.base_lr, self.epochs, 2)
@@ -178,11 +181,11 @@ class TrainConfig:
 
     @property
     def base_lr(self) -> float:
-        """The learning rate that a schedule starts from."""
+        """The learning rate at which a schedule starts."""
         return number("optimizer: lr", self.optimizer.get("lr", self.lr), least=0)
 
     def make_optimizer(self, net: nn.Module) -> Optimizer:
-        """Return the optimiser of the parameters of ``net``."""
+        """Return an optimiser of the parameters of ``net``."""
         name = choice("optimizer: name", self.optimizer.get("name", "sgd"), OPTIMIZERS)
         shared = {"lr": self.lr, "weight_decay": self.weight_decay}
         if name in ("sgd", "rmsprop"):
@@ -192,7 +195,7 @@ class TrainConfig:
         return make_optimizer(net.named_parameters(), {"name": name, **shared, **self.optimizer}, decay=self.decay)
 
     def learning_rate(self, epoch: int) -> float:
-        """Return the learning rate of epoch number ``epoch``, counted from 0, by ``milestones``."""
+        """Return the learning rate of epoch number ``epoch``, counted from 0, according to ``milestones``."""
         return paper_rate(self.base_lr, self.milestones, epoch)
 
     def learning_rates(self, steps: int) -> list[float]:

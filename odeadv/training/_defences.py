@@ -23,27 +23,30 @@ PerturbationKind = Literal["costate", "random", "shuffled", "input"]
 
 @dataclass(frozen=True)
 class Layerwise(Defence, name="layerwise"):
-    """dx/dt = f + eta * dL/dx (Eq. 7), solved by a splitting scheme and trained on: L_LAD.
+    """Layer-wise adversarial defence: train the loss L_LAD of a pass that solves dx/dt = f + eta * dL/dx (Eq. 7).
+
+    f is the residual block, L the loss, and a(t) = dL/dx(t) the costate with values a_n at the nodes x_n.
 
     Attributes:
-        scheme: ``"lie"`` is LAD (Eq. 5), ``"strang"`` LAD-SM (Eq. 8), ``"strang-midpoint"`` takes a(t + dt/2) from
-            the costate equation.
+        scheme: ``"lie"`` is LAD (Eq. 5), ``"strang"`` is LAD-SM (Eq. 8), and ``"strang-midpoint"`` takes a(t + dt/2)
+            from the costate equation.
         eta: factor of the costate, for a loss averaged over the *global* batch (all processes and micro-batches of a
-            step); eta / batch_size is invariant.
-        sweeps: number of recordings, each on the trajectory that the last one drives (see `odeadv.solve`); or
+            step). For another batch size keep eta / batch_size.
+        sweeps: number of recordings, each on the trajectory that the last recording drives (see `odeadv.solve`); or
             "converge".
-        ascent: number of recordings that are added up, Eq. 3, instead of ``sweeps``.
-        perturbation: the drive of the state. ``"costate"`` is the method. The others are ablations. ``"random"`` has
-            directions with the costate's norm at every node and for every example; all nodes of one shape share a
-            direction, because the costates of a segment are nearly parallel. ``"shuffled"`` has the costates of other
-            examples of the micro-batch. ``"input"`` has the costate at x_0 alone: x_0 + eta a_0, then the plain
-            network (the adjoint of Lie, whose costate acts before f; LAD itself never perturbs x_0).
+        ascent: number of recordings that are added up (Eq. 3), instead of ``sweeps``.
+        perturbation: the tensors that drive the state. ``"costate"`` is the method; the others are ablations.
+            ``"random"`` uses random directions with the norm of the costate at every node and for every example. All
+            nodes of one shape share a direction, because the costates of a segment are nearly parallel.
+            ``"shuffled"`` uses the costates of other examples of the micro-batch. ``"input"`` uses only the costate
+            at x_0: the plain network runs from x_0 + eta a_0. (This is the adjoint of Lie, whose costate acts before
+            f; LAD itself never perturbs x_0.)
         strength: choose eta so that the first-order rise of the loss, eta sum |a_n|^2 / L, is this number on the
-            first batches of a training. ``eta`` is then not used; the results of the epochs state the chosen one.
-        warmup: epochs over which eta rises linearly, step by step, from 0 to its value.
+            first batches of a training. ``eta`` is then ignored; the results of the epochs contain the chosen eta.
+        warmup: number of epochs in which eta rises linearly, step by step, from 0 to its value.
 
     Raises:
-        TypeError, ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: if an attribute is out of range; the message names it.
 
     Example:
         >>> net = odeadv.models.residual_mlp(4, 16, image_size=8)
@@ -63,7 +66,7 @@ class Layerwise(Defence, name="layerwise"):
 
     def __post_init__(self) -> None:
         with_floats(self)
-        object.__setattr__(self, "scheme", schemes.get(self.scheme).name)  # an alias is the same run
+        object.__setattr__(self, "scheme", schemes.get(self.scheme).name)  # an alias must give the same run
         _check_strength(self)
         if self.sweeps != "converge":
             integer("sweeps", self.sweeps)
@@ -95,21 +98,22 @@ class Layerwise(Defence, name="layerwise"):
     ) -> Passed:
         """Return loss, logits and strength of the perturbed pass.
 
-        ``passed = Layerwise("strang", eta=50.0)(net, images, labels); passed.loss.backward()`` is a step of a loop of
-        your own. The batch-norm statistics of ``net`` move once, as in a plain pass; its mode is used as it is.
+        In your own training loop, a step is
+        ``passed = Layerwise("strang", eta=50.0)(net, images, labels); passed.loss.backward()``. The batch-norm
+        statistics of ``net`` are updated once, as in a plain pass. The mode of ``net`` does not change.
 
         Args:
-            net: any network with `field`: one of `odeadv.models`, or another network by `odeadv.models.from_blocks`
-                or `odeadv.models.from_module`.
-            images: the inputs, a batch.
+            net: any network with `field`: one of `odeadv.models`, or a network from `odeadv.models.from_blocks` or
+                `odeadv.models.from_module`.
+            images: a batch of inputs.
             labels: class numbers, probabilities, or the targets of ``loss``.
-            loss: ``loss(output, labels)``, a scalar tensor, averaged over the batch; the network's own (by default
-                the mean cross-entropy) if not given.
-            share: size of this batch divided by the size of the global batch, to whose mean eta belongs.
-            draws: random numbers of the step; if not given, they come from torch's global random state.
+            loss: a function ``loss(output, labels)`` that returns a scalar tensor, averaged over the batch. The default
+                is the network's loss (mean cross-entropy, unless the network has another).
+            share: size of this batch divided by the size of the global batch; eta belongs to the mean over the latter.
+            draws: random numbers of the step; by default they come from torch's global random state.
 
         Raises:
-            ValueError: if ``strength`` is set; `train` chooses eta from it, and so does `with_eta`.
+            ValueError: if ``strength`` is set: `train` chooses eta from it; in your own loop set eta by `with_eta`.
         """
         _check_chosen(self)
         drawn = Draws.fresh(len(images)) if draws is None else draws
@@ -133,7 +137,7 @@ class Layerwise(Defence, name="layerwise"):
 
 
 def _field(net: Network, images: Tensor, labels: Tensor, eta: float, loss: TargetLoss | None) -> AdversarialField:
-    """Return the field of ``net``; with ``loss`` instead of the network's own if it is given."""
+    """Return the field of ``net``, with ``loss`` instead of the network's loss if ``loss`` is given."""
     if not hasattr(net, "field"):
         raise TypeError(
             f"net: got {type(net).__name__}, expected a network with a field; make one of it with "
@@ -162,7 +166,7 @@ def _check_chosen(defence: Layerwise | Penalty) -> None:
 
 
 def _instead(perturbation: PerturbationKind, nodes: Sequence[Tensor], draws: Draws) -> list[Tensor]:
-    """Return the tensors that drive in place of the costates a_0, ..., a_N, each of the shape of its state."""
+    """Return tensors that replace the costates a_0, ..., a_N as the drive, each shaped like its state."""
     if perturbation == "input":
         return [nodes[0], *(torch.zeros_like(node) for node in nodes[1:])]
     if perturbation == "shuffled":
@@ -184,7 +188,7 @@ def _of_equal_norm(node: Tensor, direction: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Undefended(Defence, name="none"):
-    """The network as it is: Eq. 6, solved without a costate."""
+    """No defence: the plain network, Eq. 6, solved without a costate."""
 
     active = False
 
@@ -207,16 +211,17 @@ class Undefended(Defence, name="none"):
 
 @dataclass(frozen=True)
 class Penalty(Defence, name="penalty"):
-    """L + (eta/2) sum_{n >= 1} |a_n|^2 with a_n = dL/dx_n, differentiated through the costate (double backward).
+    """The loss L + (eta/2) sum_{n >= 1} |a_n|^2, differentiated through the costates a_n (double backward).
 
-    The explicit form of what LAD does to first order in eta, at the price of second derivatives: a control.
+    L is the loss of the plain pass and a_n = dL/dx_n. The penalty writes the first-order effect of LAD explicitly. It
+    needs second derivatives, and serves as a control.
 
     Attributes:
-        eta: as for `Layerwise`: the same eta is the same strength eta sum |a_n|^2 / L.
+        eta: as for `Layerwise`; equal eta gives equal strength eta sum |a_n|^2 / L.
         strength, warmup: as for `Layerwise`.
 
     Raises:
-        ValueError: naming the attribute that is out of range.
+        ValueError: if an attribute is out of range; the message names it.
     """
 
     eta: float = 50.0
@@ -243,7 +248,8 @@ class Penalty(Defence, name="penalty"):
             ValueError: if ``strength`` is set; see `Layerwise`.
         """
         _check_chosen(self)
-        # The plain pass updates statistics; the recording, made when it is asked for, keeps its graph and does not.
+        # The plain pass updates batch statistics. The costate is recorded on first use; this recording keeps its graph
+        # and does not update statistics.
         solution = solve(_field(net, images, labels, 0.0, loss), differentiate_costate=True, **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None

@@ -1,4 +1,4 @@
-"""Several processes as one: the rows that each computes, and batch statistics over all of them."""
+"""Training in several processes: the rows that each process computes, and batch statistics over all processes."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def make_fabric(
     devices: int = 1,
     nodes: int = 1,
 ) -> Fabric:
-    """Return the engine: device, precision and processes. Under ``torchrun``, its numbers are taken.
+    """Return the engine: device, precision and processes. ``torchrun`` overrides ``devices`` and ``nodes``.
 
     Args:
         precision: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` (autocast).
-        accelerator: of lightning-fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
-        devices: processes on this machine.
-        nodes: machines.
+        accelerator: accelerator of lightning-fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        devices: number of processes on this machine.
+        nodes: number of machines.
 
     Raises:
-        ValueError: if the device does not have the precision.
+        ValueError: if the device does not support the precision.
     """
     with extra("train"):
         from lightning_fabric import Fabric
 
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started us and knows better
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started this process and sets the numbers
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     names = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
     choice("precision", precision, names)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # the error says it
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # an error follows
         fabric = Fabric(
             accelerator=accelerator,
             devices=devices,
@@ -66,7 +66,7 @@ def check_precision(precision: str, fabric: Fabric) -> None:
 
 
 def rows_of(rank: int, world: int, part: int, parts: int, batch: int) -> slice:
-    """Return the rows of a global batch that process ``rank`` of ``world`` computes as part ``part`` of ``parts``."""
+    """Return the rows of a global batch for process ``rank`` of ``world``, and micro-batch ``part`` of ``parts``."""
     size = batch // (world * parts)
     first = (rank * parts + part) * size
     return slice(first, first + size)
@@ -91,11 +91,12 @@ class _SumOverProcesses(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with the statistics of the batch over all processes, on any device.
 
-    `torch.nn.SyncBatchNorm` does the same on GPUs only. Every process must hold equally many images. Two-pass
-    variance; the running variance is unbiased over the global batch, as in `torch.nn.BatchNorm2d`.
+    `torch.nn.SyncBatchNorm` does the same, but only on GPUs. Every process must hold the same number of images. The
+    variance is computed in two passes. The running variance is unbiased over the global batch, as in
+    `torch.nn.BatchNorm2d`.
     """
 
-    plain_in_evaluation = True  # so that it can be folded
+    plain_in_evaluation = True  # folding needs this mark
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, (n, channels, height, width)."""
@@ -125,7 +126,7 @@ def _sum_over_processes(value: Tensor) -> Tensor:
 
 
 def synchronise_batch_norm(module: nn.Module) -> None:
-    """Give every ``BatchNorm2d`` in ``module`` statistics over all processes, in place; parameters stay the same."""
+    """Let every ``BatchNorm2d`` in ``module`` use statistics over all processes, in place; parameters do not change."""
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:
             part.__class__ = SyncBatchNorm2d

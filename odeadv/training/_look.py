@@ -1,4 +1,4 @@
-"""Checks of training steps that are read many steps later, so that a step does not wait for the device."""
+"""Checks of training steps whose results are read many steps later, so that a step does not wait for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from odeadv.training._checkpoint import load_optimizer, optimizer_tensors
 
 
 class Flags:
-    """The results of the checks of the steps since they were last read."""
+    """The results of the checks of all steps since the last reading."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,25 +22,25 @@ class Flags:
         return len(self._steps)
 
     def add(self, checks: list[Tensor]) -> None:
-        """Take the checks of a step, 0-d bool tensors on any device."""
+        """Add the check results of a step, 0-d bool tensors on any device."""
         self._steps.append(torch.stack([check.detach().to(self._device) for check in checks]).all())
 
     def failed(self) -> Tensor:
-        """Return one int64 per step, 1 if a check of it has failed, and forget the steps."""
+        """Return one int64 per step, 1 if one of its checks has failed; forget these steps."""
         failed = (~torch.stack(self._steps)).to(torch.int64)
         self._steps = []
         return failed
 
 
 class Snapshot:
-    """Weights, buffers, optimiser and random state, and what the loop has summed up, as they are when this is made.
+    """A copy of the present weights, buffers, optimiser, random state and sums of the loop.
 
     Args:
         net: the network.
-        optimizer: of its parameters.
-        sums: other tensors by name.
-        done: steps of the epoch that are done.
-        scaling: state of the scaling of gradients, of fp16.
+        optimizer: the optimiser of its parameters.
+        sums: other tensors to copy, by name; a value may be None.
+        done: number of finished steps of the epoch.
+        scaling: state of the gradient scaling of fp16.
     """
 
     def __init__(

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-#: Steps of the attack on validation images; the committed records have chosen their best epochs by ten.
+#: Number of steps of the attack on validation images. The committed records chose their best epochs with ten steps.
 VALIDATION_STEPS = 10
 
-#: Steps between the moments at which several processes agree on a checkpoint: agreeing takes a message.
+#: Several processes agree on a checkpoint only every this many steps, because agreeing needs communication.
 AGREE_EVERY = 20
 
-#: Batches that eta is chosen on; their mean differs by a few percent from that of an epoch's.
+#: Number of batches from which eta is chosen. Their mean differs by a few percent from the mean of an epoch.
 CALIBRATION_BATCHES = 8
 
 
@@ -52,7 +52,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class TrainingStopped(SystemExit):
-    """SIGTERM arrived: a checkpoint was saved, and the program ends with 143 unless this is caught."""
+    """SIGTERM arrived and a checkpoint was saved; the program ends with exit code 143 unless this is caught."""
 
     def __init__(self, message: str) -> None:
         super().__init__(143)
@@ -75,7 +75,7 @@ class Source(Protocol):
         ...
 
     def pass_over(self, batches: int) -> None:
-        """Let the next iteration begin after ``batches`` batches."""
+        """Skip ``batches`` batches in the next iteration."""
         ...
 
 
@@ -86,11 +86,11 @@ class TrainingPlan:
     Attributes:
         net: the network.
         batches: the training data.
-        generator: the one that ``batches`` draws its order from.
+        generator: the generator of the order of ``batches``.
         config: the configuration.
         fabric: the engine.
-        validation: images and labels for the best epoch.
-        checkpoints: of the run, if it has any.
+        validation: images and labels on which the best epoch is chosen.
+        checkpoints: the checkpoints of the run; None writes no checkpoints.
         every: seconds between checkpoints within an epoch.
     """
 
@@ -105,7 +105,7 @@ class TrainingPlan:
 
 
 class TrainingRun:
-    """One training: the loop, and what is saved and restored of it."""
+    """One training: the loop, and saving and restoring its state."""
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan, self.net, self.config, self.fabric = plan, plan.net, plan.config, plan.fabric
@@ -121,12 +121,12 @@ class TrainingRun:
         self.precision = fabric.strategy.precision
         self.averaged = MovingAverage(self.net, config.ema) if config.ema else None
         self.result = TrainResult()
-        self.done = 0  # steps of the current epoch
+        self.done = 0  # number of finished steps of the current epoch
         self.loss_sum = torch.zeros((), device=fabric.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
-        self.strength_sum: Tensor | None = None  # of `Strength.flat` over the steps; its length is the network's
+        self.strength_sum: Tensor | None = None  # sum of `Strength.flat`; the network determines its length
         self.eta: float | None = None if config.defence.strength is not None else config.defence.eta
-        self.seconds = 0.0  # of the current epoch, before it was interrupted
+        self.seconds = 0.0  # time spent in the current epoch so far
         self.order_state = self.generator.get_state()
         self.stopped_by: int | None = None  # the signal that asked for a stop
         self.flags = Flags(fabric.device)
@@ -136,7 +136,7 @@ class TrainingRun:
     def go(
         self, on_step: Callable[[int, int, int], object] | None, on_epoch: Callable[[EpochResult], object] | None
     ) -> TrainResult:
-        """Train all epochs that are left."""
+        """Train all remaining epochs."""
         self._restore()
         first = self.fabric.is_global_zero
         if first and on_epoch is not None:
@@ -158,7 +158,7 @@ class TrainingRun:
         return self.result
 
     def _prepare_attacks(self) -> None:
-        """Let attacks, which take input gradients of the same weights, run on a folded or compiled form."""
+        """Let attacks run on a folded or compiled form of the network if the configuration says so."""
         folded = Folded(self.net) if self.config.fold else None
         if folded is not None and not folded.count:
             raise ValueError("fold: got a network without a batch norm that can be folded; leave out fold=True")
@@ -169,10 +169,10 @@ class TrainingRun:
         self.step_module.attack_through(attacked, folded)
 
     def _check_fold(self, images: Tensor) -> None:
-        """Compare the folded network with the network itself, on some images of the first step."""
+        """Compare the folded network with the original network on some images of the first step."""
         folded = self.step_module.folded
         assert folded is not None
-        folded.follow()  # weights of a checkpoint may have been loaded
+        folded.follow()  # a checkpoint may have changed the weights
         with torch.no_grad(), without_effects([self.net], images.device), untouched(self.net, folded, mode="eval"):
             plain, other = self.net(images[:8]), folded(images[:8])
         limit = FOLD_LIMIT * torch.finfo(plain.dtype).eps
@@ -190,9 +190,9 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _heeding_signals(self) -> Iterator[None]:
-        """Ask for a checkpoint when SIGTERM or Ctrl-C comes; a second Ctrl-C stops at once.
+        """Request a checkpoint when SIGTERM or Ctrl-C arrives; a second Ctrl-C stops at once.
 
-        Only the main thread may set handlers. Without checkpoints signals do what they always do.
+        Only the main thread may set handlers. Without checkpoints the handlers stay as they are.
         """
         if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
             yield
@@ -211,7 +211,7 @@ class TrainingRun:
                 signal.signal(number, handler)
 
     def _stop_if_asked(self, epoch: int) -> None:
-        """Save and stop after a signal; all processes decide alike."""
+        """Save and stop after a signal; all processes take the same decision."""
         if self.checkpoints is None:
             return
         asked = self.stopped_by or 0
@@ -222,10 +222,10 @@ class TrainingRun:
             asked = int(found)
         if not asked:
             return
-        if self.done:  # an epoch that has ended is saved already
+        if self.done:  # a finished epoch is already saved
             self._look(epoch)
             self._save()
-        self.fabric.barrier()  # the first process has written the file that every process names
+        self.fabric.barrier()  # wait for the first process, which writes the file
         at = f"in epoch {epoch + 1}, after step {self.done}" if self.done else f"after epoch {epoch + 1}"
         message = f"training: stopped {at}; saved in {self.checkpoints.paths()[-1]}"
         raise KeyboardInterrupt(message) if asked == signal.SIGINT else TrainingStopped(message)
@@ -245,7 +245,7 @@ class TrainingRun:
                 on_step(epoch + 1, self.done, len(self.batches))
             self.seconds = time.perf_counter() - began
             if self.done == len(self.batches):
-                break  # the epoch is measured first, and then saved
+                break  # the epoch must be measured before it is saved
             self._stop_if_asked(epoch)
             if self._due(last_saved):
                 last_saved = time.perf_counter()
@@ -262,7 +262,8 @@ class TrainingRun:
             accuracy=int(correct) / (len(self.batches) * self.config.batch_size),
             lr=self.rates[(epoch + 1) * len(self.batches) - 1],
             seconds=time.perf_counter() - began,
-            # The costate of a part's own mean is larger than that of the batch's by the number of parts.
+            # The costate of the mean loss of a part is larger than the costate of the mean loss of the whole batch. The
+            # factor is the number of parts.
             ratio=_finite(measured.ratio * self.config.accumulate * self.fabric.world_size),
             relative=tuple(measured.relative) if all(map(math.isfinite, measured.relative)) else (),
             validation=validation,
@@ -282,7 +283,7 @@ class TrainingRun:
         return result
 
     def _due(self, last_saved: float) -> bool:
-        """Return True if a checkpoint is due within the epoch; all processes decide alike."""
+        """Return True if a checkpoint is due within the epoch; all processes take the same decision."""
         if self.checkpoints is None:
             return False
         if self.fabric.world_size == 1:
@@ -293,7 +294,7 @@ class TrainingRun:
         return answer
 
     def _checked_step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
-        """Make a step, and keep its checks for `_look` unless they are read at once."""
+        """Make a step; store the results of its checks for `_look` unless they are read at once."""
         if self.reads_at_once:
             self._step(epoch, images, labels)
             return
@@ -301,8 +302,8 @@ class TrainingRun:
             with deferring() as checks:
                 self._step(epoch, images, labels)
         except Exception:
-            if self.fabric.world_size == 1:  # several processes would no longer be at the same step
-                self._redo(epoch, len(self.flags) + 1)  # raises if this step or one before it fails a check
+            if self.fabric.world_size == 1:  # with several processes, the others may be at another step
+                self._redo(epoch, len(self.flags) + 1)  # raises if this step or an earlier step fails a check
             raise
         self.flags.add(checks)
 
@@ -310,7 +311,7 @@ class TrainingRun:
         """Read the checks of the steps since the last look; redo these steps if one has failed.
 
         Raises:
-            TrainingDiverged: as a step whose checks are read at once would have raised it.
+            TrainingDiverged: the same error that reading the checks at once would have raised.
         """
         if not len(self.flags):
             return
@@ -321,7 +322,7 @@ class TrainingRun:
         self._take_snapshot()
 
     def _redo(self, epoch: int, steps: int) -> None:
-        """Make the ``steps`` since the last snapshot again, with every check read at once."""
+        """Repeat the ``steps`` steps since the last snapshot, and read every check at once."""
         assert self.snapshot is not None
         back, self.reads_at_once = self.snapshot, True
         back.put_back(self.net, self.optimizer)
@@ -334,10 +335,10 @@ class TrainingRun:
         for images, labels in islice(self.batches, steps):
             self._step(epoch, images, labels)
             self.done += 1
-        self.done -= 1  # of the step that was expected to fail
+        self.done -= 1  # do not count the step that was expected to fail
 
     def _take_snapshot(self) -> None:
-        """Keep what `_look` needs to redo the steps from here on."""
+        """Copy the state that `_look` needs to redo the following steps."""
         if not self.reads_at_once:
             scaling = self.precision.state_dict()
             self.snapshot = Snapshot(self.net, self.optimizer, self._sums(), self.done, scaling)
@@ -355,7 +356,7 @@ class TrainingRun:
             self.averaged.load(saved.without("averaged", {n: t for n, t in sums.items() if t is not None}))
 
     def _step(self, epoch: int, images: Tensor, labels: Tensor) -> None:
-        """Make forward and backward passes of all micro-batches of this process, and one step of the optimiser."""
+        """Run forward and backward passes for all micro-batches of this process, then one step of the optimiser."""
         parts, world = self.config.accumulate, self.fabric.world_size
         self.engine_optimizer.zero_grad(set_to_none=True)
         number = epoch * len(self.batches) + self.done
@@ -378,7 +379,7 @@ class TrainingRun:
             self._add_strength()
             self.correct += (logits.argmax(1) == labels[rows]).sum()
         if self.config.clip is not None:
-            self.precision.unscale_gradients(self.optimizer)  # of fp16; it does nothing otherwise
+            self.precision.unscale_gradients(self.optimizer)  # this acts only on fp16
             nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         self.engine_optimizer.step()
         if self.averaged is not None:
@@ -395,7 +396,7 @@ class TrainingRun:
             self.strength_sum = found if self.strength_sum is None else self.strength_sum + found
 
     def _defence(self, number: int) -> Defence:
-        """Return the defence of step ``number`` of the run: with the chosen eta, and with its warm-up."""
+        """Return the defence of step ``number`` of the run, with the chosen eta after warm-up."""
         defence, eta = self.config.defence, self.eta
         assert eta is not None
         rising = defence.warmup * len(self.batches)
@@ -404,10 +405,10 @@ class TrainingRun:
         return defence.with_eta(eta * min(1.0, (number + 1) / rising) if rising else eta)
 
     def _chosen_eta(self) -> float:
-        """Return the eta whose first-order strength on the first batches is the one asked for.
+        """Return the eta that gives the requested first-order strength on the first batches of the training.
 
-        The batches are those that training will begin with. The passes leave weights, statistics, the order of the
-        images and the random state alone, so that the run is the one that `Layerwise` with this eta would be.
+        The passes do not change weights, statistics, the order of the images or the random state. So the run is the
+        same as a run of the defence with this eta.
         """
         defence, config = self.config.defence, self.config
         assert defence.strength is not None
@@ -444,12 +445,12 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def _watching(self, epoch: int, images: Tensor | None = None, labels: Tensor | None = None) -> Iterator[None]:
-        """Turn what a network that has diverged raises into `TrainingDiverged`."""
+        """Convert errors of a network that has diverged into `TrainingDiverged`."""
         try:
             yield
         except SolveError as error:
             raise self._diverged(epoch, error.solution.status.message, images, labels) from error
-        except ValueError as error:  # attacks refuse logits that are not finite
+        except ValueError as error:  # attacks reject logits that are not finite
             if images is not None and images.is_floating_point() and not bool(images.isfinite().all()):
                 where = f"epoch {epoch + 1}, step {self.done + 1}"
                 raise ValueError(
@@ -457,14 +458,14 @@ class TrainingRun:
                 ) from error
             try:
                 finite = self._is_finite(images)
-            except Exception:  # the network does not take these inputs, which is what the first error says
+            except Exception:  # the network rejects these inputs, and the first error reports this
                 finite = True
             if finite:
                 raise
             raise self._diverged(epoch, "logits or a weight are not finite", images, labels) from error
 
     def _is_finite(self, images: Tensor | None) -> bool:
-        """Return True if the weights are finite, and the logits of ``images`` in evaluation mode."""
+        """Return True if the weights are finite, and also the logits of ``images`` in evaluation mode."""
         values = list(self.net.parameters())
         if images is not None:
             with torch.no_grad(), untouched(self.net, mode="eval"):
@@ -491,8 +492,8 @@ class TrainingRun:
         return TrainingDiverged(text)
 
     def _perturbation_now(self, images: Tensor | None, labels: Tensor | None) -> list[float]:
-        """Return the perturbation of every layer on this batch; empty if it cannot be measured any more."""
-        if images is None or labels is None or self.fabric.world_size > 1:  # statistics would wait for all processes
+        """Return the perturbation of every layer on this batch; empty if it cannot be measured."""
+        if images is None or labels is None or self.fabric.world_size > 1:  # batch statistics need all processes
             return []
         try:
             return list(self._perturbation(images, labels).relative)
@@ -506,7 +507,7 @@ class TrainingRun:
         return found
 
     def _measured(self) -> Perturbation:
-        """Measure Eq. 16 and the size of the perturbation on the last batch, without effect on the network."""
+        """Measure Eq. 16 and the size of the perturbation on the last batch, without changing the network."""
         assert self.step_module.seen is not None
         return self._perturbation(*self.step_module.seen)
 
@@ -540,11 +541,11 @@ class TrainingRun:
         return {name: count / len(images) for name, count in right.items()}
 
     def _as_inputs(self, images: Tensor) -> Tensor:
-        """Return validation images on the device; pixels as floats."""
+        """Return validation images as floats on the device."""
         return (to_float(images) if images.dtype == torch.uint8 else images).to(self.fabric.device)
 
     def _state(self) -> dict[str, Tensor]:
-        """Return a copy of the weights that the loop trains; nothing without an average, which replaces them."""
+        """Return a copy of the trained weights if an average replaces them for validation; otherwise nothing."""
         if self.averaged is None:
             return {}
         return {name: value.detach().clone() for name, value in self.net.state_dict().items()}
@@ -625,7 +626,7 @@ class TrainingRun:
             torch.cuda.set_rng_state(own["cuda"], self.fabric.device)
         self.loss_sum.copy_(own["loss_sum"])
         self.correct.copy_(own["correct"])
-        # Checkpoints of odeadv before the strength was recorded lack it; their epoch counts the steps that are left.
+        # Old checkpoints lack the strength. The strength of the interrupted epoch then counts only its remaining steps.
         self.strength_sum = own["strength_sum"].to(self.fabric.device) if "strength_sum" in own else None
         self.eta = info.get("eta", self.eta)
         if "scaling" in info:

@@ -1,4 +1,8 @@
-"""Training objectives: natural, PGD, TRADES, MART, and adversarial weight perturbation around any of them."""
+"""Training objectives: natural, PGD, TRADES, MART, and adversarial weight perturbation of these.
+
+In formulas, x are the images, x' the attacked images, y the labels, f(x) the logits of the undefended network, p_k the
+probability of class k, and L the mean cross-entropy. L_LAD is the loss of the defended pass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from odeadv.training._step import Objective, Passed, Step
 
 @dataclass(frozen=True)
 class Natural(Objective, name="natural"):
-    """L(f(x), y); with a defence L_LAD(f(x), y)."""
+    """Natural training: the loss L(f(x), y) of logits f(x) and labels y; with a defence L_LAD(f(x), y)."""
 
     def loss(self, step: Step, attacked: Tensor) -> Passed:
         """Return the defended pass of the clean images."""
@@ -29,7 +33,9 @@ class Natural(Objective, name="natural"):
 
 @dataclass(frozen=True)
 class Pgd(Objective, name="pgd"):
-    """L(f(x'), y), x' by PGD on the undefended network; with a defence L_LAD(f(x'), y).
+    """Adversarial training: the loss L(f(x'), y), with x' from PGD on the undefended network.
+
+    With a defence the loss is L_LAD(f(x'), y).
 
     Source: Madry et al. 2018, arXiv:1706.06083.
 
@@ -37,10 +43,10 @@ class Pgd(Objective, name="pgd"):
         eps: radius of the L-infinity ball, in pixel units of [0, 1].
         alpha: step size, in the same units.
         steps: number of steps, from a start drawn uniformly from the ball.
-        mode: mode of the network during the attack; its statistics do not change in either.
+        mode: mode of the network during the attack; the attack does not change batch statistics in any mode.
 
     Raises:
-        TypeError, ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: if an attribute is out of range; the message names it.
     """
 
     adversarial = True
@@ -65,22 +71,22 @@ class Pgd(Objective, name="pgd"):
 
 @dataclass(frozen=True)
 class Trades(Objective, name="trades"):
-    """L(f(x), y) + (1/lam) KL(f(x) || f(x')); x' maximises the divergence.
+    """TRADES: the loss L(f(x), y) + (1/lam) KL(f(x) || f(x')), where the attack chooses x' to maximise the divergence.
 
-    With a defence gamma L(f(x), y) + (1 - gamma) L_LAD(f(x'), y) + (1/lam) KL(f(x) || f(x')). The divergence is
-    averaged over the batch; gradients go through both of its sides. Training accuracy is counted on f(x).
-    Source: Zhang et al. 2019, arXiv:1901.08573.
+    With a defence the loss is gamma L(f(x), y) + (1 - gamma) L_LAD(f(x'), y) + (1/lam) KL(f(x) || f(x')). The
+    divergence is averaged over the batch, and gradients flow through both of its arguments. Training accuracy is
+    counted on f(x). Source: Zhang et al. 2019, arXiv:1901.08573.
 
     Attributes:
-        eps, alpha, steps, mode: of the attack, as for `Pgd`.
+        eps, alpha, steps, mode: settings of the attack, as for `Pgd`.
         lam: the paper's lambda.
-        gamma: share of the clean loss if there is a defence.
-        start: the attack starts from x + 0.001 times standard normal noise. ``"free"`` takes the first gradient there,
-            as the reference code does. ``"clamped"`` projects the start to [0, 1] first, as odeadv did before this
-            field existed: a pixel of 0 or 1 then starts in place if its noise points outward.
+        gamma: weight of the clean loss if there is a defence.
+        start: the attack starts from x + 0.001 times standard normal noise. ``"free"`` takes the first gradient at
+            this point, as the authors' code does. ``"clamped"`` first projects the start to the ball and to [0, 1], as
+            odeadv did before this field existed. Then a pixel of 0 or 1 does not move if its noise points outward.
 
     Raises:
-        TypeError, ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: if an attribute is out of range; the message names it.
     """
 
     adversarial = True
@@ -101,7 +107,7 @@ class Trades(Objective, name="trades"):
         choice("start", self.start, ("free", "clamped"))
 
     def attack(self, step: Step) -> Tensor:
-        """Return the images after sign steps up the divergence."""
+        """Return the images after sign steps that raise the divergence."""
         start = step.images + 0.001 * step.draws.normal(step.images)
         if self.start == "clamped":
             start = linf_bounds(step.images, self.eps).project(start)
@@ -131,18 +137,19 @@ class Trades(Objective, name="trades"):
 
 @dataclass(frozen=True)
 class Mart(Objective, name="mart"):
-    """BCE(f(x'), y) + lam mean_i KL(f(x_i) || f(x'_i)) (1 - p_y(x_i)), x' by PGD.
+    """MART: the loss BCE(f(x'), y) + lam mean_i KL(f(x_i) || f(x'_i)) (1 - p_y(x_i)), with x' from PGD.
 
-    BCE is the boosted cross-entropy -log p_y(x') - log(1 - max_{k != y} p_k(x')). With a defence the pass of the BCE is
-    the perturbed one, and the divergence keeps the undefended pass. Training accuracy is counted on f(x').
-    Source: Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting Misclassified Examples".
+    BCE is the boosted cross-entropy -log p_y(x') - log(1 - max_{k != y} p_k(x')); i numbers the examples. With a
+    defence the BCE is computed on the defended pass, and the divergence on undefended passes. Training accuracy is
+    counted on the logits of the BCE. Source: Wang et al. 2020, "Improving Adversarial Robustness Requires Revisiting
+    Misclassified Examples".
 
     Attributes:
-        eps, alpha, steps, mode: of the attack, as for `Pgd`.
+        eps, alpha, steps, mode: settings of the attack, as for `Pgd`.
         lam: weight of the divergence; the paper's lambda.
 
     Raises:
-        TypeError, ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: if an attribute is out of range; the message names it.
     """
 
     adversarial = True
@@ -178,19 +185,19 @@ class Mart(Objective, name="mart"):
 
 @dataclass(frozen=True)
 class Awp(Objective, name="awp"):
-    """Adversarial weight perturbation: the loss of ``base`` at w + v, with v a step up that loss in the weights.
+    """Adversarial weight perturbation: the loss of ``base`` at the weights w + v, where v raises this loss.
 
-    v = gamma ||w_l|| g_l / ||g_l|| for every weight tensor w_l of two or more dimensions, g the gradient of the loss of
-    ``base`` on the attacked images. The attack is made at w. After the backward pass the weights are w again, and the
-    optimiser steps from there. The loss of ``base`` may be a defended one. Every process and micro-batch has its own v.
+    For every weight tensor w_l of two or more dimensions, v_l = gamma ||w_l|| g_l / ||g_l||. Here g is the gradient of
+    the loss of ``base`` on the attacked images. The attack is made at w. After the backward pass the weights are reset
+    to w, and the optimiser steps from w. ``base`` may use a defence. Every process and micro-batch has its own v.
     Source: Wu, Xia and Wang 2020, arXiv:2004.05884.
 
     Attributes:
-        base: the objective.
+        base: the objective whose loss is used.
         gamma: size of the perturbation relative to the weights.
 
     Raises:
-        TypeError, ValueError: naming the attribute that is out of range.
+        TypeError, ValueError: if an attribute is out of range; the message names it.
     """
 
     base: Objective = field(default_factory=Pgd)
@@ -210,12 +217,12 @@ class Awp(Objective, name="awp"):
 
     @property
     def eps(self) -> float:
-        """Radius that ``base`` trains with; 0 if it has none."""
+        """The attack radius of ``base``; 0 if it has no radius."""
         return float(getattr(self.base, "eps", 0.0))
 
     @property
     def steps(self) -> int:
-        """Attack steps of ``base``."""
+        """The number of attack steps of ``base``; 0 if it does not attack."""
         return int(getattr(self.base, "steps", 0))
 
     def attack(self, step: Step) -> Tensor:
@@ -223,7 +230,7 @@ class Awp(Objective, name="awp"):
         return self.base.attack(step)
 
     def loss(self, step: Step, attacked: Tensor) -> Passed:
-        """Return the loss of ``base`` at the perturbed weights; `Step.undo` puts the weights back."""
+        """Return the loss of ``base`` at the perturbed weights; `Step.undo` restores the weights."""
         weights = [w for w in step.net.parameters() if w.requires_grad and w.ndim > 1]
         with torch.enable_grad(), without_effects(list(step.net.modules()), attacked.device):
             up = torch.autograd.grad(self.base.loss(step, attacked).loss, weights, allow_unused=True)
@@ -231,13 +238,13 @@ class Awp(Objective, name="awp"):
 
         def put_back() -> None:
             for weight, value in zip(weights, kept, strict=True):
-                weight.data.copy_(value)  # a copy, not a subtraction, so that no rounding is left behind
+                weight.data.copy_(value)  # subtraction would leave rounding errors
 
         step.undo.append(put_back)
         for weight, gradient in zip(weights, up, strict=True):
             if gradient is not None:
                 length = torch.linalg.vector_norm(weight.detach()) / (torch.linalg.vector_norm(gradient) + 1e-12)
-                # Through .data: autograd may not see that weights change between its two passes.
+                # Use .data, because autograd must not notice that weights change between its two passes.
                 weight.data.add_(gradient * (self.gamma * length))
         return self.base.loss(step, attacked)
 
@@ -259,7 +266,7 @@ def uniform_pgd(objective: Pgd | Mart, step: Step) -> Tensor:
 
 def batch_kl(clean: Tensor, attacked: Tensor) -> Tensor:
     """Return KL(softmax(clean) || softmax(attacked)), averaged over the batch, in at least float32."""
-    # Not the mean of `kl`: that sums in another order, and committed TRADES records are reproduced to the bit.
+    # The mean of `kl` would sum in another order, but committed TRADES records must be reproduced bit for bit.
     return F.kl_div(*_logs(clean, attacked), log_target=True, reduction="batchmean")
 
 
@@ -269,7 +276,7 @@ def kl(clean: Tensor, attacked: Tensor) -> Tensor:
 
 
 def _logs(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logarithms of the probabilities in the order of `torch.nn.functional.kl_div`."""
+    """Return log-probabilities (attacked, clean), in the order of the arguments of `torch.nn.functional.kl_div`."""
     dtype = torch.promote_types(clean.dtype, torch.float32)
     return F.log_softmax(attacked.to(dtype), dim=1), F.log_softmax(clean.to(dtype), dim=1)
 
@@ -282,12 +289,12 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Return -log(1 - p_k) of the most likely wrong class k, (n,)."""
     probabilities = _probabilities(logits)
     wrong = probabilities.scatter(1, labels[:, None], -1.0).amax(1)
-    # The reference code's 1.0001 bounds the loss where a wrong class has probability 1.
+    # 1.0001 is from the authors' code; it bounds the loss if a wrong class has probability 1.
     return -(1.0001 - wrong).log()
 
 
 def check_attack(eps: float, alpha: float, steps: int, mode: str) -> None:
-    """Raise TypeError or ValueError, naming the argument, if no attack can be made with it."""
+    """Raise TypeError or ValueError, naming the argument, if an attack argument is out of range."""
     radius(eps)
     number("alpha", alpha, least=0)
     integer("steps", steps)

@@ -1,4 +1,4 @@
-"""The recipe around the loss: optimiser, learning rate of every step, averaged weights."""
+"""Optimisers, the learning rate of every step, and averaged weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from odeadv.support.checks import choice, did_you_mean, number
 
-#: Optimisers by name: all of torch.optim that need neither a closure nor sparse gradients.
+#: Optimisers by name: the classes of torch.optim that need neither a closure nor sparse gradients.
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     if name not in ("LBFGS", "SparseAdam")
 }
 
-#: Schedules by name: those of torch.optim.lr_scheduler that follow from the number of steps alone.
+#: Schedules by name: the classes of torch.optim.lr_scheduler whose rates depend only on the number of steps.
 SCHEDULES: dict[str, str] = {
     "constant": "ConstantLR",
     "steps": "MultiStepLR",
@@ -39,16 +39,16 @@ SCHEDULES: dict[str, str] = {
 def make_optimizer(
     parameters: Iterator[tuple[str, nn.Parameter]], arguments: Mapping[str, Any], *, decay: str
 ) -> torch.optim.Optimizer:
-    """Return the optimiser of named parameters.
+    """Return an optimiser of named parameters.
 
     Args:
-        parameters: name and parameter.
-        arguments: ``name`` in `OPTIMIZERS`, and its arguments.
-        decay: ``"all"`` decays all parameters; ``"weights"`` only those of two or more dimensions, which leaves out
-            biases and the scales of norms.
+        parameters: pairs of name and parameter.
+        arguments: ``name``, a key of `OPTIMIZERS`, and the arguments of the class.
+        decay: ``"all"`` applies weight decay to all parameters; ``"weights"`` only to parameters with two or more
+            dimensions, which leaves out biases and the scales of norms.
 
     Raises:
-        TypeError, ValueError: naming ``optimizer``, if the class does not take the arguments.
+        TypeError, ValueError: if the class does not accept the arguments; the message names ``optimizer``.
     """
     arguments = dict(arguments)
     kind = OPTIMIZERS[choice("optimizer: name", arguments.pop("name", "sgd"), OPTIMIZERS)]
@@ -67,7 +67,7 @@ def make_optimizer(
         ]
     try:
         return kind([group for group in groups if group["params"]], **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError from fused=True on other devices
+    except (TypeError, ValueError, RuntimeError) as error:  # fused=True raises RuntimeError on some devices
         raised = TypeError if isinstance(error, TypeError) else ValueError
         raise raised(f"optimizer: {kind.__name__}: {error}") from None
 
@@ -75,17 +75,17 @@ def make_optimizer(
 def learning_rates(schedule: Mapping[str, Any], lr: float, epochs: int, steps: int) -> list[float]:
     """Return the learning rate of every step of a run.
 
-    The list follows from the arguments alone, so a run that is resumed needs no state of the schedule.
+    The list depends only on the arguments, so a resumed run needs no saved state of the schedule.
 
     Args:
-        schedule: ``name`` in `SCHEDULES`; ``warmup``, the epochs over which the rate first rises linearly; ``each``,
-            ``"step"`` or ``"epoch"``, the unit of the torch class; and the arguments of that class.
+        schedule: ``name``, a key of `SCHEDULES`; ``warmup``, the number of epochs in which the rate first rises
+            linearly; ``each``, ``"step"`` or ``"epoch"``, the unit of the torch class; and the arguments of this class.
         lr: the base learning rate.
-        epochs: of the run.
-        steps: per epoch.
+        epochs: number of epochs of the run.
+        steps: number of steps per epoch.
 
     Raises:
-        TypeError, ValueError: naming ``schedule``.
+        TypeError, ValueError: if ``schedule`` is wrong; the message names it.
     """
     arguments = dict(schedule)
     name = choice("schedule: name", arguments.pop("name", None), SCHEDULES)
@@ -114,7 +114,7 @@ def learning_rates(schedule: Mapping[str, Any], lr: float, epochs: int, steps: i
         raise type(error)(f"schedule: {kind.__name__}: {error}") from None
     values = []
     with warnings.catch_warnings():
-        # Torch warns because the optimiser makes no step between these.
+        # torch warns because the optimiser makes no steps here.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for _ in range(count):
             values.append(float(scheduler.get_last_lr()[0]))
@@ -131,9 +131,9 @@ class MovingAverage:
     """The exponential moving average of a network's state: parameters and floating-point buffers.
 
     Args:
-        net: the network, at its start.
-        decay: weight of the past in each step. The first steps have (1 + n) / (10 + n) if that is smaller, so that the
-            random initial weights are forgotten soon.
+        net: the network before training.
+        decay: weight of the old average in each step. Step n (from 0) uses (1 + n) / (10 + n) if this is smaller, so
+            that the random initial weights are forgotten soon.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
@@ -141,7 +141,7 @@ class MovingAverage:
         self._decay = decay
 
     def update(self, net: nn.Module, number: int) -> None:
-        """Take in the state of ``net`` after step ``number`` of the run, counted from 0."""
+        """Update the average with the state of ``net`` after step ``number`` of the run, counted from 0."""
         decay = min(self._decay, (1 + number) / (10 + number))
         with torch.no_grad():
             for name, value in net.state_dict().items():
@@ -152,7 +152,7 @@ class MovingAverage:
                     kept.copy_(value)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from the average of a checkpoint."""
+        """Replace the average by ``tensors``, the average in a checkpoint."""
         for name, value in self.tensors.items():
             value.copy_(tensors[name])
 
@@ -163,5 +163,5 @@ def paper_rate(lr: float, milestones: tuple[int, ...], epoch: int) -> float:
 
 
 def scaled_milestones(epochs: int) -> tuple[int, ...]:
-    """Return the paper's milestones, at half and three quarters of the epochs, without an epoch 0."""
+    """Return milestones at one half and three quarters of ``epochs``, as in the paper; an epoch 0 is left out."""
     return tuple(sorted({at for at in (epochs // 2, math.floor(epochs * 0.75)) if at > 0}))

@@ -1,4 +1,4 @@
-"""The results of a training: numbers of every epoch, the best weights, and a picture of both."""
+"""The results of a training: numbers of every epoch, the best weights, and plots."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ class EpochResult:
     """The results of one epoch.
 
     Attributes:
-        epoch: its number, counted from 1.
+        epoch: number of the epoch, counted from 1.
         loss: mean training loss; L_LAD if there is a defence.
-        accuracy: accuracy of the same forward passes, in [0, 1].
+        accuracy: training accuracy of the same forward passes, in [0, 1].
         lr: learning rate of the last step.
         seconds: wall time.
-        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch (of several parts, on the
-            last one, scaled to the loss averaged over the batch); None if not finite.
-        relative: ||eta a_n|| / ||x_n|| at every node, on the same batch.
-        validation: accuracies on the validation images, if there are any: ``clean``, and ``robust`` for adversarial
-            objectives (IFGSM-10 at the eps of the objective, with steps of a quarter of it).
-        strength: s, the relative rise of the loss that the perturbation makes, L_LAD / L - 1; None if the defence
-            does not say it. For `Penalty` it is ``strength_first_order``, which is the same unit.
-        strength_first_order: its first order, eta sum |a_n|^2 / L.
-        strength_nodes: the shares of ``strength_first_order`` by node, x_0 first.
-        eta: the defence's eta in the last step of the epoch, as chosen from a strength and warmed up.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, on the last batch of the epoch; None if it is not finite.
+            If the batch has several parts, the last part is used, and the ratio is scaled to the mean loss over the
+            batch.
+        relative: ||eta a_n|| / ||x_n|| at every node, on the same batch; a_n is the costate at the state x_n.
+        validation: accuracies on the validation images: ``clean``, and ``robust`` for adversarial objectives (IFGSM-10
+            at the eps of the objective, with alpha = eps / 4); None without validation images.
+        strength: s = L_LAD / L - 1, the relative rise of the loss by the perturbation; None if the defence does not
+            measure it. For `Penalty` it equals ``strength_first_order``.
+        strength_first_order: the first-order part of ``strength``, eta sum |a_n|^2 / L.
+        strength_nodes: the contribution of each node to ``strength_first_order``, x_0 first.
+        eta: eta of the defence in the last step of the epoch, after its choice from a strength and after warm-up.
     """
 
     epoch: int
@@ -53,14 +54,14 @@ class EpochResult:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any], file: object = "epoch") -> EpochResult:
-        """Return the result that `dataclasses.asdict` made ``plain`` from.
+        """Return the result that `dataclasses.asdict` converted to ``plain``.
 
         Args:
             plain: the fields; lists become tuples.
-            file: where they are from, for the message.
+            file: name of the file that contained ``plain``, for the message.
 
         Raises:
-            ValueError: naming the file and the fields that are missing or unknown.
+            ValueError: if fields are missing or unknown; the message names the file and the fields.
         """
         fields = dataclasses.fields(cls)
         unknown = sorted(plain.keys() - {field.name for field in fields})
@@ -93,9 +94,9 @@ class TrainResult:
 
     Attributes:
         epochs: one result per epoch.
-        best_epoch: the epoch with the highest validation accuracy (robust, for adversarial objectives), the first of
-            equals; None without validation images.
-        best: parameters and buffers after that epoch; averaged ones, if the configuration averages them.
+        best_epoch: the first epoch with the highest validation accuracy (robust accuracy for adversarial objectives);
+            None without validation images.
+        best: parameters and buffers after the best epoch; their average if the configuration has ``ema``.
     """
 
     epochs: list[EpochResult] = field(default_factory=list)
@@ -113,15 +114,15 @@ class TrainResult:
         return f"TrainResult({', '.join(parts)})"
 
     def plot(self) -> Figure:
-        """Draw loss, clean and robust accuracy, the Eq. 16 ratio and the strength s over the epochs.
+        """Draw loss, clean and robust accuracy, the ratio of Eq. 16 and the strength s against the epochs.
 
-        Needs the extra ``plot``.
+        This needs the extra ``plot``.
 
         Returns:
             A matplotlib figure. A notebook shows it; ``figure.savefig("training.png")`` saves it.
 
         Raises:
-            ValueError: if an epoch to draw is missing.
+            ValueError: if the result has no epochs.
         """
         if not self.epochs:
             raise ValueError("epochs: got none, expected at least one to draw")
@@ -139,18 +140,18 @@ class TrainResult:
         return figure
 
     def _validated(self, name: str) -> list[float | None]:
-        """Return an accuracy on the validation images after each epoch, None if it was not measured."""
+        """Return the validation accuracy called ``name`` after each epoch, None if it was not measured."""
         return [(epoch.validation or {}).get(name) for epoch in self.epochs]
 
 
 def plot_curves(results: Mapping[str, TrainResult]) -> Figure:
-    """Draw several trainings in one figure, a line for each: loss, accuracies, the Eq. 16 ratio and s.
+    """Draw loss, accuracies, the ratio of Eq. 16 and the strength s of several trainings, one line per training.
 
-    The accuracies are those on the validation images, or else on the training images. Robust accuracies have a
-    second line. Needs the extra ``plot``.
+    Accuracies are measured on the validation images, or on the training images if there are no validation images.
+    Robust accuracies have a second line. This needs the extra ``plot``.
 
     Args:
-        results: what `train` returned, by the names for the legend.
+        results: results of `train`, keyed by the names for the legend.
 
     Returns:
         A matplotlib figure. A notebook shows it; ``figure.savefig("curves.png")`` saves it.
@@ -197,7 +198,7 @@ def _panels() -> tuple[Figure, list[Axes]]:
 
 
 def _draw(axes: Axes, lines: Mapping[str, Sequence[float | None]], log: bool = False) -> None:
-    """Draw lines over the epochs; values that are None are left out."""
+    """Draw lines against the epochs; values that are None are left out."""
     for label, values in lines.items():
         known = [(number + 1, value) for number, value in enumerate(values) if value is not None]
         if known:

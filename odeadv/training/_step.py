@@ -1,4 +1,4 @@
-"""One training step as the objectives see it, and the module that a data-parallel engine wraps."""
+"""The interface of objectives and defences in a training step, and the module that a data-parallel engine wraps."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Passed:
 
     Attributes:
         loss: scalar, averaged over the batch.
-        logits: (n, classes), of the pass on which accuracy is counted.
-        images: the images that the pass saw. Eq. 16 is measured on them at the end of an epoch.
-        strength: of the defence in this pass, if the defence measures it.
+        logits: (n, classes), the logits on which training accuracy is counted.
+        images: the images of the pass. Eq. 16 is measured on them at the end of an epoch.
+        strength: strength of the defence in this pass; None if the defence does not measure it.
     """
 
     loss: Tensor
@@ -38,15 +38,15 @@ class Passed:
 class Draws:
     """Random numbers of one step for some rows of the global batch.
 
-    Every draw is made for the whole batch and then cut, so the numbers of an example do not depend on the process or
-    micro-batch that computes it. They follow from (seed, step) alone, so nothing needs to be saved.
+    Every draw is made for the global batch, and then the rows are selected. So the numbers of an example do not depend
+    on the process or micro-batch that computes it. They depend only on (seed, step), so no state needs to be saved.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: number of the step in the run.
         rows: the rows of the batch to draw for.
         total: number of rows in the global batch.
-        device: where the numbers are drawn. Every kind of device has numbers of its own.
+        device: the device on which the numbers are drawn. Each kind of device gives different numbers.
     """
 
     def __init__(self, seed: int, step: int, rows: slice, total: int, *, device: str | torch.device = "cpu") -> None:
@@ -60,15 +60,15 @@ class Draws:
         return cls(int(torch.randint(2**62, ())), 0, slice(0, total), total)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Return uniform numbers on [0, 1) like ``like``, whose first axis are the rows."""
+        """Return uniform numbers in [0, 1), shaped like ``like``; its first axis has one entry per row."""
         return self._drawn(torch.rand, like)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Return standard normal numbers, shaped as `uniform` shapes them."""
+        """Return standard normal numbers, shaped like ``like``; its first axis has one entry per row."""
         return self._drawn(torch.randn, like)
 
     def permutation(self, n: int, device: torch.device) -> Tensor:
-        """Return a random order of ``n`` rows: of the rows drawn for, not of the global batch."""
+        """Return a random order of ``n`` rows; the rows belong to this part, not to the global batch."""
         return torch.randperm(n, generator=self._generator, device=self._generator.device).to(device)
 
     def _drawn(self, kind: Callable[..., Tensor], like: Tensor) -> Tensor:
@@ -82,17 +82,17 @@ class Defence(Choice):
     ``class Mine(Defence, name="mine")`` implements `__call__`; configurations then know ``{"name": "mine"}``.
     """
 
-    #: True if the pass differs from the plain one; TRADES adds a term of its own only then.
+    #: True if the defended pass differs from the plain pass. TRADES and MART then need an additional plain pass.
     active: bool = True
-    #: Strength of the perturbation; 0 for a defence that has none.
+    #: Factor of the perturbation; 0 for a defence without a perturbation.
     eta: float = 0.0
-    #: If set, training chooses eta from it on its first batches; see `Layerwise`.
+    #: If set, training chooses eta on its first batches so that the perturbation has this strength; see `Layerwise`.
     strength: float | None = None
-    #: Epochs over which training raises eta to its value.
+    #: Number of epochs in which training raises eta from 0 to its value.
     warmup: int = 0
 
     def with_eta(self, eta: float) -> Defence:
-        """Return the same defence with this eta, chosen and warmed up."""
+        """Return the same defence with this eta, and without ``strength`` and ``warmup``."""
         changed: Any = dataclasses.replace(self, eta=eta, strength=None, warmup=0)  # type: ignore[type-var]
         return changed  # type: ignore[no-any-return]
 
@@ -109,14 +109,14 @@ class Defence(Choice):
         """Return loss and logits of the defended pass.
 
         Args:
-            net: in the mode in which it is trained; its statistics are updated once.
+            net: the network in training mode; its batch statistics are updated once.
             images: the inputs of the network; (n, channels, height, width) in [0, 1] for images.
-            labels: (n,), int64; or whatever ``net.field`` takes as targets.
-            share: n / (size of the global batch). eta belongs to the mean over the global batch. The mean over n
-                images has a gradient that is 1 / share times as large, so multiply eta by ``share``.
-            draws: the step's random numbers.
-            loss: ``loss(output, labels)`` instead of the network's own, the mean cross-entropy. Training passes it
-                only if the objective or the configuration has another loss.
+            labels: (n,), int64, or other targets that ``net.field`` takes.
+            share: n / (size of the global batch). eta belongs to the mean loss over the global batch. The gradient of
+                the mean over n images is 1 / share times as large, so multiply eta by ``share``.
+            draws: the random numbers of the step.
+            loss: a function ``loss(output, labels)`` that replaces the network's loss (mean cross-entropy). Training
+                gives it only if the objective or the configuration has another loss.
         """
         raise NotImplementedError
 
@@ -125,25 +125,25 @@ class Objective(Choice):
     """The loss that a step minimises. A subclass is a frozen dataclass that registers a name; see CONTRIBUTING.md.
 
     ``class Mine(Objective, name="mine")`` implements `__call__`; configurations then know ``{"name": "mine"}``.
-    Alternatively it implements `attack` and `loss`, of which `__call__` is made; `Awp` can then wrap it.
+    Alternatively it implements `attack` and `loss`, which `__call__` then combines; `Awp` can wrap such an objective.
     """
 
-    #: True if it trains on attacked images: the best epoch is then chosen by robust accuracy.
+    #: True if the objective trains on attacked images. The best epoch is then chosen by robust accuracy.
     adversarial: bool = False
 
     def attack(self, step: Step) -> Tensor:
-        """Return the images to train on, (n, channels, height, width): the clean ones unless a subclass attacks."""
+        """Return the images to train on, (n, channels, height, width): the clean images unless a subclass attacks."""
         return step.images
 
     def loss(self, step: Step, attacked: Tensor) -> Passed:
-        """Return the loss on images from `attack`, and the logits on which training accuracy is counted."""
+        """Return the loss on the images from `attack`, and the logits on which training accuracy is counted."""
         raise NotImplementedError
 
     def __call__(self, step: Step) -> Passed:
         """Return the loss to minimise, and the logits on which training accuracy is counted.
 
         Args:
-            step: the images, the labels, and the passes that can be made with them.
+            step: the images, the labels, and functions that send images through the network.
         """
         return self.loss(step, self.attack(step))
 
@@ -157,12 +157,12 @@ class Step:
         images: (n, channels, height, width) in [0, 1].
         labels: (n,), int64.
         defence: solves `defended` passes.
-        draws: the step's random numbers.
+        draws: the random numbers of the step.
         share: see `Defence`.
-        label_smoothing: of `cross_entropy` and of `defended` passes.
+        label_smoothing: smoothing of the labels in `cross_entropy` and in `defended` passes.
         attacked_net: the network in the form that attacks run (compiled, if the configuration says so).
         last: the last defended pass.
-        undo: functions to call after the backward pass, last one first.
+        undo: functions to call after the backward pass, in reversed order.
     """
 
     net: FieldNetwork
@@ -190,7 +190,7 @@ class Step:
         """Return loss and logits of the defended pass; the loss is the mean cross-entropy unless ``loss`` is given."""
         if loss is None and self.label_smoothing:
             loss = lambda logits, _: self.cross_entropy(logits)  # noqa: E731
-        # A defence that knows no loss of its own works as long as none is asked for.
+        # Give loss only if it is needed, so that defences without this argument work otherwise.
         other = {} if loss is None else {"loss": loss}
         passed = self.defence(self.net, images, self.labels, share=self.share, draws=self.draws, **other)
         self.last = dataclasses.replace(passed, images=images)
@@ -213,10 +213,10 @@ class StepModule(nn.Module):
 
     Attributes:
         attacked: the network in the form that attacks run (folded, compiled); None for ``net`` itself.
-        folded: the folded network in it, if there is one; every pass begins with its weights brought up to date.
+        folded: the folded network in ``attacked``, or None; every pass first updates its weights.
         defence: the defence of the next step; the loop replaces it while eta rises.
         seen: images and labels of the last pass that was trained on.
-        strength: of the last step.
+        strength: strength of the defence in the last step.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class StepModule(nn.Module):
 
     def attack_through(self, attacked: nn.Module, folded: Folded | None) -> None:
         """Run attacks on ``attacked``, which may contain ``folded``, from now on."""
-        # Not submodules: their parameters are those of the network.
+        # Do not register these as submodules, because they share the parameters of the network.
         self.__dict__.update(attacked=attacked, folded=folded)
 
     def forward(self, images: Tensor, labels: Tensor, draws: Draws, share: float) -> tuple[Tensor, Tensor]:
@@ -248,13 +248,13 @@ class StepModule(nn.Module):
             self.net, images, labels, self.defence, draws, share, self._label_smoothing, self.attacked, undo=self._undo,
         )  # fmt: skip
         passed = self._objective(step)
-        # An objective may return its own loss and not say which images it saw. Then it saw those of the last pass.
+        # If an objective returns its own loss without images, take images and strength from its last defended pass.
         said = passed if passed.images is not None or step.last is None else step.last
         self.strength = said.strength if self.defence.active else Strength.none(passed.loss)
         self.seen = (images if said.images is None else said.images).detach(), labels
         return passed.loss, passed.logits.detach()
 
     def undo(self) -> None:
-        """Put back what the step changed for its forward and backward passes only, such as perturbed weights."""
+        """Restore what the step changed only for its forward and backward passes, such as perturbed weights."""
         while self._undo:
             self._undo.pop()()

@@ -1,4 +1,4 @@
-"""The strength s of a defence: the relative rise of the loss that the perturbation makes."""
+"""The strength s of a defence: the relative rise of the loss by the perturbation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Strength:
     Attributes:
         plain: L, the loss of the undefended network, scalar.
         defended: L_LAD, the loss of the perturbed pass, scalar.
-        nodes: the first-order rise of the loss by node, shape (N + 1,); x_0 comes first. Their sum is
-            eta sum |a_n|^2. It is empty if nothing was recorded.
+        nodes: the first-order rise of the loss per node, shape (N + 1,), x_0 first. Their sum is eta sum |a_n|^2, with
+            the costates a_n. It is empty if no costate was recorded.
     """
 
     plain: Tensor
@@ -35,18 +35,18 @@ class Strength:
         return cls(loss.detach(), loss.detach(), loss.new_zeros(0))
 
     def flat(self) -> Tensor:
-        """Return L, L_LAD and the nodes as one float64 vector, which sums over steps without loss."""
+        """Return L, L_LAD and the nodes as one vector; it is float64, so that sums over steps stay accurate."""
         return torch.cat([self.plain.view(1), self.defended.view(1), self.nodes.to(self.plain)]).to(torch.float64)
 
 
 @dataclass(frozen=True)
 class EpochStrength:
-    """The strength of an epoch, as numbers; every field is a ratio of sums over the steps of the epoch.
+    """The strength of an epoch. Every field is a ratio of two sums over the steps of the epoch.
 
     Attributes:
         measured: L_LAD / L - 1.
         first_order: eta sum |a_n|^2 / L.
-        nodes: the shares of ``first_order`` by node.
+        nodes: the contribution of each node to ``first_order``.
     """
 
     measured: float | None = None
@@ -55,7 +55,7 @@ class EpochStrength:
 
     @classmethod
     def of(cls, sums: Tensor | None) -> EpochStrength:
-        """Read the sums of `Strength.flat`; unknown or infinite numbers are None."""
+        """Return the strength for ``sums`` of `Strength.flat`; if a sum is not finite or L is 0, it is unknown."""
         if sums is None:
             return cls()
         plain, defended, *nodes = sums.tolist()
@@ -67,8 +67,8 @@ class EpochStrength:
 def watch_loss(field: AdversarialField) -> list[Tensor]:
     """Return a list that receives every value of the field's loss, detached.
 
-    The first value is L: the solver records the costate on the unperturbed trajectory first. Reading it there costs
-    no pass of its own.
+    The first value is L, because the solver first records the costate on the unperturbed trajectory. So L costs no
+    extra pass.
     """
     values: list[Tensor] = []
     loss: Callable[[Tensor], Tensor] = field.loss
@@ -83,18 +83,19 @@ def watch_loss(field: AdversarialField) -> list[Tensor]:
 
 
 def first_order(drive: Sequence[Tensor], grid: Grid, scheme: Scheme, eta: float, recordings: int = 1) -> Tensor:
-    """Return the rise of the loss by node, to first order in eta, shape (N + 1,).
+    """Return the rise of the loss per node, to first order in eta, shape (N + 1,).
 
-    A push p of the state at time t raises the loss by <p, a(t)>. The pushes of a step and their times follow from
-    the stages of the scheme. Lie pushes x_{n+1} by eta a_{n+1}, which gives eta |a_{n+1}|^2 at every node but x_0.
+    If the state is pushed by p at time t, the loss rises by <p, a(t)>, with the costate a(t). The pushes of a step and
+    their times follow from the stages of the scheme. For example, Lie pushes x_{n+1} by eta a_{n+1}, so the rise is
+    eta |a_{n+1}|^2 at every node except x_0.
 
     Args:
-        drive: the N + 1 tensors that drive the state. If they are not costates (random directions), the result is the
-            rise that costates of the same norms would make.
+        drive: the N + 1 tensors that drive the state. If they are not costates (for example random directions), the
+            result is the rise for costates of the same norms.
         grid: times of the nodes.
-        scheme: how the drive is composed with f.
-        eta: as the field has it.
-        recordings: number of costates that ``drive`` is the sum of.
+        scheme: the scheme that composes the drive with f.
+        eta: eta of the field.
+        recordings: number of costates whose sum is ``drive``.
     """
     with torch.no_grad():
         before, cross, after = _weights(scheme)
@@ -122,11 +123,14 @@ def first_order(drive: Sequence[Tensor], grid: Grid, scheme: Scheme, eta: float,
 
 
 _PIECE = 2**18
-"""Elements converted at a time on a CPU. They stay in its cache; whole nodes in float32 cost 4 % of a step."""
+"""Number of elements that are converted together on a CPU, so that they stay in its cache.
+
+Converting whole nodes to float32 would cost 4 % of a step.
+"""
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return <a, b>, summed in float32 at least."""
+    """Return the inner product <a, b>, summed in at least float32."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     left, right = _flat(a), _flat(b)
     if left.dtype == dtype:
@@ -140,14 +144,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _flat(node: Tensor) -> Tensor:
-    # A view in memory order, so that a channels_last tensor is not copied; both tensors of a product have one layout.
+    # Return a view in memory order, so that a channels_last tensor is not copied. Both factors have the same layout.
     if node.ndim == 4 and node.is_contiguous(memory_format=torch.channels_last):
         node = node.permute(0, 2, 3, 1)
     return node.reshape(-1)
 
 
 def _pushes(scheme: Scheme) -> list[tuple[float, float, float]]:
-    """Return (length, time of the costate, progress of f) of every stage that pushes, in units of the step."""
+    """Return (length, time of the costate, progress of f) for every stage that pushes, in units of the step."""
     pushes = []
     for factor, stages in scheme.compositions:
         progress = 0.0
@@ -160,7 +164,7 @@ def _pushes(scheme: Scheme) -> list[tuple[float, float, float]]:
 
 
 def _weights(scheme: Scheme) -> tuple[float, float, float]:
-    """Return the weights of |a_n|^2, <a_n, a_{n+1}> and |a_{n+1}|^2 in a step, costates being linear in between."""
+    """Return the weights of |a_n|^2, <a_n, a_{n+1}> and |a_{n+1}|^2 in a step, for costates linear between nodes."""
     pushes = _pushes(scheme)
     return (
         math.fsum(length * (1 - t) * (1 - p) for length, t, p in pushes),
@@ -170,6 +174,6 @@ def _weights(scheme: Scheme) -> tuple[float, float, float]:
 
 
 def _weights_at_jump(scheme: Scheme) -> tuple[float, float]:
-    """Return the weights of |a_n|^2 and |a_{n+1}|^2 at a jump, where a push takes the costate of its own side."""
+    """Return the weights of |a_n|^2 and |a_{n+1}|^2 at a jump; a push there uses the costate of its side."""
     pushes = _pushes(scheme)
     return math.fsum(length * (1 - p) for length, _, p in pushes), math.fsum(length * p for length, _, p in pushes)

@@ -1,4 +1,4 @@
-"""`train`: check the arguments, prepare the data, the engine and the checkpoints, and run the loop."""
+"""`train`: check the arguments; prepare the data, the engine and the checkpoints; run the loop."""
 
 from __future__ import annotations
 
@@ -63,52 +63,51 @@ def train(
     """Train ``net`` in place.
 
     All randomness comes from ``config.seed``, so runs that differ only in objective or defence see the same batches.
-    Torch's global random state, which noise in a network draws from, is seeded inside and put back afterwards.
+    Noise in a network draws from torch's global random state. This state is seeded inside and restored afterwards.
 
-    With ``checkpoints``, a run that was stopped goes on from its newest checkpoint and ends with bit for bit the
-    weights of a run that was not stopped (on as many threads and processes). SIGTERM and Ctrl-C save a checkpoint
-    after the step that is running. A run with more ``epochs`` than its checkpoints goes on for the rest of them, if
-    its learning rates so far are the same.
+    With ``checkpoints``, a stopped run continues from its newest checkpoint. Its final weights are bitwise equal to the
+    weights of an uninterrupted run (with the same numbers of threads and processes). SIGTERM and Ctrl-C save a
+    checkpoint after the current step. A finished run continues if ``epochs`` is increased and the learning rates of its
+    finished epochs are the same.
 
     Args:
         net: the network; afterwards it is in training mode on the device of the engine.
-        data: an `ImageDataset`, of which the training split is used; or a `torch.utils.data.Dataset` or ``DataLoader``
-            of pairs (input, class number), from which samples are read when they are needed. With a loader, which
-            shuffles and transforms by itself, ``batch_size`` must be its own. Every process reads the whole batch.
-            Runs resume to the bit if randomness in the data comes from torch's global generator.
+        data: an `ImageDataset` (its training split); or a `torch.utils.data.Dataset` or ``DataLoader`` of pairs
+            (input, class number), whose samples are read when they are needed. A loader shuffles and transforms by
+            itself, and its batch size must equal ``config.batch_size``. Every process reads the whole batch. A
+            resumed run is bit-identical if randomness in the data comes from torch's global generator.
         config: the configuration.
-        validation: images, uint8 (n, height, width, 3) or as ``net`` takes them, and labels (n,), int64; or a
-            `Dataset`, which is read once. The best epoch is chosen on them.
-        checkpoints: folder for checkpoints; none are written without.
-        checkpoint_every: seconds between checkpoints within an epoch; one is written after every epoch.
-        identity: plain data that says what is trained, in addition to ``config``; a checkpoint of another is refused.
+        validation: images and labels on which the best epoch is chosen. Images are uint8 (n, height, width, 3) or in
+            the form that ``net`` takes; labels are (n,), int64. Or a `Dataset`, which is read once.
+        checkpoints: folder for checkpoints; None writes no checkpoints.
+        checkpoint_every: seconds between checkpoints within an epoch; a checkpoint is also written after every epoch.
+        identity: plain data that identify the run in addition to ``config``; other checkpoints are rejected.
         init: weights to start from: a checkpoint, ``last.safetensors`` or ``best.safetensors`` of a run, or a mapping
-            of names to tensors. Only weights and buffers are taken.
-        fabric: the engine (lightning-fabric), launched; one process on the best device, if not given.
-        progress: show a bar with loss and accuracy of the last epoch on a terminal or in a notebook, and print one line
-            per minute elsewhere, to the standard error.
+            from names to tensors. Only weights and buffers are loaded.
+        fabric: the launched engine (lightning-fabric); the default is one process on the best device.
+        progress: on a terminal or in a notebook, show a bar with loss and accuracy of the last epoch. Elsewhere print
+            one line per minute to the standard error.
         logger: called after every epoch with numbers by name (`EpochResult.scalars`) and the epoch: ``wandb_run.log``,
-            ``mlflow.log_metrics``, or any function. When a run goes on, it is called for the epochs before, too.
-        on_step: called after every step with (epoch, step, steps per epoch), counted from 1, in the first process.
-        on_epoch: called after every epoch, in the first process. When a run goes on, it is called for the epochs
-            before, too.
+            ``mlflow.log_metrics``, or any function. A resumed run also calls it for the earlier epochs.
+        on_step: called in the first process after every step with (epoch, step, steps per epoch), counted from 1.
+        on_epoch: called in the first process after every epoch. A resumed run also calls it for the earlier epochs.
 
     Returns:
         One result per epoch, and the best weights.
 
     Raises:
-        TypeError: if an argument is of another type, or the network of another dtype than float32 or float64.
-        ValueError: if the training set is smaller than a batch, the batch cannot be shared equally between the
-            processes, the network has nothing to train, the validation images or labels do not fit, the weights of
-            ``init`` do not fit, or the checkpoints are those of another run.
-        TrainingDiverged: if a loss or state is NaN or infinite or the loss above ``config.stop_above``, with the
-            epoch, the step, the layer with the largest perturbation, and what to try.
+        TypeError: if an argument has the wrong type, or the dtype of the network is not float32 or float64.
+        ValueError: if the training set is smaller than a batch, the batch cannot be divided equally among the
+            processes, the network lacks trainable parameters, the validation images or labels do not fit, the weights
+            of ``init`` do not fit, or the checkpoints belong to another run.
+        TrainingDiverged: if a loss or state is NaN or infinite, or the loss is above ``config.stop_above``. The message
+            has the epoch, the step, the layer with the largest perturbation, and advice.
         TrainingStopped: after SIGTERM; it is a SystemExit with code 143.
         KeyboardInterrupt: after Ctrl-C, with the name of the checkpoint.
         OSError: if a checkpoint cannot be written.
 
     Warns:
-        RuntimeWarning: if bf16 is asked for on a CPU that only imitates it.
+        RuntimeWarning: if bf16 is requested on a CPU that only emulates it.
 
     Example:
         >>> digits = odeadv.data.load("digits").resized(8).subset(200, 50)
@@ -134,7 +133,7 @@ def train(
         module.to(memory_format=torch.channels_last)
     kept = None
     if checkpoints is not None:
-        # Leave out what has its default, as the run's name does: fields may be added later.
+        # Leave out fields with default values, as the name of a run does, because fields may be added later.
         whole: dict[str, Any] = {"config": essential(config), "run": identity, "data": _fingerprint(data)}
         whole["processes"] = fabric.world_size
         whole["net"] = architecture(module)
@@ -154,7 +153,7 @@ def train(
 def _watched(
     config: TrainConfig, progress: bool, logger: Logger | None, on_step: OnStep | None, on_epoch: OnEpoch | None
 ) -> tuple[OnStep | None, OnEpoch | None]:
-    """Return the callbacks of the loop: those of the caller, after the progress line and the logger."""
+    """Return the callbacks of the loop: the progress line and the logger first, then the callbacks of the caller."""
     epochs: list[OnEpoch] = [] if on_epoch is None else [on_epoch]
     steps: list[OnStep] = [] if on_step is None else [on_step]
     if logger is not None:
@@ -176,16 +175,16 @@ def _watched(
 
 
 def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
-    """Load weights and buffers into ``net``: from a file of odeadv, a folder of a run, or a mapping of tensors.
+    """Load weights and buffers into ``net`` from a file of odeadv, the folder of a run, or a mapping of tensors.
 
     Args:
         net: the network.
-        source: ``last.safetensors``, ``best.safetensors``, a checkpoint of `train`, the folder of a run (then its last
-            weights), or a mapping such as a ``state_dict``.
+        source: ``last.safetensors``, ``best.safetensors``, a checkpoint of `train`, the folder of a run (its last
+            weights are loaded), or a mapping such as a ``state_dict``.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: naming ``init``, if the tensors do not fit the network.
+        ValueError: if the tensors do not fit the network; the message names ``init``.
     """
     tensors = _read_weights(source)
     try:
@@ -195,7 +194,7 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, T
 
 
 def weights_digest(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits that name weights and buffers, wherever they are kept; for ``source`` see `load_weights`.
+    """Return 16 hex digits that identify weights and buffers; for ``source`` see `load_weights`.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -240,7 +239,7 @@ def _batches(data: TrainingData, config: TrainConfig, generator: torch.Generator
 
 
 def _fingerprint(data: TrainingData) -> str:
-    """Return what tells data sets apart; of those that are read as they are needed, type and length only."""
+    """Return a text that identifies the data; for data that are read on demand only by type and length."""
     if isinstance(data, ImageDataset):
         return data.fingerprint()
     dataset = data.dataset if isinstance(data, DataLoader) else data
@@ -282,7 +281,7 @@ def _check(
     if validation is not None:
         if not isinstance(validation, (tuple, list)) or len(validation) != 2:
             raise TypeError(f"validation: got {type(validation).__name__}, expected a pair (images, labels)")
-        if isinstance(data, ImageDataset):  # which may have validation images of its own form only
+        if isinstance(data, ImageDataset):  # its validation images must be pixels, too
             check_pixels("validation images", validation[0])
         class_indices("validation labels", validation[1], len(validation[0]))
         check_range("validation labels", validation[1], net.num_classes)
@@ -309,7 +308,7 @@ def _check(
 
 @contextlib.contextmanager
 def _random_state(seed: str, device: torch.device) -> Iterator[None]:
-    """Seed torch's global random state from a text inside, and put it back afterwards."""
+    """Seed torch's global random state from the text ``seed`` in the body, and restore it afterwards."""
     cuda: Sequence[torch.device] = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
@@ -318,7 +317,7 @@ def _random_state(seed: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _searching(on: bool) -> Iterator[None]:
-    """Let cuDNN choose its algorithms by trial inside if ``on``, and put the caller's setting back afterwards."""
+    """If ``on``, let cuDNN choose its algorithms by trial in the body; restore the caller's setting afterwards."""
     before = torch.backends.cudnn.benchmark
     try:
         torch.backends.cudnn.benchmark = before or on
