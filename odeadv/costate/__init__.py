@@ -1,7 +1,7 @@
-"""The costate a(t) = dL/dx(t): recorded along a trajectory, evaluated between the nodes, swept until it converges.
+"""The costate a(t) = dL/dx(t): its recording along a trajectory, its values between nodes, and converging sweeps.
 
-Imports `odeadv.support`, `odeadv.fields` and `odeadv.splitting`. It does not import the solver: a solve gives `sweep` a
-function that makes one recording.
+This folder imports `odeadv.support`, `odeadv.fields` and `odeadv.splitting`. It does not import the solver. Instead, a
+solve gives `sweep` a function that makes one recording.
 """
 
 from odeadv.costate._converge import Recorder, coarser

@@ -1,4 +1,4 @@
-"""The recording pass: one solve and one backward pass, keeping the costate at every node."""
+"""The recording pass: one solve and one backward pass, which keeps the costate at every node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from odeadv.fields import AdversarialField
 from odeadv.splitting import CostateKind, Grid, Stepper, TimeStep
 from odeadv.support.isolation import Recompute, differentiating, inside_transform, version
 
-Recorded = tuple[Sequence[Tensor], Sequence[Tensor], dict[int, Tensor]]  # states, nodes, nodes after their losses
+# The states x_n, the costates a_n, and the costates after the losses at nodes, by n.
+Recorded = tuple[Sequence[Tensor], Sequence[Tensor], dict[int, Tensor]]
 
 
 def record(
@@ -30,23 +31,23 @@ def record(
     keep_states: bool = False,
     rule: Rule = "trapezoid",
 ) -> RecordedCostate:
-    """Solve once, back-propagate the total loss, and return a_n = dL/dx_n at every node of ``grid``.
+    """Solve once, back-propagate the total loss L, and return a_n = dL/dx_n at every node of ``grid``.
 
-    The field's transforms are then applied to the nodes. No weight gradients are computed. Buffers (batch-norm
-    statistics), ``.grad`` and the global random state stay as they were, so that a later solve sees the same statistics
-    and draws the same noise.
+    The field's transforms are then applied to the nodes. Gradients of weights are not computed. Buffers (such as
+    batch-norm statistics), ``.grad`` and the global random state are not changed. A later solve therefore uses the same
+    statistics and draws the same noise.
 
     Args:
-        field: gives ``f``, the read-out and the loss.
+        field: the field with ``f``, the read-out and the losses.
         x0: initial state.
         grid: the nodes.
-        stepper: advances the trajectory by ``f`` alone, or by ``f`` driven by an earlier recording.
-        kind: evaluation of the result between nodes.
-        differentiate: keep the recording in the autograd graph.
-        segments: runs the trajectory in segments, whose autograd graph is not kept. Inside torch.func transforms the
-            whole graph is kept.
-        keep_states: keep the states at the nodes even if ``kind`` does not need them.
-        rule: quadrature of the field's running cost.
+        stepper: advances the trajectory by ``f`` alone, or by ``f`` and an earlier recording.
+        kind: evaluation of the costate between nodes.
+        differentiate: True keeps the recording in the autograd graph.
+        segments: runs the trajectory in segments and does not keep their autograd graphs. Inside torch.func transforms
+            the whole graph is kept.
+        keep_states: True keeps the states at the nodes even if ``kind`` does not need them.
+        rule: quadrature rule for the running cost of the field.
 
     Raises:
         TypeError, ValueError: if the result of a transform of the field cannot replace the nodes.
@@ -59,7 +60,7 @@ def record(
             found = _by_transform(total, x0 if differentiate else x0.detach(), grid, stepper)
             evaluations = f.evaluations
         else:
-            # A new node of the graph, so that dL/dx_0 is taken through the trajectory only.
+            # The start is a new node of the graph, so dL/dx_0 contains the paths through the trajectory only.
             start = _leaf(x0.clone() if x0.is_inference() or differentiate else x0.detach())
             traced = _Traced.along(total, start, grid, stepper, segments)
             evaluations = f.evaluations
@@ -78,13 +79,13 @@ def record(
 
 
 class _Traced(NamedTuple):
-    """A part of a trajectory with its graph.
+    """A part of a trajectory with its autograd graph.
 
     Attributes:
-        states: x_n, the end of step n - 1.
-        leaving: x_n again, the start of step n, by n; only if there is a loss at n.
-        terms: losses at nodes but the last, and running costs of steps.
-        last: the time of the last node.
+        states: the states x_n at the nodes, as the ends of the steps.
+        leaving: a second tensor for x_n as the start of the next step, by n, for nodes with a loss.
+        terms: losses at all nodes except the last, and running costs of the steps.
+        last: time of the last node.
     """
 
     states: list[Tensor]
@@ -96,7 +97,7 @@ class _Traced(NamedTuple):
     def along(
         cls, total: TotalLoss, start: Tensor, grid: Grid, stepper: Stepper, segments: Recompute | None
     ) -> _Traced:
-        """Return the trajectory from ``start`` along ``grid``, in segments if they are to be run again."""
+        """Return the trajectory from ``start`` along ``grid``. If ``segments`` is given, run it in segments."""
         if segments is None:
             return cls.through(total, start, grid, stepper)
         whole = cls([start], {}, [], grid.times[-1])
@@ -118,7 +119,7 @@ class _Traced(NamedTuple):
             x = states[n]
             losses = total.at(step.t0, x)
             if losses:
-                # A view is a node of its own in the graph, so its gradient is that of the later steps alone.
+                # A view is a separate node of the graph, so its gradient contains the later steps only.
                 x = leaving[n] = x.view_as(x)
             end = stepper.advance(x, step)
             terms += losses + total.over(step, stepper, x, end)
@@ -126,7 +127,7 @@ class _Traced(NamedTuple):
         return cls(states, leaving, terms, grid.times[-1])
 
     def costates(self, total: TotalLoss, *, create_graph: bool) -> Recorded:
-        """Return states, costates at the nodes, and costates after the losses at nodes."""
+        """Back-propagate the total loss and return states, costates, and costates after the losses, see `Recorded`."""
         x = self.states[-1]
         terms = [*self.terms, total.field.evaluate(x)[1], *total.at(self.last, x)]
         terms = [term for term in terms if term.requires_grad]
@@ -145,7 +146,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _by_transform(total: TotalLoss, x0: Tensor, grid: Grid, stepper: Stepper) -> Recorded:
-    """Return states and costates at the nodes by `torch.func.vjp` of each step, whose ends may differ in shape."""
+    """Return the same as `_Traced.costates`, with one `torch.func.vjp` per step. Steps may change the shape."""
     states, pulls = [x0], []
     pull: Any
 
@@ -175,7 +176,7 @@ def _by_transform(total: TotalLoss, x0: Tensor, grid: Grid, stepper: Stepper) ->
 def _transformed(
     field: AdversarialField, nodes: Sequence[Tensor], device: torch.device, differentiate: bool
 ) -> Sequence[Tensor]:
-    """Apply the field's transforms to the nodes, and check shape, dtype and device of the result."""
+    """Apply the transforms of the field to the nodes, and check shape, dtype and device of each result."""
     with differentiating(field.modules, device), torch.set_grad_enabled(differentiate):
         for transform in field.transforms:
             before = [version(node) for node in nodes]

@@ -22,12 +22,12 @@ class Costate(Protocol):
 
     @property
     def grid(self) -> Grid:
-        """The times t_n at which it was recorded, as ``grid.times``."""
+        """The grid of the recording, with the times t_n as ``grid.times``."""
         ...
 
     @property
     def nodes(self) -> Sequence[Tensor]:
-        """a(t_n), one tensor per time of the grid."""
+        """The costates a(t_n), one tensor per time of the grid."""
         ...
 
     def __call__(self, t: float) -> Tensor:
@@ -35,7 +35,7 @@ class Costate(Protocol):
         ...
 
     def extrapolated(self, t: float) -> Tensor:
-        """Return a(t), continued beyond the ends of its span."""
+        """Return a(t), also for times outside the span."""
         ...
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
@@ -45,25 +45,26 @@ class Costate(Protocol):
 
 @dataclass(frozen=True)
 class RecordedCostate:
-    """The costate recorded at the nodes of a grid, evaluated between them by ``kind``.
+    """The costate a(t), recorded at the nodes of a grid. ``kind`` chooses the evaluation between the nodes.
 
-    ``"linear"`` is the mean of two nodes (Theorem 3.2 is its midpoint). ``"hermite"`` is the cubic through two nodes
-    with the slopes of Eq. 9. ``"exact"`` integrates Eq. 9 back from the later node along the recorded states by the
-    midpoint rule: one vector-Jacobian product, third-order local error. At the nodes all three equal the recording.
+    ``"linear"`` interpolates between two nodes (Theorem 3.2 uses its value at the midpoint). ``"hermite"`` is the cubic
+    through two nodes with the slopes of Eq. 9. ``"exact"`` integrates Eq. 9 back from the later node along the recorded
+    states, by the midpoint rule. It takes one vector-Jacobian product, and its local error is of third order. At the
+    nodes all three equal the recording.
 
     Attributes:
-        grid: the times t_n.
-        nodes: a(t_n), N + 1 tensors shaped like the states.
-        states: x(t_n) of the trajectory it was recorded on; not kept for ``"linear"``.
-        operator: f, whose Jacobian Eq. 9 needs.
-        running: the running cost l(t, x), if there is one: Eq. 9 then is da/dt = -(df/dx)^T a - dl/dx.
-        leaving: a(t_n) after the loss at t_n, by n, if the field has losses at given times. ``nodes`` has a(t_n) before
-            it, which is dJ/dx(t_n) of the total loss J.
-        work: evaluations of f and vector-Jacobian products that the recording took.
-        kind: the evaluation between nodes.
-        cost: counts the vector-Jacobian products between nodes.
-        differentiate: whether a(t) is part of the autograd graph.
-        memory: the slope at the last node that was asked for, with its operator and node; the next step may reuse it.
+        grid: the times t_n of N steps.
+        nodes: N + 1 costates a(t_n), each of the shape of the state at t_n.
+        states: states x(t_n) of the recorded trajectory; empty for ``"linear"``.
+        operator: the operator f. Eq. 9 needs its Jacobian df/dx.
+        running: the running cost l(t, x), or None. With it Eq. 9 is da/dt = -(df/dx)^T a - dl/dx.
+        leaving: costates a(t_n) after the loss at t_n, by n, if the field has losses at given times. ``nodes`` contains
+            a(t_n) before this loss, which is dJ/dx(t_n) of the total loss J.
+        work: number of evaluations of f and vector-Jacobian products of the recording.
+        kind: evaluation between nodes.
+        cost: counter of the vector-Jacobian products between nodes.
+        differentiate: True keeps a(t) in the autograd graph.
+        memory: the slope at the latest node, with its operator and the number of the node. The next step may reuse it.
     """
 
     grid: Grid
@@ -82,8 +83,8 @@ class RecordedCostate:
         """Return a(t), of the shape of the state.
 
         Args:
-            t: a time within the solved span, float or 0-d tensor. If it is a tensor that requires a gradient, da/dt is
-                in the graph.
+            t: a time within the solved span, a float or a 0-d tensor. If it is a tensor that requires a gradient, its
+                gradient passes through da/dt.
 
         Raises:
             ValueError: if ``t`` is outside the span, or strictly inside a jump of the field.
@@ -95,11 +96,11 @@ class RecordedCostate:
         return self._within(n)(_in_graph(t, time))
 
     def extrapolated(self, t: float | Tensor) -> Tensor:
-        """Return a(t); outside the span it is continued from the first or last step.
+        """Return a(t). Outside the span, extrapolate from the first or last step.
 
         Warns:
-            RuntimeWarning: if ``t`` is outside by more than half of the span. No step of a solver that ends at the end
-                of the span should be so far outside.
+            RuntimeWarning: if ``t`` is outside by more than half of the span. The last step of an adaptive solver
+                should not be so far outside.
         """
         time = self.grid.snap(_float(t))
         low, high = sorted((self.grid.times[0], self.grid.times[-1]))
@@ -113,11 +114,11 @@ class RecordedCostate:
         return self._within(self.grid.locate(min(max(time, low), high)))(_in_graph(t, time))
 
     def difference(self, finer: RecordedCostate) -> tuple[Tensor, Tensor]:
-        """Compare with the recording ``finer`` on a grid of halved steps.
+        """Compare this costate a(t) with the recording ``finer``, b(t), on a grid of halved steps.
 
         Returns:
-            The largest |h (a - b)| over the nodes of ``finer``, with h the size of its steps, and the largest |x| over
-            its states; both entry by entry, of the shape of the state.
+            Two tensors of the shape of the state, each a maximum over the nodes of ``finer``, entry by entry. The first
+            is the largest |h (a - b)|, with the step size h of ``finer``. The second is the largest |x| of its states.
         """
         differences = []
         for n, step in enumerate(self.grid):
@@ -127,7 +128,7 @@ class RecordedCostate:
         return torch.stack(differences).amax(0), torch.stack([x.detach().abs() for x in finer.states]).amax(0)
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
-        """Return a(t) on the step from ``t0`` to ``t1``, or a(t) itself if that is not part of one step of the grid."""
+        """Return a(t) on the step from ``t0`` to ``t1``. If it is not part of one step of the grid, return all of a."""
         low, high = sorted((t0, t1))
         first, last = sorted((self.grid.times[0], self.grid.times[-1]))
         middle = 0.5 * (low + high)
@@ -159,25 +160,25 @@ class RecordedCostate:
             if self.kind == "exact":
                 if not isinstance(s, Tensor):
                     return self._back(part, n, s)
-                # Detached within forward mode, the vector-Jacobian product would lose its derivative by time.
+                # A detached vector-Jacobian product would lose its time derivative in forward mode.
                 return _linearised(partial(replace(self, differentiate=True)._back, part, n), s)
             if not slopes:
                 slopes.append(self._slope_before(part, n, before))
                 slopes.append(self._vjp(part, step.t1, self.states[n + 1], after))
                 self.memory[:] = [(part, n + 1, slopes[1])]
-            return cubic(before, after, slopes, s, -step.h)  # Eq. 9: the slopes are minus these products
+            return cubic(before, after, slopes, s, -step.h)  # by Eq. 9 the slopes are minus these products
 
         return value
 
     def _slope_before(self, part: Operator, n: int, a: Tensor) -> Tensor:
-        """Return (df/dx)^T a at the beginning of step ``n``: that at the end of the step before, if it is the same."""
+        """Return (df/dx)^T a at the beginning of step ``n``. Reuse the product of the previous step if possible."""
         same = self.memory and self.memory[0][0] is part and self.memory[0][1] == n and n not in self.leaving
         if same and not self.differentiate and not inside_transform():
             return self.memory[0][2]
         return self._vjp(part, self.grid.times[n], self.states[n], a)
 
     def _back(self, part: Operator, n: int, s: Any) -> Tensor:
-        """Return Eq. 9 integrated back from the end of step ``n`` to its fraction ``s``, by the midpoint rule."""
+        """Integrate Eq. 9 back from the end of step ``n`` to the fraction ``s`` of this step, by the midpoint rule."""
         step, before, after = self.grid[n], self.leaving.get(n, self.nodes[n]), self.nodes[n + 1]
         middle = 0.5 * (1.0 + s)
         with torch.inference_mode(False):
@@ -186,7 +187,7 @@ class RecordedCostate:
         if isinstance(length, Tensor):
             back: Tensor = after + like_real(length, after) * pulled
             return back
-        return torch.add(after, pulled, alpha=length)  # no product of the size of the state
+        return torch.add(after, pulled, alpha=length)  # this avoids a temporary tensor of the size of the state
 
     def _vjp(self, operator: Operator, t: float, x: Tensor, a: Tensor) -> Tensor:
         """Return (df/dx)^T a at (t, x), plus the gradient of the running cost."""
@@ -215,7 +216,7 @@ class RecordedCostate:
 
 @dataclass(frozen=True)
 class SummedCostate:
-    """The sum of several recordings, which drives with ``ascent=M`` (Eq. 3).
+    """The sum of several recordings, which drives the state if ``ascent=M`` (Eq. 3).
 
     Attributes:
         parts: the recordings.
@@ -225,10 +226,10 @@ class SummedCostate:
 
     @property
     def grid(self) -> Grid:
-        """The times of the recordings, if they are the same for all of them.
+        """The grid of the recordings, if all recordings have the same grid.
 
         Raises:
-            AttributeError: if the times differ, as with adaptive steps.
+            AttributeError: if the grids differ, for example with adaptive steps.
         """
         first = self.parts[0].grid
         if any(part.grid != first for part in self.parts):
@@ -237,7 +238,7 @@ class SummedCostate:
 
     @property
     def nodes(self) -> Sequence[Tensor]:
-        """The sums at the times of ``grid``; raises as ``grid`` does."""
+        """The sums at the times of ``grid``. The errors are those of ``grid``."""
         count = len(self.grid.times)
         return [_total(part.nodes[n] for part in self.parts) for n in range(count)]
 
@@ -246,7 +247,7 @@ class SummedCostate:
         return _total(part(t) for part in self.parts)
 
     def extrapolated(self, t: float | Tensor) -> Tensor:
-        """Return the sum at ``t``, outside the span too."""
+        """Return the sum at ``t``, also for times outside the span."""
         return _total(part.extrapolated(t) for part in self.parts)
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:
@@ -260,14 +261,14 @@ def _float(t: float | Tensor) -> float:
 
 
 def _in_graph(t: float | Tensor, time: float) -> float | Tensor:
-    """Return ``time``, which is ``t`` up to rounding, as a tensor with the gradient of ``t`` if it requires one."""
+    """Return ``time``, which equals ``t`` up to rounding. If ``t`` requires a gradient, the result passes it on."""
     return t + (time - _float(t)) if isinstance(t, Tensor) and t.requires_grad else time
 
 
 def _linearised(value: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """Return ``value(s)`` with its derivative by ``s`` in the graph, and no other gradient: the costate is a constant.
+    """Return ``value(s)`` with its first derivative with respect to ``s`` in the autograd graph.
 
-    The second derivative is not in the graph.
+    All other gradients are cut, because the costate is treated as a constant. Second derivatives are not in the graph.
     """
     at = s.detach()
     found: Tensor

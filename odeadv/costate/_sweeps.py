@@ -1,4 +1,4 @@
-"""The recordings of a solve: one, several, or sweeps until the costate is that of its own trajectory."""
+"""The recordings of a solve: one, several, or sweeps until the costate belongs to the trajectory that it drives."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Swept:
     """The result of all recordings.
 
     Attributes:
-        costate: drives the solve.
-        residuals: relative change of each sweep, if they are to converge.
-        converged: whether they did; True for a fixed number of recordings.
-        products: products with the Jacobian of f, or derivatives of them, that Newton's method took.
+        costate: the costate that drives the solve.
+        residuals: relative change of each sweep, if the sweeps have to converge.
+        converged: False if the sweeps have to converge and did not; True for a fixed number of recordings.
+        products: number of products of Newton's method with the Jacobian of f, including derivatives of such products.
     """
 
     costate: Costate
@@ -33,14 +33,14 @@ class Swept:
 def sweep(
     record: Recorder, plan: Recordings, *, grid: Grid | None = None, coarse: Sequence[Grid] = (), implicit: bool = False
 ) -> Swept:
-    """Make the recordings of ``plan``, each on a trajectory driven by the recordings before.
+    """Make the recordings of ``plan``, each on a trajectory that the earlier recordings drive.
 
     Args:
-        record: makes a recording.
-        plan: what to record.
+        record: function that makes one recording.
+        plan: number and kind of the recordings.
         grid: the steps, if they are fixed.
-        coarse: coarser grids to begin on, if the recordings are to converge.
-        implicit: give a converged costate its gradient, by the implicit function theorem.
+        coarse: coarser grids for the first sweeps, if the recordings have to converge.
+        implicit: True gives a converged costate its gradient, by the implicit function theorem.
     """
     if plan.converge is not None:
         level = fixed_point(record, plan.converge, coarse, grid)

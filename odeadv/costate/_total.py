@@ -18,15 +18,16 @@ Rule = Literal["trapezoid", "simpson"]
 
 @dataclass(frozen=True)
 class TotalLoss:
-    """J = loss(x_N) + sum of the losses at nodes + sum over the steps of the running cost, by ``rule``.
+    """The total loss J: the loss of the final state x_N, plus the losses at nodes, plus the integrated running cost.
 
-    ``"trapezoid"``, of order two, uses the states at the nodes. ``"simpson"``, of order four, also uses the middle of
-    the cubic through two nodes with the slopes of the driven field.
+    The integral is a sum over the steps. ``"trapezoid"``, of order two, uses the states at the nodes. ``"simpson"``, of
+    order four, also uses the state in the middle of each step. This state is the value of the cubic through two nodes
+    with the slopes of the driven field.
 
     Attributes:
-        field: gives loss, running cost and the losses at given times.
+        field: the field with the loss, the running cost and the losses at given times.
         rule: the quadrature rule.
-        losses: the losses at nodes, by the times of the nodes.
+        losses: a dict of the time of a node to the loss at this node.
     """
 
     field: AdversarialField
@@ -39,11 +40,18 @@ class TotalLoss:
         return TotalLoss(field, rule, {grid.snap(t): loss for t, loss in field.at.items()})
 
     def at(self, t: float, x: Tensor) -> list[Tensor]:
-        """Return the loss at the node ``t`` with the state ``x``, if there is one."""
+        """Return a list with the loss at the node ``t`` of the state ``x``. It is empty if this node has none."""
         return [self.field.loss_at(self.losses[t], x)] if t in self.losses else []
 
     def over(self, step: TimeStep, stepper: Stepper, x: Tensor, end: Tensor) -> list[Tensor]:
-        """Return the running cost of ``step`` from ``x`` to ``end``, if there is one."""
+        """Return a list with the integral of the running cost over ``step``, or an empty list without running cost.
+
+        Args:
+            step: the step.
+            stepper: computes the slopes for Simpson's rule.
+            x: state at the start of the step.
+            end: state at the end of the step.
+        """
         if self.field.running is None:
             return []
         cost = self.field.running_cost
@@ -57,9 +65,9 @@ class TotalLoss:
     def along(
         self, grid: Grid, stepper: Stepper, states: Sequence[Tensor], segments: Recompute | None = None
     ) -> Tensor:
-        """Return J without the loss of the final state, for the states at the nodes of ``grid``.
+        """Return J without the loss of the final state. ``states`` are the states at the nodes of ``grid``.
 
-        ``segments`` runs the running cost of each step again in the backward pass, instead of keeping its graph.
+        With ``segments`` the graph of the running cost is not kept, and the backward pass evaluates it again.
         """
         over = self.over if segments is None else partial(segments, self.over)
         terms = self.at(grid.times[0], states[0])

@@ -1,8 +1,8 @@
-"""Diagnostics of the dynamics of any field, trained networks included. Each returns plain data with a `plot`.
+"""Diagnostics of the dynamics of any field, including trained networks. Each returns plain data with a `plot`.
 
 A network is a field here: ``odeadv.diagnostics.perturbation(net.field(images, labels, eta), **net.solve_options)``.
-`diagnose` runs all of them and writes one page. Imports the solver and the folders below it, but no model. matplotlib
-is imported only by the functions that draw.
+`diagnose` runs all diagnostics and writes one page. This folder imports the solver and the folders below it, but not
+the models. Only functions that draw import matplotlib.
 """
 
 from odeadv.diagnostics._contraction import Contraction, contraction

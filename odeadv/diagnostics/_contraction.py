@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contraction(Result):
-    """The factor by which a sweep changes errors of the costate that drives it.
+    """The factor by which a sweep changes errors of the costate.
 
     Attributes:
-        factor: |eta| times ``reach``. Below 1 plain sweeps converge at that rate; above 1 they diverge.
-        eigenvalue: ``factor`` with its sign. It is negative if the loss is concave in that direction; sweeps alternate.
-        reach: I, the factor per unit of eta: the largest curvature of the loss as a function of the forcing.
-        change: ||Phi(u) - u|| / ||Phi(u)||, where Phi is one sweep and u the recording that drives the two-stage
-            method. A second sweep would make this relative change.
-        measured: ||Phi(Phi(u)) - Phi(u)|| / ||Phi(u) - u||, the change by the third sweep relative to the second. For
-            a smooth f it is about ``factor`` or less. The derivative of a ReLU jumps, and the Hessian behind ``factor``
-            does not see this: for such an f trust this number.
+        factor: |eta| times ``reach``. Below 1, plain sweeps converge at this rate. Above 1, they diverge.
+        eigenvalue: ``factor`` with its sign. It is negative if the loss is concave in the direction of the eigenvector.
+            The errors of successive sweeps then alternate in sign.
+        reach: I, the factor per unit of eta. It is the largest curvature of the loss as a function of the forcing.
+        change: ||Phi(u) - u|| / ||Phi(u)||, with Phi as one sweep and u as the recording that drives the two-stage
+            method. It is the relative change by a second sweep.
+        measured: ||Phi(Phi(u)) - Phi(u)|| / ||Phi(u) - u||, the change by the third sweep over the change by the
+            second. For a smooth f it is at most about ``factor``. The Hessian behind ``factor`` does not see jumps in
+            the derivative of a ReLU. For networks with ReLU, trust ``measured``.
         eta: strength of the field.
         iterations: number of iterations of the power method.
-        converged: whether the last eigenvalue is within the tolerance.
-        estimates: the estimates of ``factor``, one per iteration.
+        converged: True if the last eigenvalue is within the tolerance.
+        estimates: estimates of ``factor``, one per iteration.
     """
 
     factor: float
@@ -62,7 +63,7 @@ class Contraction(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "eta I": self.factor,
             "with its sign": self.eigenvalue,
@@ -93,31 +94,33 @@ def contraction(
     most: int = 100,
     generator: torch.Generator | None = None,
 ) -> Contraction:
-    """Estimate eta * I, the spectral radius of a sweep's derivative at the recording that drives the two-stage method.
+    """Estimate eta * I, the contraction factor of the sweeps, at the recording that drives the two-stage method.
 
-    A sweep Phi maps a costate u to the costate recorded on the trajectory driven by eta u. The derivative of Phi is
-    eta times the Hessian of the loss with respect to the forcing. It is symmetric, so each iteration of the power
-    method is one vector-Jacobian product, a backward pass through the recording. The costate is linear between nodes.
-    For f = lambda x and L = x(T)^2 / 2, I = (exp(2 lambda T) - 1) / (2 lambda).
+    A sweep Phi maps a costate u to the costate that is recorded on the trajectory driven by eta u. The factor is the
+    spectral radius of the derivative of Phi. This derivative is eta times the Hessian of the loss with respect to the
+    forcing. It is symmetric, so each iteration of the power method is one vector-Jacobian product, a backward pass
+    through the recording. The costate is linear between nodes. For f = lambda x and L = x(T)^2 / 2,
+    I = (exp(2 lambda T) - 1) / (2 lambda).
 
-    The derivative does not see kinks such as those of a ReLU; `Contraction.measured` does. The graph of a recording
-    and of its derivative is held, which takes several times the memory of a training step. Transforms of the costate
-    do not act.
+    The derivative does not see kinks such as the kink of a ReLU, but `Contraction.measured` does. The autograd graph of
+    a recording and of its derivative takes several times the memory of a training step. Transforms of the costate are
+    not applied.
 
     Args:
-        field: an `AdversarialField`. With eta = 0 the factor is 0, and ``reach`` belongs to the unperturbed trajectory.
+        field: an `AdversarialField`. If eta = 0, the factor is 0, and ``reach`` is computed for the unperturbed
+            trajectory.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        scheme: scheme of the sweeps' trajectories.
-        rtol: stop if an eigenvalue is known to this relative accuracy.
+        scheme: scheme of the trajectories of the sweeps.
+        rtol: relative accuracy of the eigenvalue at which the iteration stops.
         most: largest number of iterations.
-        generator: source of the starting direction; seed 0 if not given.
+        generator: source of the random starting direction; by default a generator with seed 0.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if a recording is not finite.
     """
     needs_loss("contraction", field)
@@ -136,7 +139,7 @@ def contraction_of(
     most: int = 100,
     generator: torch.Generator | None = None,
 ) -> Contraction:
-    """Return the contraction of ``field``, which carries its problem; see `contraction`."""
+    """Return the contraction of ``field``, which must contain its problem; see `contraction`."""
     eta, unit = field.eta, with_strength(field, 1.0)
     assert not isinstance(eta, Tensor)
     method = read_discretisation(unit, scheme, substep, "linear")
@@ -192,7 +195,7 @@ def contraction_of(
 
 
 def _joined(nodes: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """Return the nodes as one vector, and a function that splits such a vector into nodes."""
+    """Return the nodes as one vector, and a function that splits a vector of this size into nodes."""
     shapes, counts = [node.shape for node in nodes], [node.numel() for node in nodes]
 
     def split(joined: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The residual of Eq. 9 on recorded costates, and the error of the midpoint of Theorem 3.2."""
+"""The residual of Eq. 9 for recorded costates, and the errors of values at midpoints (Theorem 3.2)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from odeadv.support.linearised import Linearised
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PARTS = 4  # steps of RK4 for the reference over half a step: its error is far below that of every midpoint here
+PARTS = 4  # steps of RK4 over half a step, so that the error of the reference is far below all measured errors
 
 
 @dataclass(frozen=True)
 class CostateResidual(Result):
-    """Eq. 9 on a recorded costate, and its values half-way through each layer that is an ODE step.
+    """The residual of Eq. 9 for a recorded costate a, and errors of its values in the middle of each layer.
 
     A recording is exact for the discrete network, so the residual is the distance of its layers from the differential
-    equation. All errors are 2-norms of differences over the whole batch tensor, relative to the reference.
+    equation. All errors are 2-norms of differences over the whole batch tensor, relative to the norm of the reference.
+    Layers that are jumps are left out.
 
     Attributes:
-        layers: numbers of the layers; jumps are left out.
-        ts: times of their beginnings.
-        residual: ||(a_{n+1} - a_n) / h + J^T a|| / ||J^T a||, J and a at the means of the two nodes.
+        layers: numbers n of the layers, which have the step size h and the costates a_n and a_{n+1} at their ends.
+        ts: times at the beginnings of the layers.
+        residual: ||(a_{n+1} - a_n) / h + J^T a|| / ||J^T a||, with the Jacobian J = df/dx and a at the mean of the two
+            nodes.
         arithmetic: error of (a_n + a_{n+1}) / 2 (Theorem 3.2, ``costate="linear"``).
-        geometric: error of the element-wise geometric mean with its sign (Eq. 23), 0 where signs differ.
-        exact: error of ``costate="exact"``: one midpoint rule back from a_{n+1} (``scheme="strang-midpoint"``).
-        arithmetic_length: ||(a_n + a_{n+1}) / 2|| over the reference's norm; the paper's bound says above 1.
-        geometric_length: the same of the geometric mean.
-        undefined: share of elements whose sign changes over the layer; Eq. 23 lacks a real solution for them.
+        geometric: error of the element-wise geometric mean with its sign (Eq. 23), or 0 for elements of unequal signs.
+        exact: error of ``costate="exact"``, one step of the midpoint rule back from a_{n+1}
+            (``scheme="strang-midpoint"``).
+        arithmetic_length: ||(a_n + a_{n+1}) / 2|| over the norm of the reference. By the paper's bound it is above 1.
+        geometric_length: norm of the geometric mean over the norm of the reference.
+        undefined: share of elements with a sign that changes over the layer. For these, Eq. 23 has no real solution.
     """
 
     layers: list[int]
@@ -54,7 +57,7 @@ class CostateResidual(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "median residual of Eq. 9": median(self.residual),
             "median error, arithmetic": median(self.arithmetic),
@@ -78,13 +81,13 @@ def costate_residual(
     steps: int | None = None,
     substep: Any = None,
 ) -> CostateResidual:
-    """Measure the residual of Eq. 9, da/dt = -J^T a, and three midpoints of a, along the unperturbed trajectory.
+    """Measure the residual of Eq. 9, da/dt = -J^T a, and three values at midpoints, on the unperturbed trajectory.
 
-    The reference is Eq. 9 integrated back from a_{n+1} over half a step by four steps of RK4, along the straight line
-    between the recorded states, which is the trajectory of a step of Euler.
+    The reference at a midpoint is Eq. 9 integrated back from a_{n+1} over half a step, by four steps of RK4. The states
+    are on the straight line between the recorded states, which is the trajectory of an Euler step.
 
     Args:
-        field: an `AdversarialField`; its eta is not used.
+        field: an `AdversarialField`. Its eta is not used.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
@@ -92,7 +95,7 @@ def costate_residual(
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if the recording fails.
     """
     needs_loss("costate_residual", field)
@@ -100,7 +103,7 @@ def costate_residual(
 
 
 def costate_residual_of(trajectory: Trajectory) -> CostateResidual:
-    """Measure Eq. 9 along an unperturbed trajectory with costates."""
+    """Return the result of `costate_residual` for an unperturbed trajectory with costates."""
     names = ("residual", "arithmetic", "geometric", "exact", "arithmetic_length", "geometric_length", "undefined")
     columns: dict[str, list[float]] = {name: [] for name in names}
     layers, ts = [], []
@@ -144,7 +147,7 @@ def _slope(layer: Layer, s: float, a: Tensor) -> Tensor:
 
 
 def _half_back(layer: Layer) -> Tensor:
-    """Return the solution of Eq. 9 from the end of the layer back to its middle."""
+    """Return the costate in the middle of the layer, by Eq. 9 integrated back from the end of the layer."""
     a = layer.a_end
     assert a is not None
     for part in range(PARTS):
@@ -153,7 +156,7 @@ def _half_back(layer: Layer) -> Tensor:
 
 
 def _rk4(layer: Layer, s: float, ds: float, a: Tensor) -> Tensor:
-    """Return one step of RK4 on Eq. 9, from the fraction ``s`` of the layer to ``s`` + ``ds``."""
+    """Return the result of one RK4 step for Eq. 9, from the fraction ``s`` of the layer to ``s + ds``."""
     h = layer.step.h * ds
     k1 = _slope(layer, s, a)
     k2 = _slope(layer, s + 0.5 * ds, a + 0.5 * h * k1)
@@ -163,7 +166,7 @@ def _rk4(layer: Layer, s: float, ds: float, a: Tensor) -> Tensor:
 
 
 def _geometric(a: Tensor, b: Tensor) -> tuple[Tensor, float]:
-    """Return the element-wise geometric mean, 0 for elements of different signs, and the share of these."""
+    """Return the element-wise geometric mean (0 for elements of unequal signs), and the share of unequal signs."""
     if a.is_complex():
         mean, undefined = _geometric(torch.view_as_real(a), torch.view_as_real(b))
         return torch.view_as_complex(mean.contiguous()), undefined

@@ -1,4 +1,4 @@
-"""The Hamiltonian along a solution, the energy of its perturbation, and the rise of the loss per energy."""
+"""The Hamiltonian along a solution, the energy of the perturbation, and the rise of the loss per energy."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hamiltonian(Result):
-    """H = a . f(t, x) + (eta / 2) |a|^2 at both ends of each layer that is an ODE step.
+    """The Hamiltonian H = a . f(t, x) + (eta / 2) |a|^2 at both ends of each layer that is an ODE step.
 
     Attributes:
         layers: numbers of the layers; jumps are left out.
-        starts, stops: times of their ends.
-        values: H at the beginning of each layer, with the f of that layer.
-        ends: H at its end, with the same f.
-        layer_drift: ``ends`` - ``values``.
-        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|; with pieces the largest |``layer_drift``|,
-            because H changes with f between two pieces.
-        relative_drift: ``drift`` over the largest |H|.
+        starts, stops: times at the beginnings and at the ends of the layers.
+        values: H at the beginning of each layer, with the f of this layer.
+        ends: H at the end of each layer, with the same f.
+        layer_drift: ``ends`` minus ``values``.
+        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|. For a field with pieces, the largest
+            |``layer_drift``|, because H changes with f between two pieces.
+        relative_drift: ``drift`` divided by the largest |H|.
         eta: strength of the field.
     """
 
@@ -66,7 +66,7 @@ class Hamiltonian(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "relative drift": self.relative_drift,
             "drift": self.drift,
@@ -91,11 +91,11 @@ def hamiltonian(
     scheme: str | Scheme = "strang",
     sweeps: Any = None,
 ) -> Hamiltonian:
-    """Measure the Hamiltonian of Pontryagin's principle along a solution, and its drift: a free accuracy check.
+    """Measure the Hamiltonian of Pontryagin's principle along a solution, and its drift. It is an accuracy check.
 
-    If f does not depend on time, H is constant along the exact solution of Eq. 7 and 9. With ``sweeps="converge"`` its
-    drift is therefore the error of the scheme. With one recording, a is not the costate of the trajectory that it
-    drives, so a part of the drift stays for any step size.
+    If f does not depend on time, H is constant along the exact solution of Eq. 7 and 9. With ``sweeps="converge"`` the
+    drift of H is therefore the error of the scheme. With one recording, a is not the costate of the trajectory that it
+    drives, so a part of the drift remains for any step size.
 
     Args:
         field: an `AdversarialField`.
@@ -104,12 +104,12 @@ def hamiltonian(
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        solution: a solution of ``field`` with ``save_at="steps"``, instead of a solve here.
+        solution: a solution of ``field`` with ``save_at="steps"``; by default the function solves the field.
         scheme: scheme of the perturbed trajectory.
         sweeps: see `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if the solve fails.
     """
     adversarial = needs_loss("hamiltonian", field)
@@ -126,7 +126,7 @@ def hamiltonian(
 
 
 def hamiltonian_of(trajectory: Trajectory) -> Hamiltonian:
-    """Measure H along a trajectory with costates."""
+    """Return the result of `hamiltonian` for a trajectory with costates."""
     layers, starts, stops, values, ends = [], [], [], [], []
     with trajectory.quiet():
         for layer in trajectory.layers():
@@ -166,14 +166,14 @@ class Energy(Result):
 
     Attributes:
         plain_loss: loss without the perturbation.
-        energy: (eta / 2) * integral |a|^2 dt of the recording, by the trapezoidal rule on its nodes.
+        energy: (eta / 2) * integral |a|^2 dt of the recorded costate a, by the trapezoidal rule on its nodes.
         schemes: names of the schemes.
-        spent: the energy that each scheme spends: a stage that moves the state by d in a time h costs
-            |d|^2 / (2 eta h), times the factor of its table in a mixture.
-        losses: loss after each scheme.
-        loss_rise: ``losses`` - ``plain_loss``.
-        loss_per_energy: ``loss_rise`` / ``spent``; 2 for a small eta, because the loss rises by
-            eta * integral |a|^2 dt to first order, twice the energy.
+        spent: the energy that each scheme spends. A costate stage that moves the state by d in a time h costs
+            |d|^2 / (2 eta h). In a mixture, this cost is multiplied by the factor of its table.
+        losses: loss with each scheme.
+        loss_rise: ``losses`` minus ``plain_loss``.
+        loss_per_energy: ``loss_rise`` / ``spent``. It is 2 for a small eta: to first order the loss rises by
+            eta * integral |a|^2 dt, which is twice the energy.
         eta: strength of the field.
     """
 
@@ -190,7 +190,7 @@ class Energy(Result):
     reading: ClassVar[str] = "The rise of the loss per unit of energy of the perturbation; 2 for a weak perturbation."
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "plain loss": self.plain_loss,
             "energy": self.energy,
@@ -220,7 +220,7 @@ def energy(
     """Measure the energy that each scheme spends and the rise of the loss, on the same problem and steps.
 
     Args:
-        field: an `AdversarialField` with eta not 0.
+        field: an `AdversarialField` with an eta different from 0.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
@@ -230,7 +230,7 @@ def energy(
         sweeps: see `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if a solve fails.
     """
     adversarial = needs_loss("energy", field)
@@ -242,7 +242,7 @@ def energy(
 
 
 def energy_of(plain: Trajectory, names: Sequence[str | Scheme], substep: Any, sweeps: Any = None) -> Energy:
-    """Measure `energy`, given the unperturbed trajectory of the field."""
+    """Return the result of `energy` for the field of the unperturbed trajectory ``plain``."""
     field, plain_loss = plain.field, plain.loss()
     assert isinstance(field, AdversarialField)
     eta = plain.eta
@@ -272,12 +272,12 @@ def energy_of(plain: Trajectory, names: Sequence[str | Scheme], substep: Any, sw
 
 
 class _Meter:
-    """A sub-step of the costate that sums the energy of its moves.
+    """A sub-step of the costate that adds up the energy of its changes of the state.
 
     Args:
-        method: the sub-step itself.
+        method: the sub-step that advances the state.
         eta: strength of the field.
-        factors: the factors of the tables to which its stages belong, in the order of the stages in a step.
+        factors: the factor of the table of each costate stage, in the order of the stages in a step.
     """
 
     def __init__(self, method: SubStep, eta: float, factors: Sequence[float]) -> None:
@@ -287,14 +287,14 @@ class _Meter:
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
         """See `odeadv.splitting.SubStep.advance`."""
-        # From 0, because the difference of two states would lose digits.
+        # The change starts from a zero state, because the difference of two states would lose digits.
         moved = self.method.advance(operator, clock, h, torch.zeros_like(x), Cost())
         self.spent += next(self.factors) * norm(moved) ** 2 / (2.0 * self.eta * h)
         return self.method.advance(operator, clock, h, x, cost)
 
 
 def _factors(field: AdversarialField, scheme: str | Scheme) -> list[float]:
-    """Return the factor of its table for each stage of the costate in a step; 1 if the field is not split."""
+    """Return, for each costate stage in a step, the factor of its table. The factor is 1 if the field is not split."""
     table = read_discretisation(field, scheme, None, None).scheme
     if table is None:
         return [1.0]

@@ -1,4 +1,4 @@
-"""Differences of states: a bound on their growth in each layer, and the growth of one difference."""
+"""Growth of a difference between two states: a bound for each layer, and the growth of one given difference."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lipschitz(Result):
-    """Spectral norms of the layers' Jacobians at the states of the unperturbed trajectory, estimated from below.
+    """Spectral norms of the Jacobians of the layers on the unperturbed trajectory, estimated from below.
 
-    The batch is one state: without batch statistics the norm is that of the most sensitive example.
+    The whole batch is one state. Without batch statistics the norm is the norm of the most sensitive example.
 
     Attributes:
-        ts: times of the layers' beginnings.
-        velocity: ||J||_2 of f, one per layer; NaN at a jump.
-        layer: ||I + h J||_2 of the layer as a step of Euler, one per layer; at a jump, the norm of its map.
-        bound: product of ``layer``. Apart from errors of the estimates, no small difference grows by more.
-        converged: for each layer, whether the singular value is within the tolerance.
+        ts: times at the beginnings of the layers.
+        velocity: ||J||_2 of the Jacobian J = df/dx, one per layer; NaN for a jump.
+        layer: ||I + h J||_2 of the layer as an Euler step of size h, one per layer; for a jump, the norm of the
+            Jacobian of its map.
+        bound: product of ``layer``. Apart from errors of the estimates, it bounds the growth of all small differences.
+        converged: True for each layer with a singular value within the tolerance.
     """
 
     ts: list[float]
@@ -49,7 +50,7 @@ class Lipschitz(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "median of a layer": median(self.layer),
             "largest": max(self.layer),
@@ -76,21 +77,21 @@ def lipschitz(
     most: int = 50,
     generator: torch.Generator | None = None,
 ) -> Lipschitz:
-    """Estimate local Lipschitz constants of f and of each layer, by power iteration on J^T J from products with J.
+    """Estimate local Lipschitz constants of f and of each layer, by power iteration on J^T J with J = df/dx.
 
     Args:
-        field: any field; an `AdversarialField` is taken without its perturbation.
+        field: any field. For an `AdversarialField` the perturbation is left out.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        rtol: stop if an eigenvalue of J^T J is known to this relative accuracy.
+        rtol: relative accuracy of the eigenvalue of J^T J at which the iteration stops.
         most: largest number of iterations per layer.
-        generator: source of the starting directions; seed 0 if not given.
+        generator: source of the random starting directions; by default a generator with seed 0.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if the solve fails.
     """
     check_iteration(rtol, most)
@@ -101,7 +102,7 @@ def lipschitz(
 def lipschitz_of(
     trajectory: Trajectory, *, rtol: float = 1e-2, most: int = 50, generator: torch.Generator | None = None
 ) -> Lipschitz:
-    """Estimate spectral norms along an unperturbed trajectory."""
+    """Return the result of `lipschitz` for an unperturbed trajectory."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     velocities, layers, converged = [], [], []
     for layer in trajectory.layers():
@@ -118,7 +119,7 @@ def lipschitz_of(
 
 
 def _spectral(inner: Linearised, start: Tensor, h: float | None, rtol: float, most: int) -> tuple[float, bool]:
-    """Return ||J||_2, or ||I + h J||_2 if ``h`` is given, and whether it has converged."""
+    """Return ||J||_2, or ||I + h J||_2 if ``h`` is given, and True if the iteration has converged."""
 
     def squared(v: Tensor) -> Tensor:
         if h is None:
@@ -132,14 +133,14 @@ def _spectral(inner: Linearised, start: Tensor, h: float | None, rtol: float, mo
 
 @dataclass(frozen=True)
 class Growth(Result):
-    """The size of a difference of states through the layers, relative to its size at the beginning.
+    """The size of a difference dx_n of two states after each layer n, relative to its size at the beginning.
 
     Attributes:
         ts: times of the N + 1 nodes.
         ratios: ||dx_n|| / ||dx_0||, one per node; the first is 1.
-        relative: ||dx_n|| / ||x_n|| divided by its value at the beginning, which is free of changes of scale.
-        size: ||dx_0||; 1 for an infinitesimal direction.
-        linear: True if dx is an infinitesimal direction, False if it is the difference to a given start.
+        relative: ||dx_n|| / ||x_n|| divided by ||dx_0|| / ||x_0||. Changes in the scale of the state cancel.
+        size: ||dx_0||; 1 for an infinitesimal difference.
+        linear: True if dx is infinitesimal, False if it is the difference to the state ``start``.
     """
 
     ts: list[float]
@@ -154,7 +155,7 @@ class Growth(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "growth to the end": self.ratios[-1],
             "largest": max(self.ratios),
@@ -184,20 +185,20 @@ def growth(
     """Follow the growth of a difference in the initial state through the layers of the unperturbed field.
 
     Args:
-        field: any field; an `AdversarialField` is taken without its perturbation.
+        field: any field. For an `AdversarialField` the perturbation is left out.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        direction: dx_0 of an infinitesimal difference, propagated by a Jacobian-vector product through the solve. If
-            neither ``direction`` nor ``start`` is given, a random one is drawn.
-        start: another initial state instead, such as ``net.stem(attacked_images)``; it is solved from as well.
-        scheme: see `odeadv.solve`; it matters for a field of several operators.
-        generator: source of the random direction; seed 0 if not given.
+        direction: direction of an infinitesimal difference of the initial states. A Jacobian-vector product through the
+            solve propagates it. If neither ``direction`` nor ``start`` is given, the direction is random.
+        start: a second initial state, such as ``net.stem(attacked_images)``. The field is solved from both states.
+        scheme: see `odeadv.solve`. It is used for a field with several operators only.
+        generator: source of the random direction; by default a generator with seed 0.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
         SolveError: if a solve fails.
     """
     if direction is not None and start is not None:
@@ -215,9 +216,9 @@ def growth_of(
     scheme: str | Scheme | None = None,
     generator: torch.Generator | None = None,
 ) -> Growth:
-    """Follow a difference in ``field``, which carries its problem; see `growth`."""
+    """Return the result of `growth` for ``field``, which must contain its problem."""
     if substep is None and isinstance(field, AdversarialField):
-        substep = "euler"  # its default; a plain field, which it becomes here, has one of the order of the scheme
+        substep = "euler"  # the default of an `AdversarialField`; the default of a plain field depends on the scheme
     field = _plain(field)
     if isinstance(substep, Mapping) and len(field.operators) == 1:
         substep = substep.get("f", "euler")

@@ -1,4 +1,4 @@
-"""Derivatives of a layer by time, and the largest eigenvalue of a linear map."""
+"""The time derivative of a layer, and the largest eigenvalue of a linear map."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from odeadv.support.linearised import gradient
 
 
 def time_derivative(layer: Layer, x: Tensor) -> Tensor:
-    """Return f_t(t_n, x) of a layer that is an ODE step: by autograd, unless differences show that a part is missing.
+    """Return the time derivative f_t(t_n, x) of a layer that is an ODE step.
 
-    Autograd misses the dependence on time if the field reads its time as a Python number.
+    It is computed by autograd and by finite differences. Autograd misses a dependence on time if the field converts its
+    time to a Python number. If the two results differ by more than their errors, the finite difference is returned.
     """
     state = x.detach()
     start = torch.as_tensor(layer.step.t0, dtype=_clock(state), device=state.device)
@@ -35,7 +36,7 @@ def time_derivative(layer: Layer, x: Tensor) -> Tensor:
     here = y.detach()
     first, second = (layer.velocity(state, start + k * delta).detach() for k in (1, 2))
     rate: Tensor = (4.0 * first - 3.0 * here - second) / (2.0 * delta)
-    if torch.equal(first, here) and torch.equal(second, here):  # the dependence is below the differences' resolution
+    if torch.equal(first, here) and torch.equal(second, here):  # the differences are too coarse to show a dependence
         return exact
     noise = 20.0 * torch.finfo(here.dtype).eps * norm(here) / abs(delta)
     return exact if norm(rate - exact) <= 0.05 * norm(rate) + noise else rate
@@ -49,10 +50,10 @@ class Eigenvalue(NamedTuple):
     """The result of `largest`.
 
     Attributes:
-        modulus: ||A v|| of the last unit vector v, the estimate of the eigenvalue's modulus.
-        rayleigh: v . A v, which has the eigenvalue's sign.
+        modulus: ||A v|| for the map A and the last unit vector v. It estimates the modulus of the eigenvalue.
+        rayleigh: v . A v, which has the sign of the eigenvalue.
         iterations: number of products with A.
-        converged: whether A v equals ``rayleigh`` times v to the tolerance.
+        converged: True if A v equals ``rayleigh`` times v to the tolerance.
     """
 
     modulus: float
@@ -64,10 +65,11 @@ class Eigenvalue(NamedTuple):
 def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, most: int) -> Eigenvalue:
     """Return the largest eigenvalue in modulus of a linear map A that is (nearly) self-adjoint, by power iteration.
 
-    ||A v|| is a lower bound of ||A||. The iteration ends if ||A v - (v . A v) v|| <= rtol ||A v||, because some
-    eigenvalue is then that close. A constant estimate would be no criterion: it occurs at other eigenvectors too. A
-    single small residual is none either: a vector among many equal eigenvalues has one at once, which then grows with
-    the component of a larger eigenvalue. So the residual must be small twice, and not larger the second time.
+    ||A v|| is a lower bound of ||A||. If the residual ||A v - (v . A v) v|| is at most rtol ||A v||, an eigenvalue is
+    that close to v . A v. A single small residual is not enough: with many equal eigenvalues it occurs at once, and
+    grows later with the component of a larger eigenvalue. So the iteration ends if the residual is small twice in a
+    row, and not larger the second time. A constant estimate would not be a criterion, because it occurs at other
+    eigenvectors too.
     """
     rounding = 10.0 * torch.finfo(start.dtype).eps
     size = norm(start)
@@ -78,7 +80,7 @@ def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, mo
         image = apply(v)
         modulus, rayleigh = norm(image), inner(v, image)
         residual = norm(image - rayleigh * v)
-        # Rounding alone leaves residuals that may grow, but stay at its level.
+        # Residuals at the level of rounding errors may grow by chance, so growth at this level is accepted.
         settled = before <= rtol and (residual <= before * modulus or residual <= rounding * modulus)
         if modulus == 0.0 or settled:
             return Eigenvalue(modulus, rayleigh, count, True)
@@ -87,10 +89,10 @@ def largest(apply: Callable[[Tensor], Tensor], start: Tensor, *, rtol: float, mo
 
 
 def check_iteration(rtol: float, most: int) -> None:
-    """Reject settings of a power iteration.
+    """Check the settings of a power iteration.
 
     Raises:
-        TypeError, ValueError: naming ``rtol``, which must lie within (0, 1), or ``most``.
+        TypeError, ValueError: if ``rtol`` is not a number above 0 and below 1, or ``most`` is not a positive integer.
     """
     if number("rtol", rtol, above=0.0) >= 1.0:
         raise ValueError(f"rtol: got {rtol!r}, expected a number below 1")
@@ -98,7 +100,7 @@ def check_iteration(rtol: float, most: int) -> None:
 
 
 def random_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return standard normal numbers shaped like ``x``, the same on every device; seed 0 without a generator."""
+    """Return standard normal numbers of the shape of ``x``, equal on all devices. The default seed is 0."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     numbers: Tensor = torch.randn(x.shape, dtype=x.dtype, generator=generator, device=generator.device)
     return numbers.to(x.device)

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perturbation(Result):
-    """The sizes of states and costates along the unperturbed trajectory, all 2-norms over the whole batch tensor.
+    """The sizes of states x_n and costates a_n along the unperturbed trajectory.
+
+    All norms are 2-norms over the whole batch tensor.
 
     Attributes:
-        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||a(0)||; at a jump, x + f is replaced by its map.
+        ratio: Eq. 16, ||x(0) + f(x(0), 0)|| / ||a(0)||. If the first layer is a jump, its map replaces x + f.
         ts: times of the N + 1 nodes.
         state_norms: ||x_n||, one per node.
         costate_norms: ||a_n||, one per node.
         ratios: Eq. 16 at each of the N layers, ||x_n + f(x_n, t_n)|| / ||a_n||; the first is ``ratio``.
-        relative: |eta| ||a_n|| / ||x_n||, one per node: the size of the perturbation per unit of time.
-        moves: ||x_{n+1} - x_n|| / ||x_n|| at each of the N layers; NaN if the layer changes the shape. If all are
+        relative: |eta| ||a_n|| / ||x_n||, one per node. It is the relative size of the perturbation per unit of time.
+        moves: ||x_{n+1} - x_n|| / ||x_n|| at each of the N layers; NaN if the layer changes the shape. If all moves are
             small, the network is close to linear, and the costate is nearly the same at every layer.
         eta: strength of the field.
         loss: loss of the final state.
@@ -52,7 +54,7 @@ class Perturbation(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "Eq. 16 at t = 0": self.ratio,
             "Eq. 16, lowest of the layers": min(self.ratios),
@@ -77,11 +79,11 @@ def perturbation(
 ) -> Perturbation:
     """Measure Eq. 16 at t = 0 and at each layer, from one recording on the unperturbed trajectory.
 
-    Modules, their modes, buffers and gradients, and the global random state are left as they are. The costate scales
-    with the loss: the costate of a mean over n examples is n times smaller than that of their sum.
+    Modules (modes, buffers, gradients) and the global random state are not changed. The costate is proportional to the
+    loss: if the loss is a mean over n examples, the costate is n times smaller than for the sum.
 
     Args:
-        field: an `AdversarialField`; its eta may be 0.
+        field: an `AdversarialField`. Its eta may be 0.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
@@ -89,7 +91,7 @@ def perturbation(
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if a state, costate or the loss is not finite.
     """
     needs_loss("perturbation", field)
@@ -97,7 +99,7 @@ def perturbation(
 
 
 def perturbation_of(trajectory: Trajectory, substep: Any = None) -> Perturbation:
-    """Measure Eq. 16 along an unperturbed trajectory with costates, which was solved with ``substep``."""
+    """Return the result of `perturbation` for an unperturbed trajectory with costates, solved with ``substep``."""
     method = substep.get("f", "euler") if isinstance(substep, Mapping) else substep
     euler = method is None or get_substep(method).name == "euler"
     state_norms, costate_norms = [norm(x) for x in trajectory.states], [norm(a) for a in trajectory.costates]
@@ -122,7 +124,7 @@ def _move(x: Tensor, end: Tensor) -> float:
 
 
 def _after_one(layer: Layer, euler: bool) -> Tensor:
-    """Return x_n + f(x_n, t_n). An Euler step of one unit of time ends there, and a jump ends at its map."""
+    """Return x_n + f(x_n, t_n), or the map of x_n for a jump. Both are the end of the layer if h is 1 with Euler."""
     if isinstance(layer.piece, Jump) or (euler and layer.step.h == 1.0):
         return layer.end
     return layer.x + layer.velocity()

@@ -35,9 +35,9 @@ class Diagnosis:
 
     Attributes:
         title: title of the page.
-        results: for each field by name, its results by the name of the diagnostic.
-        failures: for each field by name, the reason why a diagnostic failed, by the name of the diagnostic.
-        page: the Markdown file.
+        results: results by the name of the field, then by the name of the diagnostic.
+        failures: reasons of failed diagnostics, by the name of the field, then by the name of the diagnostic.
+        page: path of the Markdown file.
     """
 
     title: str
@@ -67,21 +67,21 @@ def diagnose(
     """Run every diagnostic that ``field`` allows, and write ``diagnostics.md``, ``diagnostics.json`` and pictures.
 
     A field without a loss has only Lipschitz estimates and growth. The energy of a field with eta = 0 is not defined.
-    If the solve of a diagnostic fails, the page gives the reason, and the other diagnostics are still made. Each file
-    is written atomically.
+    If the solve of a diagnostic fails, the page gives the reason, and the other diagnostics are still computed. Each
+    file is written atomically.
 
     Args:
-        field: a field, such as ``net.field(images, labels, eta)``; or several fields by name, to be drawn in the same
-            pictures, such as a network trained with the defence and one trained without, on the same images.
-        folder: folder of the files; it is made if it does not exist.
+        field: a field, such as ``net.field(images, labels, eta)``. Or a dict of several fields by name, which share the
+            pictures: for example a network with the defence and a network without it, on the same images.
+        folder: folder of the files; it is created if it does not exist.
         x0: see `odeadv.solve`.
         t_span: see `odeadv.solve`.
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        start: another initial state, such as ``net.stem(attacked_images)``, whose difference is followed instead of a
-            random direction; one for all fields, or by name.
-        most: largest number of iterations of each power method; the page says which have not converged.
+        start: a second initial state, such as ``net.stem(attacked_images)``, for all fields or by name. Growth follows
+            its difference from the initial state; by default it follows a random direction.
+        most: largest number of iterations of each power method. The page reports which of them have not converged.
         title: heading of the page.
         about: a paragraph under the heading, such as the data and the network.
 
@@ -89,8 +89,8 @@ def diagnose(
         The results.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is written.
-        SolveError: if a field cannot even be solved without its perturbation.
+        TypeError, ValueError: if an argument does not fit, before a file is written. The message names the argument.
+        SolveError: if the solve of a field without its perturbation fails.
     """
     fields: dict[str, AnyField] = dict(field) if isinstance(field, Mapping) else {"": field}
     if not fields or not all(isinstance(name, str) for name in fields):
@@ -113,10 +113,10 @@ def diagnose(
 
 
 def _read_starts(start: Tensor | Mapping[str, Tensor] | None, fields: Collection[str]) -> Mapping[str, Tensor | None]:
-    """Return ``start`` by the name of the field.
+    """Return ``start`` as a mapping with one entry per field.
 
     Raises:
-        ValueError: if it names an unknown field.
+        ValueError: if ``start`` names an unknown field.
     """
     if not isinstance(start, Mapping):
         return dict.fromkeys(fields, start)
@@ -129,7 +129,7 @@ def _read_starts(start: Tensor | Mapping[str, Tensor] | None, fields: Collection
 def _measure(
     field: VectorField, substep: Any, start: Tensor | None, most: int
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """Return the results of all diagnostics of ``field``, and the reasons of those that failed."""
+    """Return the results of all diagnostics of ``field``, and the reasons of the failed diagnostics."""
     trajectory = walk(field, substep)
     measures: dict[str, Callable[[], Result]] = {}
     if isinstance(field, AdversarialField):
@@ -139,7 +139,7 @@ def _measure(
         measures["contraction"] = lambda: contraction_of(field, substep, most=most)
         measures["hamiltonian"] = lambda: hamiltonian_of(walk(field, substep, scheme="strang"))
         if field.eta:
-            # Eq. 9 does not hold for a transformed costate, so its exact midpoint is not known.
+            # Eq. 9 does not hold for a transformed costate, so the scheme with the exact midpoint is left out.
             names = [scheme for scheme in SCHEMES if not (field.transforms and scheme == "strang-midpoint")]
             measures["energy"] = lambda: energy_of(trajectory, names, substep)
     measures["lipschitz"] = lambda: lipschitz_of(trajectory, most=most)
@@ -155,7 +155,7 @@ def _measure(
 
 
 def _draw(results: Mapping[str, Mapping[str, Result]], folder: Path) -> dict[str, str]:
-    """Draw one picture per diagnostic, with all fields in it, and return the names of the files."""
+    """Draw one picture per diagnostic, with all fields in each picture, and return the names of the files."""
     pictures = {}
     for name in dict.fromkeys(name for measured in results.values() for name in measured):
         figure = new_figure(6.0, 3.6)

@@ -1,4 +1,4 @@
-"""The base of all results: plain data, a dictionary of it, and a picture."""
+"""The base class of all results, which are plain data that can be converted to a dict and drawn."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ class Result:
     """Base of the frozen dataclasses that the diagnostics return.
 
     Attributes:
-        heading: its title on a page.
-        reading: one sentence on how to read it.
+        heading: title of the result on a page.
+        reading: one sentence that explains how to read the result.
     """
 
     heading: ClassVar[str] = ""
     reading: ClassVar[str] = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes as plain data that JSON can hold; NaN and infinity become None."""
+        """Return the attributes as plain data that JSON can hold. NaN and infinity become None."""
         return {field.name: finite(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {}
 
     def plot(self, axes: Axes | None = None, *, label: str = "") -> Figure:
         """Draw the result.
 
         Args:
-            axes: matplotlib axes to draw in; a new figure if not given.
+            axes: matplotlib axes to draw in; by default the axes of a new figure.
             label: name of this result in the legend, if several results share the axes.
 
         Returns:
-            The figure. pyplot does not know it: save it with ``figure.savefig("picture.png")``.
+            The figure. pyplot does not show it; save it with ``figure.savefig("picture.png")``.
         """
         axes = new_figure(6.0, 3.6).subplots() if axes is None else axes
         self._draw(axes, label)
@@ -49,14 +49,14 @@ class Result:
             axes.legend(fontsize="small", frameon=False)
         figure = axes.get_figure()
         assert figure is not None
-        return figure  # type: ignore[return-value]  # axes of a sub-figure belong to that
+        return figure  # type: ignore[return-value]  # for axes in a sub-figure it is the sub-figure
 
     def _draw(self, axes: Axes, label: str) -> None:
         raise NotImplementedError
 
 
 def median(values: list[float]) -> float:
-    """Return the median, or NaN of an empty list."""
+    """Return the median of ``values``, or NaN for an empty list."""
     return statistics.median(values) if values else math.nan
 
 

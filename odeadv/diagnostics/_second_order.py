@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 class Terms(NamedTuple):
-    """The terms of x'' = J f + f_t + eta (J - J^T) a at one node, tensors of the state's shape.
+    """The terms of x'' = J f + f_t + eta (J - J^T) a at one node, as tensors of the shape of the state.
+
+    J = df/dx is the Jacobian, f_t the time derivative of f, and a the costate.
 
     Attributes:
-        velocity: f.
-        drift: J f.
-        time: f_t.
-        antisymmetric: eta (J - J^T) a.
+        velocity: the tensor f.
+        drift: the tensor J f.
+        time: the tensor f_t.
+        antisymmetric: the tensor eta (J - J^T) a.
     """
 
     velocity: Tensor
@@ -46,19 +48,19 @@ class SecondOrder(Result):
     The sizes are 2-norms over the whole batch tensor, at the beginning of the layer.
 
     Attributes:
-        layers: numbers of the layers; jumps, whose velocity is not defined, are left out.
-        ts: times of their beginnings.
-        velocity: ||f||.
-        drift: ||J f||.
-        time: ||f_t||.
-        antisymmetric: ||eta (J - J^T) a||.
-        plain: ||J f + f_t||, x'' without the perturbation.
-        acceleration: ||x''||, the sum of all terms.
-        antisymmetric_share: ``antisymmetric`` / ``plain``, which the paper calls negligible.
-        perturbation_share: ||eta a|| / ||f||, the same for the first-order term.
-        initial_velocity: ||f(x0, 0)||, of the plain equation (Eq. 15); NaN if the first layer is a jump.
-        perturbed_initial_velocity: ||f(x0, 0) + eta a(0)|| (Eq. 11).
-        initial_change: ||eta a(0)|| / ||f(x0, 0)||.
+        layers: numbers of the layers; jumps are left out, because they do not have a velocity.
+        ts: times at the beginnings of the layers.
+        velocity: the norms ||f||.
+        drift: the norms ||J f||, with the Jacobian J = df/dx.
+        time: the norms ||f_t||, with the time derivative f_t of f.
+        antisymmetric: the norms ||eta (J - J^T) a||, with the costate a.
+        plain: the norms ||J f + f_t||, for x'' without the perturbation.
+        acceleration: the norms ||x''|| of the sum of all terms.
+        antisymmetric_share: ``antisymmetric`` / ``plain``. The paper calls this share negligible.
+        perturbation_share: ||eta a|| / ||f||, the share of the perturbation in the first-order equation.
+        initial_velocity: ||f(x0, 0)|| of the plain equation (Eq. 15); NaN if the first layer is a jump.
+        perturbed_initial_velocity: ||f(x0, 0) + eta a(0)|| of the perturbed equation (Eq. 11).
+        initial_change: the quotient ||eta a(0)|| / ||f(x0, 0)||.
         eta: strength of the field.
     """
 
@@ -83,7 +85,7 @@ class SecondOrder(Result):
     )
 
     def summary(self) -> dict[str, float]:
-        """Return the few numbers that tell most."""
+        """Return the most important numbers of the result, by name."""
         return {
             "median share of eta (J - J^T) a": median(self.antisymmetric_share),
             "largest": max(self.antisymmetric_share, default=float("nan")),
@@ -109,10 +111,10 @@ def second_order(
     scheme: str | Scheme | None = None,
     sweeps: Any = None,
 ) -> SecondOrder:
-    """Measure Theorem 3.3 at each layer, by products with the Jacobian J = df/dx, which is never formed.
+    """Measure the terms of Theorem 3.3 at each layer, by products with the Jacobian J = df/dx.
 
-    Eq. 9 turns eta a' into -eta J^T a, with J at the state on which a is recorded. If a belongs to the unperturbed
-    trajectory, the terms are those of the theorem on it. With ``sweeps="converge"`` they are x'' of the true solution.
+    By Eq. 9, eta a' is -eta J^T a, with J at the state of the recorded trajectory. By default the terms are evaluated
+    on the unperturbed trajectory. With a ``scheme`` and ``sweeps="converge"`` they add up to x'' of the true solution.
 
     Args:
         field: an `AdversarialField`.
@@ -121,11 +123,11 @@ def second_order(
         dt: see `odeadv.solve`.
         steps: see `odeadv.solve`.
         substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
-        scheme: follow the trajectory perturbed by this scheme; the unperturbed one if not given.
+        scheme: scheme of the perturbed trajectory; by default the trajectory is unperturbed.
         sweeps: recordings of the perturbed trajectory, see `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if a solve fails.
     """
     needs_loss("second_order", field)
@@ -133,7 +135,7 @@ def second_order(
 
 
 def second_order_of(trajectory: Trajectory) -> SecondOrder:
-    """Measure Theorem 3.3 along a trajectory with costates."""
+    """Return the result of `second_order` for a trajectory with costates."""
     names = ("velocity", "drift", "time", "antisymmetric", "plain", "acceleration")
     columns: dict[str, list[float]] = {name: [] for name in names}
     layers, ts, pushes = [], [], []
@@ -165,7 +167,7 @@ def second_order_of(trajectory: Trajectory) -> SecondOrder:
 
 
 def terms_of(trajectory: Trajectory, layer: Layer) -> Terms:
-    """Return the terms at the beginning of a layer that is an ODE step."""
+    """Return the terms of Theorem 3.3 at the beginning of a layer that is an ODE step."""
     assert layer.a is not None
     with trajectory.quiet(grad=True):
         f = Linearised(layer.velocity, layer.x)

@@ -1,4 +1,4 @@
-"""Eq. 16 in the course of training, as in Figure 2 of the paper."""
+"""The ratio of Eq. 16 during training, as in Figure 2 of the paper."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ BAND = (1e5, 2e6)  # the range of the curve in Figure 2 of the paper
 
 @dataclass(frozen=True)
 class Trace(Result):
-    """The ratio of Eq. 16 against the epoch (or step), with the losses and the ratios of all layers.
+    """The ratio of Eq. 16 over epochs (or steps), with the losses and the ratios of all layers.
 
-    ``trace.add(epoch, perturbation(net.field(images, labels, eta)))`` while training; `plot` draws Figure 2.
+    Call ``trace.add(epoch, perturbation(net.field(images, labels, eta)))`` during training. `plot` draws Figure 2.
 
     Attributes:
         at: epochs or steps, increasing.
-        ratios: Eq. 16 at t = 0 at each of them.
-        losses: the unperturbed loss; NaN if a bare ratio was given.
-        layers: Eq. 16 at each layer; an empty list if a bare ratio was given.
-        unit: the unit of ``at``, for the picture.
+        ratios: the ratio of Eq. 16 at t = 0, one per entry of ``at``.
+        losses: the unperturbed loss, one per entry of ``at``; NaN if only a ratio was given.
+        layers: the ratios of all layers, one list per entry of ``at``; an empty list if only a ratio was given.
+        unit: name of the unit of ``at`` in the picture.
     """
 
     at: list[float] = _field(default_factory=list)
@@ -41,12 +41,12 @@ class Trace(Result):
         """Append one measurement.
 
         Args:
-            at: epoch or step, not smaller than the last one.
-            value: a `Perturbation`, or the ratio alone.
+            at: epoch or step, not smaller than the previous entry.
+            value: a `Perturbation`, or only its ratio.
 
         Raises:
             TypeError: if ``at`` or the ratio is not a number.
-            ValueError: if ``at`` is smaller than the last one.
+            ValueError: if ``at`` is smaller than the previous entry.
         """
         at = number("at", at)
         if self.at and at < self.at[-1]:
@@ -62,7 +62,7 @@ class Trace(Result):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trace:
-        """Return the trace whose `to_dict` gave ``values``. None becomes a ratio of infinity or a loss of NaN.
+        """Return the trace for ``values``, a result of `to_dict`. None becomes infinity in ratios, and NaN in losses.
 
         Raises:
             ValueError: if a list is missing or the lengths differ.

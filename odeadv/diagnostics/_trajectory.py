@@ -1,4 +1,4 @@
-"""A trajectory layer by layer: every diagnostic takes states, costates and the pieces of f from here."""
+"""Trajectories, layer by layer: the states, costates and pieces of f that all diagnostics use."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Layer:
     """One step of a trajectory.
 
     Attributes:
-        index: n.
-        step: from t_n to t_{n+1}.
-        piece: f on that step, or the jump that takes its place.
+        index: number n of the step.
+        step: the step from t_n to t_{n+1}.
+        piece: the operator f on this step, or the jump that replaces it.
         x, end: the states x_n and x_{n+1}.
         a, a_end: the costates a_n and a_{n+1}; None for a field without a loss.
-        replay: makes all evaluations of the piece draw the same noise, so that they belong to one function.
+        replay: gives all evaluations of the piece the same random numbers, so that they are values of one function.
     """
 
     index: int
@@ -46,14 +46,14 @@ class Layer:
     replay: Replay
 
     def velocity(self, x: Tensor | None = None, t: float | Tensor | None = None) -> Tensor:
-        """Return f at ``x`` and ``t``, by default at the beginning of the step; f of a jump is not defined."""
+        """Return f at ``x`` and ``t``, by default at the beginning of the step. The piece must not be a jump."""
         assert isinstance(self.piece, Operator)
         state = self.x if x is None else x
         with self.replay():
             return self.piece(as_time(self.step.t0 if t is None else t, state), state)
 
     def map(self, x: Tensor) -> Tensor:
-        """Return x + h f(t_n, x), the layer of a residual network; for a jump, its map."""
+        """Return x + h f(t_n, x), the layer of a residual network with the step size h. For a jump, return its map."""
         if isinstance(self.piece, Jump):
             with self.replay():
                 return self.piece.across(x, Cost())
@@ -62,14 +62,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """States, and costates if there is a loss, at the nodes of a solve.
+    """The states at the nodes of a solve, and the costates if the field has a loss.
 
     Attributes:
         field: the field that was solved.
         grid: the nodes t_n.
-        states: x_n, detached.
-        costates: a_n, detached; empty for a field without a loss.
-        perturbed: whether the costate drove the states.
+        states: the states x_n, detached.
+        costates: the costates a_n, detached; empty for a field without a loss.
+        perturbed: True if the costate drove the states.
     """
 
     field: VectorField
@@ -85,7 +85,7 @@ class Trajectory:
 
     @property
     def operator(self) -> Operator:
-        """The field f: all operators except a costate."""
+        """The operator f: the sum of all operators except the costate."""
         if isinstance(self.field, AdversarialField):
             return self.field.f
         terms = list(self.field.operators.values())
@@ -93,13 +93,13 @@ class Trajectory:
 
     @property
     def eta(self) -> float:
-        """Strength of the costate; 0 for a field without one."""
+        """The strength of the costate. It is 0 for a field without costate."""
         eta = self.field.eta if isinstance(self.field, AdversarialField) else 0.0
         assert not isinstance(eta, Tensor)
         return eta
 
     def layers(self) -> Iterator[Layer]:
-        """Yield the steps in order."""
+        """Yield the layers in the order of time."""
         costates: list[Any] = list(self.costates) or [None] * len(self.states)
         ends = zip(pairwise(self.states), pairwise(costates), strict=True)
         for n, (step, ((x, end), (a, a_end))) in enumerate(zip(self.grid, ends, strict=True)):
@@ -108,7 +108,7 @@ class Trajectory:
 
     @contextlib.contextmanager
     def quiet(self, grad: bool = False) -> Iterator[None]:
-        """Evaluate the field inside without effect on buffers and random state; with autograd if ``grad``."""
+        """Run the body, then restore buffers and random state. Autograd is on inside if ``grad`` is True."""
         device = self.states[0].device
         with (
             differentiating(self.field.modules, device) if grad else without_effects(self.field.modules, device),
@@ -117,7 +117,7 @@ class Trajectory:
             yield
 
     def loss(self, x: Tensor | None = None) -> float:
-        """Return the loss of the final state, or of ``x`` if it is given."""
+        """Return the loss of the state ``x``, by default of the final state."""
         assert isinstance(self.field, AdversarialField)
         with self.quiet():
             return float(self.field.evaluate(self.states[-1] if x is None else x)[1])
@@ -130,10 +130,10 @@ def posed(
     dt: float | None = None,
     steps: int | None = None,
 ) -> VectorField:
-    """Return ``field`` with this problem, and with its own for whatever is None: one object for all that follows.
+    """Return a copy of ``field`` that contains this problem. For arguments that are None its own problem is used.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
     """
     whole = copy.copy(as_field(field))
     if isinstance(whole, AdversarialField):
@@ -154,20 +154,20 @@ def posed(
 def walk(
     field: VectorField, substep: Any = None, *, scheme: str | Scheme | None = None, sweeps: Any = None
 ) -> Trajectory:
-    """Solve ``field``, which carries its problem, and keep states and costates at the nodes.
+    """Solve ``field``, which must contain its problem, and keep states and costates at the nodes.
 
-    Without ``scheme`` an `AdversarialField` is followed without its perturbation, by one recording pass; transforms of
-    the costate do not act on it. With ``scheme`` it is followed along the trajectory that its costate drives. Modules
-    and the random state are left as they are.
+    Without ``scheme`` an `AdversarialField` is solved without its perturbation, by one recording pass, and transforms
+    of the costate are not applied. With ``scheme`` the costate drives the trajectory. Modules and the random state are
+    not changed.
 
     Args:
         field: the field, see `posed`.
         substep: see `odeadv.solve`.
-        scheme: scheme of the perturbed trajectory.
-        sweeps: recordings of its costate, see `odeadv.solve`.
+        scheme: scheme of the perturbed trajectory; None for the unperturbed trajectory.
+        sweeps: recordings for the perturbed trajectory, see `odeadv.solve`.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit, before anything is solved.
+        TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
         SolveError: if the solve fails.
     """
     with torch.inference_mode(False), torch.no_grad(), without_effects(field.modules, _device(field)):
@@ -177,7 +177,7 @@ def walk(
 
 
 def _device(field: VectorField) -> torch.device:
-    """Return the device of the initial state, or of the weights if the state is not computed yet."""
+    """Return the device of the initial state, or the device of the weights if the state has not been computed yet."""
     given = field.problem.x0
     if isinstance(given, Tensor):
         return given.device
@@ -187,7 +187,7 @@ def _device(field: VectorField) -> torch.device:
 
 
 def trajectory_of(solution: Solution, field: VectorField) -> Trajectory:
-    """Return the nodes of a solution that was saved with ``save_at="steps"``."""
+    """Return the trajectory of a solution that was saved with ``save_at="steps"``."""
     times = tuple(solution.ts.double().tolist())
     states = [x.detach() for x in solution.xs]
     if not isinstance(field, AdversarialField):
@@ -195,15 +195,15 @@ def trajectory_of(solution: Solution, field: VectorField) -> Trajectory:
     costate: Any = solution.costate
     grid: Grid = getattr(costate, "parts", (costate,))[0].grid
     if len(grid.times) == len(times):
-        times = grid.times  # the saved times have the rounding of the clock's dtype, float32 for most states
+        times = grid.times  # the times of the recording are preferred to the saved times, which may be rounded
     return Trajectory(
         field, Grid(times, grid.h), states, [costate(t).detach() for t in times], perturbed=not field.idle
     )
 
 
 def _recorded(field: AdversarialField, substep: Any) -> Trajectory:
-    """Return the nodes of the first recording that a solve would make."""
-    # eta = 1, because a field with eta = 0 lacks a costate. Hermite, because a linear costate does not keep its states.
+    """Return the trajectory of the first recording that a solve would make."""
+    # eta is 1, because a field with eta = 0 is not recorded. Hermite, because a linear costate does not keep states.
     whole = driven(with_strength(field, 1.0), scheme="lie", substep=substep, costate="hermite")
     forcing = whole.operators["costate"]
     assert isinstance(forcing, Forcing)
@@ -212,17 +212,18 @@ def _recorded(field: AdversarialField, substep: Any) -> Trajectory:
 
 
 def with_strength(field: AdversarialField, eta: float) -> AdversarialField:
-    """Return ``field`` with another eta, and without transforms of its costate."""
+    """Return a copy of ``field`` with another eta and without transforms of its costate."""
     other = copy.copy(field)
     other.eta, other.transforms = eta, ()
     return other
 
 
 def needs_loss(name: str, field: AnyField) -> AdversarialField:
-    """Return ``field`` if it has a loss, which the diagnostic ``name`` needs.
+    """Return ``field`` after a check that it has a loss, which the diagnostic ``name`` needs.
 
     Raises:
-        TypeError: if it is not an `AdversarialField`.
+        TypeError: if ``field`` is not an `AdversarialField`.
+        ValueError: if it has a running cost or losses at given times, or its eta has dimensions.
     """
     if not isinstance(field, AdversarialField):
         raise TypeError(
@@ -235,7 +236,7 @@ def needs_loss(name: str, field: AnyField) -> AdversarialField:
 
 
 def _with_number(field: AdversarialField) -> AdversarialField:
-    """Return ``field`` with a tensor eta of no dimension as a number.
+    """Return ``field`` with eta as a number if eta is a 0-d tensor.
 
     Raises:
         ValueError: if eta has dimensions.
@@ -256,14 +257,14 @@ def norm(x: Tensor) -> float:
 
 
 def quotient(top: float, bottom: float) -> float:
-    """Return top / bottom: infinity if only ``bottom`` is 0, and 0 if both are."""
+    """Return top / bottom. Return infinity if only ``bottom`` is 0, and 0 if both are 0."""
     if bottom == 0.0:
         return 0.0 if top == 0.0 else float("inf")
     return top / bottom
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """Return the real inner product of two tensors, summed as in `norm`."""
+    """Return the real inner product of two tensors, summed in float64 if the device has it."""
     if a.is_complex():
         a, b = torch.view_as_real(a.detach()), torch.view_as_real(b.detach())
     wide = a.dtype if a.device.type == "mps" else torch.float64

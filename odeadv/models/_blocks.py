@@ -35,7 +35,7 @@ def from_blocks(
             mean cross-entropy of logits (n, classes) with class numbers (n,) or probabilities (n, classes).
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
 
     Example:
         >>> stem, head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)

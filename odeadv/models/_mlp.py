@@ -99,7 +99,7 @@ class ResidualMlp(FieldNetwork):
         generator: Source of the initial weights; the global random state if not given.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
     """
 
     stem: FlatStem

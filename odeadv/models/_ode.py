@@ -92,7 +92,7 @@ class OdeNet(ImageNetwork):
         generator: source of the initial weights; the global random state if not given.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
     """
 
     def __init__(

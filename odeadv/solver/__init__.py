@@ -1,6 +1,6 @@
-"""Solving: `solve`, `driven` and `compile_solver` read their arguments into one request and return a `Solution`.
+"""The solver: `solve`, `driven` and `compile_solver`. A `Request` holds the checked arguments of a solve.
 
-Imports `odeadv.support`, `odeadv.fields`, `odeadv.splitting` and `odeadv.costate`.
+This folder imports `odeadv.support`, `odeadv.fields`, `odeadv.splitting` and `odeadv.costate`.
 """
 
 from odeadv.solver._compiled import CompiledSolver, compile_solver

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEAST = 8  # points along an axis from which it is taken as an axis in space
-SHOWN = 4  # images in a row
+LEAST = 8  # smallest number of points of an axis that counts as an axis in space
+SHOWN = 4  # largest number of images in a row
 
 
 def draw(times: Sequence[float], rows: Sequence[tuple[str, Tensor]], most: int, title: str) -> Figure:
-    """Return the picture of states over time.
+    """Return a figure of states over time.
 
     Args:
         times: K times.
-        rows: label and values (K, *state), real, of the states and of what is shown below them.
+        rows: pairs of a label and real values (K, *state), one pair per row of the figure.
         most: largest number of curves.
         title: title of the figure.
     """
@@ -45,14 +45,14 @@ def draw(times: Sequence[float], rows: Sequence[tuple[str, Tensor]], most: int, 
 
 
 def _profile(figure: Figure, axes: Axes, times: Sequence[float], values: Tensor, label: str) -> None:
-    """Draw values (K, n) with t along the horizontal axis and the index of the point along the vertical one."""
+    """Draw values (K, n) as an image, with time on the horizontal axis and the index of the point on the vertical."""
     mesh = axes.pcolormesh(times, torch.arange(values.shape[1]).numpy(), values.T.numpy(), shading="nearest")
     figure.colorbar(mesh, ax=axes, label=label)
     axes.set_ylabel("point")
 
 
 def _images(times: Sequence[float], rows: Sequence[tuple[str, Tensor]], title: str) -> Figure:
-    """Draw the last two axes of the state at a few times; of further axes the first entries."""
+    """Draw the last two axes of the state as images at a few times. Of all other axes take the first entry."""
     count = min(SHOWN, len(times))
     chosen = [round(k * (len(times) - 1) / max(count - 1, 1)) for k in range(count)]
     figure = new_figure(2.4 * count + 1.0, 2.4 * len(rows) + 0.4)

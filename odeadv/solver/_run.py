@@ -1,4 +1,4 @@
-"""One call of `solve` at work: steps are found, the costate is recorded, the driven field is solved."""
+"""One call of `solve`: find the steps, record the costate, solve the driven field."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from odeadv.support.isolation import Recompute, inside_transform, without_effect
 
 
 class SolveRun:
-    """One call of `solve` under way.
+    """One call of `solve` during its execution.
 
     Attributes:
-        request: the arguments.
-        stats: the cost so far.
-        status: ``SUCCESS`` as long as nothing has failed.
-        first_grid: the steps for the field without a costate: those of the first recording, or of the solve if
-            there is no recording.
+        request: the checked arguments.
+        stats: the current cost.
+        status: ``SUCCESS`` until something fails.
+        first_grid: the steps for the field without a costate. The first recording uses them. If the solve does not
+            record, the solve uses them.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.stats = Stats(evaluations=dict.fromkeys(request.field.operators, 0))
         self.status = Status.SUCCESS
-        self._unsolved = 0  # equations of implicit stages
+        self._unsolved = 0  # number of equations of implicit stages for which Newton's iteration failed
         self.first_grid = self._find_grid(request.field, None)
 
     def solution(self) -> Solution:
-        """Record the costate if there is one, solve, and return the result, failed or not."""
+        """Record the costate if the field has one, solve, and return the result even if the solve failed."""
         request, field, costate = self.request, self.request.field, None
         if isinstance(field, AdversarialField) and not field.idle:
             costate = self.recorded_costate()
@@ -83,18 +83,18 @@ class SolveRun:
         )
 
     def _unchecked(self, final: Tensor, xs: list[Tensor], saved: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-        """Return the states that nothing has found to be finite yet, each one once; the initial state is."""
+        """Return the states that have not been checked to be finite, each state once. The initial state was checked."""
         states = [saved] if isinstance(saved, Tensor) else [x for x in xs if x is not self.request.x0]
         return states if xs[-1] is final else [final, *states]
 
     @property
     def _keeps_nodes(self) -> bool:
-        """True if the states at all nodes are needed: for dense output, or by the total loss."""
+        """True if the states at all nodes are needed, for dense output or for the total loss."""
         field = self.request.field
         return self.request.dense or (isinstance(field, AdversarialField) and field.accumulates)
 
     def _accumulated(self, grid: Grid, stepper: Stepper, nodes: Sequence[Tensor], segments: Recompute | None) -> Tensor:
-        """Return the total loss without that of the final state."""
+        """Return the total loss without the loss of the final state."""
         field = self.request.field
         assert isinstance(field, AdversarialField)
         with without_effects(field.modules, self.request.x0.device):
@@ -102,12 +102,16 @@ class SolveRun:
 
     @property
     def _rule(self) -> Rule:
-        """The quadrature of a running cost, of the order of f's sub-step; an exact flow may belong to a stiff f."""
+        """The quadrature rule of a running cost.
+
+        It has the order of the sub-step of f. For exact flows and implicit methods, f may be stiff, so the rule does
+        not use slopes of f.
+        """
         substep = self.request.discretisation.substeps["f"]
         return "simpson" if substep.order > 2 and not isinstance(substep, DIRK | Exact) else "trapezoid"
 
     def outcome(self, *values: Tensor | None) -> Status:
-        """Return the status of a solve with these results."""
+        """Return the status of a solve with the results ``values``."""
         status = status_of(self.status, *values)
         return Status.NEWTON_FAILED if status is Status.NON_FINITE and self._unsolved else status
 
@@ -115,7 +119,7 @@ class SolveRun:
         """Make all recordings and return their costate.
 
         Raises:
-            SolveError: if a recording fails. Its solution has the initial state only.
+            SolveError: if a recording fails. The solution of the error contains the initial state only.
         """
         costate = self.recorded_costate()
         status = self.status if costate is None else self.outcome(*costate.nodes)
@@ -135,7 +139,7 @@ class SolveRun:
         )
 
     def recorded_costate(self) -> Costate | None:
-        """Make all recordings; return None if the steps of the first one do not reach the end of the span."""
+        """Make all recordings. Return None if the steps of the first recording do not reach the end of the span."""
         if not len(self.first_grid) or self.status is not Status.SUCCESS:
             return None
         request, converge = self.request, self.request.recordings.converge
@@ -159,7 +163,13 @@ class SolveRun:
     def record(
         self, drive: Costate | None, grid: Grid | None = None, differentiate: bool | None = None
     ) -> RecordedCostate:
-        """Make one recording along the trajectory that ``drive`` drives, on ``grid`` or on steps found for it."""
+        """Make one recording along the trajectory that ``drive`` drives.
+
+        Args:
+            drive: the costate that drives; None for the trajectory of f alone.
+            grid: the steps. By default they are the steps of the request, or adaptive steps for this trajectory.
+            differentiate: True keeps the recording in the autograd graph; by default as the request demands.
+        """
         field = self.request.field
         assert isinstance(field, AdversarialField)
         if differentiate is None:
@@ -173,8 +183,8 @@ class SolveRun:
         found = self._record_on(grid, along, drive, differentiate)
         adaptive = self.request.times.adaptive
         while adaptive is not None and self.status is Status.SUCCESS:
-            # The steps were found for the state. They are halved until the costate is as accurate as a step of the
-            # state: the costate between the nodes is compared with the costate of the halved steps.
+            # The steps meet the tolerances for the state only. They are halved until the costate meets them too. The
+            # error of the costate between nodes is its difference from the costate on the halved steps.
             if 2 * len(grid) > adaptive.most:
                 self.status = Status.TOO_MANY_STEPS
                 break
@@ -210,7 +220,7 @@ class SolveRun:
         return replace(found, work=work)
 
     def _segments(self, grid: Grid, drive: Costate | None) -> Recompute | None:
-        """Return how ``grid`` is run in segments, or None if its whole graph is kept."""
+        """Return the segments in which ``grid`` is run, or None if the whole autograd graph is kept."""
         count = self.request.checkpoints
         if count is None or not len(grid) or inside_transform():
             return None
@@ -218,14 +228,14 @@ class SolveRun:
         return Recompute(math.ceil(len(grid) / count), self.request.field.modules, memory)
 
     def _find_grid(self, field: VectorField, drive: Costate | None) -> Grid:
-        """Return the given steps, or find steps for ``field`` that meet the tolerances; a failure is the status."""
+        """Return the fixed steps, or find steps for ``field`` that meet the tolerances. Failures change ``status``."""
         request = self.request
         if request.times.grid is not None:
             return request.times.grid
         search, steppers = self._search(field, drive)
         for stepper in steppers:
             self._count(None, stepper)
-        self._unsolved = 0  # a trial step that fails is rejected
+        self._unsolved = 0  # failures in trial steps do not count, because these steps were rejected
         self.stats.rejected += search.rejected
         if search.status is not Status.SUCCESS:
             self.status = search.status
@@ -248,14 +258,14 @@ class SolveRun:
             trial = doubling(stepper, order)
         edges = [*field.edges, *(request.field.at if isinstance(request.field, AdversarialField) else ())]
         if request.discretisation.costate == "linear":
-            # A step across a kink of the costate would be rejected until it is tiny.
+            # A linear costate has a kink at each node. A step across a kink would be rejected until it is tiny.
             edges += [t for part in _parts(drive) for t in part.grid.times]
         with without_effects(field.modules, request.x0.device):
             search = choose_grid(request.x0, request.times.span, settings, trial, order, edges)
         return search, steppers
 
     def _count(self, costate: Costate | None, stepper: Stepper | None = None) -> None:
-        """Move the costs of ``stepper``, and of evaluations of ``costate`` between nodes, into the statistics."""
+        """Add the costs of ``stepper`` and of evaluations of ``costate`` to the statistics, and reset these costs."""
         names = list(self.stats.evaluations)
         counted: list[tuple[str, Cost]] = list(zip(names, stepper.counted if stepper else (), strict=False))
         counted += [(names[0], part.cost) for part in _parts(costate)]
@@ -263,7 +273,7 @@ class SolveRun:
             self.stats.evaluations[name] += cost.evaluations
             self.stats.vjps += cost.vjps
             cost.evaluations = cost.vjps = 0
-        # A sum that is solved un-split has a cost next to those of its terms. What has been moved is not moved again.
+        # An un-split sum has a cost in addition to the costs of its terms. Costs that were already added are 0 now.
         for cost in (*(cost for _, cost in counted), *(stepper.costs if stepper else ())):
             self.stats.jvps += cost.jvps
             self.stats.solves += cost.solves
@@ -272,7 +282,7 @@ class SolveRun:
             cost.jvps = cost.solves = cost.iterations = cost.unsolved = 0
 
     def _warn_if_still(self, final: Tensor, grid: Grid, driven: VectorField) -> None:
-        """Warn if rounding has kept the whole state where it was, although the field is not zero."""
+        """Warn if rounding has left the whole state unchanged, although the field is not zero."""
         x = self.request.x0
         if not len(grid) or driven.edges or final.shape != x.shape or not torch.equal(final, x):
             return
@@ -292,23 +302,23 @@ class SolveRun:
 
 
 def _parts(costate: Costate | None) -> Sequence[RecordedCostate]:
-    """Return the recordings that ``costate`` is made of."""
+    """Return the recordings that ``costate`` consists of."""
     if isinstance(costate, SummedCostate):
         return costate.parts
     return (costate,) if isinstance(costate, RecordedCostate) else ()
 
 
 def _held(costate: Costate | None) -> int:
-    """Return the number of states and costates that ``costate`` keeps."""
+    """Return the number of states and costates that ``costate`` keeps in memory."""
     return sum(len(part.nodes) + len(part.states) for part in _parts(costate))
 
 
 def status_of(so_far: Status, *values: Tensor | None) -> Status:
-    """Return ``so_far``, unless a value is not finite, or cannot be read."""
+    """Return ``NON_FINITE`` if a value is not finite, ``UNKNOWN`` if values cannot be read, else ``so_far``."""
     finite = [all_finite(value) for value in values if value is not None]
     try:
         if not holds(finite[0] if len(finite) == 1 else torch.stack(finite).all()):
             return Status.NON_FINITE
-    except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
+    except RuntimeError:  # torch.func.vmap does not allow control flow that depends on values
         return Status.UNKNOWN if so_far is Status.SUCCESS else so_far
     return Status.UNKNOWN if is_deferring() and so_far is Status.SUCCESS else so_far

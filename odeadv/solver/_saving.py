@@ -1,4 +1,4 @@
-"""States at the times asked for, during a solve or after it."""
+"""States at requested times, computed during a solve or after it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _HERMITE_ORDER = 4  # the error of cubic interpolation within a step is of fourt
 
 @dataclass(frozen=True)
 class Within:
-    """Gives states within steps, to the order of the method.
+    """Computes states at times within steps, to the order of the method.
 
-    A cubic Hermite polynomial costs two evaluations of the field per step. Its error grows with the slopes of the
-    field. The step is taken again up to each time if the order of the method is higher, or if its sub-steps stay
-    accurate for steep fields, as exact flows do. Evaluations leave buffers and the random state as they are.
+    For explicit methods of order four or less it uses a cubic Hermite polynomial, which costs two evaluations of the
+    field per step. For all other methods it repeats the step up to each time. The reason is that the error of the
+    polynomial has order four and grows with the slopes of the field. Buffers and the random state are not changed.
 
     Attributes:
-        stepper: advances the state.
-        order: of the method.
+        stepper: the stepper that advances the state.
+        order: order of the method.
         field: the field that the stepper advances.
     """
 
@@ -39,7 +39,7 @@ class Within:
     field: VectorField
 
     def __call__(self, step: TimeStep, ends: tuple[Tensor, Tensor], t: float) -> Tensor:
-        """Return the state at ``t`` within ``step``, whose ends have the states ``ends``."""
+        """Return the state at ``t`` within ``step``. ``ends`` are the states at the two ends of the step."""
         if t == step.t0:
             return ends[0]
         return ends[1] if t == step.t1 else self._between(step, ends, [t], (t - step.t0) / step.h)
@@ -62,19 +62,19 @@ class Within:
             if not isinstance(s, Tensor):
                 return found[0]
             states = torch.stack(found)
-            if s.requires_grad:  # dx/dt by the field: the derivative of the step to its order
+            if s.requires_grad:  # dx/dt is the value of the field, which is correct to the order of the method
                 slopes = [self.stepper.velocity(x, t, step).clone() for x, t in zip(found, times, strict=True)]
                 states = states + like_real((s - s.detach()) * step.h, states) * torch.stack(slopes)
             return states
 
 
 class SavedStates(NamedTuple):
-    """The result of the steps.
+    """The states of a solve.
 
     Attributes:
-        times: the times asked for, as far as they were reached.
-        states: the states there.
-        nodes: the states at all times of the grid if they are kept; otherwise the last one.
+        times: the requested times that the steps reached. If the steps end early, their end is added.
+        states: the states at ``times``.
+        nodes: the states at all times of the grid if they are kept; otherwise only the last state.
     """
 
     times: list[float]
@@ -91,15 +91,15 @@ def solve_path(
     keep_nodes: bool = False,
     segments: Recompute | None = None,
 ) -> SavedStates:
-    """Solve along ``grid``.
+    """Solve along ``grid`` and return the saved states.
 
     Args:
-        within: advances the state, and gives the states between nodes.
+        within: contains the stepper, and computes the states between nodes.
         x0: initial state.
-        grid: the steps; they may end before the last time if a search for steps has failed.
+        grid: the steps. They may end before the last time of ``save_at`` if a search for steps has failed.
         save_at: the times to save, in the order of the solve; ``"steps"`` for every node, None for the two ends.
-        keep_nodes: keep the states at all nodes.
-        segments: runs the steps in segments, whose autograd graph is not kept.
+        keep_nodes: True keeps the states at all nodes.
+        segments: runs the steps in segments and does not keep their autograd graphs.
     """
     ends = list(dict.fromkeys((grid.times[0], grid.times[-1])))
     times = ends if save_at is None else list(grid.times) if save_at == "steps" else _reached(save_at, grid)
@@ -124,7 +124,10 @@ def solve_path(
 def _along(
     within: Within, keep_nodes: bool, x: Tensor, grid: Grid, times: Sequence[float], segments: Recompute | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the states at the nodes after the first, or at the last one only, and the states at ``times``."""
+    """Return the states at the nodes and the states at ``times``.
+
+    The first node is left out. If ``keep_nodes`` is False, all nodes except the last are left out.
+    """
     nodes, saved = list[Tensor](), list[Tensor]()
     for step, end in _strides(within.stepper, x, grid, grid.times if keep_nodes else times, segments):
         while len(saved) < len(times) and grid.sign * times[len(saved)] <= grid.sign * step.t1:
@@ -136,7 +139,7 @@ def _along(
 
 
 def _reached(times: Sequence[float], grid: Grid) -> list[float]:
-    """Return the times to save at; if the grid ends before one of them, those it reaches and its end."""
+    """Return the times to save. If the grid ends too early, return the times that it reaches, and its end."""
     last = grid.times[-1]
     snapped = [grid.snap(t) for t in times]
     if grid.sign * snapped[-1] <= grid.sign * last:
@@ -165,13 +168,13 @@ def _strides(
 
 
 class Dense:
-    """The steps of a solve, which give the state at any time.
+    """Computes the state at any time from the kept steps of a solve.
 
     Args:
-        within: gives the states within steps.
+        within: computes the states within steps.
         grid: the steps.
-        nodes: the states at their ends.
-        narrow: the 16-bit dtype that states are returned in, if they are kept in float32.
+        nodes: the states at the ends of the steps.
+        narrow: the 16-bit dtype of returned states, if the states are kept in float32.
     """
 
     def __init__(self, within: Within, grid: Grid, nodes: Sequence[Tensor], narrow: torch.dtype | None) -> None:
@@ -194,7 +197,7 @@ class Dense:
             raise TypeError(f"t: got {given.dtype}, expected real times")
         flat = given.reshape(-1).to(torch.float64)
         times = [self._grid.snap(time) for time in flat.tolist()]
-        # Exactly these times, with the gradient of the given ones.
+        # The values are exactly ``times``, and the gradients are the gradients of the given tensor.
         moving = flat + (flat.new_tensor(times) - flat.detach())
         steps: dict[int, list[int]] = {}
         for i, time in enumerate(times):
@@ -211,7 +214,7 @@ class Dense:
         return stacked.reshape(*given.shape, *shapes.pop()).to(self._narrow or stacked.dtype)
 
     def _on_step(self, n: int, times: Sequence[float], moving: Tensor) -> list[Tensor]:
-        """Return the states at ``times``, all within step ``n``; ``moving`` has the same times as a tensor."""
+        """Return the states at ``times``, all within step ``n``. ``moving`` contains the same times as a tensor."""
         step, ends = self._grid[n], (self._nodes[n], self._nodes[n + 1])
         inner = [i for i, t in enumerate(times) if t not in (step.t0, step.t1) or moving.requires_grad]
         if inner and any(start < 0.5 * (step.t0 + step.t1) < stop for start, stop in self._within.field.jumps):

@@ -1,4 +1,4 @@
-"""`Solution`, the result of a solve, with its cost."""
+"""The result of a solve (`Solution`), its cost (`Stats`) and its failure (`SolveError`)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ class Stats:
     """The cost of a solve.
 
     Attributes:
-        steps: steps of the final solve.
-        recordings: recording passes before it.
-        evaluations: evaluations of each operator's right-hand side (or flow, or jump), recordings included.
-        vjps: vector-Jacobian products of f: back-propagations through its evaluations, those between nodes, and those
-            that make the Jacobians of implicit sub-steps.
-        jvps: Jacobian-vector products of f, in implicit sub-steps that solve by GMRES. A product with a linearised
-            sweep (``Converge(method="newton")``) counts as much as the sweep: one per evaluation and product of it.
-        solves: equations of implicit stages.
-        iterations: of Newton's method for them; none if the operator solves them directly.
-        states_held: largest number of tensors of the state's size alive at the same time: states and costates at the
-            nodes of recordings, and saved states. The tensors that autograd keeps within a step are not included.
-        rejected: with adaptive steps, trial steps that did not meet the tolerances.
-        residuals: with ``sweeps="converge"``, the relative changes of the sweeps, on coarse grids too.
+        steps: number of steps of the final solve.
+        recordings: number of recording passes before the final solve.
+        evaluations: number of evaluations of each operator (right-hand side, flow or jump), including recordings.
+        vjps: number of vector-Jacobian products of f. They come from back-propagation through its evaluations, from
+            values of the costate between nodes, and from the Jacobians of implicit sub-steps.
+        jvps: number of Jacobian-vector products of f, in implicit sub-steps that solve by GMRES. A product with a
+            linearised sweep (``Converge(method="newton")``) counts as many times as the sweep has evaluations and
+            products.
+        solves: number of equations of implicit stages.
+        iterations: number of Newton iterations for these equations; 0 if the operator has a direct solver.
+        states_held: largest number of tensors of the size of the state that are in memory at the same time. They are
+            states and costates at the nodes of recordings, and saved states. Tensors that autograd keeps within a step
+            are not counted.
+        rejected: with adaptive steps, number of trial steps that did not meet the tolerances.
+        residuals: with ``sweeps="converge"``, the relative change of each sweep, including sweeps on coarse grids.
     """
 
     steps: int = 0
@@ -66,7 +68,7 @@ class SolveError(RuntimeError):
     """Raised if a solve does not succeed.
 
     Attributes:
-        solution: the solution as far as it was computed.
+        solution: the solution up to the failure.
     """
 
     def __init__(self, solution: Solution) -> None:
@@ -84,21 +86,23 @@ class SolveError(RuntimeError):
 
 
 class Solution:
-    """States of a solve at the times asked for, with the costate, output, loss and cost.
+    """The saved states of a solve, with its costate, output, loss and cost.
 
-    It can be pickled and copied, without graphs and without the costate, which holds the field.
+    A solution can be pickled and copied. Copies do not contain autograd graphs and do not contain the costate, because
+    the costate contains the field.
 
     Attributes:
         ts: the saved times, float64, shape ``(K,)``.
         xs: the saved states: one tensor ``(K, *state)``, or a tuple of K tensors if the state changes its shape. If the
-            initial state was a tuple, list, dict or named tuple of tensors, so is ``xs``, of tensors ``(K, *shape)``.
-        status: a `Status`.
-        stats: a `Stats`.
-        scheme: name of the scheme used.
-        order: the order to be expected: the lowest of scheme, sub-steps and costate; infinite for exact flows.
+            initial state was a tuple, list, dict or named tuple of tensors, ``xs`` has the same structure, with tensors
+            of shape ``(K, *shape)``.
+        status: the outcome, a `Status`.
+        stats: the cost, a `Stats`.
+        scheme: name of the scheme.
+        order: the expected order, which is the lowest order of scheme, sub-steps and costate; infinite for exact flows.
         output: for an `AdversarialField`, the read-out of the final state (logits of a network); otherwise None.
-        loss: for an `AdversarialField`, the total loss, a scalar with its graph: the loss of the output, plus the
-            running cost and the losses at given times if the field has them; otherwise None.
+        loss: for an `AdversarialField`, the total loss, a scalar in the autograd graph; otherwise None. It is the loss
+            of the output, plus the running cost and the losses at given times if the field has them.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class Solution:
         self._record = record
         self._dense = dense
         self._copied = False
-        self._structured = False  # the state is a structure of tensors
+        self._structured = False  # True if the state is a structure of tensors
 
     def __getstate__(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in ("ts", "xs", "output", "loss")}
@@ -140,11 +144,12 @@ class Solution:
         return kept
 
     def __call__(self, t: float | Sequence[float] | Tensor) -> Tensor:
-        """Return the state at any time of the span, to the order of the method; needs ``solve(..., dense=True)``.
+        """Return the state at any time of the span, to the order of the method. It needs ``solve(..., dense=True)``.
 
-        A time within a step is interpolated as the times of ``save_at`` are: by a cubic Hermite polynomial, from two
-        evaluations of the field per step; or by taking the step again, if the order is above four or a sub-step is not
-        an explicit Runge-Kutta method. Gradients reach the parameters, ``x0``, and ``t`` if it requires one.
+        Within a step the state is interpolated, as for ``save_at``, by a cubic Hermite polynomial. The polynomial needs
+        two evaluations of the field per step. If the order is above four, or a sub-step is not an explicit Runge-Kutta
+        method, the step is repeated up to ``t`` instead. The result is differentiable with respect to the parameters,
+        ``x0`` and ``t``.
 
         Args:
             t: times in any order, a float, a sequence or a tensor of any shape.
@@ -153,7 +158,7 @@ class Solution:
             The states, of shape ``(*t.shape, *state)``.
 
         Raises:
-            ValueError: if the steps were not kept, ``t`` is outside the span or within a jump, or the weights of the
+            ValueError: if the steps were not kept, or ``t`` is outside the span or within a jump, or the weights of the
                 field have changed since the solve.
             TypeError: if ``t`` is not real.
 
@@ -168,10 +173,10 @@ class Solution:
 
     @property
     def costate(self) -> Costate:
-        """a(t) = dL/dx(t) as recorded: call it with a time, or use it in ``field.driven_by``.
+        """The recorded costate a(t) = dL/dx(t). Call it with a time, or give it to ``field.driven_by``.
 
-        With eta = 0 the solve records nothing. The recording is then made when it is first asked for, with the weights
-        of that moment.
+        With eta = 0 the solve does not record a costate. The recording is then made on the first access, with the
+        current weights.
 
         Raises:
             AttributeError: if the field has neither loss nor costate, or if the first recording failed.
@@ -190,18 +195,17 @@ class Solution:
         return self._costate
 
     def plot(self, most: int = 8) -> Figure:
-        """Draw the saved states against time, and the costate at the same times below.
+        """Draw the saved states over time, and below them the costate at the same times.
 
-        A state with few components is drawn as curves, a profile (its last axis has more than ``most`` points) as an
-        image over time and points, and a state with two axes in space as images at up to four of the saved times. Of
-        further axes the first entry is drawn, and of complex states the real part.
+        A state with few components is drawn as curves. If the last axis has more than ``most`` points, the state is
+        drawn as an image over time and points. A state with two axes in space is drawn as images at up to four of the
+        saved times. Of all other axes the first entry is drawn, and of complex states the real part.
 
         Args:
-            most: largest number of curves, the first components of the flattened state.
+            most: largest number of curves. They show the first components of the flattened state.
 
         Returns:
-            A `matplotlib.figure.Figure` that pyplot does not know and does not show; ``figure.savefig("solution.png")``
-            writes it.
+            A `matplotlib.figure.Figure` that pyplot does not show. ``figure.savefig("solution.png")`` writes it.
 
         Raises:
             ValueError: if the state changes its shape, as the state of a network does.

@@ -1,4 +1,4 @@
-"""`solve`: record the costate if there is one, and run the composition over the steps. `driven`: only record it."""
+"""The functions `solve` (record the costate, then solve) and `driven` (only record the costate)."""
 
 from __future__ import annotations
 
@@ -45,69 +45,73 @@ def solve(
     """Solve dx/dt = field(t, x) by operator splitting.
 
     The defaults reproduce the paper on an `AdversarialField`: Euler sub-steps, one recording on the unperturbed
-    trajectory, linear costate. ``scheme="lie"`` is then Eq. 5 (LAD) and ``scheme="strang"`` Eq. 8 (LAD-SM).
-    Gradients reach parameters and ``x0`` through the solve.
+    trajectory, linear costate. ``scheme="lie"`` is then Eq. 5 (LAD), and ``scheme="strang"`` is Eq. 8 (LAD-SM). The
+    solve is differentiable with respect to parameters and ``x0``.
 
     Args:
-        field: an `AdversarialField`, a `SplitField`, an `Operator` or a callable ``f(t, x)``. f is given ``t`` as a 0-d
+        field: an `AdversarialField`, a `SplitField`, an `Operator` or a callable ``f(t, x)``. f receives ``t`` as a 0-d
             tensor of the real dtype of the state (at least float32).
-        x0: initial state, any shape, floating or complex, any device; the field's own if not given. Steps of a state of
-            16 bits are added up in float32, except those of a network's blocks. Or a tuple, list, dict or named tuple
-            of tensors of one dtype, also nested: then functions of the state are given the structure and return it
-            (None for a derivative that is zero), and ``xs``, ``output``, ``sol(t)`` and the costate have it.
-        t_span: ``(t0, t1)``, in either direction; the field's own if not given. Its times may be 0-d tensors that
-            require gradients, and so may ``dt``: the steps then scale with the span, see docs/solver.md.
-        scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``; or a sub-step or its name, which
-            then advances the whole field without splitting it. A field with one operator is never split.
-        dt: step size. It must divide the span, and it is positive or has the sign of a span that runs backward. Or
-            ``"adaptive"`` (or an `Adaptive`): steps that meet the tolerances are found first. The solve then runs on
-            them, so gradients and saved times are those of fixed steps. The costate of an `AdversarialField` is
-            recorded on finer steps until it meets the tolerances too. A sequence has the sizes of all steps, which sum
-            to the length of the span.
+        x0: initial state, any shape, floating or complex, any device; by default the initial state of the field. Steps
+            of a 16-bit state are added up in float32, except the steps of a network. Or a tuple, list, dict or named
+            tuple of tensors of one dtype, also nested. Functions of the state then receive this structure, and return
+            it (None for a derivative that is zero). ``xs``, ``output``, ``sol(t)`` and the costate have it too.
+        t_span: start and end time ``(t0, t1)``, in either direction; by default the span of the field. ``t0``, ``t1``
+            and ``dt`` may be 0-d tensors that require gradients. The steps then scale with the span, see
+            docs/solver.md.
+        scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``. Or a sub-step or its name: it then
+            advances the whole field without splitting. A field with one operator is never split.
+        dt: step size. It must divide the span. It is positive, or has the sign of a span that runs backward. Or
+            ``"adaptive"`` (or an `Adaptive`): solve first finds steps that meet the tolerances. It then uses them like
+            fixed steps, also for gradients and saved times. The costate of an `AdversarialField` is recorded on finer
+            steps until it meets the tolerances too. Or a sequence of the sizes of all steps, with the length of the
+            span as their sum.
         steps: number of steps, instead of ``dt``; or a sequence of the times at which steps begin and end.
-        clip_last: let ``dt`` not divide the span, and make the last step shorter.
-        rtol: relative tolerance of an adaptive step, 1e-4 by default.
-        atol: absolute tolerance of an adaptive step, 1e-6 by default.
-        save_at: None saves the two ends, ``"steps"`` every step, a sequence of times those times. A time within a step
-            is interpolated by a cubic Hermite polynomial from two more evaluations of the field. If the order is above
-            four, or a sub-step is not an explicit Runge-Kutta method, the step is taken again up to that time.
-        dense: keep the states of all steps, so that ``sol(t)`` gives the state at any time, see `Solution.__call__`.
-        substep: how each operator is advanced: a name (`odeadv.substep_names`, or a method of torchdiffeq), a `SubStep`
-            such as `RungeKutta`, `DIRK`, `Nested` or `TorchDiffEq`, or a dict of them by operator. The default is
-            Euler's method for an `AdversarialField`, and for a network, a `Residual` block or another `Piecewise` field
-            without a scheme. For all other fields it is the cheapest of Euler, midpoint and RK4 that has the scheme's
-            order (RK4 above order four, with a warning): midpoint if no scheme is given. So an `AdversarialField` with
-            eta = 0 equals ``solve(f, ..., scheme="euler")`` bit for bit.
-        costate: a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9 integrated back
-            from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). The default is the
-            scheme's own, or linear; with adaptive steps it is cubic, unless f is advanced by its exact flow or by an
-            implicit method.
+        clip_last: True makes the last step shorter if ``dt`` does not divide the span.
+        rtol: relative tolerance of an adaptive step, by default 1e-4.
+        atol: absolute tolerance of an adaptive step, by default 1e-6.
+        save_at: None saves the two ends, ``"steps"`` saves every step, and a sequence of times saves these times. The
+            state at a time within a step comes from a cubic Hermite polynomial, which needs two more evaluations of the
+            field. If the order is above four, or a sub-step is not an explicit Runge-Kutta method, the step is repeated
+            up to this time instead.
+        dense: True keeps the states of all steps, so that ``sol(t)`` returns the state at any time, see
+            `Solution.__call__`.
+        substep: the method that advances each operator. It is a name (`odeadv.substep_names`, or a method of
+            torchdiffeq), a `SubStep` such as `RungeKutta`, `DIRK`, `Nested` or `TorchDiffEq`, or a dict of operator
+            name to sub-step. The default is Euler's method for an `AdversarialField`. Without a scheme, it is also
+            Euler's method for a network, a `Residual` block or another `Piecewise` field. For all other fields it is
+            the cheapest of Euler, midpoint and RK4 that has the order of the scheme (midpoint if no scheme is given,
+            and RK4 with a warning above order four). So an `AdversarialField` with eta = 0 is bit-identical to
+            ``solve(f, ..., scheme="euler")``.
+        costate: evaluation of a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9
+            integrated back from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). The
+            default is part of the scheme, or linear. With adaptive steps the default is cubic, unless f is advanced by
+            its exact flow or by an implicit method.
         sweeps: number of recordings, each on the trajectory that the previous recording drives (Picard iteration); 1 is
-            the paper's two-stage method. ``"converge"`` (or a `Converge`) sweeps until the costate is that of the
-            trajectory it drives, with Anderson acceleration.
+            the paper's two-stage method. ``"converge"`` (or a `Converge`) repeats the recording, with Anderson
+            acceleration, until the costate belongs to the trajectory that it drives.
         ascent: number of recordings, each on the trajectory that the sum of all previous recordings drives (Eq. 3).
             ``sweeps`` and ``ascent`` need a field with a loss.
-        checkpoints: number of segments of the solve and of each recording. The autograd graph of one segment is kept at
-            a time, and the backward pass runs each segment again: memory for one segment and the states between
-            segments, and the same gradients bit for bit. About the square root of the number of steps needs the least.
-        differentiate_costate: let gradients pass through the costate too, instead of treating it as a constant.
-        time_dtype: dtype of the times that f is given, instead of the state's.
-        within_span: refuse schemes that evaluate f outside ``t_span``, see `Scheme.reach`.
-        throw: raise if the solve fails; otherwise see ``status`` of the solution.
+        checkpoints: number of segments of the solve and of each recording. Only the autograd graph of one segment and
+            the states between segments are in memory at a time. The backward pass runs each segment again, and the
+            gradients are bit-identical. About the square root of the number of steps needs the least memory.
+        differentiate_costate: True lets gradients pass through the costate too, instead of treating it as a constant.
+        time_dtype: dtype of the times that f receives; by default the real dtype of the state (at least float32).
+        within_span: True rejects schemes that evaluate f outside ``t_span``, see `Scheme.reach`.
+        throw: True raises SolveError if the solve fails. If False, look at ``status`` of the solution.
 
     Returns:
         A `Solution`.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before f is evaluated; for results of f and of
-            the loss that do not fit, when they are returned.
-        SolveError: if the solve fails (see `Status`) and ``throw`` is set.
+        TypeError, ValueError: if an argument does not fit. The error comes before f is evaluated, and names the
+            argument. Also if a result of f or of the loss does not fit.
+        SolveError: if the solve fails (see `Status`) and ``throw`` is True.
 
     Warns:
         AccuracyWarning: if a sub-step or the costate has a lower order than the scheme; if a scheme is given for a
-            field with one operator; if a user's scheme does not have its declared order; if a scheme runs an operator
-            backward that is declared irreversible; if steps are so small that f is evaluated at wrong times, or that
-            the state does not move.
+            field with one operator; if a user's scheme does not have its declared order; if a scheme runs an
+            irreversible operator backward; if steps are so small that f is evaluated at wrong times, or that the state
+            does not change.
 
     Example:
         >>> field = odeadv.AdversarialField(lambda t, x: -0.5 * x, lambda x: 0.5 * (x**2).sum(), eta=0.1)
@@ -172,22 +176,23 @@ def driven(
 ) -> VectorField:
     """Record the costate of ``field`` on its problem, and return the plain field f + eta * a(t), for any ODE solver.
 
-    Nothing but the recordings is computed. They belong to this ``x0`` and ``t_span`` and to the weights of this moment.
-    The returned field is a function of (t, x), differentiable in both, so it can be evaluated in any order and in a
-    backward pass (``odeint_adjoint``).
+    Only the recordings are computed. They belong to this ``x0``, this ``t_span`` and the current weights. The returned
+    field is a function of (t, x), and is differentiable with respect to both. So other solvers can evaluate it in any
+    order, also in a backward pass (``odeint_adjoint``).
 
     Args:
         field: an `AdversarialField`.
-        x0: initial state of the recorded trajectories, to which the costate then belongs.
-        t_span: their time span. Values beyond it, where adaptive solvers step, are extrapolated.
-        scheme: see `solve`. The first recording runs along f alone, so the scheme matters from the second one on.
+        x0: initial state of the recorded trajectories. The costate belongs to this state.
+        t_span: time span of the recorded trajectories. The costate is extrapolated outside the span, because adaptive
+            solvers step beyond the end.
+        scheme: see `solve`. The first recording uses f alone, so the scheme has an effect from the second recording on.
         dt: step size, see `solve`.
         steps: see `solve`.
         clip_last: see `solve`.
         rtol: see `solve`.
         atol: see `solve`.
-        substep: see `solve`; with one recording, only the sub-step of f matters.
-        costate: a(t) between the recorded nodes, see `solve`.
+        substep: see `solve`. With one recording, only the sub-step of f is used.
+        costate: evaluation of a(t) between the recorded nodes, see `solve`.
         sweeps: see `solve`.
         ascent: see `solve`.
         checkpoints: see `solve`.
@@ -196,11 +201,11 @@ def driven(
         within_span: see `solve`.
 
     Returns:
-        A `VectorField`; f alone if eta is 0.
+        A `VectorField`. If eta is 0, it contains f only.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name, before f is evaluated; for results of f and of
-            the loss that do not fit, when they are returned.
+        TypeError, ValueError: if an argument does not fit. The error comes before f is evaluated, and names the
+            argument. Also if a result of f or of the loss does not fit.
         SolveError: if a recording fails.
 
     Example:

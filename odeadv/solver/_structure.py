@@ -1,7 +1,7 @@
-"""States that are tuples, lists, dicts or named tuples of tensors: one vector for the solver, the structure for users.
+"""States that are tuples, lists, dicts or named tuples of tensors: a vector for the solver, a structure for users.
 
-The solver sees a tensor. Here, at its door, the user's functions are wrapped so that they see the structure, and the
-solution is given the structure back.
+The solver works with one vector. This module wraps the user's functions so that they receive the structure, and it
+converts the solution back to the structure.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ State = Tensor | Sequence[Any] | Mapping[Any, Any]
 
 
 class Layout:
-    """How the tensors of a structure lie in one vector, one after the other.
+    """The order of the tensors of a structure in one vector.
 
     Args:
-        example: the structure, of tensors of one dtype on one device.
+        example: the structure, with tensors of one dtype on one device.
 
     Raises:
-        TypeError: if it holds anything but tensors, and tuples, lists and mappings of them.
-        ValueError: if it holds no tensor, or tensors of different dtypes or on different devices.
+        TypeError: if ``example`` contains anything except tensors, tuples, lists and mappings.
+        ValueError: if ``example`` does not contain tensors, or contains different dtypes or devices.
     """
 
     def __init__(self, example: Any) -> None:
@@ -56,21 +56,21 @@ class Layout:
         self._ends = list(pairwise(accumulate((shape.numel() for shape in self.shapes), initial=0)))
 
     def vector(self, value: Any, name: str) -> Tensor:
-        """Return the tensors of ``value`` as one vector; ``name`` is for messages. None stands for zeros.
+        """Return the tensors of ``value`` as one vector, with zeros for None. Messages name ``value`` by ``name``.
 
         Raises:
-            TypeError, ValueError: if it does not have the structure of the state.
+            TypeError, ValueError: if ``value`` does not have the structure of the state.
         """
         return torch.cat([tensor.reshape(-1) for tensor in _matched(self.example, value, name)])
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """Return the tensors in ``x``, of shape ``(..., size of the vector)``; leading axes are kept."""
+        """Return the tensors that the vector ``x`` consists of. Leading axes of ``x`` are kept in each tensor."""
         return [
             x[..., a:b].reshape(x.shape[:-1] + shape) for (a, b), shape in zip(self._ends, self.shapes, strict=True)
         ]
 
     def structure(self, x: Tensor) -> Any:
-        """Return ``x`` as the structure; leading axes are kept."""
+        """Return the vector ``x`` as the structure. Leading axes of ``x`` are kept in each tensor."""
         return rebuilt(self.example, iter(self.parts(x)))
 
 
@@ -92,12 +92,12 @@ def _matched(example: Any, value: Any, name: str) -> Iterator[Tensor]:
 
 
 def read_structure(field: Any, x0: Any, dt: Any, rtol: Any, atol: Any) -> tuple[Any, Flattened | None]:
-    """Return the initial state as it is given, and the arguments for a vector if it is a structure.
+    """Return the pair (initial state, None), or (None, arguments for a vector) if the state is a structure.
 
-    A function that computes the state is called once; the state is then given by another function.
+    If the state is given as a function, the function is called only once here, and replaced by its result.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit a structure.
+        TypeError, ValueError: if an argument does not fit the structure. The message names the argument.
     """
     given = as_field(field).problem.x0 if x0 is None else x0
     state = given() if callable(given) and not isinstance(given, Tensor) else given
@@ -108,13 +108,13 @@ def read_structure(field: Any, x0: Any, dt: Any, rtol: Any, atol: Any) -> tuple[
 
 @dataclass(frozen=True)
 class Flattened:
-    """The arguments of `odeadv.solve` for a state that is a structure, for the solver, which sees a vector.
+    """The arguments of `odeadv.solve` after the conversion of a structure to a vector.
 
     Attributes:
-        layout: of the state.
-        field: the field, whose functions are given the structure.
+        layout: layout of the structure in the vector.
+        field: a field for vectors. It calls the user's functions with the structure.
         x0: the initial state as a vector.
-        dt: see `odeadv.solve`; the norm of adaptive steps judges each tensor by itself.
+        dt: see `odeadv.solve`. The norm of adaptive steps is the largest norm of all tensors.
         rtol: see `odeadv.solve`; None if it is part of ``dt``.
         atol: see `odeadv.solve`; None if it is part of ``dt``.
     """
@@ -128,10 +128,10 @@ class Flattened:
 
     @staticmethod
     def of(field: Any, x0: Any, dt: Any, rtol: Any, atol: Any) -> Flattened:
-        """Return the arguments for a vector.
+        """Convert the arguments for a structure to arguments for a vector.
 
         Raises:
-            TypeError, ValueError: naming the argument that does not fit a structure.
+            TypeError, ValueError: if an argument does not fit the structure. The message names the argument.
         """
         layout = Layout(x0)
         if isinstance(dt, str) and dt == "adaptive":
@@ -144,7 +144,7 @@ class Flattened:
         return Flattened(layout, _seen_as(as_field(field), layout), layout.vector(x0, "x0"), dt, rtol, atol)
 
     def restored(self, solution: Solution) -> Solution:
-        """Return the solution with structures for states, output and costate."""
+        """Return ``solution`` with states, output and costate as structures."""
         layout, record, dense = self.layout, solution._record, solution._dense
         assert isinstance(solution.xs, Tensor)
         solution.xs, solution._structured = layout.structure(solution.xs), True
@@ -208,7 +208,7 @@ def _of_vectors(transform: Callable[[Any], Any], layout: Layout) -> Callable[[Se
 
 
 def _operator(name: str, operator: Any, layout: Layout) -> Any:
-    """Return the operator on vectors."""
+    """Return the operator for vectors. It calls the functions of ``operator`` with the structure."""
     if isinstance(operator, Unrecorded):
         return operator
     if isinstance(operator, Sum):
@@ -238,7 +238,7 @@ def _operator(name: str, operator: Any, layout: Layout) -> Any:
 
 
 def _solver(name: str, solve: Any, layout: Layout) -> Any:
-    """Return the implicit solver for vectors."""
+    """Return the implicit solver for vectors. It calls the user's functions with the structure."""
     if not isinstance(solve, Newton):
         return lambda t, c, b: layout.vector(solve(t, c, layout.structure(b)), f"{name}: solve")
     if solve.samples != ():
@@ -256,10 +256,10 @@ def _solver(name: str, solve: Any, layout: Layout) -> Any:
 
 
 class StructuredCostate:
-    """A costate whose values have the structure of the state.
+    """A costate with values that have the structure of the state.
 
     Attributes:
-        flat: the costate of the vector.
+        flat: the costate with vectors as values.
     """
 
     def __init__(self, flat: Costate, layout: Layout) -> None:
@@ -267,20 +267,20 @@ class StructuredCostate:
 
     @property
     def grid(self) -> Grid:
-        """The times at which it was recorded."""
+        """The grid of the recording."""
         return self.flat.grid
 
     @property
     def nodes(self) -> list[Any]:
-        """The costates at these times."""
+        """The costates at the times of ``grid``."""
         return [self._layout.structure(node) for node in self.flat.nodes]
 
     def __call__(self, t: Any) -> Any:
-        """Return a(t)."""
+        """Return a(t), with the structure of the state."""
         return self._layout.structure(self.flat(t))
 
     def extrapolated(self, t: Any) -> Any:
-        """Return a(t), continued beyond the ends of its span."""
+        """Return a(t), also for times outside the span."""
         return self._layout.structure(self.flat.extrapolated(t))
 
     def on(self, t0: float, t1: float) -> Callable[[float], Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_structure(value: object) -> bool:
-    """Return True for tuples, lists and mappings, which may hold tensors."""
+    """Return True for tuples, lists and mappings, which may contain tensors."""
     return isinstance(value, tuple | list | Mapping)
 
 
@@ -22,7 +22,7 @@ def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of ``value``, a tensor or a structure, with names such as ``x0['q']``.
 
     Raises:
-        TypeError: if it holds anything else.
+        TypeError: if ``value`` contains anything except tensors and structures.
     """
     if isinstance(value, Tensor):
         yield name, value
@@ -38,7 +38,7 @@ def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def rebuilt(example: Any, parts: Iterator[Any]) -> Any:
-    """Return the structure of ``example`` with ``parts`` in the places of its tensors. Mappings become dicts."""
+    """Return the structure of ``example`` with its tensors replaced by ``parts``, in order. Mappings become dicts."""
     if isinstance(example, Tensor):
         return next(parts)
     found = {key: rebuilt(part, parts) for key, part in items(example)}

@@ -1,4 +1,4 @@
-"""From the arguments of `solve` to one `Request`, checked before any work is done."""
+"""Convert the arguments of `solve` to one `Request`, and check them before the solve starts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Nodes = int | Sequence[float] | Tensor
 
 @dataclass(frozen=True)
 class Times:
-    """The steps: a grid, or a span and the tolerances by which to find one.
+    """The steps: a fixed grid, or a span and the tolerances of adaptive steps.
 
     Attributes:
-        span: start and end.
-        grid: the steps, if they are fixed.
-        adaptive: the tolerances, if they are not.
+        span: start and end time.
+        grid: the steps, if they are fixed; otherwise None.
+        adaptive: the tolerances, if the steps are adaptive; otherwise None.
     """
 
     span: tuple[float, float]
@@ -50,12 +50,12 @@ class Request:
         x0: the initial state; float32 instead of 16 bits, see ``narrow``.
         discretisation: composition, sub-steps and costate evaluation.
         times: the steps.
-        recordings: how often the costate is recorded.
-        save_at: the times to save; None for the ends, ``"steps"`` for every step.
-        differentiate: let gradients through the costate.
-        checkpoints: segments of a recording and of the solve, or None.
-        narrow: the 16-bit dtype that states are returned in, if steps are added up in float32.
-        dense: keep the states at all nodes.
+        recordings: number and kind of the recordings.
+        save_at: the times to save; None for the two ends, ``"steps"`` for every step.
+        differentiate: True lets gradients pass through the costate.
+        checkpoints: number of segments of a recording and of the solve; None keeps the whole autograd graph.
+        narrow: the 16-bit dtype of returned states, if steps are added up in float32; otherwise None.
+        dense: True keeps the states at all nodes.
         moves: True if t0, t1 or the step size requires a gradient.
     """
 
@@ -94,10 +94,10 @@ def read_request(
     save_at: SaveAt = None,
     dense: bool = False,
 ) -> Request:
-    """Return the arguments of `solve` as one object.
+    """Return the checked arguments of `solve` as one object.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
 
     Warns:
         AccuracyWarning: see `solve`.
@@ -129,7 +129,7 @@ def read_request(
         warn_of_coarse_clock(times.grid, time_dtype or clock_dtype(x.dtype))
     narrow = x.dtype if x.dtype in NARROW and not field.edges else None
     if narrow is not None:
-        # In 16 bits a step smaller than a few thousandths of the state would be lost.
+        # In 16 bits, a change of the state by less than a few thousandths would be lost in rounding.
         field, x = field.widened(narrow), x.float()
     return Request(
         field, x, discretisation, times, recordings, saved, differentiate_costate, segments, narrow, dense,
@@ -138,10 +138,11 @@ def read_request(
 
 
 def _smooth_costate(field: VectorField, discretisation: Discretisation) -> Discretisation:
-    """Return the discretisation for adaptive steps: a cubic costate, unless a choice or the field speaks against it.
+    """Return the discretisation for adaptive steps, which has a cubic costate if the scheme and the field allow it.
 
-    The error control sees a linear costate as a function with kinks, of second order. The slopes of a cubic one are
-    those of f, so it is not for f that is stiff and advanced by its exact flow or by an implicit method.
+    A linear costate has kinks and is of second order only, which the error control would see. The slopes of a cubic
+    costate depend on the slopes of f. It is therefore not used for an f that may be stiff, which is an f that is
+    advanced by its exact flow or by an implicit method.
     """
     scheme = discretisation.scheme
     given = scheme is not None and scheme.costate is not None
@@ -169,18 +170,18 @@ def _read_recordings(field: VectorField, sweeps: int | str | Converge | None, as
 
 
 def _read_moving_span(field: VectorField, t_span: Any, dt: Any) -> tuple[Any, Any, MovingSpan | None]:
-    """Return ``t_span`` and ``dt`` without gradients, and a `MovingSpan` if they have some.
+    """Return ``t_span`` and ``dt`` without gradients, and a `MovingSpan` if ``t_span`` or ``dt`` has gradients.
 
-    A step size with a gradient moves the end of the span: the number of steps is what it is.
+    A step size with a gradient moves the end of the span, because the number of steps is fixed.
 
     Raises:
-        ValueError: naming ``t_span``, ``dt`` or ``at``.
+        ValueError: if the field has pieces or losses at given times, or if both ``t1`` and ``dt`` have gradients.
     """
     given = field.problem.t_span if t_span is None else t_span
     try:
         ends = list(given)  # type: ignore[arg-type]
     except TypeError:
-        return t_span, dt, None  # refused by what reads it next
+        return t_span, dt, None  # `read_times` raises the error
     span_moves, step_moves = any(map(_has_gradient, ends)), _has_gradient(dt)
     if len(ends) != 2 or not (span_moves or step_moves):
         return t_span, dt, None
@@ -212,10 +213,10 @@ def read_times(
     atol: float | Tensor | None = None,
     clip_last: bool = False,
 ) -> Times:
-    """Return the steps to take.
+    """Return the steps, fixed or adaptive. Missing arguments come from the problem of the field.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: if an argument does not fit. The message names the argument.
     """
     span = _read_span(field.problem.t_span if t_span is None else t_span)
     fixed = [name for name, operator in field.operators.items() if not operator.reversible]
@@ -276,7 +277,7 @@ def _read_steps(
 
 
 def _is_sequence(value: Any) -> TypeGuard[Sequence[float]]:
-    """Return True for lists, tuples, and tensors and arrays of one axis."""
+    """Return True for lists, tuples, and tensors or arrays with one axis."""
     return isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
 
 
@@ -292,10 +293,10 @@ def _adaptive_times(field: VectorField, span: tuple[float, float], dt: Any, rtol
 
 
 def _check_estimate(field: VectorField, discretisation: Discretisation, times: Times) -> None:
-    """Check that the method allows the estimate of its error.
+    """Check that the method can be used with the error estimate ``"palindromic"``.
 
     Raises:
-        ValueError: naming ``estimate``.
+        ValueError: if the order of the scheme is even, or a sub-step does not have a higher order than the scheme.
     """
     idle = isinstance(field, AdversarialField) and field.idle
     scheme = discretisation.scheme
@@ -317,10 +318,10 @@ def _check_estimate(field: VectorField, discretisation: Discretisation, times: T
 
 
 def _check_reach(discretisation: Discretisation) -> None:
-    """Check that f is evaluated within the span only.
+    """Check that the scheme evaluates f within the span only.
 
     Raises:
-        ValueError: naming ``within_span``.
+        ValueError: if the scheme evaluates f outside the span.
     """
     low, high = (0.0, 1.0) if discretisation.scheme is None else discretisation.scheme.reach
     if low < -1e-12 or high > 1.0 + 1e-12:
@@ -331,10 +332,10 @@ def _check_reach(discretisation: Discretisation) -> None:
 
 
 def _check_eta(field: AdversarialField, x0: Tensor) -> None:
-    """Check that the axes of a tensor eta are leading axes of the state.
+    """Check that the axes of a tensor eta broadcast with the leading axes of the state.
 
     Raises:
-        ValueError: naming ``eta``.
+        ValueError: if the axes do not fit.
     """
     eta = field.eta
     if isinstance(eta, Tensor) and (
@@ -347,10 +348,10 @@ def _check_eta(field: AdversarialField, x0: Tensor) -> None:
 
 
 def _check_total_loss(field: AdversarialField, times: Times) -> None:
-    """Check that the losses at given times are at ends of steps, and that a running cost has a state at all times.
+    """Check that the losses at given times are at ends of steps, and that a field with a running cost does not jump.
 
     Raises:
-        ValueError: naming ``at`` or ``running``.
+        ValueError: if a time is not the end of a step, or if a field with a running cost jumps.
     """
     if field.running is not None and field.jumps:
         start, stop = field.jumps[0]
@@ -368,10 +369,11 @@ def _check_total_loss(field: AdversarialField, times: Times) -> None:
 
 
 def _check_readable(x0: Tensor, recordings: Recordings, times: Times, differentiate: bool) -> None:
-    """Check that values of states can be read if the solve depends on them.
+    """Check that tensor values can be read, if adaptive steps or converging sweeps depend on values of states.
 
     Raises:
-        ValueError: naming ``dt`` or ``sweeps``, inside torch.func.vmap.
+        ValueError: inside torch.func.vmap. For converging sweeps by Newton's method or with gradients, also inside all
+            other torch.func transforms.
     """
     if times.adaptive is not None:
         read_value(all_finite(x0), "dt: adaptive")
@@ -385,9 +387,9 @@ def _check_readable(x0: Tensor, recordings: Recordings, times: Times, differenti
 
 
 def warn_of_coarse_clock(grid: Grid, dtype: torch.dtype) -> None:
-    """Warn if the times of a step differ by a few units in the last place of ``dtype`` only.
+    """Warn if a step is shorter than 8 units in the last place of times of dtype ``dtype``.
 
-    Below 8 units the times of the stages of a Runge-Kutta step are off by more than a tenth of the step.
+    The rounding errors of the stage times of a Runge-Kutta method can then be more than a tenth of the step.
     """
     latest = max(abs(grid.times[0]), abs(grid.times[-1]))
     h = min((abs(size) for size in ((grid.h,) if grid.h else grid.sizes)), default=math.inf)
@@ -458,10 +460,10 @@ def _read_checkpoints(checkpoints: int | None, differentiate: bool, recordings: 
 
 
 def read_initial_state(field: VectorField, x0: Any) -> Tensor:
-    """Return the initial state. A tensor of the user's is copied, since a field might write to it.
+    """Return the initial state. The user's tensor is copied, because a field might write to it.
 
     Raises:
-        TypeError, ValueError: naming ``x0``.
+        TypeError, ValueError: if the state is not a floating or complex tensor, or is not finite.
     """
     given: Tensor | Callable[[], Tensor] | None = field.problem.x0 if x0 is None else x0
     if given is None:
@@ -473,7 +475,7 @@ def read_initial_state(field: VectorField, x0: Any) -> Tensor:
         raise TypeError(f"x0: got dtype {state.dtype}, expected a floating or complex dtype; convert with x0.double()")
     try:
         finite = holds(all_finite(state))
-    except RuntimeError:  # data-dependent control flow, which torch.func.vmap refuses
+    except RuntimeError:  # torch.func.vmap does not allow control flow that depends on values
         finite = True
     if not finite:
         raise ValueError("x0: contains NaN or infinite values, expected finite ones")

@@ -1,7 +1,8 @@
-"""The method: compositions (`Scheme`), sub-steps (`SubStep`), the time grid and the loop over it.
+"""The method: compositions (`Scheme`), sub-steps (`SubStep`), the time grid and the loop over its steps.
 
-A scheme says which operator acts for how long, and at what time of its clock. A sub-step says how one operator is
-advanced over such a stage. The two choices are independent. Imports `odeadv.support` and `odeadv.fields`.
+A scheme is a table of stages. Each stage gives the operator that acts, its duration, and the time on its clock. A
+sub-step is the method that advances one operator over one stage. Scheme and sub-step are chosen independently. This
+folder imports `odeadv.support` and `odeadv.fields`.
 """
 
 from odeadv.splitting import schemes

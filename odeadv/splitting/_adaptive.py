@@ -1,4 +1,4 @@
-"""Adaptive steps: a grid on which the estimated local errors meet a tolerance."""
+"""Adaptive steps: choose a grid so that the estimated local errors meet a tolerance."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from odeadv.splitting.status import Status
 from odeadv.support.checks import choice, integer, number, shown
 from odeadv.support.isolation import read_value
 
-# Hairer, Norsett & Wanner (1993), Solving ODEs I, II.4: a step is a little smaller than the estimate allows, and never
-# shrinks or grows by more than a factor of 5 at once.
+# Hairer, Norsett & Wanner (1993), Solving ODEs I, II.4: a step is a little smaller than the estimate allows. It never
+# shrinks or grows by more than a factor of 5 from one trial to the next.
 SAFETY, SHRINK, GROW = 0.9, 0.2, 5.0
-_HIGHEST = 20.0  # exact flows have infinite order; beyond 20 the exponent of the controller changes nothing
+_HIGHEST = 20.0  # exact flows have infinite order, but above 20 the order has hardly any effect on the step size
 
-# The ends of the steps that a trial consists of, the state at the end, and the estimate of its error.
+# The end times of the steps of a trial, the state at the last end, and the estimated error of this state.
 Tried = tuple[list[float], Tensor, Tensor]
 Trial = Callable[[Tensor, float, float], Tried]
 ErrorNorm = Literal["batch", "rms", "max"] | Callable[[Tensor], Tensor]
@@ -30,30 +30,30 @@ ErrorNorm = Literal["batch", "rms", "max"] | Callable[[Tensor], Tensor]
 class Adaptive:
     """Settings of adaptive steps (Hairer, Norsett & Wanner 1993, II.4).
 
-    A step is accepted if ``norm(error / (atol + rtol * |x|))`` is at most 1. The error of a trial step of size h is
-    estimated by ``"doubling"``, a comparison with two steps of size h/2, which are the ones that are kept; or by
-    ``"palindromic"`` pairs, a comparison of a scheme of odd order with its adjoint, whose leading error has the
-    opposite sign (Auzinger, Hofstaetter, Ketcheson & Koch 2017, BIT 57). The pair costs two steps per trial instead of
-    three. It does not see the errors of sub-steps, which must therefore be of higher order. A PI controller chooses the
-    next h. The error is controlled per step, not over the span.
+    A step is accepted if ``norm(error / (atol + rtol * |x|))`` is at most 1. There are two estimates of the error of a
+    trial step of size h. ``"doubling"`` compares it with two steps of size h/2, and keeps the two steps.
+    ``"palindromic"`` compares a step of a scheme of odd order with a step of its adjoint. The leading errors of the two
+    have opposite signs (Auzinger, Hofstaetter, Ketcheson & Koch 2017, BIT 57). This pair costs two steps per trial
+    instead of three. It does not see the errors of sub-steps, so the sub-steps must have a higher order than the
+    scheme. A PI controller chooses the next h. The error is controlled per step, not over the span.
 
     Attributes:
         rtol: relative tolerance of a step: a number, or a tensor that broadcasts with the state.
         atol: absolute tolerance of a step: a number, or a tensor that broadcasts with the state.
-        norm: ``"batch"`` is the root mean square within each sample and the largest over the samples (the leading axis)
-            if the state has two axes or more, so that a fast sample is not hidden by slow ones. ``"rms"`` is the root
-            mean square over the whole state, ``"max"`` the largest entry. Or a function from a tensor like the state,
-            real and at least 0, to a 0-d tensor.
-        first: size of the first trial step; by default a hundredth of the span. smallest: the solve ends if a step of
-        this size is rejected; by default 1e-13 times the largest time. A step that
-            the end of the span cuts short may be smaller.
-        largest: no step is larger. Give the duration of a short pulse of the field, which longer steps would miss.
-        stops: times that steps must end on, such as discontinuities of a forcing.
-        most: largest number of trial steps, rejected ones included.
-        estimate: ``"doubling"`` or ``"palindromic"``.
+        norm: ``"batch"`` takes the root mean square within each sample, then the largest over the samples (the leading
+            axis), so that slow samples do not hide a fast sample. For states with fewer than two axes it is ``"rms"``.
+            ``"rms"`` is the root mean square over the whole state, and ``"max"`` is the largest entry. Or give a
+            function from a real, nonnegative tensor of the shape of the state to a 0-d tensor.
+        first: size of the first trial step; by default a hundredth of the span.
+        smallest: smallest size of a step; by default 1e-13 times the largest time. The solve ends if the next step
+            would be smaller. Only a step that ends at a stop or at the end of the span may be smaller.
+        largest: largest size of a step. If the field has a short pulse, give its duration: longer steps would miss it.
+        stops: times at which a step must end, such as discontinuities of a forcing.
+        most: largest number of trial steps, including the rejected steps.
+        estimate: estimate of the error, ``"doubling"`` or ``"palindromic"``.
 
     Raises:
-        TypeError, ValueError: naming the attribute that does not fit.
+        TypeError, ValueError: if an attribute has a wrong type or value. The message names the attribute.
 
     Example:
         >>> odeadv.solve(f, x0, (0.0, 10.0), dt=odeadv.Adaptive(rtol=1e-6, atol=1e-8, largest=0.1), substep="rk4")
@@ -88,7 +88,7 @@ class Adaptive:
         integer("most", self.most)
 
     def error(self, difference: Tensor, x: Tensor, y: Tensor) -> float:
-        """Return the norm of ``difference`` in units of the tolerances, for a step from ``x`` to ``y``; NaN is inf."""
+        """Return the norm of ``difference`` divided by the tolerances of a step from ``x`` to ``y``; inf for NaN."""
         if not difference.numel():
             return 0.0
         atol, rtol = (_on(value, x) for value in (self.atol, self.rtol))
@@ -98,7 +98,7 @@ class Adaptive:
         return found if found == found else float("inf")
 
     def size(self, ratio: Tensor) -> Tensor:
-        """Return the norm of ``ratio``, a tensor like the state, real and at least 0."""
+        """Return the norm of ``ratio``, a real, nonnegative tensor of the shape of the state."""
         if callable(self.norm):
             return self.norm(ratio)
         if self.norm == "max":
@@ -109,7 +109,7 @@ class Adaptive:
 
 
 def _checked_tolerance(name: str, value: float | Tensor) -> float:
-    """Return the largest entry of a tolerance."""
+    """Return the largest entry of the tolerance ``value`` after a check of its type and range."""
     if isinstance(value, Tensor) and value.ndim:
         if not (value.is_floating_point() and bool(value.isfinite().all()) and bool((value >= 0).all())):
             raise ValueError(f"{name}: got {shown(value)}, expected finite floating entries of at least 0")
@@ -123,10 +123,10 @@ def _on(value: float | Tensor, x: Tensor) -> float | Tensor:
 
 @dataclass(frozen=True)
 class Search:
-    """The grid that a search for steps found, and how it ended.
+    """The result of a search for adaptive steps.
 
     Attributes:
-        grid: the steps; it ends early if the search failed.
+        grid: the accepted steps. They end before the end of the span if the search failed.
         status: ``SUCCESS``, ``STEP_TOO_SMALL`` or ``TOO_MANY_STEPS``.
         rejected: number of rejected trial steps.
     """
@@ -143,11 +143,11 @@ def choose_grid(
 
     Args:
         x0: initial state.
-        t_span: start and end, in either direction.
-        settings: the tolerances.
-        trial: tries one step, see `doubling` and `palindromic`.
-        order: the estimated error goes as h to the power order + 1; infinite for exact flows.
-        edges: times inside the span that steps must end on, besides ``settings.stops``.
+        t_span: start and end; the end may be before the start.
+        settings: the tolerances and the other settings.
+        trial: function that tries one step, see `doubling` and `palindromic`.
+        order: order p of the method. The estimated error is proportional to h^(p + 1). It is infinite for exact flows.
+        edges: times inside the span at which a step must end, in addition to ``settings.stops``.
     """
     t, end = t_span
     sign = 1.0 if end > t else -1.0
@@ -160,7 +160,8 @@ def choose_grid(
     power = 1.0 / (min(order, _HIGHEST) + 1.0)
     for _ in range(settings.most):
         left = abs(stops[0] - t)
-        # A step that nearly reaches the stop takes it; a step that would leave less than itself takes half.
+        # A step that nearly reaches the stop ends at the stop. If less than a full step would be left afterwards, the
+        # rest is divided into two equal steps.
         tried = left if size >= left * (1.0 - 1e-9) else min(size, 0.5 * left)
         target = stops[0] if tried == left else t + sign * tried
         ends, y, difference = trial(x, t, target)
@@ -186,12 +187,12 @@ def choose_grid(
 
 
 def doubling(stepper: Stepper, order: float) -> Trial:
-    """Return the trial that compares one step with two of half the size, which are kept."""
+    """Return the trial that compares one step with two steps of half the size, and keeps the two steps."""
     scale = 2.0 ** min(order, _HIGHEST) - 1.0
 
     def trial(x: Tensor, t: float, target: float) -> Tried:
         middle = t + 0.5 * (target - t)
-        # Detached, not under no_grad: f may itself call torch.autograd.grad.
+        # The states are detached instead of computed under no_grad, because f may call torch.autograd.grad.
         whole = stepper.advance(x, _step(t, target)).detach()
         half = stepper.advance(x, _step(t, middle)).detach()
         halves = stepper.advance(half, _step(middle, target)).detach()
@@ -201,7 +202,7 @@ def doubling(stepper: Stepper, order: float) -> Trial:
 
 
 def palindromic(stepper: Stepper, mirror: Stepper) -> Trial:
-    """Return the trial that compares a step with a step of the adjoint scheme, ``mirror``."""
+    """Return the trial that compares a step of ``stepper`` with a step of ``mirror``, its adjoint scheme."""
 
     def trial(x: Tensor, t: float, target: float) -> Tried:
         whole = stepper.advance(x, _step(t, target)).detach()

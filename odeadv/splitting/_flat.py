@@ -1,7 +1,7 @@
 """The fast loop, for Runge-Kutta sub-steps of operators that are the same on every step.
 
-It computes what the readable loop of `_stepper` computes, bit for bit, but makes the times of all steps at once and
-looks nothing up that is the same on every step. On small states Python is most of the cost of a step.
+Its states are bit-identical to the states of the readable loop in `_stepper`. It is faster because it makes the times
+of all steps at once, and looks up constant values only once. On small states, Python is most of the cost of a step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from odeadv.support.isolation import version
 
 
 class FlatLoop:
-    """States along a grid by ``stages``, which number ``operators`` and their Runge-Kutta sub-steps.
+    """Computes the states along a grid for a single composition with Runge-Kutta sub-steps.
 
     Args:
-        operators: the terms of the field; only their function f is called.
-        substeps: one per operator.
-        stages: of a single composition, see `ClockedStage`.
-        costs: where evaluations are counted, one per operator.
+        operators: the terms of the field. Only their function f is called.
+        substeps: one Runge-Kutta sub-step per operator.
+        stages: the stages of the composition, see `ClockedStage`. They refer to operators by number.
+        costs: one counter of evaluations per operator.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class FlatLoop:
         self._time_dtype = operators[0].time_dtype
 
     def states(self, x: Tensor, grid: Grid) -> Iterator[Tensor]:
-        """Yield the states at ``t_1 ... t_N`` from ``x`` at ``t_0``.
+        """Yield the states at ``t_1 ... t_N``, from the state ``x`` at ``t_0``.
 
         Raises:
             TypeError, ValueError: if f writes to its state or its time, or returns a tensor that does not fit.
         """
         versioned = not torch.is_inference_mode_enabled()
         if versioned and x.is_inference():
-            x = x.clone()  # a clone counts writes to it, as all later states do
+            x = x.clone()  # an inference tensor does not count the writes to it, but its clone does
         times, table = self._evaluation_times(grid.times, x)
         before = version(table)
         for stage, substep in zip(self._stages, self._substeps, strict=True):
@@ -68,16 +68,16 @@ class FlatLoop:
                     x = advance(x, h * weight, each)
                 yield x
         if before >= 0 and table._version != before:
-            # Evaluations of all operators at one time share its tensor.
+            # A write would change the time of other evaluations too, because equal times share one tensor.
             raise ValueError("f: modifies the time t in place; return a new tensor and leave t as it is")
 
     def _evaluation_times(self, ends: Sequence[float], x: Tensor) -> tuple[Iterator[tuple[Tensor, ...]], Tensor]:
         """Return the times of the evaluations of each step between ``ends``, and the tensor that holds all times.
 
-        A tensor for a time costs a microsecond, so evaluations at the same time share one.
+        To make a tensor for a time takes a microsecond, so evaluations at the same time share one tensor.
         """
         nodes = torch.tensor(ends, dtype=torch.float64, device="cpu")
-        step = TimeStep(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # all steps as one, by the same arithmetic
+        step = TimeStep(nodes[:-1], nodes[1:], 0.0)  # type: ignore[arg-type]  # one object with the times of all steps
         columns: dict[tuple[float, ...], Tensor] = {}
         order: list[tuple[float, ...]] = []
         for stage, substep in zip(self._stages, self._substeps, strict=True):
@@ -102,9 +102,13 @@ def _euler_states(
     functions: Sequence[VectorFunction],
     weights: Sequence[float],
 ) -> Iterator[Tensor]:
-    """Yield the states after each of ``steps`` (size, times of its evaluations), if every stage is one step of Euler.
+    """Yield the state after each step, if every stage is one step of Euler. Results equal those of `RungeKutta.bound`.
 
-    The same as `RungeKutta.bound`, with only the operations that the result needs.
+    Args:
+        x: the initial state.
+        steps: pairs of the size of a step and the times of its evaluations.
+        functions: the function f of each stage.
+        weights: the duration of each stage in units of the step.
     """
     parts = list(zip(functions, weights, strict=True))
     dtype, shape = x.dtype, x.shape

@@ -1,4 +1,4 @@
-"""The time grid, with each jump of the field as one step of its own."""
+"""The time grid. Each jump of the field is one step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise, repeat
 from typing import NamedTuple
 
-MOST_STEPS = 1e8  # a grid is a tuple of floats: 3 GB of them
+MOST_STEPS = 1e8  # a grid is a tuple of floats, and so many floats take 3 GB
 
 
 class TimeStep(NamedTuple):
-    """One step of signed length ``h`` from ``t0`` to ``t1``. ``h`` is free of the rounding of their difference.
+    """One step of signed length ``h`` from ``t0`` to ``t1``. ``h`` does not have the rounding error of ``t1 - t0``.
 
-    ``own`` is the start of the operators' own clocks if that is not ``t0``: within a stage whose clock is frozen.
+    ``own`` is the start of the operators' own clocks. It differs from ``t0`` in a stage with a frozen clock, and None
+    means ``t0``.
     """
 
     t0: float
@@ -24,7 +25,7 @@ class TimeStep(NamedTuple):
     own: float | None = None
 
     def time(self, fraction: float) -> float:
-        """Return the time at ``fraction`` of the step; the ends exactly."""
+        """Return the time at ``fraction`` of the step: exactly ``t0`` for 0, and exactly ``t1`` for 1."""
         if fraction == 0.0:
             return self.t0
         return self.t1 if fraction == 1.0 else self.t0 + fraction * (self.t1 - self.t0)
@@ -36,11 +37,11 @@ class TimeStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Times ``t_0 ... t_N``, increasing or decreasing.
+    """The times ``t_0 ... t_N`` of N steps, increasing or decreasing.
 
     Attributes:
-        times: the nodes.
-        h: their signed distance if all steps except jumps are equal; otherwise None.
+        times: the nodes ``t_0 ... t_N``.
+        h: the signed step size if all steps except jumps are equal; otherwise None.
     """
 
     times: tuple[float, ...]
@@ -58,7 +59,7 @@ class Grid:
     def sizes(self) -> Iterable[float]:
         """The signed lengths of the steps."""
         if self.h is not None and abs(len(self) * self.h - (self.times[-1] - self.times[0])) < 0.5 * abs(self.h):
-            return repeat(self.h, len(self))  # no jump among them
+            return repeat(self.h, len(self))  # without jumps all steps have the same size
         return (self[index].h for index in range(len(self)))
 
     def __iter__(self) -> Iterator[TimeStep]:
@@ -74,7 +75,7 @@ class Grid:
         return Grid(self.times[first : last + 1], self.h)
 
     def parts(self, size: int) -> Iterator[Grid]:
-        """Yield consecutive parts of ``size`` steps; the last one may have fewer."""
+        """Yield consecutive parts of ``size`` steps. The last part may have fewer steps."""
         return (self.part(first, min(first + size, len(self))) for first in range(0, len(self), size))
 
     def halved(self) -> Grid:
@@ -84,7 +85,7 @@ class Grid:
         return Grid((*times, self.times[-1]), None if self.h is None else 0.5 * self.h)
 
     def clamped(self, t: float) -> float:
-        """Return ``t``, or the end that it lies beyond only by rounding (to float32, as times in a tensor are)."""
+        """Return ``t``, or the end of the grid if ``t`` is outside by at most a rounding error of float32."""
         first, last, sign = self.times[0], self.times[-1], self.sign
         beyond = max(sign * first - sign * t, sign * t - sign * last)
         if 0.0 < beyond <= 2.0**-22 * max(abs(first), abs(last)):
@@ -92,11 +93,11 @@ class Grid:
         return t
 
     def snap(self, t: float) -> float:
-        """Return ``t``, or the node it misses only by rounding (to float32, as times in a tensor are).
+        """Return ``t``, or a node if ``t`` differs from it by at most a rounding error of float32.
 
-        The rounding is in proportion to the time itself, and at most a tenth of the step. So a small time of a long
-        span is not taken for its start. Only a time beyond an end may miss this end by a rounding in proportion to the
-        span.
+        The tolerance is relative to ``t`` itself, and at most a tenth of the step. So a small time in a long span is
+        not replaced by the start of the span. Only for times outside the grid is the tolerance relative to the largest
+        time of the grid.
         """
         t, sign = self.clamped(t), self.sign
         after = bisect_right(self.times, sign * t, key=lambda time: sign * time)
@@ -108,10 +109,10 @@ class Grid:
         return min(near, key=lambda node: abs(node - t)) if near else t
 
     def locate(self, t: float, name: str = "t") -> int:
-        """Return the number of the step that contains ``t`` (the later one at an inner node).
+        """Return the number of the step that contains ``t``. An inner node belongs to the later step.
 
         Raises:
-            ValueError: naming ``name``, if ``t`` is outside the grid.
+            ValueError: if ``t`` is outside the grid. The message names the argument ``name``.
         """
         first, last, sign = self.times[0], self.times[-1], self.sign
         if not sign * first <= sign * t <= sign * last:
@@ -131,15 +132,15 @@ def make_grid(
     """Return the steps over ``t_span``. Exactly one of ``dt`` and ``steps`` is given.
 
     Args:
-        t_span: start and end; the end may lie before the start.
-        dt: size of a step, without the sign of the span; or the sizes of all steps.
-        steps: number of steps; or the times of all nodes, both ends included.
-        jumps: intervals that are one step each for any ``dt``.
-        clip_last: make the last step shorter if ``dt`` does not divide the span.
+        t_span: start and end; the end may be before the start.
+        dt: size of a step, which is positive for both directions of time; or the sizes of all steps.
+        steps: number of steps; or the times of all nodes, including both ends.
+        jumps: intervals that are one step each, for any ``dt``.
+        clip_last: True makes the last step shorter if ``dt`` does not divide the span.
 
     Raises:
-        ValueError: if the steps do not end at the end of the span (a shorter last step is never taken silently), or a
-            jump's ends are not on the grid.
+        ValueError: if the steps do not end at the end of the span and ``clip_last`` is False, or if an end of a jump is
+            not a node.
     """
     t0, t1 = t_span
     times: list[float]
@@ -164,7 +165,7 @@ def make_grid(
 def _equal_nodes(
     t0: float, t1: float, dt: float | None, steps: int | None, clip_last: bool
 ) -> tuple[list[float], float | None]:
-    """Return the nodes of equal steps, and their signed size, or None if the last step is shorter."""
+    """Return the nodes of equal steps and the signed step size. The size is None if the last step is shorter."""
     span = t1 - t0
     if steps is None:
         assert dt is not None
@@ -187,7 +188,7 @@ def _equal_nodes(
 
 
 def _nodes_of_sizes(t0: float, t1: float, sizes: Sequence[float]) -> list[float]:
-    """Return the nodes of steps of the given sizes, which are positive or have the sign of the span."""
+    """Return the nodes for the step sizes ``sizes``. The sizes are positive or have the sign of the span."""
     sign = math.copysign(1.0, t1 - t0)
     signed = [sign * abs(size) for size in sizes]
     if any(size == 0.0 or (size < 0.0 < sign) for size in sizes):
@@ -201,7 +202,7 @@ def _nodes_of_sizes(t0: float, t1: float, sizes: Sequence[float]) -> list[float]
 
 
 def _nodes_of_times(t0: float, t1: float, times: Sequence[float]) -> list[float]:
-    """Return the given nodes, whose ends are those of the span up to rounding."""
+    """Return the nodes ``times`` after a check that the first and last equal the ends of the span up to rounding."""
     whole = Grid((t0, t1))
     nodes = [whole.clamped(t) for t in times]
     if whole.snap(nodes[0]) != t0 or whole.snap(nodes[-1]) != t1:

@@ -1,4 +1,4 @@
-"""Sub-steps of several steps: a sub-step that is repeated, or a splitting of an operator that is a field."""
+"""Sub-steps that take several inner steps: repeated sub-steps, or a splitting of an operator that is a field."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from odeadv.support.checks import integer
 
 @dataclass(frozen=True)
 class Nested:
-    """A sub-step of several equal steps: of any sub-step, or of a splitting for an operator that is a `SplitField`.
+    """A sub-step that takes several equal inner steps, with any sub-step or with a splitting of the operator.
 
-    ``Nested("rk4", steps=10)`` sub-cycles an operator that is faster than the others. ``Nested("strang")`` splits an
-    operator that is itself a `SplitField`.
+    ``Nested("rk4", steps=10)`` takes 10 inner steps for an operator that is faster than the others.
+    ``Nested("strang")`` splits an operator that is itself a `SplitField`.
 
     Attributes:
-        scheme: a sub-step or its name; or a scheme or its name, for the inner operators.
-        substep: with a scheme, one sub-step for all inner operators, or a dict by their names; by default
+        scheme: a sub-step or its name, for any operator. Or a scheme or its name, for a `SplitField`.
+        substep: with a scheme, one sub-step for all inner operators, or a dict of operator name to sub-step; by default
             ``"midpoint"``.
         steps: number of equal inner steps per stage.
 
@@ -54,7 +54,7 @@ class Nested:
 
     @cached_property
     def whole(self) -> SubStep | None:
-        """The sub-step that is repeated; None for a splitting."""
+        """The sub-step that is repeated, or None for a splitting."""
         return get_substep(self.scheme) if is_substep(self.scheme) else None  # type: ignore[arg-type]
 
     @property
@@ -79,11 +79,11 @@ class Nested:
         return getattr(self.whole, "needs", frozenset())
 
     def of(self, operator: Operator) -> Nested:
-        """Return the same with a sub-step for every term of ``operator``; the default is ``"midpoint"``.
+        """Return the same `Nested` with a sub-step for every term of ``operator``; the default is ``"midpoint"``.
 
         Raises:
-            ValueError: if a scheme is nested and the operator is not a sum, or ``substep`` names an operator that it
-                does not have.
+            ValueError: if a scheme is nested and ``operator`` is not a sum, or ``substep`` names a term that
+                ``operator`` does not have.
         """
         if self.whole is not None:
             inner = self.whole.of(operator) if isinstance(self.whole, Nested) else self.whole
@@ -100,7 +100,7 @@ class Nested:
         )
 
     def _chosen(self, operator: Operator) -> tuple[Sum, dict[str, SubStep]]:
-        """Return the operator as a sum, and the sub-step of each of its terms; raises as `of`."""
+        """Return the operator as a sum, and the sub-step of each of its terms. The errors are those of `of`."""
         if not isinstance(operator, Sum):
             raise ValueError(
                 "substep: Nested with a scheme is for an operator that is a SplitField of at least two operators; "
@@ -116,7 +116,7 @@ class Nested:
         return operator, {name: get_substep(given.get(name, "midpoint")) for name in names}
 
     def runs_back(self, operator: Sum) -> list[str]:
-        """Return the names of the irreversible terms of ``operator`` that run backward."""
+        """Return the names of the irreversible terms of ``operator`` that the scheme runs backward."""
         if self.whole is not None:
             return []
         back = {int(i) for i in self._table(operator).goes_back}
@@ -135,7 +135,7 @@ class Nested:
         return scheme.numbered(operator.names)
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """See `SubStep.advance`; raises as `of`."""
+        """See `SubStep.advance`. The errors are those of `of`."""
         if self.whole is not None:
             for step in self._inner_steps(clock, h):
                 assert step.own is not None

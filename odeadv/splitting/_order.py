@@ -1,4 +1,4 @@
-"""The order of a composition, measured in many digits."""
+"""Measure the order of a composition in high precision."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-_SIZE = 3  # of the state: brackets of random 3x3 matrices satisfy no accidental identity up to order 9
-_FLOOR = 1e-13  # smaller errors are those of coefficients that are rounded to float64
-_HALVINGS = 8  # the smallest step is 2**-8, where the leading error of a first-order scheme rules
+_SIZE = 3  # size of the state: up to order 9, commutators of random 3x3 matrices have no accidental identities
+_FLOOR = 1e-13  # smaller errors are due to coefficients that are rounded to float64
+_HALVINGS = 8  # the smallest step is 2**-8, which is small enough for the leading error of a first-order scheme
 
 
 @functools.lru_cache(maxsize=128)
@@ -33,12 +33,12 @@ def measured_order(compositions: Sequence[tuple[float, Sequence[Any]]], digits: 
 
 
 class _LinearProblem:
-    """dx/dt = sum_p M_p x + t b_p with random M_p and b_p, as linear systems of (x, t, 1)."""
+    """dx/dt = sum_p (M_p x + t b_p) with random matrices M_p and vectors b_p, as linear systems of (x, t, 1)."""
 
     def __init__(self, operators: int) -> None:
         import mpmath
 
-        draw = random.Random(operators)  # a generator of its own: the same problem every time
+        draw = random.Random(operators)  # a separate generator gives the same problem every time
         self._mp = mpmath
         self._matrices = [self._random(draw) for _ in range(operators)]
 

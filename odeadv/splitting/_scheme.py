@@ -1,4 +1,4 @@
-"""Compositions as data: a scheme is a table of stages, or a weighted sum of such tables."""
+"""Compositions as data: a scheme is a table of stages, or a weighted sum of several tables."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ class Stage:
     """One row of a composition: ``operator`` acts for ``weight`` steps, and its clock starts at ``start``.
 
     Attributes:
-        operator: name of the operator, or its number in the field's order.
-        weight: duration in units of the step; negative means backward.
-        start: the clock's start, in units of the step from the step's beginning. If it is not given, the clock starts
-            where the operator's earlier stages left it (NaN until a `Scheme` fills it in).
-        frozen: the clock stands still at ``start`` instead of running with the operator. Time is then carried by the
-            other operators, as if dt/dt = 1 were split along with them, and a sub-step evaluates at ``start`` only.
+        operator: name of the operator, or its number in the order of the field.
+        weight: duration in units of the step. A negative weight runs the operator backward.
+        start: time of the clock at the start of the stage, in units of the step, counted from the beginning of the
+            step. By default the clock continues from the end of the operator's earlier stages. (The default is NaN
+            until a `Scheme` replaces it.)
+        frozen: True stops the clock at ``start``, and a sub-step evaluates the operator at this time only. Time then
+            belongs to the other operators: dt/dt = 1 is split together with their equations.
 
     Raises:
-        TypeError: if ``weight`` or ``start`` is not a real number, as in compositions with complex steps.
+        TypeError: if ``weight`` or ``start`` is not a real number. Compositions with complex steps are not supported.
 
     Example:
         >>> odeadv.schemes.get("lie").stages
@@ -51,7 +52,7 @@ class Stage:
 
     @property
     def stop(self) -> float:
-        """The clock at the end of the stage."""
+        """Time of the clock at the end of the stage, in units of the step."""
         return self.start if self.frozen else self.start + self.weight
 
 
@@ -60,26 +61,28 @@ Composition = tuple[Stage, ...]
 
 @dataclass(frozen=True, repr=False)
 class Scheme:
-    """A splitting scheme: which operator acts, for how long, at what time. The sub-step says how it is advanced.
+    """A splitting scheme: a table of the operators that act, their durations and their times.
+
+    The sub-step is chosen separately: it is the method that advances an operator over one stage.
 
     ``Scheme("mine", (Stage("reaction", 0.5), Stage("diffusion", 1.0), Stage("reaction", 0.5)), 2, "notes")`` is for
-    fields with operators of these names. A scheme with numbers instead of names is for any field with as many
-    operators.
+    fields with operators of these names. A scheme with numbers instead of names is for all fields with the same number
+    of operators.
 
     Attributes:
-        name: the scheme's name.
+        name: name of the scheme.
         stages: the table, in the order in which the stages act on the state; empty for a mixture. ``compositions``
-            holds the tables of both kinds.
-        order: order of the composition with exact sub-flows. Sub-steps of lower order lower it. `measure_order`
-            measures it.
-        source: its reference.
-        costate: the costate evaluation, if it is part of the scheme's definition.
-        mixture: for averaged and extrapolated schemes, pairs of a factor and a table. The step's result is the sum of
-            the factors times the results of the tables, each from the same state.
+            holds the tables of both kinds of schemes.
+        order: order of the composition with exact sub-flows. Sub-steps of lower order lower the order of the result.
+            `measure_order` measures the order.
+        source: reference of the scheme.
+        costate: the costate evaluation, if it is part of the definition of the scheme.
+        mixture: for averaged and extrapolated schemes, pairs of a factor and a table. Each table starts from the same
+            state. The result of the step is the sum of factor times result over all tables.
 
     Raises:
-        ValueError: if there are both stages and a mixture, or neither; names for some operators and numbers for
-            others; or a frozen stage without a start.
+        ValueError: if both stages and a mixture are given, or neither of them; if some operators have names and others
+            have numbers; or if a frozen stage lacks its start.
 
     Example:
         >>> S = odeadv.Stage
@@ -106,18 +109,18 @@ class Scheme:
 
     @property
     def compositions(self) -> tuple[tuple[float, Composition], ...]:
-        """The tables with their factors: one table of factor 1, unless the scheme is a mixture."""
+        """The tables with their factors. A scheme that is not a mixture is one table with the factor 1."""
         return self.mixture or ((1.0, self.stages),)
 
     @property
     def operators(self) -> int:
-        """The number of operators that it splits."""
+        """The number of operators of the scheme."""
         keys = self._keys()
         return len(keys) if isinstance(keys[0], str) else 1 + max(int(key) for key in keys)
 
     @property
     def symmetric(self) -> bool:
-        """True if it is palindromic, that is its own adjoint: Phi(-h) o Phi(h) = identity with exact sub-flows."""
+        """True if the scheme Phi equals its adjoint, so that Phi(-h) o Phi(h) = identity with exact sub-flows."""
         return not self.mixture and all(
             a.operator == b.operator
             and a.frozen == b.frozen
@@ -128,38 +131,39 @@ class Scheme:
 
     @property
     def goes_back(self) -> tuple[int | str, ...]:
-        """The operators that some stage runs backward. An irreversible operator must not be among them."""
+        """The operators that a stage runs backward. They must not be irreversible."""
         back = {stage.operator for _, stages in self.compositions for stage in stages if stage.weight < 0}
         return tuple(sorted(back))  # all names, or all numbers
 
     @property
     def reach(self) -> tuple[float, float]:
-        """The earliest and latest clock of a stage, in units of the step: (0, 1) if f is evaluated inside the step.
+        """The earliest and latest time of all clocks, in units of the step: (0, 1) if f is evaluated inside the step.
 
-        Schemes with negative weights go beyond it: the first and last steps of a solve then evaluate f outside the
-        span, at ``t0 + reach[0] * h`` and ``t1 + (reach[1] - 1) * h``.
+        With negative weights the clocks may leave the step. The first step of a solve, from ``t0``, then evaluates f at
+        ``t0 + reach[0] * h``. The last step, to ``t1``, evaluates f at ``t1 + (reach[1] - 1) * h``. Both times are
+        outside the span.
         """
         clocks = [clock for _, stages in self.compositions for s in stages for clock in (s.start, s.stop)]
         return min(0.0, *clocks), max(1.0, *clocks)
 
     def freezes(self, operator: int | str) -> bool:
-        """Return whether the clock of ``operator`` stands still in every one of its stages."""
+        """Return True if the clock of ``operator`` is frozen in all of its stages."""
         return all(s.frozen for _, stages in self.compositions for s in stages if s.operator == operator)
 
     def adjoint(self) -> Scheme:
-        """Return the adjoint Phi*(h) = Phi(-h)^{-1}: the stages in reverse, their clocks reflected in the step.
+        """Return the adjoint Phi*(h) = Phi(-h)^{-1}: the stages in reverse order, with each time s replaced by 1 - s.
 
-        For a mixture it is the mixture of the tables' adjoints, which has the same order but is not the inverse.
+        For a mixture, return the mixture of the adjoint tables. It has the same order, but is not the inverse.
         """
         name = self.name.removesuffix("*") if self.name.endswith("*") else self.name + "*"
         mixture = tuple((factor, _reflected(stages)) for factor, stages in self.mixture)
         return replace(self, name=name, stages=_reflected(self.stages), mixture=mixture)
 
     def check(self) -> None:
-        """Check that the weights of every operator sum to 1, and so do the factors.
+        """Check that the weights of each operator sum to 1, and that the factors of a mixture sum to 1.
 
         Raises:
-            ValueError: naming the operator whose weights do not sum to 1.
+            ValueError: if a sum differs from 1 (the message names the operator), or an operator number is negative.
         """
         if not math.isclose(math.fsum(factor for factor, _ in self.compositions), 1.0, abs_tol=1e-12):
             raise ValueError(f"scheme: the factors of the mixture {self.name!r} do not sum to 1")
@@ -175,10 +179,10 @@ class Scheme:
                     )
 
     def numbered(self, names: Sequence[str]) -> Scheme:
-        """Return the same scheme with its operators numbered as in ``names``, if it has names for them.
+        """Return the same scheme with names replaced by numbers, the positions in ``names``.
 
         Args:
-            names: the operators of a field, in its order.
+            names: names of the operators of a field, in the order of the field.
 
         Raises:
             ValueError: if the scheme and the field do not have the same operators.
@@ -211,13 +215,13 @@ class Scheme:
         return replace(self, stages=tables[0])
 
     def table(self, field: VectorField | Sequence[str] | None = None) -> str:
-        """Return the scheme as a table of text, as `print` shows it.
+        """Return the scheme as a table of text. `print` shows the same table.
 
         Args:
-            field: the field to be split, or names of operators, which are shown instead of numbers.
+            field: the field to be split, or names of operators. The table then shows names instead of numbers.
 
         Raises:
-            ValueError: if the scheme is not for such a field.
+            ValueError: if the scheme and the field do not have the same operators.
         """
         names = None if field is None else list(field.operators) if isinstance(field, VectorField) else list(field)
         scheme = self if names is None else self.numbered(names)
@@ -234,9 +238,9 @@ class Scheme:
     def measure_order(self, digits: int = 40) -> float:
         """Measure the order of the composition with exact sub-flows, in ``digits`` decimal digits.
 
-        One step of sizes h and h/2 is compared with the exact solution of a linear problem with non-commuting random
-        operators that depend on time, so that the clocks count too: dx/dt = sum_p M_p x and dt/dt = 1 carried by the
-        operators whose clock runs. The order is log2 of the ratio of the errors, minus 1.
+        One step of size h and one step of size h/2 are compared with the exact solution of a linear problem,
+        dx/dt = sum_p (M_p x + t b_p). Its random matrices M_p do not commute. It depends on time, so the clocks are
+        tested too. The order is log2 of the ratio of the two errors, minus 1.
 
         Returns:
             The order; infinity if the scheme is exact.
@@ -259,12 +263,12 @@ class Scheme:
         return f"Scheme({self.name!r}, order {self.order}, {self.operators} operators, {tables})"
 
     def _keys(self) -> list[int | str]:
-        """Return the operators that have stages, in the order in which they first act."""
+        """Return the names or numbers of the operators that have stages, in the order of their first stages."""
         return list(dict.fromkeys(stage.operator for _, stages in self.compositions for stage in stages))
 
 
 def _timed(name: str, stages: Iterable[Stage]) -> Composition:
-    """Return ``stages`` with every start filled in: a start that is not given continues the operator's own clock."""
+    """Return ``stages`` with every missing start filled in, so that it continues the operator's own clock."""
     acted: dict[int | str, float] = {}
     result = []
     for stage in stages:
@@ -280,7 +284,7 @@ def _timed(name: str, stages: Iterable[Stage]) -> Composition:
 
 
 def merged(stages: Iterable[Stage]) -> Composition:
-    """Return the stages with neighbours merged that have the same operator and a clock that runs on."""
+    """Return the stages after merging neighbours that have the same operator and a continuous clock."""
     result: list[Stage] = []
     for stage in stages:
         last = result[-1] if result else None
@@ -304,7 +308,7 @@ def _reflected(stages: Composition) -> Composition:
 
 
 def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
-    """Return ``stages`` repeated for parts of the step of sizes ``weights``, with neighbours merged."""
+    """Return ``stages`` once per part of the step, with neighbours merged. ``weights`` are the sizes of the parts."""
     result: list[Stage] = []
     begin = 0.0
     for weight in weights:
@@ -314,7 +318,7 @@ def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
 
 
 def alternating(first: int, weights: Sequence[float]) -> Composition:
-    """Return stages of operators 0 and 1 in turn, starting with ``first``, for ``weights``, each on its own clock."""
+    """Return stages with durations ``weights`` of operators 0 and 1 in turn, from ``first`` on, on their own clocks."""
     acted = [0.0, 0.0]
     result: list[Stage] = []
     for i, weight in enumerate(weights):

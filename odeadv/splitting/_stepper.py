@@ -1,4 +1,4 @@
-"""The loop: a composition of sub-steps over a grid, in its readable form. `_flat` has the fast form."""
+"""The loop over the steps of a grid, in its readable form. `_flat` contains the fast form."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from odeadv.splitting._scheme import Composition, Stage
 from odeadv.splitting._substep import Clock, Exact, RungeKutta, SubStep
 from odeadv.support.isolation import Recompute, inside_transform
 
-# Of each solve the first step, the last step and every 256th step are watched: the state is compared before and after
-# each evaluation. More would cost time, and a field that writes to its state does so on most steps.
+# The first, the last and every 256th step of a solve are watched: the state is compared before and after each
+# evaluation. To watch more steps would take time, and a field that writes to its state does so on most steps.
 WATCHED = 256
-# The steps of a network are its blocks, so one step of each solve is watched, another one in the next solve.
+# The steps of a network are different blocks, so each solve watches one step, and the next solve another step.
 _TURNS = count()
 WHOLE: tuple[tuple[float, Composition], ...] = ((1.0, (Stage(0, 1.0, 0.0),)),)
 
 
 class ClockedStage(NamedTuple):
-    """A `Stage` as the loop needs it: ``own`` is the start on the operator's own clock, the sum of earlier weights."""
+    """A `Stage` for the loop. ``own``, the sum of earlier weights, is the start on the operator's own clock."""
 
     operator: int
     weight: float
@@ -45,8 +45,8 @@ class Stepper:
     Attributes:
         operators: the terms of the field.
         substeps: one sub-step per operator.
-        compositions: the scheme's tables with their factors, whose stages number ``operators``.
-        costs: the cost of each operator so far.
+        compositions: the tables of the scheme with their factors. Their stages refer to ``operators`` by number.
+        costs: the current cost of each operator.
     """
 
     operators: Sequence[Operator]
@@ -58,13 +58,13 @@ class Stepper:
         if not self.costs:
             self.costs = [Cost() for _ in self.operators]
         self._tables = [(factor, _clocked(stages)) for factor, stages in self.compositions]
-        # Constant operators are not asked again on every step.
+        # Constant operators do not need a call of `Operator.on` on every step.
         self._constant = all(operator.constant for operator in self.operators)
         self._piecewise = any(operator.edges for operator in self.operators)
 
     @property
     def counted(self) -> Sequence[Cost]:
-        """The costs of the terms of the field, those within a sum included."""
+        """The costs of the terms of the field. For a sum these are the costs of its terms."""
         first = self.operators[0]
         return first.costs if isinstance(first, Sum) and first.costs is not None else self.costs
 
@@ -86,7 +86,7 @@ class Stepper:
         return total
 
     def states(self, x: Tensor, grid: Grid, segments: Recompute | None = None) -> Iterator[Tensor]:
-        """Return the states at ``t_1 ... t_N`` from ``x`` at ``t_0``, if asked for in segments that are run again."""
+        """Return the states at ``t_1 ... t_N``, from the state ``x`` at ``t_0``. For ``segments`` see `Recompute`."""
         return self._states(x, grid) if segments is None else self._states_in_segments(x, grid, segments)
 
     def _states_in_segments(self, x: Tensor, grid: Grid, segments: Recompute) -> Iterator[Tensor]:
@@ -99,7 +99,8 @@ class Stepper:
         flat = None if _hidden() else self._flat_loop()
         watched = self._watched_steps(x, len(grid))
         for first, last in pairwise(sorted({0, *watched, len(grid)})):
-            # A readable step first: it is watched, and it finds out whether functions reuse their memory.
+            # The first step is readable, because only readable steps are watched and detect functions that reuse
+            # memory.
             self._watch(first in watched)
             x = self.advance(x, grid[first])
             self._watch(False)
@@ -114,9 +115,9 @@ class Stepper:
                 yield x
 
     def march(self, x: Tensor, grid: Grid, segments: Recompute | None = None) -> Tensor:
-        """Return the state at the end of ``grid``. Exact flows that continue one another across steps are merged.
+        """Return the state at the end of ``grid``. If `merges`, exact flows at the ends of two steps become one flow.
 
-        Merging changes the result by rounding alone. Strang then costs one flow of the outer operator per step instead
+        Merging changes the result only by rounding. Strang then costs one flow of the outer operator per step instead
         of two.
         """
         if len(grid) < 2 or not self.merges:
@@ -140,7 +141,10 @@ class Stepper:
         return x
 
     def merged(self, x: Tensor, grid: Iterable[TimeStep]) -> Tensor:
-        """Advance ``x`` from after the first flow of the first step of ``grid`` to after that of its last step."""
+        """Advance ``x`` over the steps of ``grid`` except the last, with merged flows.
+
+        ``x`` and the result are states after the first flow of a step: of the first step and of the last step.
+        """
         ((_, stages),) = self._tables
         outer, head, tail = stages[0].operator, stages[0].weight, stages[-1].weight
         for number, (step, following) in enumerate(pairwise(grid)):
@@ -151,7 +155,7 @@ class Stepper:
 
     @property
     def merges(self) -> bool:
-        """True if the last stage of a step and the first stage of the next step are the same exact flow."""
+        """True if the last stage of a step and the first stage of the next step can be merged into one exact flow."""
         if len(self._tables) > 1 or self._piecewise:
             return False
         ((_, stages),) = self._tables
@@ -162,7 +166,7 @@ class Stepper:
 
     @property
     def explicit(self) -> bool:
-        """True if all sub-steps are explicit Runge-Kutta methods, which need slopes that are not steep."""
+        """True if all sub-steps are explicit Runge-Kutta methods, which may be unstable for large steps."""
         return all(isinstance(substep, RungeKutta) for substep in self.substeps)
 
     def velocity(self, x: Tensor, t: float, step: TimeStep) -> Tensor:
@@ -183,7 +187,10 @@ class Stepper:
         return sum(values[1:], start=values[0])
 
     def _flat_loop(self) -> FlatLoop | None:
-        """Return the fast loop if it gives the same result: constant operators, one table, Runge-Kutta sub-steps."""
+        """Return the fast loop, or None if it would not give the same result.
+
+        It needs constant operators with the default evaluation, a single table and Runge-Kutta sub-steps.
+        """
         plain = self._constant and all(
             type(operator).velocity is Operator.velocity and type(operator).euler is Operator.euler
             for operator in self.operators
@@ -200,7 +207,7 @@ class Stepper:
             yield x
 
     def _watched_steps(self, x: Tensor, steps: int) -> set[int]:
-        """Return the numbers of the steps on which writes to the state are looked for, see `watched`."""
+        """Return the numbers of the steps that are checked for writes to the state, see `watched`."""
         if _hidden():
             return set()
         if not self._piecewise:
@@ -233,9 +240,10 @@ class Stepper:
     def _across_jump(
         self, x: Tensor, step: TimeStep, local: Sequence[Operator | Jump], stages: Sequence[ClockedStage]
     ) -> Tensor:
-        """Advance ``x`` over a jump, which replaces its operator's stages; the others act at t0 before it, at t1 after.
+        """Advance ``x`` over a step on which one operator is a jump.
 
-        The jump takes place where its operator would have passed the middle of the step.
+        The jump replaces the stages of its operator. It acts once, at the stage in which this operator would pass the
+        middle of the step. Stages of the other operators have the time t0 before the jump, and t1 after the jump.
         """
         jumped, passed = False, 0.0
         for stage in stages:
@@ -256,7 +264,7 @@ class Stepper:
 
 
 def _hidden() -> bool:
-    """Return whether values and memory cannot be looked at."""
+    """Return True if tensor values and memory addresses cannot be read."""
     return torch.compiler.is_compiling() or inside_transform()
 
 
@@ -272,7 +280,7 @@ def _warn_if_kept(before: Tensor, after: Tensor) -> None:
 
 
 def _clocked(stages: Composition) -> list[ClockedStage]:
-    """Return the stages with the start on each operator's own clock, the sum of its earlier weights."""
+    """Return each stage with its start on the operator's own clock, which is the sum of the earlier weights."""
     acted: dict[int, float] = {}
     clocked = []
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Sub-steps: how one operator is advanced over one stage of a composition."""
+"""Sub-steps: the methods that advance one operator over one stage of a composition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from odeadv.support.extras import extra
 from odeadv.support.isolation import check_unmodified, version
 
 BoundSubStep = Callable[[Tensor, float, Iterator[Tensor]], Tensor]
-# A weighted sum c * (k_j + r_1 k_j1 + ...): j, c and the pairs of an index and a ratio. None is the empty sum.
+# A weighted sum of slopes k, c * (k_j + r_1 k_j1 + ...), as j, c and the pairs (j1, r_1), ... None is the empty sum.
 Weighted = tuple[int, float, tuple[tuple[int, float], ...]] | None
 
 
@@ -39,9 +39,9 @@ class Clock(NamedTuple):
     """The times that an operator sees during a stage.
 
     Attributes:
-        start: the clock when the stage begins.
-        stop: the clock when it ends; equal to ``start`` if the scheme freezes the clock.
-        own: the start of the operator's own clock, the sum of its earlier weights. An exact flow uses this clock.
+        start: time at the start of the stage.
+        stop: time at the end of the stage; equal to ``start`` if the scheme freezes the clock.
+        own: start of the stage on the operator's own clock, which adds up its earlier stages. Exact flows use it.
     """
 
     start: float
@@ -49,7 +49,7 @@ class Clock(NamedTuple):
     own: float
 
     def at(self, node: float) -> float:
-        """Return the time at the fraction ``node`` of the stage; the ends exactly."""
+        """Return the time at the fraction ``node`` of the stage: exactly ``start`` for 0, exactly ``stop`` for 1."""
         if node == 0.0:
             return self.start
         return self.stop if node == 1.0 else self.start + node * (self.stop - self.start)
@@ -58,11 +58,11 @@ class Clock(NamedTuple):
 class SubStep(Protocol):
     """Advances one operator. Any object with these three members can be given as ``substep=``.
 
-    It may also have an attribute ``needs``, some of ``"f"``, ``"flow"`` and ``"solve"``: `odeadv.solve` then refuses
-    operators without these abilities (`Operator.abilities`) before any work.
+    It may also have an attribute ``needs``, a set of the names ``"f"``, ``"flow"`` and ``"solve"``. `odeadv.solve` then
+    rejects operators without these functions (`Operator.abilities`) before it starts.
 
     Attributes:
-        name: shown in messages.
+        name: name of the sub-step in messages.
         order: order of accuracy.
     """
 
@@ -73,33 +73,36 @@ class SubStep(Protocol):
 
     @property
     def order(self) -> float:
-        """Order of accuracy; infinite for exact flows."""
+        """The order of accuracy. It is infinite for exact flows."""
         ...
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return ``x`` after the duration ``h`` along ``operator``, whose clock runs from ``clock.start`` to ``stop``.
+        """Return the state after the duration ``h`` of ``operator``, from the state ``x``.
 
-        Evaluate the operator by ``operator.velocity(time, x, cost)``, which counts and checks. The result must stay in
-        the autograd graph of ``x``.
+        The clock of the operator runs from ``clock.start`` to ``clock.stop``. Evaluate the operator by
+        ``operator.velocity(time, x, cost)``, which counts the evaluation and checks its result. The returned state must
+        stay in the autograd graph of ``x``.
         """
         ...
 
 
 class RungeKutta(Tableau):
-    """An explicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, the quadrature rule with its weights.
+    """An explicit Runge-Kutta method with s stages, given by its Butcher tableau.
 
-    Give it as ``substep=`` or ``scheme=`` of `odeadv.solve`, which warns if the order is lower than the declared one.
+    For a `Forcing` it is the quadrature rule with the same nodes and weights. Give the method as ``substep=`` or
+    ``scheme=`` of `odeadv.solve`. solve warns if the measured order is lower than ``order``.
 
     Attributes:
-        name: shown in messages.
+        name: name of the method in messages.
         order: order of accuracy, see `measure_order`.
-        nodes: c_i, s numbers.
-        matrix: a_ij, s rows below the diagonal: of i - 1 numbers, or square with zeros on and above the diagonal.
-        weights: b_i, s numbers.
+        nodes: s numbers c_i.
+        matrix: the numbers a_ij below the diagonal, as s rows of 0 to s - 1 numbers. Or a square matrix with zeros on
+            and above the diagonal.
+        weights: s numbers b_i.
 
     Raises:
-        ValueError: naming ``nodes``, ``matrix`` or ``weights``, if their lengths do not fit, the method is not
-            explicit, or the sum of a row is not its node.
+        ValueError: if the lengths do not fit, the method is not explicit, or the sum of a row is not its node. The
+            message names ``nodes``, ``matrix`` or ``weights``.
 
     Example:
         >>> ralston = odeadv.RungeKutta("ralston", 2, (0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4))
@@ -132,7 +135,7 @@ class RungeKutta(Tableau):
 
     @property
     def is_euler(self) -> bool:
-        """True if it is Euler's method under any name: one evaluation, at the start, with weight one."""
+        """True if this is Euler's method, whatever its name: one evaluation, at the start, with weight one."""
         return self.nodes == (0.0,) and self.weights == (1.0,)
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
@@ -140,7 +143,7 @@ class RungeKutta(Tableau):
         if isinstance(operator, Forcing):
             return _quadrature(operator, self.nodes, self.weights, clock, h, x, cost)
         if self.is_euler:
-            return operator.euler(clock.start, h, x, cost)  # a residual block has a form of it without rounding
+            return operator.euler(clock.start, h, x, cost)  # a `Residual` avoids the rounding of x + (block(x) - x)
         stages: list[tuple[float, Weighted]]
         weights: Weighted
         stages, weights = self._table  # type: ignore[attr-defined]
@@ -151,10 +154,10 @@ class RungeKutta(Tableau):
         return _moved(x, held.done(), weights, h)
 
     def bound(self, f: VectorFunction, *, versioned: bool) -> BoundSubStep:
-        """Return `advance` along ``f`` as ``bound(x, h, times)``, with everything constant looked up beforehand.
+        """Return a fast function ``bound(x, h, times)`` that does the same as `advance` for the function ``f``.
 
-        ``times`` yields the times of its evaluations in turn, ``clock.at(node)`` for the nodes of the tableau.
-        ``versioned`` says whether tensors count writes to them, as they do outside inference mode.
+        ``times`` yields the time of each evaluation in turn, ``clock.at(node)`` for the nodes of the tableau.
+        ``versioned`` is True if tensors count the writes to them, which they do outside inference mode.
         """
         stages: list[tuple[float, Weighted]]
         weights: Weighted
@@ -167,7 +170,7 @@ class RungeKutta(Tableau):
             for row in rows:
                 if row is None:
                     y = x
-                elif not row[2]:  # `_moved`, written out: Python calls are most of the cost of a step on small states
+                elif not row[2]:  # this repeats `_moved`: Python calls are most of the cost of a step on small states
                     y = x.add(slopes[row[0]], alpha=h * row[1])
                 else:
                     y = _moved(x, slopes, row, h)
@@ -184,7 +187,7 @@ class RungeKutta(Tableau):
 
 
 def _weighted(coefficients: Iterable[tuple[int, float]]) -> Weighted:
-    """Return the pairs of an index and a coefficient, without zeros, in units of the first coefficient."""
+    """Return the weighted sum for pairs of an index and a coefficient, without the zeros. See `Weighted`."""
     nonzero = [(j, c) for j, c in coefficients if c]
     if not nonzero:
         return None
@@ -195,7 +198,7 @@ def _weighted(coefficients: Iterable[tuple[int, float]]) -> Weighted:
 def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Tensor:
     """Return x + h times the weighted sum of slopes.
 
-    The slopes are summed first. Added to x one by one, each would be rounded to the last place of x.
+    The slopes are summed first. If they were added to x one by one, each sum would be rounded to the precision of x.
     """
     if weighted is None:
         return x
@@ -203,28 +206,30 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
     total = slopes[j]
     for j, ratio in others:
         total = total.add(slopes[j], alpha=ratio)
-    size: Any = h  # a tensor if a gradient has to reach the span
+    size: Any = h  # h is a tensor if gradients with respect to the span are needed
     return plus(x, total, size * unit) if isinstance(size, Tensor) else x.add(total, alpha=size * unit)
 
 
 class DIRK(Tableau):
-    """A diagonally implicit Runge-Kutta method by its Butcher tableau; for a `Forcing`, its quadrature rule.
+    """A diagonally implicit Runge-Kutta method with s stages, given by its Butcher tableau.
 
-    Stage i solves y_i - h a_ii f(t_i, y_i) = x + h (a_i1 k_1 + ... + a_i,i-1 k_i-1), see `Operator.implicit`. The slope
-    k_i is taken from this equation and not from f, which would multiply the error of y_i by the stiffness (Hairer and
-    Wanner 1996, Solving ODEs II, IV.8). If the last row of the matrix is the weights, the result is y_s.
+    For a `Forcing` it is the quadrature rule with the same nodes and weights. Stage i solves
+    y_i - h a_ii f(t_i, y_i) = x + h (a_i1 k_1 + ... + a_i,i-1 k_i-1) for y_i, see `Operator.implicit`. The slope k_i is
+    computed from this equation. An evaluation of f would multiply the error of y_i by the stiffness (Hairer and Wanner
+    1996, Solving ODEs II, IV.8). If the last row of the matrix equals the weights, the result is y_s.
 
     Attributes:
-        name: shown in messages.
-        order: order of accuracy. On stiff problems the order may fall to the order of a stage, 1, or 2 for the implicit
-            midpoint rule and Crank-Nicolson.
-        nodes: c_i, s numbers.
-        matrix: a_ij, the s rows of the lower triangle, the diagonal included. A zero there is an explicit stage.
-        weights: b_i, s numbers.
+        name: name of the method in messages.
+        order: order of accuracy. On stiff problems the order may fall to the stage order. The stage order is 2 for the
+            implicit midpoint rule and Crank-Nicolson, and 1 for the other methods.
+        nodes: s numbers c_i.
+        matrix: the numbers a_ij of the lower triangle, as s rows of 1 to s numbers. A zero on the diagonal is an
+            explicit stage.
+        weights: s numbers b_i.
 
     Raises:
-        ValueError: naming ``nodes``, ``matrix`` or ``weights``, if their lengths do not fit, or the sum of a row is not
-            its node.
+        ValueError: if the lengths do not fit, or the sum of a row is not its node. The message names ``nodes``,
+            ``matrix`` or ``weights``.
 
     Example:
         >>> theta = odeadv.DIRK("theta", 1, (0.0, 1.0), ((0.0,), (0.4, 0.6)), (0.4, 0.6))
@@ -260,7 +265,7 @@ class DIRK(Tableau):
             b = _moved(x, slopes, row, h)
             if diagonal == 0.0:
                 y = b
-                slopes.append(operator.velocity(clock.at(node), y, cost).clone())  # f may reuse the memory
+                slopes.append(operator.velocity(clock.at(node), y, cost).clone())  # f may reuse its memory
             else:
                 kept.state = y
                 y = operator.implicit(clock.at(node), h * diagonal, b, cost, kept)
@@ -271,9 +276,9 @@ class DIRK(Tableau):
 
 @dataclass(frozen=True)
 class Exact:
-    """The operator's own exact flow; for a `Forcing`, Simpson's rule, exact for linear and Hermite costates.
+    """The exact flow of the operator. For a `Forcing`, Simpson's rule, which is exact for linear and Hermite costates.
 
-    A flow has its own clock: it is called on the interval of length ``h`` that follows its earlier ones.
+    A flow uses the operator's own clock: each interval of length ``h`` begins at the end of the previous interval.
     """
 
     name: str = "exact"
@@ -288,7 +293,7 @@ class Exact:
         """See `SubStep.advance`.
 
         Raises:
-            ValueError: if the operator's flow is not known, or returns a tensor without the gradient of its state.
+            ValueError: if the operator has no flow, or if a gradient is needed and the flow cuts the autograd graph.
         """
         if isinstance(operator, Forcing):
             return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, cost)
@@ -305,16 +310,16 @@ class Exact:
 
 @dataclass(frozen=True)
 class TorchDiffEq:
-    """Any method of `torchdiffeq.odeint`. Adaptive methods are told to step to the end of the stage.
+    """Any method of `torchdiffeq.odeint`. Adaptive methods end a step at the end of the stage.
 
-    (Otherwise they step beyond the end and interpolate, which costs digits and shows f times outside the stage.)
+    (By default torchdiffeq steps beyond the end and interpolates. That loses digits and evaluates f outside the stage.)
 
     Attributes:
-        method: torchdiffeq's name of it. ``"scipy_solver"`` gives no gradients, so it is refused if one is needed.
-        rtol, atol: tolerances of adaptive methods.
-        options: passed on; ``"step_t"`` is in fractions of the stage, from 0 to 1.
-        order: the method's order, for warnings and for the step control. If it is not given, fixed-step methods have
-            torchdiffeq's own number, and adaptive methods, which follow their tolerances, have infinity.
+        method: torchdiffeq's name of the method. ``"scipy_solver"`` raises an error if a gradient is needed.
+        rtol, atol: relative and absolute tolerance of adaptive methods.
+        options: options of `torchdiffeq.odeint`. Times in ``"step_t"`` are fractions of the stage, from 0 to 1.
+        order: order of the method, for warnings and for the step control. By default it is torchdiffeq's number for
+            fixed-step methods, and infinity for adaptive methods, because their error depends on the tolerances.
 
     Raises:
         ValueError: if torchdiffeq does not have this method.
@@ -352,11 +357,11 @@ class TorchDiffEq:
         return frozenset(("f",))
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """See `SubStep.advance`; all NaN if the steps of the method shrink to nothing.
+        """See `SubStep.advance`. The result is NaN if the steps become too small or the state is not finite.
 
         Raises:
-            ValueError: if it needs more steps than ``options["max_num_steps"]``, or gives no gradient where one is
-                needed.
+            ValueError: if the method needs more steps than ``options["max_num_steps"]``, or if a gradient is needed and
+                the method cuts the autograd graph.
         """
         with extra("torchdiffeq"):
             from torchdiffeq import odeint
@@ -366,13 +371,13 @@ class TorchDiffEq:
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
         options = ({"step_t": span[1:]} if _is_adaptive(self.method) else {}) | dict(self.options)
-        # torchdiffeq keeps its first step size in the graph, through this norm alone. The size is not part of the
-        # solution, and its gradient would be wrong, for the times that f is given here are not in the graph.
+        # torchdiffeq keeps its first step size in the autograd graph, through this norm only. The gradient of the step
+        # size would be wrong, because the times that f receives here are not in the graph. So the norm is detached.
         norm = self.options.get("norm", _root_mean_square)
         options["norm"] = lambda error: norm(error.detach())
         try:
             path: Tensor = odeint(scaled, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
-        except AssertionError as error:  # torchdiffeq gives up with this type; other assertions are the field's own
+        except AssertionError as error:  # torchdiffeq's errors have this type; other assertions come from the field
             reason = str(error)
             if reason.startswith("max_num_steps exceeded"):
                 raise ValueError(
@@ -383,18 +388,18 @@ class TorchDiffEq:
                 raise
             return torch.full_like(x, torch.nan)
         if self.method == "scipy_solver" and torch.is_grad_enabled() and not x.requires_grad:
-            # The state needs no gradient, but parameters may: an evaluation that is not counted shows it.
+            # The parameters may need a gradient even if the state does not. An extra evaluation, not counted, shows it.
             in_graph(f"substep {self.name!r}", path[-1], operator.velocity(clock.start, x, Cost()))
         return in_graph(f"substep {self.name!r}", path[-1], x)
 
 
 def _root_mean_square(error: Tensor) -> Tensor:
-    """Return torchdiffeq's default norm."""
+    """Return the root mean square of ``error``, which is torchdiffeq's default norm."""
     return error.abs().pow(2).mean().sqrt()
 
 
 def _is_adaptive(method: str) -> bool:
-    """Return whether torchdiffeq chooses the steps of ``method`` itself and can be told where one has to end."""
+    """Return True if torchdiffeq chooses the steps of ``method`` and accepts ``"step_t"``, times at which steps end."""
     with extra("torchdiffeq"):
         from torchdiffeq._impl.odeint import SOLVERS
         from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
@@ -411,8 +416,8 @@ def _quadrature(
     x: Tensor,
     cost: Cost,
 ) -> Tensor:
-    """Return x + h * scale * sum of the weights times the values at the nodes."""
-    totals: dict[float, float] = {}  # nodes at the same time are one node, as all are if the clock is frozen
+    """Return x + h * scale * (the sum of weights times values of the forcing at the nodes)."""
+    totals: dict[float, float] = {}  # nodes at the same time are merged; a frozen clock has only one time
     for node, weight in zip(nodes, weights, strict=True):
         time = clock.at(node)
         totals[time] = totals.get(time, 0.0) + weight
@@ -459,17 +464,17 @@ _NAMED: dict[str, SubStep] = {
 
 
 def substep_names() -> tuple[str, ...]:
-    """Return the sub-steps known by name, besides the methods of torchdiffeq."""
+    """Return the names of all sub-steps except the methods of torchdiffeq."""
     return tuple(_NAMED)
 
 
 def is_named(substep: SubStep) -> bool:
-    """Return True if the sub-step is one of those known by name."""
+    """Return True if ``substep`` is one of the predefined sub-steps of `substep_names`."""
     return _NAMED.get(substep.name) is substep
 
 
 def is_substep(value: object) -> bool:
-    """Return True for sub-steps and their names. A name of a scheme is not one, even if torchdiffeq has it."""
+    """Return True for sub-steps and their names. A name of a scheme counts as a scheme, even if torchdiffeq has it."""
     if not isinstance(value, str):
         return not isinstance(value, type) and callable(getattr(value, "advance", None))
     key = value.strip().lower()
@@ -479,17 +484,18 @@ def is_substep(value: object) -> bool:
 
 
 def cheapest_of_order(order: float) -> str:
-    """Return the sub-step with the fewest evaluations that has at least ``order``; ``"rk4"`` above order four."""
+    """Return the name of the sub-step of at least ``order`` with the fewest evaluations; ``"rk4"`` for all above 4."""
     return next((name for name in ("euler", "midpoint", "rk4") if _NAMED[name].order >= order), "rk4")
 
 
 def get_substep(substep: str | SubStep) -> SubStep:
-    """Return the sub-step called ``substep``, or ``substep`` itself if it is one.
+    """Return the sub-step with the name ``substep``. Return ``substep`` itself if it is a sub-step.
 
-    ``"dopri5"`` or ``"torchdiffeq:dopri5"`` is a method of torchdiffeq. Without the prefix, names of ours come first.
+    ``"dopri5"`` and ``"torchdiffeq:dopri5"`` are the same method of torchdiffeq. Without the prefix, a name of odeadv
+    takes precedence.
 
     Raises:
-        TypeError: if it is neither a name nor an object with a method ``advance``.
+        TypeError: if ``substep`` is neither a name nor an object with a method ``advance``.
         ValueError: if the name is unknown; the message lists near matches.
     """
     if isinstance(substep, str):
@@ -514,7 +520,7 @@ def get_substep(substep: str | SubStep) -> SubStep:
 
 
 def _torchdiffeq_methods() -> tuple[str, ...]:
-    """Return the names of torchdiffeq's methods; none if it is not installed."""
+    """Return the names of torchdiffeq's methods, or an empty tuple if torchdiffeq is not installed."""
     try:
         from torchdiffeq._impl.odeint import SOLVERS
     except ImportError:

@@ -1,4 +1,4 @@
-"""Butcher tableaus: their checks, and their order by the conditions of rooted trees."""
+"""Butcher tableaus: checks of the coefficients, and the order by the conditions of rooted trees."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_MOST = 8  # orders above this are not told apart: 115 conditions of order 8 follow 85 of lower orders
-_ROUNDED = 1e-9  # published coefficients are rounded to ten digits or more
+_MOST = 8  # higher orders are not tested: order 8 alone has 115 conditions, and lower orders have 85 together
+_ROUNDED = 1e-9  # tolerance, because published coefficients are rounded to ten digits or more
 
-Tree = tuple[Any, ...]  # a rooted tree is the sorted tuple of the trees that hang from its root
+Tree = tuple[Any, ...]  # a rooted tree is the sorted tuple of the subtrees at its root
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """A Runge-Kutta method with stages that are solved one after the other.
+    """A Runge-Kutta method with s stages that are computed one after the other.
 
     Attributes:
-        name: shown in messages.
+        name: name of the method in messages.
         order: order of accuracy.
-        nodes: c_i, s numbers.
-        matrix: a_ij, s rows.
-        weights: b_i, s numbers.
+        nodes: s numbers c_i.
+        matrix: s rows of numbers a_ij.
+        weights: s numbers b_i.
     """
 
     name: str
@@ -47,14 +47,15 @@ class Tableau:
                 )
 
     def _check_rows(self) -> None:
-        """Check the shape of the matrix, and drop what it need not have."""
+        """Check the shape of the matrix, and drop the zeros that the method does not use."""
         raise NotImplementedError
 
     def measure_order(self) -> int:
-        """Return the order on general problems, up to 8, by the conditions of rooted trees.
+        """Return the order on general problems, at most 8, by the conditions of rooted trees.
 
-        Hairer, Norsett & Wanner (1993), Solving ODEs I, theorem II.2.13: order p needs b . g(tree) = 1 / gamma(tree)
-        for all rooted trees of at most p nodes.
+        A method has order p if b . g(tree) = 1 / gamma(tree) for all rooted trees of at most p nodes. Here b are the
+        weights, g(tree) is the vector of elementary weights, and gamma(tree) is the density of the tree. Source:
+        Hairer, Norsett & Wanner (1993), Solving ODEs I, theorem II.2.13.
         """
         return _order(self.matrix, self.weights)
 
@@ -72,7 +73,7 @@ def _order(matrix: Sequence[Sequence[float]], weights: Sequence[float]) -> int:
 
 
 def _grown(tree: Tree) -> Iterator[Tree]:
-    """Yield the trees with one node more."""
+    """Yield the trees that have one node more than ``tree``."""
     yield tuple(sorted((*tree, ())))
     for i, child in enumerate(tree):
         for larger in _grown(child):
@@ -84,15 +85,16 @@ def _size(tree: Tree) -> int:
 
 
 def _density(tree: Tree) -> int:
-    """Return gamma: the size of the tree times the densities of the trees at its root."""
+    """Return the density gamma of ``tree``: its number of nodes times the densities of the subtrees at its root."""
     return _size(tree) * math.prod(map(_density, tree))
 
 
 def _elementary(tree: Tree, matrix: Sequence[Sequence[float]]) -> list[float]:
     """Return the elementary weight g_i of ``tree`` for each stage i.
 
-    It is the product over the subtrees at the root of sum_j a_ij g_j, with the subtree's g_j and ``matrix`` a. Source:
-    Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, II.2.
+    g_i is a product over the subtrees at the root. The factor of a subtree is sum_j a_ij g_j, with the entries a_ij of
+    ``matrix`` and the elementary weights g_j of the subtree. Source: Hairer, Norsett & Wanner (1993), Solving ODEs I,
+    II.2.
     """
     found = [1.0] * len(matrix)
     for child in tree:

@@ -1,4 +1,4 @@
-"""Interpolation within a step, between the values at its two ends."""
+"""Interpolation within a step, from the values at its two ends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def like_real(s: Any, x: Tensor) -> Any:
-    """Return ``s`` in the real dtype of ``x`` if it is a tensor."""
+    """Return ``s`` unchanged if it is a number. Convert a tensor ``s`` to the device and the real dtype of ``x``."""
     return s.to(x.device, x.real.dtype if x.is_complex() else x.dtype) if isinstance(s, Tensor) else s
 
 
 def linear(before: Tensor, after: Tensor, s: Any) -> Tensor:
-    """Return the linear interpolation at the fraction ``s`` of the step, a float or a tensor that broadcasts."""
+    """Return the linear interpolation at the fraction ``s`` of the step. A tensor ``s`` broadcasts with the values."""
     if isinstance(s, Tensor):
         moved: Tensor = before + like_real(s, before) * (after - before)
         return moved
@@ -25,14 +25,14 @@ def linear(before: Tensor, after: Tensor, s: Any) -> Tensor:
 def cubic(before: Tensor, after: Tensor, slopes: Sequence[Tensor], s: Any, h: float) -> Tensor:
     """Return the cubic Hermite polynomial at the fraction ``s`` of a step of size ``h``.
 
-    Its error is of fourth order in ``h``.
+    Its error is proportional to ``h`` to the power 4.
 
     Args:
-        before: value at the beginning.
-        after: value at the end.
-        slopes: derivatives by time at the beginning and at the end.
-        s: a float, or a tensor that broadcasts.
-        h: size of the step, with its sign.
+        before: value at the beginning of the step.
+        after: value at the end of the step.
+        slopes: time derivatives at the beginning and at the end of the step.
+        s: fraction of the step, a float or a tensor that broadcasts with the values.
+        h: signed size of the step.
     """
     s = like_real(s, before)
     ends = linear(before, after, s * s * (3.0 - 2.0 * s))

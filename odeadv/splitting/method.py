@@ -1,4 +1,4 @@
-"""A discretisation: the composition, the sub-steps and the costate evaluation, checked against a field."""
+"""The discretisation: composition, sub-steps and costate evaluation, with checks that they fit a field."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from odeadv.support.checks import choice
 SchemeLike = str | Scheme | SubStep
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
 
-# The order of each kind. "exact" integrates Eq. 9 by one midpoint step, whose local error is of third order.
+# The order of each costate evaluation. "exact" integrates Eq. 9 by one midpoint step with a local error of order three.
 COSTATE_ORDERS: Mapping[CostateKind, int] = {"linear": 2, "exact": 3, "hermite": 4}
 
 
 class AccuracyWarning(UserWarning):
-    """A choice of `solve` lowers the order of the scheme, may be unstable, or loses digits."""
+    """Warns that an argument of `solve` lowers the order of the scheme, may make it unstable, or loses digits."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Discretisation:
     """The three independent choices: composition, sub-steps, costate evaluation.
 
     Attributes:
-        name: of the scheme, or of the sub-step if the field is not split.
+        name: name of the scheme, or of the sub-step if the field is not split.
         scheme: the composition; None if the field is not split.
-        substeps: by the names of the operators.
-        costate: evaluation of a(t) between recorded nodes.
+        substeps: a dict of operator name to sub-step.
+        costate: evaluation of the costate a(t) between recorded nodes.
     """
 
     name: str
@@ -45,28 +45,28 @@ class Discretisation:
     costate: CostateKind
 
     def order(self, field: VectorField) -> float:
-        """Return the order to be expected on ``field``: the lowest of composition, sub-steps and costate."""
+        """Return the expected order on ``field``: the lowest order of composition, sub-steps and costate evaluation."""
         acting = [(i, name, term) for i, (name, term) in enumerate(field.operators.items()) if term.acts]
         orders = [float(self.scheme.order)] if self.scheme is not None and len(acting) > 1 else []
         for i, name, term in acting:
             if isinstance(term, Forcing) and len(acting) > 1 and self.scheme is not None and self.scheme.freezes(i):
-                continue  # with its clock frozen it is a constant on the stage, and taken at nodes only
+                continue  # a frozen forcing is constant on its stage, and is evaluated at nodes only
             orders.append(self.substeps[name].order)
             if isinstance(term, Forcing) and name == "costate":
                 orders.append(COSTATE_ORDERS[self.costate])
         return min(orders)
 
     def splits(self, field: VectorField) -> bool:
-        """Return whether ``field`` is solved by the composition: two of its operators or more act."""
+        """Return True if the composition is used for ``field``: at least two of its operators act."""
         return self.scheme is not None and sum(term.acts for term in field.operators.values()) > 1
 
     def mirror(self, field: VectorField) -> Stepper:
-        """Return the stepper of ``field`` by the adjoint scheme."""
+        """Return the stepper of ``field`` with the adjoint scheme."""
         assert self.scheme is not None
         return replace(self, scheme=self.scheme.adjoint()).stepper(field)
 
     def stepper(self, field: VectorField) -> Stepper:
-        """Return the stepper of those operators of ``field`` that act; a single one acts in a single stage."""
+        """Return the stepper for the operators of ``field`` that act. A single operator has a single stage."""
         acting = {name: term for name, term in field.operators.items() if term.acts}
         operators = list(acting.values())
         substeps = [self.substeps[name] for name in acting]
@@ -80,10 +80,10 @@ class Discretisation:
 def read_discretisation(
     field: VectorField, scheme: SchemeLike | None, substep: SubSteps | None, costate: CostateKind | None
 ) -> Discretisation:
-    """Return the three choices as objects, with their defaults.
+    """Return the three choices as objects. None selects the default.
 
     Raises:
-        TypeError, ValueError: naming ``scheme``, ``substep`` or ``costate``.
+        TypeError, ValueError: if a choice does not exist or does not fit the field. The message names the argument.
 
     Warns:
         AccuracyWarning: see `odeadv.solve`.
@@ -120,7 +120,7 @@ def read_discretisation(
 
 
 def _is_papers(field: VectorField, scheme: SchemeLike | None) -> bool:
-    """Return whether the default is the paper's Euler: adversarial fields, and networks, whose blocks are its steps."""
+    """Return True if the default sub-step is Euler, as in the paper: for adversarial fields and for networks."""
     if isinstance(field, AdversarialField):
         return True
     first, *others = field.operators.values()
@@ -128,9 +128,9 @@ def _is_papers(field: VectorField, scheme: SchemeLike | None) -> bool:
 
 
 def _check_declared_order(scheme: Scheme) -> None:
-    """Warn if a user's scheme does not have the order it declares."""
+    """Warn if a user's scheme does not have the order that it declares."""
     known = scheme.name in schemes.names(scheme.operators) and scheme == schemes.get(scheme.name, scheme.operators)
-    if known or scheme.name.endswith("*"):  # the adjoint of a scheme has its order
+    if known or scheme.name.endswith("*"):  # an adjoint has the same order as its scheme
         return
     measured = scheme.measure_order()
     if measured < scheme.order - 0.5:
@@ -143,7 +143,7 @@ def _check_declared_order(scheme: Scheme) -> None:
 
 
 def _check_unsplit(field: VectorField, name: str) -> None:
-    """Check that a field can be solved without splitting it."""
+    """Raise ValueError if ``field`` cannot be solved without splitting by the method ``name``."""
     idle = isinstance(field, AdversarialField) and field.idle
     if len(field.operators) == 1 or idle:
         return
@@ -201,7 +201,7 @@ def _warn(
     low = [
         f"{name!r} by {substep.name!r}"
         for name, substep in substeps.items()
-        if substep.order < scheme.order and name not in frozen  # a frozen costate is a constant on its stage
+        if substep.order < scheme.order and name not in frozen  # a frozen costate is constant on its stage
     ]
     if low and (chosen or scheme.order > 2):
         _warn_accuracy(
@@ -253,7 +253,7 @@ def _read_substeps(field: VectorField, substep: SubSteps | None, default: str) -
 
 
 def _check_tableau(method: SubStep) -> None:
-    """Warn if a user's Runge-Kutta method does not have the order it declares."""
+    """Warn if a user's Runge-Kutta method does not have the order that it declares."""
     if isinstance(method, Tableau) and not is_named(method) and method.measure_order() < min(method.order, 8):
         warnings.warn(
             f"substep: {method.name!r} declares order {method.order:g}, but has order {method.measure_order()}; "
@@ -264,7 +264,7 @@ def _check_tableau(method: SubStep) -> None:
 
 
 def _check_able(name: str, operator: Operator, method: SubStep) -> None:
-    """Check that what the sub-step needs of the operator is known."""
+    """Raise ValueError if the operator lacks a function that the sub-step ``method`` needs."""
     missing = sorted(getattr(method, "needs", frozenset()) - operator.abilities)
     if not missing:
         return

@@ -1,7 +1,7 @@
-"""Every scheme by name, as ``odeadv.schemes``: ``names()``, ``get(name, operators=2)``, and the generators.
+"""All schemes by name, as ``odeadv.schemes``: ``names()``, ``get(name, operators=2)``, and the generators.
 
-Coefficients are those of the sources. A coefficient that a consistency condition determines (the centre of a
-palindrome, the last one of a sum) is computed from it. The tests measure all orders in 40 digits.
+The coefficients are copied from the sources. If a consistency condition determines a coefficient (the centre of a
+palindrome, the last term of a sum), the coefficient is computed. The tests measure all orders in 40 digits.
 """
 
 from __future__ import annotations
@@ -29,36 +29,38 @@ STRANG = "Strang (1968), SIAM J. Numer. Anal. 5; Marchuk (1968)"
 
 
 def lie(operators: int = 2) -> Scheme:
-    """Return Lie-Trotter: every operator for a full step, in turn.
+    """Return Lie-Trotter: every operator acts for a full step, in turn.
 
-    The clock runs with the first operator; the others act at the end of the step. With Euler sub-steps and the
-    operators (f, costate) this is Eq. 18-19, the paper's LAD (Eq. 5): the costate acts with its value at the end of the
-    step.
+    The clock runs during the stage of the first operator. The other operators act at the end time of the step. With
+    Euler sub-steps and the operators (f, costate) this is Eq. 18-19, the paper's LAD (Eq. 5). The costate then has its
+    value at the end of the step.
     """
     rest = tuple(Stage(operator, 1.0, 1.0, frozen=True) for operator in range(1, operators))
     return Scheme("lie", (Stage(0, 1.0, 0.0), *rest), 1, "Trotter (1959), Proc. Amer. Math. Soc. 10; Eq. 18")
 
 
 def strang(operators: int = 2) -> Scheme:
-    """Return Strang-Marchuk: halves of the later operators around a full step of the first, each on its own clock.
+    """Return Strang-Marchuk: half steps of the later operators before and after a full step of the first operator.
 
-    With Euler sub-steps, a linear costate and the operators (f, costate) this is the paper's LAD-SM (Eq. 8, 20):
-    order one, since both halves of the costate take the value at their beginning.
+    Each operator has its own clock. With Euler sub-steps, a linear costate and the operators (f, costate) this is the
+    paper's LAD-SM (Eq. 8, 20). LAD-SM has order one, because both half steps of the costate use the value at their
+    beginning.
     """
     return Scheme("strang", _palindrome(range(operators)), 2, f"{STRANG}; Eq. 20")
 
 
 def strang_midpoint(operators: int = 2) -> Scheme:
-    """Return Strang-Marchuk with a(t + dt/2) from the costate equation itself (Eq. 21 with Eq. 9), not from a mean."""
+    """Return Strang-Marchuk with the costate a(t + dt/2) from the costate equation (Eq. 21, Eq. 9), not from a mean."""
     return Scheme(
         "strang-midpoint", _palindrome(range(operators)), 2, "Eq. 21, a(t + dt/2) from Eq. 9", costate="exact"
     )
 
 
 def strang_symmetric(operators: int = 2) -> Scheme:
-    """Return the palindromic Strang scheme: the first operator carries time, so the costate acts by a(t) and a(t + dt).
+    """Return the symmetric Strang scheme: time is split with the first operator, and the other clocks are frozen.
 
-    Symmetric, and second order with a second-order sub-step for the first operator, even with Euler for the costate.
+    The two half steps of a costate use its values a(t) and a(t + dt). The scheme is symmetric. It has second order with
+    a second-order sub-step for the first operator, even with Euler for the costate.
     """
     before = tuple(Stage(operator, 0.5, 0.0, frozen=True) for operator in range(operators - 1, 0, -1))
     after = tuple(Stage(operator, 0.5, 1.0, frozen=True) for operator in range(1, operators))
@@ -67,7 +69,7 @@ def strang_symmetric(operators: int = 2) -> Scheme:
 
 
 def averaged_lie(operators: int = 2) -> Scheme:
-    """Return the mean of Lie-Trotter and its reverse, each operator on its own clock; the two can run in parallel."""
+    """Return the mean of Lie-Trotter and its reverse, with each operator on its own clock. Both can run in parallel."""
     forward = tuple(Stage(operator, 1.0, 0.0) for operator in range(operators))
     source = "Strang (1963), Arch. Rational Mech. Anal. 12 (symmetrically weighted sequential splitting)"
     mixture = ((0.5, forward), (0.5, forward[::-1]))
@@ -75,13 +77,13 @@ def averaged_lie(operators: int = 2) -> Scheme:
 
 
 def averaged_strang(operators: int = 2) -> Scheme:
-    """Return the mean of Strang's splitting and the one with reversed operators; the two can run in parallel."""
+    """Return the mean of Strang's splitting and its version with reversed operators. Both can run in parallel."""
     mixture = ((0.5, _palindrome(range(operators))), (0.5, _palindrome(range(operators - 1, -1, -1))))
     return Scheme("averaged-strang", (), 2, f"{STRANG}; averaged over the order of the operators", mixture=mixture)
 
 
 def _palindrome(operators: range) -> Composition:
-    """Return a full step of the first operator with halves of the others around it, the last one outermost."""
+    """Return a full step of the first operator between half steps of the others, with the last operator outermost."""
     centre, *others = operators
     before = tuple(Stage(operator, 0.5, 0.0) for operator in reversed(others))
     after = tuple(Stage(operator, 0.5, 0.5) for operator in others)
@@ -89,10 +91,10 @@ def _palindrome(operators: range) -> Composition:
 
 
 def triple_jump(order: int, operators: int = 2) -> Scheme:
-    """Return Strang's splitting raised to an even ``order`` by triple jumps; ``yoshida4`` is the one of order 4.
+    """Return Strang's splitting raised to an even ``order`` by triple jumps. Order 4 is the scheme ``yoshida4``.
 
     Raises:
-        ValueError: if ``order`` is not an even number from 4 on.
+        ValueError: if ``order`` is not an even number of at least 4.
     """
     stages = strang(operators).stages
     for even in range(4, _even(order) + 1, 2):
@@ -103,10 +105,10 @@ def triple_jump(order: int, operators: int = 2) -> Scheme:
 
 
 def suzuki(order: int, operators: int = 2) -> Scheme:
-    """Return Strang's splitting raised to an even ``order`` by Suzuki's fractal: five copies, the middle one backward.
+    """Return Strang's splitting raised to an even ``order`` by Suzuki's fractal: five copies, the third runs backward.
 
     Raises:
-        ValueError: if ``order`` is not an even number from 4 on.
+        ValueError: if ``order`` is not an even number of at least 4.
     """
     stages = strang(operators).stages
     for even in range(4, _even(order) + 1, 2):
@@ -116,10 +118,10 @@ def suzuki(order: int, operators: int = 2) -> Scheme:
 
 
 def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
-    """Return the Richardson extrapolation of Strang's splitting with 1, 2, ... sub-steps; no operator runs backward.
+    """Return the Richardson extrapolation of Strang's splitting with 1, 2, ... inner steps. All operators run forward.
 
     Raises:
-        ValueError: if ``order`` is not an even number from 4 on.
+        ValueError: if ``order`` is not an even number of at least 4.
     """
     counts = range(1, _even(order) // 2 + 1)
     tables = (repeated(strang(operators).stages, (1.0 / count,) * count) for count in counts)
@@ -129,7 +131,7 @@ def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
 
 
 def _extrapolating(counts: Sequence[int]) -> list[float]:
-    """Return the factors that cancel the leading even errors of results with these numbers of sub-steps."""
+    """Return the factors that cancel the leading even error terms of results with ``counts`` inner steps."""
     return [math.prod(n**2 / (n**2 - other**2) for other in counts if other != n) for n in counts]
 
 
@@ -161,14 +163,14 @@ def kahan_li8(operators: int = 2) -> Scheme:
 
 
 def best22(operators: int = 2) -> Scheme:
-    """Return the second-order scheme of two stages each with the smallest error constant."""
+    """Return the second-order scheme with two stages per operator that has the smallest error constant."""
     a = math.sqrt(0.5)
     source = "McLachlan & Atela (1992), Nonlinearity 5; Auzinger, 'Best 2-2'"
     return _table("best22", alternating(0, (1.0 - a, a, a, 1.0 - a)), 2, source, operators)
 
 
 def mclachlan2(operators: int = 2) -> Scheme:
-    """McLachlan's second-order palindrome with the smallest error constant; two stages of the first operator."""
+    """Return McLachlan's second-order palindrome with the smallest error constant: two stages of the first operator."""
     root = (2.0 * math.sqrt(326.0) + 36.0) ** (1.0 / 3.0)
     outer = 0.5 - root / 12.0 + 1.0 / (6.0 * root)
     source = "McLachlan (1995), SIAM J. Sci. Comput. 16; Omelyan, Mryglod & Folk (2002), Phys. Rev. E 65"
@@ -176,7 +178,7 @@ def mclachlan2(operators: int = 2) -> Scheme:
 
 
 def ruth3(operators: int = 2) -> Scheme:
-    """Ruth's third-order scheme."""
+    """Return Ruth's third-order scheme."""
     return _table(
         "ruth3",
         alternating(0, (7 / 24, 2 / 3, 3 / 4, -2 / 3, -1 / 24, 1.0)),
@@ -187,7 +189,7 @@ def ruth3(operators: int = 2) -> Scheme:
 
 
 def aks3(operators: int = 2) -> Scheme:
-    """Return a third-order scheme of three stages each, the same backward with the operators exchanged."""
+    """Return a third-order scheme with three stages per operator. Reversal exchanges the roles of the operators."""
     first, middle = 0.268330095781759925, -0.187991618799159782
     last = 1.0 - first - middle
     source = "Auzinger, Hofstaetter, Ketcheson & Koch (2017), BIT 57, and their collection of coefficients, AKS 3"
@@ -195,7 +197,7 @@ def aks3(operators: int = 2) -> Scheme:
 
 
 def blanes_moan4(operators: int = 2) -> Scheme:
-    """Blanes and Moan's fourth-order palindrome S6: six stages of the first operator."""
+    """Return Blanes and Moan's fourth-order palindrome S6: six stages of the first operator."""
     outer = (0.0792036964311957, 0.353172906049774, -0.0420650803577195)
     inner = (0.209515106613362, -0.143851773179818)
     source = "Blanes & Moan (2002), J. Comput. Appl. Math. 142, S6"
@@ -204,7 +206,7 @@ def blanes_moan4(operators: int = 2) -> Scheme:
 
 
 def blanes_moan6(operators: int = 2) -> Scheme:
-    """Blanes and Moan's sixth-order palindrome S10: ten stages of the first operator."""
+    """Return Blanes and Moan's sixth-order palindrome S10: ten stages of the first operator."""
     outer = (0.0502627644003922, 0.413514300428344, 0.0450798897943977, -0.188054853819569, 0.541960678450780)
     inner = (0.148816447901042, -0.132385865767784, 0.067307604692185, 0.432666402578175)
     source = "Blanes & Moan (2002), J. Comput. Appl. Math. 142, S10"
@@ -218,7 +220,11 @@ def _palindromic_strang(name: str, half: Sequence[float], order: int, source: st
 
 
 def _palindromic_table(outer: Sequence[float], inner: Sequence[float]) -> Composition:
-    """Operator 1 outside and in the centre, operator 0 between; the centre from the sum."""
+    """Return a palindrome of operators 1 and 0 in turn, from the weights of its first half.
+
+    ``outer`` are the weights of operator 1, and ``inner`` the weights of operator 0. The weight of the central stage,
+    of operator 1, follows from the sum 1.
+    """
     half = [weight for pair in zip(outer, inner, strict=True) for weight in pair]
     return alternating(1, (*half, 1.0 - 2.0 * math.fsum(outer), *reversed(half)))
 
@@ -272,7 +278,7 @@ _ALIASES = {
 
 
 def names(operators: int = 2) -> tuple[str, ...]:
-    """Return the names that `get` knows for a number of operators, without their aliases.
+    """Return the names that `get` accepts for this number of operators, without aliases.
 
     Example:
         >>> "yoshida4" in odeadv.schemes.names()
@@ -283,12 +289,12 @@ def names(operators: int = 2) -> tuple[str, ...]:
 
 
 def get(name: str, operators: int = 2) -> Scheme:
-    """Return the scheme called ``name`` (or by an alias of it), for a number of operators.
+    """Return the scheme with the name or alias ``name``, for this number of operators.
 
     Raises:
         TypeError: if ``name`` is not a string.
-        ValueError: for an unknown name, listing near matches; for fewer than two operators; or for more than two
-            where the scheme is a table for two.
+        ValueError: if the name is unknown (the message lists near matches), or ``operators`` is below 2. Also if the
+            scheme is a table for two operators and ``operators`` is above 2.
 
     Example:
         >>> odeadv.schemes.get("lad-sm").name
@@ -305,17 +311,17 @@ def get(name: str, operators: int = 2) -> Scheme:
     return _built(key, operators)
 
 
-@cache  # schemes cannot be changed, and every solve asks for one
+@cache  # schemes are immutable, and every solve needs a scheme
 def _built(key: str, operators: int) -> Scheme:
     return _BUILDERS[key](operators)
 
 
 def knows(name: str) -> bool:
-    """Return True if `get` knows the name, for two operators."""
+    """Return True if `get` accepts ``name`` for two operators."""
     return _key(name) in _BUILDERS
 
 
 def _key(name: str) -> str:
-    """Return the listed name for a name in any spelling or an alias."""
+    """Return the listed name for an alias, or for a name in another spelling."""
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     return _ALIASES.get(key, key)

@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Status(Enum):
-    """The outcome of a solve; ``status.message`` is a sentence."""
+    """The outcome of a solve. ``status.message`` describes it in a sentence."""
 
     SUCCESS = "the solve reached the end of its span"
     NON_FINITE = "a state or the loss is NaN or infinite"
