@@ -106,7 +106,7 @@ CLAIMS = (
             ),
             (
                 "Perturbing all layers of a ConvNet is better than perturbing the input", "implied",
-                ("pgd+lad@0.1:wd0.02", "pgd+lad+input@0.3:wd0.02"),
+                ("pgd+lad@0.1:wd0.02", "pgd+lad+input@1.5:wd0.02"),
             ),
         )
     ),

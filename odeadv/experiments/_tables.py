@@ -329,8 +329,8 @@ TABLES = {
                     )
                     for method in methods
                 ),
-                # About the s of LAD, which perturbs the state before each of the three blocks.
-                Row("pgd+lad+input", 0.3, weight_decay=2e-2),
+                Row("pgd+lad+input", 0.3, weight_decay=2e-2),  # three times LAD's eta: LAD perturbs three times
+                Row("pgd+lad+input", 1.5, weight_decay=2e-2),  # about the s of LAD
             ),
             datasets=("cifar10",), autoattack_255=4.0, like="table2",
             primary=(
@@ -338,7 +338,7 @@ TABLES = {
                 ("pgd+lad@0.1:wd0.02", "pgd:wd0.02"), ("pgd+lad-sm@0.1:wd0.02", "pgd:wd0.02"),
                 ("pgd+lad-sm@0.1:wd0.02", "pgd+lad@0.1:wd0.02"),
                 ("pgd+lad-sm@0.1:wd0.02", "pgd+lad-sm+random@0.1:wd0.02"),
-                ("pgd+lad@0.1:wd0.02", "pgd+lad+input@0.3:wd0.02"),
+                ("pgd+lad@0.1:wd0.02", "pgd+lad+input@1.5:wd0.02"),
             ),
         ),
         Table(
