@@ -1,4 +1,4 @@
-"""The command ``odeadv``: argument parsing only. Imports every folder below."""
+"""The command ``odeadv``. This package only parses arguments and prints; it imports all other packages."""
 
 from odeadv.cli._main import COMMANDS, main
 

@@ -1,4 +1,4 @@
-"""The commands that look at trained weights: evaluate, compare, audit, diagnose."""
+"""The commands that inspect trained weights: evaluate, compare, audit, diagnose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ._shared import add_data
 
 ATTACKS = """
-A protocol of your own is a .yaml or .json file; attacks are functions of odeadv.attacks, or autoattack:
+You can write your own protocol in a .yaml or .json file. Attacks are functions of odeadv.attacks, or autoattack:
 
     name: mine
     attacks:
@@ -22,22 +22,24 @@ A protocol of your own is a .yaml or .json file; attacks are functions of odeadv
 
 
 def _add_network(sub: argparse.ArgumentParser, verb: str) -> None:
-    """Add the arguments that say which network to inspect, on which images."""
+    """Add the arguments for the network to inspect and its images."""
     from odeadv import data
 
     sub.add_argument(
         "network", metavar="NETWORK",
-        help=f"a run's folder, its last.safetensors or best.safetensors; or your own network, module:name, to {verb} "
-        "on --dataset: an nn.Module, or a function that returns one, in a module of the current folder",
+        help=f"the folder of a run, or its last.safetensors or best.safetensors; or module:name, your own network to "
+        f"{verb} on --dataset: an nn.Module, or a function that returns one, in a module of the current folder",
     )  # fmt: skip
     sub.add_argument("--weights", type=Path, metavar="FILE", help="state dict of your own network, .safetensors or .pt")
-    sub.add_argument("--dataset", choices=data.names(), help="for your own network; a run has its own")
-    sub.add_argument("--output", metavar="KEY", help="the logits in your network's outputs: a key, attribute or index")
+    sub.add_argument("--dataset", choices=data.names(), help="data set for your own network; a run has its own")
+    sub.add_argument(
+        "--output", metavar="KEY", help="place of the logits in your network's outputs: a key, attribute or index"
+    )
     add_data(sub)
 
 
 def _network(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that say which network to inspect, on which images, as keywords."""
+    """Return the arguments for the network to inspect and its images, as keywords."""
     output = int(args.output) if args.output is not None and args.output.lstrip("-").isdigit() else args.output
     return {
         "network": args.network, "weights": args.weights, "dataset": args.dataset, "folder": args.data,
@@ -55,12 +57,12 @@ def add_evaluate(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--images", type=int, help="number of test images, balanced over the classes (default: all)")
     sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
-    sub.add_argument("--fold", action="store_true", help="fold batch norms, on a copy: faster; only ties may change")
-    sub.add_argument("--compile", action="store_true", help="torch.compile a copy: pays for long evaluations only")
+    sub.add_argument("--fold", action="store_true", help="fold batch norms on a copy: faster; only ties may change")
+    sub.add_argument("--compile", action="store_true", help="torch.compile a copy: faster only for long evaluations")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
     sub.add_argument(
         "--out", type=Path, metavar="FILE",
-        help="JSON file for the result; FILE.journal keeps what is done for the same command to go on",
+        help="JSON file for the result; FILE.journal keeps finished work, so that the same command can resume",
     )  # fmt: skip
 
 
@@ -81,10 +83,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def add_compare(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv compare`."""
-    sub.add_argument("a", type=Path, help="JSON of odeadv evaluate, a run's folder, or its record")
-    sub.add_argument("b", type=Path, help="another one, of the same images and attacks")
-    sub.add_argument("--protocol", default="table2", help="which evaluation of a run (default: table2)")
-    sub.add_argument("--weights", choices=("last", "best"), default="last", help="of a run (default: last)")
+    sub.add_argument("a", type=Path, help="JSON of odeadv evaluate, the folder of a run, or its record")
+    sub.add_argument("b", type=Path, help="another result, for the same images and attacks")
+    sub.add_argument("--protocol", default="table2", help="protocol of the evaluation in a run (default: table2)")
+    sub.add_argument("--weights", choices=("last", "best"), default="last", help="weights in a run (default: last)")
     sub.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -114,17 +116,18 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
         "--images", type=int, help="test images, balanced over the classes (default: 500, or all if fewer)"
     )
     sub.add_argument("--batch-size", type=int, default=128, help="images in one forward pass (default: 128)")
-    sub.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: linf)")
+    sub.add_argument("--norm", choices=("linf", "l2"), default="linf", help="norm of the ball (default: linf)")
     sub.add_argument(
         "--eps",
         type=float,
         help="radius: for linf in 1/255 (default: 8), for l2 in pixel units of [0, 1] (default: 0.5)",
     )
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--surrogate", help="another NETWORK, whose adversarial images are tried on this one")
+    sub.add_argument("--surrogate", help="another NETWORK; its adversarial images are tried on this network")
     sub.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder for the page, its JSON and plots (default: audit in the run's folder; none for your own network)",
+        help="folder for the page, its JSON and plots (default: audit in the run's folder; your own network needs --out "
+        "for a page)",
     )  # fmt: skip
 
 
@@ -145,13 +148,15 @@ def audit(args: argparse.Namespace) -> int:
 def add_diagnose(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv diagnose`."""
     sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
-    sub.add_argument("--other", type=Path, help="another run, on the same images and page, such as one without LAD")
+    sub.add_argument(
+        "--other", type=Path, help="another run for the same page, with the same images, such as a run without LAD"
+    )
     sub.add_argument(
         "--attack", type=float, metavar="EPS",
-        help="follow the difference that FGSM of this radius in 1/255 makes, not a random one",
+        help="follow the perturbation of FGSM with this radius in 1/255, not a random perturbation",
     )  # fmt: skip
     sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
-    sub.add_argument("--eta", type=float, help="instead of the run's own")
+    sub.add_argument("--eta", type=float, help="eta for all networks (default: the eta of their training)")
     sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
     add_data(sub)
 

@@ -1,6 +1,6 @@
 """The command ``odeadv``: train, tune, evaluate, compare, list, tabulate, report, rerun, audit and diagnose.
 
-It only parses arguments and prints; the work is done by the packages below.
+It only parses arguments and prints; the other packages do the work.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _Run = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    The status is 0 for success, 1 if a run or a check failed, 2 if arguments do not fit, and 130 after Ctrl-C.
+    The status is 0 for success, 1 if a run or a check failed, 2 if the arguments are wrong, and 130 after Ctrl-C.
     """
     try:
         parser = _parser()
-    except ModuleNotFoundError as error:  # a package of the extra "train"
+    except ModuleNotFoundError as error:  # a package of the extra "train" is missing
         print(f"odeadv: error: {error}", file=sys.stderr)
         return 2
     args = parser.parse_args(arguments)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except KeyboardInterrupt:
-        print(f"odeadv {args.command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"odeadv {args.command}: stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"odeadv {args.command}: error: {_in_options(str(error))}", file=sys.stderr)
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 # Command name: (help, epilog, function that adds the arguments, function that runs the command).
 COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
-    "train": ("train one network; goes on where it was stopped", _shared.KEYS, _train.add_train, _train.train),
+    "train": ("train one network; a stopped training resumes", _shared.KEYS, _train.add_train, _train.train),
     "tune": (
         "choose eta by cross-validation on the training set (Appendix B.1)",
         _shared.KEYS, _train.add_tune, _train.tune,
@@ -97,21 +97,21 @@ COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
     ),
     "compare": ("compare two evaluations image by image (McNemar)", None, _evaluate.add_compare, _evaluate.compare),
     "runs": ("list the runs in a folder: state, progress and accuracy", None, _train.add_runs, _train.runs),
-    "table": ("run what is missing of a table and report it", None, _table.add_table, _table.table),
+    "table": ("make the missing runs of a table and report it", None, _table.add_table, _table.table),
     "report": (
-        "make a page and its plot again, from the JSON of its runs alone",
+        "make a page and its plot again from the JSON records of its runs",
         None, _table.add_report, _table.report,
     ),
     "rerun": (
-        "train and evaluate again what a record is of, and compare; exit status 1 if it differs",
+        "repeat the run of a record and compare the results; exit status 1 if they differ",
         None, _train.add_rerun, _train.rerun,
     ),
     "audit": (
-        "go through the checklist for trustworthy attacks; writes a page; exit status 1 if a line fails",
+        "check the attacks on a network by a checklist and write a page; exit status 1 if a line fails",
         None, _evaluate.add_audit, _evaluate.audit,
     ),
     "diagnose": (
-        "measure the dynamics of trained weights (Eq. 16, Theorems 3.2 and 3.3); writes a page",
+        "measure the dynamics of trained weights (Eq. 16, Theorems 3.2 and 3.3) and write a page",
         None, _evaluate.add_diagnose, _evaluate.diagnose,
     ),
 }  # fmt: skip

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from odeadv.experiments import RunConfig
 
 KEYS = """
-A run's configuration has the keys data, model and training; what is left out has its default. In YAML:
+The configuration of a run has the keys data, model and training; missing keys have their default values. In YAML:
 
     data: {name: cifar10, train_images: 5000, validation_images: 1000}
     model: {depth: 20, width: 16, damping: lambda-damp}
@@ -24,13 +24,13 @@ A run's configuration has the keys data, model and training; what is left out ha
 
 Objectives: natural, pgd, trades, mart, awp, or "package.module:Class". Defences: none, penalty, layerwise (scheme: lie
 is LAD, strang is LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv train --method pgd+lad
---print-config` prints a whole one. An unknown key is an error.
+--print-config` prints a complete configuration. An unknown key is an error.
 """
 
 
 def add_data(sub: argparse.ArgumentParser) -> None:
     """Add the argument for the folder of the data sets."""
-    sub.add_argument("--data", type=Path, metavar="DIR", help="folder with (or for) the data sets")
+    sub.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets, also for downloads")
 
 
 def add_config(sub: argparse.ArgumentParser) -> None:
@@ -39,11 +39,13 @@ def add_config(sub: argparse.ArgumentParser) -> None:
     from odeadv.experiments import PRESETS
 
     sub.add_argument("config", nargs="?", type=Path, help="a .yaml or .json file (see below)")
-    sub.add_argument("--method", help="instead of a file: such as natural, pgd+lad, trades+lad-sm, pgd+lad+noise")
-    sub.add_argument("--preset", choices=PRESETS, help="size of a --method (default: smoke)")
-    sub.add_argument("--dataset", choices=data.names(), help="of a --method, instead of the preset's")
-    sub.add_argument("--seed", type=int, help="instead of the file's, or of a --method (default: 0)")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as training.lr=0.05")
+    sub.add_argument("--method", help="method instead of a file: natural, pgd+lad, trades+lad-sm, pgd+lad+noise, ...")
+    sub.add_argument("--preset", choices=PRESETS, help="size of the run of --method (default: smoke)")
+    sub.add_argument("--dataset", choices=data.names(), help="data set for --method (default: the preset's)")
+    sub.add_argument("--seed", type=int, help="seed (default: the seed of the file, or 0 for --method)")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value, such as training.lr=0.05"
+    )
     add_data(sub)
 
 
@@ -58,7 +60,7 @@ def read_config(
     """Return the configuration that the arguments of `add_config` describe.
 
     Raises:
-        ValueError, TypeError, OSError: naming the argument that does not fit.
+        ValueError, TypeError, OSError: if an argument is wrong; the message names it.
     """
     from odeadv import experiments
     from odeadv.support import plain
@@ -90,5 +92,5 @@ def config_of(args: argparse.Namespace) -> RunConfig:
 
 
 def percent(share: float | None) -> str:
-    """Return a share in %, or "-" for None: attacks scored only by the worst iterate lack a last-iterate accuracy."""
+    """Return a share in %, or "-" for None (an attack that is scored only by its worst iterate)."""
     return "-" if share is None else f"{100 * share:.2f}"

@@ -21,16 +21,21 @@ def add_table(sub: argparse.ArgumentParser) -> None:
     from odeadv.experiments import PRESETS, TABLES
 
     presets = "; ".join(f"{preset.name}: {preset.says}" for preset in PRESETS.values())
-    sub.add_argument("table", nargs="?", choices=[*TABLES, "figure2"], help="which one; --list without one counts all")
+    sub.add_argument(
+        "table",
+        nargs="?",
+        choices=[*TABLES, "figure2"],
+        help="name of the table; --list without a name shows the cost of all tables",
+    )
     sub.add_argument("--preset", choices=PRESETS, default="smoke", help=presets)
-    sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
+    sub.add_argument("--dataset", choices=data.names(), help="data set (default: the preset's)")
     add_data(sub)
-    sub.add_argument("--seeds", type=int, nargs="+", help="instead of the preset's")
-    sub.add_argument("--methods", nargs="+", metavar="ROW", help="some of the rows, by name")
-    sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
+    sub.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the preset's)")
+    sub.add_argument("--methods", nargs="+", metavar="ROW", help="names of some rows of the table")
+    sub.add_argument("--eta", type=float, help="eta, such as one that odeadv tune chose (default: the preset's)")
     sub.add_argument(
         "--images", type=int, nargs="+", metavar="N",
-        help="number of training images instead of the preset's, and of test images if two numbers are given",
+        help="number of training images instead of the preset's; a second number sets the number of test images",
     )  # fmt: skip
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     sub.add_argument(
@@ -41,21 +46,23 @@ def add_table(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--autoattack", type=int, metavar="N",
-        help="AutoAttack too, on the first N test images (of the last weights; needs the package pyautoattack)",
+        help="also run AutoAttack on the first N test images, for the last weights (needs the package pyautoattack)",
     )  # fmt: skip
-    sub.add_argument("--last", action="store_true", help="evaluate the last weights only, not those of the best epoch")
+    sub.add_argument(
+        "--last", action="store_true", help="evaluate only the last weights, not the weights of the best epoch"
+    )
     sub.add_argument("--launcher", choices=("local", "ray"), default="local", help="one run after the other, or Ray")
-    sub.add_argument("--cpus", type=int, default=1, help="that Ray reserves for a run")
-    sub.add_argument("--gpus", type=float, default=0.0, help="that Ray reserves for a run")
-    sub.add_argument("--list", action="store_true", help="print the runs, or what all tables cost, and stop")
+    sub.add_argument("--cpus", type=int, default=1, help="number of CPUs that Ray reserves for a run")
+    sub.add_argument("--gpus", type=float, default=0.0, help="number of GPUs that Ray reserves for a run")
+    sub.add_argument("--list", action="store_true", help="print the runs, or the cost of all tables, and stop")
     sub.add_argument(
         "--rates", type=float, nargs="+", default=[2500.0, 10000.0], metavar="N",
-        help="images per second in natural training that --list gives hours for (default: 2500 10000)",
+        help="rates for the hours of --list, in images per second of natural training (default: 2500 10000)",
     )  # fmt: skip
     sub.add_argument(
         "--rehearse", type=int, metavar="STEPS",
-        help="take the first steps of a training of each row, say how long the trainings of all seeds would take "
-        "(without evaluations; on CUDA also the memory), write nothing and stop",
+        help="take the first steps of a training of each row, print the estimated time of the trainings of all seeds "
+        "(without evaluations; on CUDA also the memory), and stop without writing files",
     )  # fmt: skip
 
 
@@ -172,8 +179,8 @@ def add_report(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("table", choices=[*TABLES, "claims"], help='a table, or "claims" for the page of all claims')
     sub.add_argument("records", type=Path, help="folder of records")
     sub.add_argument("--preset", choices=PRESETS, default="cpu")
-    sub.add_argument("--dataset", choices=data.names(), help="instead of the preset's")
-    sub.add_argument("--eta", type=float, help="instead of the preset's, as chosen by odeadv tune")
+    sub.add_argument("--dataset", choices=data.names(), help="data set (default: the preset's)")
+    sub.add_argument("--eta", type=float, help="eta, such as one that odeadv tune chose (default: the preset's)")
     sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")
 
 

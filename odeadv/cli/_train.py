@@ -15,20 +15,24 @@ def add_train(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv train`."""
     add_config(sub)
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    sub.add_argument("--protocol", nargs="*", default=[], help="evaluate by these afterwards: table1, table2, ...")
-    sub.add_argument("--accelerator", default="auto", help="of lightning-fabric: auto, cpu, cuda, mps")
-    sub.add_argument("--devices", type=int, default=1, help="processes on this machine (torchrun's count, under it)")
-    sub.add_argument("--nodes", type=int, default=1, help="machines")
+    sub.add_argument(
+        "--protocol", nargs="*", default=[], help="protocols of evaluations after the training: table1, table2, ..."
+    )
+    sub.add_argument("--accelerator", default="auto", help="accelerator of lightning-fabric: auto, cpu, cuda, mps")
+    sub.add_argument(
+        "--devices", type=int, default=1, help="number of processes on this machine (torchrun overrides it)"
+    )
+    sub.add_argument("--nodes", type=int, default=1, help="number of machines (torchrun overrides it)")
     sub.add_argument("--init", type=Path, metavar="FILE", help="start from these weights: a run's folder or checkpoint")
     sub.add_argument(
         "--extend", type=Path, metavar="RUN",
-        help="go on from this finished run, which has the same configuration but fewer epochs",
+        help="continue this finished run, which has the same configuration but fewer epochs",
     )  # fmt: skip
     sub.add_argument(
         "--checkpoint-every", type=float, default=120.0, metavar="SECONDS",
         help="time between checkpoints within an epoch (default: 120)",
     )  # fmt: skip
-    sub.add_argument("--tensorboard", action="store_true", help="write event files to the run's folder too")
+    sub.add_argument("--tensorboard", action="store_true", help="also write event files to the run's folder")
     sub.add_argument("--print-config", action="store_true", help="print the configuration as YAML and stop")
 
 
@@ -64,9 +68,11 @@ def add_tune(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv tune`."""
     add_config(sub)
     sub.add_argument("--etas", type=float, nargs="+", required=True, help="values to try")
-    sub.add_argument("--folds", type=int, default=5, help="parts of the training set (default: 5)")
-    sub.add_argument("--only-folds", type=int, help="use only this number of them, to save time")
-    sub.add_argument("--protocol", default="table2", help="whose mean robust accuracy decides (default: table2)")
+    sub.add_argument("--folds", type=int, default=5, help="number of parts of the training set (default: 5)")
+    sub.add_argument("--only-folds", type=int, help="hold out only this number of folds in turn, to save time")
+    sub.add_argument(
+        "--protocol", default="table2", help="protocol whose mean robust accuracy decides (default: table2)"
+    )
     sub.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     sub.add_argument("--out", type=Path, help="JSON file for the result")
 
@@ -93,8 +99,10 @@ def tune(args: argparse.Namespace) -> int:
 
 def add_runs(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv runs`."""
-    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="of all runs (default: runs)")
-    sub.add_argument("--plot", action="store_true", help="draw the training of one run, whose folder this is")
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    sub.add_argument(
+        "--plot", action="store_true", help="draw the training of one run; FOLDER is then the folder of this run"
+    )
     sub.add_argument("--json", action="store_true", help="as JSON")
 
 

@@ -1,9 +1,9 @@
-"""Images to train and attack on: labelled ``uint8`` arrays in memory, and batches of them with standard augmentation.
+"""Images for training and attacks: labelled ``uint8`` arrays in memory, and batches with standard augmentation.
 
-`load` finds CIFAR-10, CIFAR-100, a folder of your own images or scikit-learn's digits (no download needed) and returns
+`load` finds CIFAR-10, CIFAR-100, a folder of your own images or scikit-learn's digits (without a download) and returns
 an `ImageDataset`. `Batches` turns its arrays into float images in [0, 1] and labels. `Stream` does the same for a
-`torch.utils.data.Dataset` or ``DataLoader``. Both draw only from the generator they are given. Nothing here knows about
-models or solvers; torchvision, PIL and scikit-learn are imported only if a data set needs them.
+`torch.utils.data.Dataset` or ``DataLoader``. Both draw random numbers only from the generator that they get. This
+package does not import models or solvers. It imports torchvision, PIL and scikit-learn only if a data set needs them.
 """
 
 from odeadv.data._batches import Batches, as_model_input, random_crop_flip, to_float

@@ -21,19 +21,19 @@ def to_float(images: Tensor) -> Tensor:
         images: ``uint8``, (n, height, width, 3).
 
     Returns:
-        ``float32``, (n, 3, height, width) in ``channels_last`` memory format, every value exactly ``pixel / 255``
-        correctly rounded.
+        ``float32``, (n, 3, height, width) in ``channels_last`` memory format. Every value is ``pixel / 255``, correctly
+        rounded.
 
     Raises:
-        TypeError, ValueError: ``images`` has another dtype or shape.
+        TypeError, ValueError: if ``images`` has another dtype or shape.
     """
     check_pixels("images", images)
-    # Dividing and not multiplying by 1/255, which is off by one ulp for some pixels.
+    # Divide by 255: multiplying by 1/255 would give a wrong last bit for some pixels.
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """Return images (n, channels, height, width) as floats in ``channels_last``; uint8 pixels divided by 255."""
+    """Return images (n, channels, height, width) as floats in ``channels_last``; uint8 pixels are divided by 255."""
     if images.dtype != torch.uint8:
         return images.contiguous(memory_format=torch.channels_last)
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
@@ -42,22 +42,22 @@ def as_floats(images: Tensor) -> Tensor:
 def random_crop_flip(
     images: Tensor, *, pad: int = 4, flip: bool = True, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Pad with zeros, crop back to the old size at a random place and mirror left-right with probability 1/2.
+    """Pad with zeros, crop to the old size at a random place, and mirror left-right with probability 1/2.
 
-    Every image has its own offsets. Drawn from ``generator`` are, in this order, n row offsets and n column offsets
-    in 0..2*pad, then, if ``flip``, n bits.
+    Every image has its own offsets. The draws from ``generator`` are, in this order: n row offsets and n column offsets
+    in 0..2*pad; then n bits if ``flip``.
 
     Args:
         images: ``uint8``, (n, height, width, 3).
-        pad: zeros added on each side, in pixels.
-        flip: True mirrors half of the images.
+        pad: number of zeros added on each side.
+        flip: True mirrors each image with probability 1/2.
         generator: the source of randomness; it must be given.
 
     Returns:
         ``uint8``, (n, height, width, 3), contiguous.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or range, or ``generator`` is missing.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or range, or ``generator`` is missing.
     """
     check_pixels("images", images)
     integer("pad", pad, least=0)
@@ -68,31 +68,31 @@ def random_crop_flip(
 
 
 class Batches:
-    """The batches of one epoch each time it is iterated over; ``len`` is their number.
+    """The batches of a data set in memory. Each iteration gives one epoch; ``len`` is the number of batches.
 
-    Yields ``(images, labels)``: ``float32`` (b, 3, height, width) in [0, 1] and ``channels_last`` as `to_float`
-    gives, and ``int64`` (b,). With ``shuffle`` every epoch has an order of its own. The same generator state gives the
-    same epochs, and the global random state is neither used nor changed.
+    It yields ``(images, labels)``. Images are ``float32`` (b, 3, height, width) in [0, 1], in ``channels_last`` format
+    (see `to_float`); labels are ``int64`` (b,). With ``shuffle`` every epoch has its own order. Equal generator states
+    give equal epochs. The global random state is neither used nor changed.
 
     Args:
         images: ``uint8``, (n, height, width, 3).
         labels: ``int64``, (n,).
-        batch_size: samples in a batch; the last one may have fewer.
+        batch_size: number of samples in a batch; the last batch may have fewer.
         shuffle: True draws a new order for every epoch.
         augment: True applies `random_crop_flip`, with new draws for every batch. The array is padded once here,
             so this keeps a copy of (height + 2*pad)(width + 2*pad)*3 bytes per image.
-        flip: True lets augmenting mirror; pass ``dataset.flip``.
-        pad: zeros added on each side before cropping, in pixels.
-        transform: of one image, uint8 (3, height, width), instead of ``augment``; see `make_transform`.
+        flip: True allows augmentation to mirror images; pass ``dataset.flip``.
+        pad: number of zeros added on each side before cropping.
+        transform: a function of one image, uint8 (3, height, width), instead of ``augment``; see `make_transform`.
         drop_last: True leaves out a last batch that is not full.
         generator: the source of randomness, needed for ``shuffle`` and ``augment``.
-        device: where the arrays are kept and the batches made.
-        draws: where the moves of an epoch are drawn: ``"cpu"``, which gives the same numbers for every device, or
-            ``"device"``, seeded by one draw from ``generator``, which copies nothing to the device.
+        device: the device of the arrays and the batches.
+        draws: where the moves of an epoch are drawn. ``"cpu"`` gives the same numbers for every device. ``"device"``
+            uses a generator on the device, seeded by one draw from ``generator``, and avoids copies to the device.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or range, a needed ``generator`` is
-            missing, or there would be no batch.
+        TypeError, ValueError: if an argument has the wrong type, dtype, shape or range, a needed ``generator`` is
+            missing, or an epoch would have zero batches.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class Batches:
         return full + (rest > 0 and not self._drop_last)
 
     def pass_over(self, batches: int) -> None:
-        """Let the next iteration begin after ``batches`` batches, with the draws they would have made.
+        """Skip ``batches`` batches in the next iteration, but make their random draws.
 
-        With the generator in the state it had at the beginning of an epoch, what follows is the rest of that epoch.
+        If the generator has the state of the beginning of an epoch, the next iteration gives the rest of that epoch.
 
         Raises:
-            ValueError: unless ``batches`` is between 0 and ``len``.
+            ValueError: if ``batches`` is not between 0 and ``len``.
         """
         if not 0 <= batches <= len(self):
             raise ValueError(f"batches: got {batches}, expected 0 to {len(self)}, the number in an epoch")
@@ -189,7 +189,7 @@ Place = Literal["cpu", "device"]
 
 
 class Window(NamedTuple):
-    """The size cut from a padded image, and the ways it may move."""
+    """The size of the cut from a padded image, and the moves that are allowed."""
 
     height: int
     width: int
@@ -212,7 +212,7 @@ def _padded(images: Tensor, pad: int) -> Tensor:
 
 
 class Moves(NamedTuple):
-    """The move of each image: first row and column of the cut, and whether it is mirrored; (n, 1) each."""
+    """The move of each image: first row and first column of the cut, and True if it is mirrored; (n, 1) each."""
 
     top: Tensor
     left: Tensor
@@ -220,7 +220,7 @@ class Moves(NamedTuple):
 
 
 def draw_moves(n: int, window: Window, generator: torch.Generator) -> Moves:
-    """Draw the shifts, and the flips if ``window`` has them, of ``n`` images."""
+    """Draw the shifts of ``n`` images, and the flips if ``window`` allows flips."""
 
     def drawn(high: int) -> Tensor:
         return torch.randint(high, (n, 1), generator=generator, device=generator.device)
@@ -234,11 +234,11 @@ def draw_epoch(
     """Draw the moves of the batches of an epoch at once, so that no batch waits for a copy.
 
     Args:
-        sizes: images per batch, at least one batch.
-        window: the size of the cut and the moves it may make.
-        generator: the source. Drawn on the CPU, the numbers are those of `draw_moves` for one batch after the other.
-        device: of the moves.
-        draws: ``"device"`` draws them there, with a generator that one draw from ``generator`` seeds.
+        sizes: number of images per batch; at least one batch.
+        window: the size of the cut and the allowed moves.
+        generator: the source of randomness. On the CPU the numbers are the same as from `draw_moves` for each batch.
+        device: device of the moves.
+        draws: ``"device"`` draws on ``device``, with a generator that is seeded by one draw from ``generator``.
     """
     if draws == "device":
         whole = draw_moves(sum(sizes), window, torch.Generator(device).manual_seed(draw_seed(generator)))
@@ -264,9 +264,10 @@ def _augmented(padded: Tensor, chosen: Tensor, window: Window, moves: Moves) -> 
 
 
 def as_model_input(images: Tensor, *, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Images in [0, 1] on ``device``: uint8 (n, h, w, channels) becomes ``dtype`` (n, channels, h, w) / 255.
+    """Return images in [0, 1] on ``device``: uint8 (n, h, w, channels) becomes ``dtype`` (n, channels, h, w) / 255.
 
-    Floating images keep dtype and shape. 4-D results are channels-last in memory if so asked, all else contiguous.
+    Floating images keep dtype and shape. With ``channels_last``, 4-D results are channels-last in memory. All other
+    results are contiguous.
     """
     images = images.to(device)
     if images.dtype == torch.uint8:

@@ -16,8 +16,8 @@ from odeadv.support.checks import class_indices, integer
 
 Channels = tuple[float, float, float]
 
-# Means and standard deviations of the official training sets, per channel and in [0, 1]. (The CIFAR-10 deviations
-# 0.2023, 0.1994, 0.2010 also in circulation are means of per-image deviations.)
+# Means and standard deviations of the official training sets, per channel and in [0, 1]. (Other projects use 0.2023,
+# 0.1994, 0.2010 for CIFAR-10; these are means of the deviations of single images.)
 _PUBLISHED: dict[str, tuple[Channels, Channels]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -26,21 +26,20 @@ _PUBLISHED: dict[str, tuple[Channels, Channels]] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
-    """Labelled images, all of one size, split into a training and a test set.
+    """Labelled images of one size, split into a training set and a test set.
 
     Attributes:
-        name: of the data set, e.g. ``"cifar10"``.
-        source: where it was read from: ``"npz archive"``, ``"torchvision"``, ``"image folder"`` or
-            ``"scikit-learn digits"``.
+        name: name of the data set, e.g. ``"cifar10"``.
+        source: kind of source: ``"npz archive"``, ``"torchvision"``, ``"image folder"`` or ``"scikit-learn digits"``.
         train_images: ``uint8`` pixels, contiguous (n, height, width, 3).
         train_labels: ``int64`` class indices, (n,).
-        test_images: as ``train_images``, same height and width.
+        test_images: as ``train_images``, with the same height and width.
         test_labels: as ``train_labels``.
-        num_classes: labels run from 0 to ``num_classes - 1``.
-        flip: True if the mirror image of a sample has the same label (not so for digits).
+        num_classes: number of classes; labels run from 0 to ``num_classes - 1``.
+        flip: True if the mirror image of a sample has the same label (False for digits).
 
     Raises:
-        TypeError, ValueError: a field has the wrong dtype, shape or label range.
+        TypeError, ValueError: if a field has the wrong dtype, shape or label range.
     """
 
     name: str
@@ -69,7 +68,7 @@ class ImageDataset:
             )
 
     def __repr__(self) -> str:
-        """Return sizes and origin, not pixels."""
+        """Return sizes and source as text, without pixels."""
         height, width = self.train_images.shape[1:3]
         return (
             f"ImageDataset({self.name!r} from {self.source}: {len(self.train_labels)} train, {len(self.test_labels)} "
@@ -78,12 +77,15 @@ class ImageDataset:
 
     @property
     def mean(self) -> Channels:
-        """Mean of each channel, pixels in [0, 1]: published for CIFAR of any size, else of ``train_images``."""
+        """The mean of each channel, for pixels in [0, 1].
+
+        It is the published mean for CIFAR of any image size, and the mean of ``train_images`` for other data.
+        """
         return self._moments[0]
 
     @property
     def std(self) -> Channels:
-        """Standard deviation of each channel, as `mean`; 1 for a constant channel, so that dividing by it is safe."""
+        """The standard deviation of each channel, as `mean`; 1 for a constant channel, so that division is safe."""
         return self._moments[1]
 
     @cached_property
@@ -96,17 +98,18 @@ class ImageDataset:
         return (red, green, blue), (red_std, green_std, blue_std)
 
     def subset(self, train: int | None = None, test: int | None = None) -> ImageDataset:
-        """Return a smaller data set whose classes are as equal in number as they can be.
+        """Return a smaller data set whose classes have sizes as equal as possible.
 
-        It takes the first samples of every class, in their order here. A remainder goes to the lowest classes, one
-        each; if a class has too few samples, the others give more. Nothing is random.
+        The first samples of every class are kept, in their present order. If the number is not a multiple of the number
+        of classes, the lowest classes keep one more sample each. If a class has too few samples, the other classes keep
+        more. The choice is not random.
 
         Args:
-            train: how many training samples to keep; ``None`` keeps all.
-            test: how many test samples to keep; ``None`` keeps all.
+            train: number of training samples to keep; ``None`` keeps all.
+            test: number of test samples to keep; ``None`` keeps all.
 
         Raises:
-            TypeError, ValueError: a count is not an int from 1 to the number of samples.
+            TypeError, ValueError: if a number is not an int from 1 to the number of samples.
         """
         for argument, count, labels in (("train", train, self.train_labels), ("test", test, self.test_labels)):
             if count is not None:
@@ -124,13 +127,13 @@ class ImageDataset:
         )
 
     def resized(self, size: int) -> ImageDataset:
-        """Return the same samples at ``size`` x ``size`` pixels, each the mean of an area, rounded to nearest.
+        """Return the same samples at ``size`` x ``size`` pixels; each pixel is the mean of an area, rounded to nearest.
 
         Args:
-            size: the new height and width; it divides the old ones.
+            size: the new height and width; it must divide the old height and width.
 
         Raises:
-            TypeError, ValueError: ``size`` is not an int that divides height and width.
+            TypeError, ValueError: if ``size`` is not an int that divides height and width.
         """
         size = integer("size", size)
         height, width = self.train_images.shape[1:3]
@@ -144,12 +147,13 @@ class ImageDataset:
         )
 
     def without_validation(self, count: int) -> tuple[ImageDataset, tuple[Tensor, Tensor]]:
-        """Return the data set with ``count`` fewer training samples, and the images and labels set aside.
+        """Set ``count`` training samples aside; return the data set without them, and their images and labels.
 
-        It sets aside the last samples of every class, evenly. Nothing is random.
+        The last samples of every class are set aside, the same number per class as far as possible. The choice is not
+        random.
 
         Raises:
-            TypeError, ValueError: ``count`` is not an int from 1 to one less than the number of training samples.
+            TypeError, ValueError: if ``count`` is not an int from 1 to the number of training samples minus 1.
         """
         integer("count", count, least=1)
         if count >= len(self.train_labels):
@@ -162,13 +166,13 @@ class ImageDataset:
         return rest, (self.train_images[aside], self.train_labels[aside])
 
     def fold(self, number: int, count: int) -> ImageDataset:
-        """Return a data set that tests on part ``number`` of ``count`` of the training images and trains on the rest.
+        """Return a fold for cross-validation: part ``number`` of ``count`` training parts becomes the test set.
 
-        The part has the samples number, number + count, ... of every class. Nothing is random. The test images of
-        this data set are in neither.
+        The part has the samples number, number + count, ... of every class; the other training samples are the new
+        training set. The division is not random. The present test images are not used.
 
         Raises:
-            TypeError, ValueError: ``count`` is below 2 or above the number of training samples, or ``number`` not
+            TypeError, ValueError: if ``count`` is below 2 or above the number of training samples, or ``number`` is not
                 between 0 and ``count - 1``.
         """
         integer("count", count, least=2)
@@ -185,7 +189,7 @@ class ImageDataset:
         )
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a SHA-256 over images, labels and ``num_classes``: equal exactly if the data are."""
+        """Return 16 hex digits of a SHA-256 over images, labels and ``num_classes``; equal data have equal digits."""
         digest = hashlib.sha256(str(self.num_classes).encode())
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(str(tuple(part.shape)).encode())
@@ -194,7 +198,7 @@ class ImageDataset:
 
 
 def _shrunk(images: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the means over blocks of ``rows`` x ``columns`` pixels; integers, so that no float copy is made."""
+    """Return the means over blocks of ``rows`` x ``columns`` pixels, with integers only, to avoid a float copy."""
     n, height, width, channels = images.shape
     blocks = images.view(n, height // rows, rows, width // columns, columns, channels)
     area = rows * columns
@@ -203,7 +207,7 @@ def _shrunk(images: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _channel_moments(pixels: Tensor) -> tuple[float, float]:
-    # Integer sums over the histogram: exact, and no float copy of the whole training set.
+    # Sum integers over the histogram: this is exact and avoids a float copy of the training set.
     counts = torch.bincount(pixels.flatten(), minlength=256).cpu()
     values = torch.arange(256)
     n, total, squares = pixels.numel(), int((counts * values).sum()), int((counts * values**2).sum())
@@ -216,12 +220,12 @@ def _balanced(labels: Tensor, count: int | None, num_classes: int) -> Tensor | s
 
 
 def _chosen(labels: Tensor, count: int, num_classes: int) -> Tensor:
-    # Keeping the lowest (rank, label) pairs fills all classes evenly.
+    # Choosing the lowest (rank, label) pairs takes the same number from every class.
     return (_rank(labels, num_classes) * num_classes + labels).argsort()[:count].sort().values
 
 
 def _rank(labels: Tensor, num_classes: int) -> Tensor:
-    """Return k for the k-th sample of its class, counted from 0."""
+    """Return the number of each sample within its class, counted from 0."""
     by_class = labels.argsort(stable=True)
     sizes = torch.bincount(labels, minlength=num_classes)
     first = (sizes.cumsum(0) - sizes)[labels[by_class]]
@@ -231,7 +235,7 @@ def _rank(labels: Tensor, num_classes: int) -> Tensor:
 
 
 class Splits(NamedTuple):
-    """Images ``uint8`` (n, height, width, 3) and labels ``int64`` (n,) of both sets, with the number of classes."""
+    """Images ``uint8`` (n, height, width, 3) and labels ``int64`` (n,) of both sets, and the number of classes."""
 
     train_images: Tensor
     train_labels: Tensor

@@ -1,4 +1,4 @@
-"""Find a data set by name: the places to look in, their order, and the advice if it is in none of them."""
+"""Find a data set by name: the places to search, their order, and the advice if the data set is not found."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ _CIFAR_SHAPE = (32, 32, 3)
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """A dataset is in none of the places searched; the message lists them and says how to get it."""
+    """A data set was not found. The message lists the searched places and says how to get the data set."""
 
 
 def names() -> tuple[str, ...]:
-    """Return the names that `load` knows."""
+    """Return the names of data sets that `load` accepts."""
     return _NAMES
 
 
 def load(name: str, root: str | os.PathLike[str] | None = None, *, download: bool = True) -> ImageDataset:
-    """Load a dataset into memory.
+    """Load a data set into memory.
 
     Args:
-        name: ``"cifar10"`` or ``"cifar100"``: the first found of ``root/<name>.npz`` (keys ``train_x, train_y,
-            test_x, test_y``; ``uint8`` images NHWC or NCHW), torchvision's unpacked folder in ``root``, an image
-            folder ``root/<name>/{train,test}/<class>/*.png`` (or another suffix that torchvision's ImageFolder
-            reads), and torchvision's download.
-            ``"folder"``: your own images, any number of classes, ``root`` being an image folder as above with
-            ``train`` and ``test`` in it, or an ``.npz`` file as above. ``"digits"``: scikit-learn's digits enlarged
-            to 32x32 RGB; ``root`` is not used.
-        root: the folder to look in (and download to). ``None`` means ``$ODEADV_DATA`` or ``~/.cache/odeadv/data``;
-            ``"folder"`` must be told.
-        download: True lets torchvision download CIFAR that is not in ``root``.
+        name: ``"cifar10"`` or ``"cifar100"`` tries four sources in this order. (1) The archive ``root/<name>.npz`` with
+            the keys ``train_x, train_y, test_x, test_y`` and ``uint8`` images NHWC or NCHW. (2) torchvision's unpacked
+            folder in ``root``. (3) An image folder ``root/<name>/{train,test}/<class>/*.png`` (or another suffix that
+            torchvision's ImageFolder reads). (4) torchvision's download.
+            ``"folder"`` reads your own images with any number of classes: ``root`` is an image folder that contains
+            ``train`` and ``test``, or an ``.npz`` file, both as above.
+            ``"digits"`` is scikit-learn's digits, enlarged to 32x32 RGB; ``root`` is not used.
+        root: the folder to search (and to download to). ``None`` means ``$ODEADV_DATA`` or ``~/.cache/odeadv/data``.
+            ``"folder"`` needs a root.
+        download: True allows torchvision to download CIFAR if it is not in ``root``.
 
     Raises:
-        ValueError: the name is unknown, or what was found has the wrong dtype, shape, labels or image sizes; the
-            message names the file.
-        TypeError: ``name`` or ``root`` is of the wrong type.
-        ImportError: a package that this dataset needs is missing.
-        DatasetNotFoundError: nothing was found, and the download was off or failed.
+        ValueError: if the name is unknown, or the data have the wrong dtype, shape, labels or image sizes; the message
+            names the file.
+        TypeError: if ``name`` or ``root`` is of the wrong type.
+        ImportError: if a package that this data set needs is missing.
+        DatasetNotFoundError: if the data set was not found, and the download is off or failed.
 
     Example:
         >>> digits = odeadv.data.load("digits")

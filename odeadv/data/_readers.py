@@ -1,4 +1,4 @@
-"""Readers of data sets: a folder of images, an .npz archive, scikit-learn's digits, torchvision's CIFAR."""
+"""Readers of data sets: a folder of images, an .npz archive, scikit-learn's digits, and torchvision's CIFAR."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from odeadv.support.checks import class_indices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-with contextlib.suppress(ModuleNotFoundError):  # `import odeadv` needs torch only; `load` says what is missing
+with contextlib.suppress(ModuleNotFoundError):  # `load` reports missing packages
     import numpy as np
 
 #: The suffixes that torchvision's ImageFolder reads.
@@ -32,19 +32,19 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm",
 
 
 def read_folder(root: Path) -> Splits:
-    """Read ``root/train`` and ``root/test``; a class is a subfolder, numbered in the order of the names in ``train``.
+    """Read ``root/train`` and ``root/test``, whose subfolders are classes, numbered by their names in ``train``.
 
-    Images may lie in subfolders of a class. Greyscale, palette and transparent images are converted to RGB. Names that
-    start with a dot are passed over.
+    Images may be in subfolders of a class. Greyscale, palette and transparent images are converted to RGB. Files and
+    folders whose names start with a dot are skipped.
 
     Warns:
-        UserWarning: with counts and suffixes, if files are skipped because of their suffix; and if a class of
-            ``train`` lacks images in ``test``.
+        UserWarning: if files are skipped because of their suffix (with counts and suffixes), or if a class of ``train``
+            lacks images in ``test``.
 
     Raises:
-        ImportError: Pillow is missing.
-        ValueError: fewer than two classes, a class without images, a test class that ``train`` does not have, a file
-            that is not an 8-bit image, or one whose size differs from the first. The message names the file.
+        ImportError: if Pillow is missing.
+        ValueError: if there are fewer than two classes, a class without images, a test class that ``train`` lacks, a
+            file that is not an 8-bit image, or an image whose size differs from the first. The message names the file.
     """
     classes = _classes(root / "train")
     if len(classes) < 2:
@@ -81,7 +81,7 @@ def read_folder(root: Path) -> Splits:
 
 
 def _warn_of_skipped(root: Path) -> None:
-    """Say how many files of which suffixes in ``train`` and ``test`` are not read, if there are any."""
+    """Warn about files in ``train`` and ``test`` that are not read, with their number per suffix."""
     skipped: Counter[str] = Counter()
     for split in ("train", "test"):
         inside = {path for name in _classes(root / split) for path in _files(root / split / name)}
@@ -132,7 +132,7 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
-    # Pillow's conversion clips these modes to 255 instead of scaling them.
+    # Pillow would clip images of these modes to 255 instead of scaling them.
     if mode.startswith(("I", "F")):
         raise ValueError(f"{path}: got an image of mode {mode!r}, expected 8 bits per channel; convert it first")
     return pixels
@@ -145,12 +145,12 @@ def read_npz(path: Path, num_classes: int | None) -> Splits:
     """Read ``train_x``, ``train_y``, ``test_x``, ``test_y``; images NHWC or NCHW, labels of any integer type.
 
     Args:
-        path: the archive. Pickled objects in it are refused.
-        num_classes: what the labels must stay below; ``None`` counts the training labels, which must then be 0 to
-            K-1 with none left out.
+        path: the archive. Pickled objects in it are rejected.
+        num_classes: number of classes; labels must be below it. ``None`` counts the training labels, which must then be
+            all of 0, ..., K-1.
 
     Raises:
-        ValueError: the file cannot be read, lacks a key, or an array has the wrong dtype, shape or labels. The
+        ValueError: if the file cannot be read or lacks a key, or an array has the wrong dtype, shape or labels. The
             message names the file and the key.
     """
     arrays = _npz_arrays(path)
@@ -213,15 +213,15 @@ def _abridged(values: Sequence[object]) -> str:
 
 
 def read_digits() -> Splits:
-    """Return 1,797 digits of 8x8 pixels and 17 grey levels, enlarged to 32x32 RGB; a fifth of each class is for tests.
+    """Return 1,797 digits of 8x8 pixels and 17 grey levels, enlarged to 32x32 RGB; the test set has 20 % of each class.
 
     Raises:
-        ImportError: scikit-learn is missing.
+        ImportError: if scikit-learn is missing.
     """
     bunch = require("sklearn.datasets", "scikit-learn", 'the "digits" dataset', "examples").load_digits()
     labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     images = _enlarged(torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)))
-    # RandomState's stream is frozen by numpy's compatibility policy, so the split is the same everywhere.
+    # numpy guarantees that RandomState gives the same numbers in all versions, so the split is the same everywhere.
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(labels)))
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
@@ -232,22 +232,22 @@ def read_digits() -> Splits:
 
 
 def _enlarged(levels: Tensor) -> Tensor:
-    # Levels are integers up to 16 and the interpolation weights multiples of 1/64, so every float here is exact and
-    # the rounded pixel does not depend on the machine.
+    # Levels are integers up to 16, and interpolation weights are multiples of 1/64. So every float here is exact, and
+    # the rounded pixels do not depend on the machine.
     grey = interpolate(levels[:, None], size=(32, 32), mode="bilinear", align_corners=False)
     return (grey * 255 / 16).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
 
 
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-_TIMEOUT = 10.0  # seconds a connection may be silent; torchvision sets no limit of its own
+_TIMEOUT = 10.0  # limit in seconds for a silent connection; torchvision does not set one
 
 
 def read_torchvision(name: str, root: Path) -> Splits:
     """Read ``root/cifar-10-batches-py`` or ``root/cifar-100-python``.
 
     Raises:
-        ImportError: torchvision is missing.
-        RuntimeError: a file is missing or its checksum is wrong.
+        ImportError: if torchvision is missing.
+        RuntimeError: if a file is missing or its checksum is wrong.
     """
     cifar = _torchvision_class(name)
     train, test = (cifar(str(root), train=train, download=False) for train in (True, False))
@@ -259,11 +259,11 @@ def read_torchvision(name: str, root: Path) -> Splits:
 def download_torchvision(name: str, root: Path) -> None:
     """Download the folder that `read_torchvision` reads.
 
-    Everything is fetched, unpacked and checked in a scratch folder inside ``root`` and moved only then, so a failure
-    leaves ``root`` as it was.
+    The files are downloaded, unpacked and checked in a temporary folder inside ``root``, and moved at the end. So a
+    failure does not change ``root``.
 
     Raises:
-        Exception: whatever torchvision, the network or the file system raised.
+        Exception: any error of torchvision, the network or the file system.
     """
     cifar = _torchvision_class(name)
     existed = root.is_dir()
@@ -281,7 +281,7 @@ def download_torchvision(name: str, root: Path) -> None:
     finally:
         socket.setdefaulttimeout(timeout)
         if not existed:
-            with contextlib.suppress(OSError):  # not empty: the download is in it
+            with contextlib.suppress(OSError):  # rmdir fails if the folder holds the download
                 root.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""Augmentation by torchvision's transforms: from plain data to a function of a batch, repeatable from a seed."""
+"""Augmentation with torchvision's transforms: make them from plain data, and apply them to a batch with a seed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def make_transform(specs: Sequence[Mapping[str, Any]]) -> Transform:
-    """Return transforms of torchvision.transforms.v2, one after the other, as a function of one image.
+    """Return a function of one image that applies transforms of torchvision.transforms.v2 in order.
 
     Args:
-        specs: one mapping per transform: its class under ``name``, and its arguments. An argument may itself be such a
-            mapping, or a list of them (``RandomApply``, ``RandomChoice``).
+        specs: one mapping per transform, with its class under ``name`` and its arguments. An argument may be such a
+            mapping, or a list of such mappings (``RandomApply``, ``RandomChoice``).
 
     Raises:
-        TypeError, ValueError: naming ``augment``, if a class is unknown or does not take the arguments.
+        TypeError, ValueError: if a class is unknown or does not take the arguments; the message names ``augment``.
         ImportError: if torchvision is missing.
     """
     with extra("train"):
@@ -57,12 +57,12 @@ def _value(v2: Any, value: Any) -> Any:
 
 
 def transformed(images: Tensor, transform: Transform, seed: int) -> Tensor:
-    """Return each of ``images``, (n, channels, height, width), after ``transform``, with random numbers of its own.
+    """Apply ``transform`` to each of ``images``, (n, channels, height, width), with separate random numbers.
 
-    Torch's global random state, from which the transforms draw, is seeded inside and put back afterwards.
+    The transforms draw from torch's global random state. It is seeded inside and restored afterwards.
 
     Raises:
-        TypeError, ValueError: naming ``augment``, if the images that come out are not tensors of one shape.
+        TypeError, ValueError: if the results are not tensors of one shape; the message names ``augment``.
     """
     if images.ndim != 4:
         raise ValueError(f"augment: got inputs of shape {tuple(images.shape)}, expected images (n, c, h, w)")
@@ -80,5 +80,5 @@ def transformed(images: Tensor, transform: Transform, seed: int) -> Tensor:
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """Draw the seed of the transforms of a batch."""
+    """Draw the seed for the transforms of a batch."""
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -1,4 +1,4 @@
-"""Checks shared by the readers, the dataset and the batches; every message names what was given and expected."""
+"""Checks that the readers, the data set and the batches share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 
 def check_pixels(argument: str, images: Tensor) -> None:
-    """Raise unless ``images`` is a ``uint8`` tensor of shape (n, height, width, 3), as data sets hold images.
+    """Raise an error if ``images`` is not a ``uint8`` tensor of shape (n, height, width, 3), the form in data sets.
 
-    Attacks take the floating images of a model, of any shape (`odeadv.attacks.checks.check_images`). The two checks do
-    not share a condition.
+    Attacks take floating images of any shape instead; see `odeadv.attacks.checks.check_images`.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{argument}: got {type(images).__name__}, expected a uint8 tensor (n, height, width, 3)")
@@ -24,7 +23,7 @@ def check_pixels(argument: str, images: Tensor) -> None:
 
 
 def check_range(argument: str, labels: Tensor, num_classes: int) -> None:
-    """Raise if ``labels`` is empty or has a value outside 0..num_classes-1."""
+    """Raise ValueError if ``labels`` is empty or has a value outside 0..num_classes-1."""
     if labels.numel() == 0:
         raise ValueError(f"{argument}: got no samples, expected at least one")
     low, high = int(labels.min()), int(labels.max())
@@ -33,10 +32,10 @@ def check_range(argument: str, labels: Tensor, num_classes: int) -> None:
 
 
 def require(module: str, package: str, purpose: str, extra: str) -> ModuleType:
-    """Import an optional dependency.
+    """Import and return an optional module.
 
     Raises:
-        ImportError: it is missing; the message says what for and how to install it.
+        ImportError: if the module is missing; the message says who needs it and how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -15,26 +15,28 @@ from odeadv.support.checks import integer, shown
 
 
 class Stream:
-    """The batches of one epoch each time it is iterated over, read from a data set or loader as they are needed.
+    """The batches of a data set or loader, read when they are needed. Each iteration gives one epoch.
 
-    It yields ``(inputs, labels)`` of full batches: images as floats (n, channels, height, width) in [0, 1], other
-    inputs as the data set has them, and int64 labels. The order of a data set is drawn from ``generator``; a loader has
-    its own. While samples are read, torch's global random state is one that follows from ``generator``, and it is put
-    back afterwards, so random transforms that draw from torch repeat. Transforms that draw from `random` or NumPy in
-    this process do not repeat.
+    It yields full batches ``(inputs, labels)``. Images are floats (n, channels, height, width) in [0, 1]; other inputs
+    keep the form that the data set gives; labels are int64. The order of a data set is drawn from ``generator``; a
+    loader has its own order. While samples are read, torch's global random state is seeded from ``generator``, and it
+    is restored afterwards. So random transforms that draw from torch are repeatable. Transforms that draw from `random`
+    or NumPy in this process are not repeatable.
 
     Args:
-        source: of pairs (input, class number). Inputs are tensors, PIL images, or arrays.
-        batch_size: samples per batch; a loader has this one.
-        pad: zeros around an image before it is cropped to its size at a random place; 0 for none.
-        flip: True mirrors half of the images.
-        transform: of one image, (channels, height, width), uint8 or as the data set has it; see `make_transform`.
+        source: a data set or loader of pairs (input, class number). Inputs are tensors, PIL images, or arrays.
+        batch_size: number of samples per batch; a loader must have the same batch size.
+        pad: number of zeros around an image before it is cropped to its size at a random place; 0 switches this off.
+        flip: True mirrors each image with probability 1/2.
+        transform: a function of one image (channels, height, width), uint8 or in the form that the data set gives; see
+            `make_transform`.
         generator: the source of randomness.
-        device: of the batches.
+        device: device of the batches.
         draws: where crops and mirrors are drawn; see `Batches`.
 
     Raises:
-        TypeError, ValueError: naming ``data``, if it lacks a length, a full batch or another batch size.
+        TypeError, ValueError: if the source lacks a length or a full batch, or has another batch size; the message
+            names ``data``.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Stream:
         return self._samples // self._batch_size
 
     def pass_over(self, batches: int) -> None:
-        """Let the next iteration begin after ``batches`` batches. A loader reads them all the same."""
+        """Skip ``batches`` batches in the next iteration; a loader still reads these batches."""
         self._passed_over = batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,9 +97,9 @@ class Stream:
             yield moved(inputs, moves[number], self._pad) if moves else inputs, labels
 
     def _indexed(self, random: _Random, first: int) -> Iterator[tuple[Any, Any] | None]:
-        """Return the batches of the data set in a random order; None for those that are passed over, unread."""
+        """Return the batches of the data set in a random order; None for skipped batches, which are not read."""
         source: Any = self._source
-        # Drawn at once, not when the first batch is asked for: the moves of the images are drawn after it.
+        # Draw the order now, not with the first batch, because the moves of the images must be drawn after it.
         order = torch.randperm(self._samples, generator=self._generator).tolist()
 
         def read(number: int) -> tuple[Any, Any] | None:
@@ -110,7 +112,7 @@ class Stream:
         return map(read, range(len(self)))
 
     def _loaded(self, random: _Random) -> Iterator[tuple[Any, Any]]:
-        """Yield the batches of the loader, whose generator begins anew from the seed of the epoch."""
+        """Yield the batches of the loader, after seeding its generators with the seed of the epoch."""
         assert isinstance(self._source, DataLoader)
         samplers = (self._source, self._source.sampler, self._source.batch_sampler)
         for generator in (getattr(sampler, "generator", None) for sampler in samplers):
@@ -151,10 +153,10 @@ def count_samples(source: Any) -> int:
 
 
 def stacked(samples: list[Any]) -> tuple[Tensor, Tensor]:
-    """Return pairs (input, class number) as one batch.
+    """Stack pairs (input, class number) into one batch.
 
     Raises:
-        TypeError, ValueError: naming ``data``, if a sample is not a pair or the inputs differ in shape.
+        TypeError, ValueError: if a sample is not a pair or the inputs differ in shape; the message names ``data``.
     """
     for sample in samples:
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
@@ -176,7 +178,7 @@ def class_numbers(labels: Any) -> Tensor:
     """Return labels, (n,) or (n, 1), as int64 class numbers (n,).
 
     Raises:
-        TypeError: naming ``data``, if they are something else. A cast would make class 0 of a target such as 0.7.
+        TypeError: if they are not class numbers; the message names ``data``. (A cast would turn 0.7 into class 0.)
     """
     numbers = torch.as_tensor(labels)
     if numbers.shape[1:] == (1,):
@@ -190,22 +192,22 @@ def class_numbers(labels: Any) -> Tensor:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    import numpy as np  # here, so that solving and attacks need torch alone
+    import numpy as np  # imported here, so that solving and attacks need only torch
 
-    return torch.as_tensor(np.array(value))  # a copy: the memory of a PIL image cannot be written
+    return torch.as_tensor(np.array(value))  # copy, because the memory of a PIL image is read-only
 
 
 def as_inputs(inputs: Any) -> Tensor:
-    """Return a batch as a network takes it: uint8 images as floats (n, channels, height, width) in [0, 1].
+    """Return a batch for a network; uint8 images become floats (n, channels, height, width) in [0, 1].
 
-    Pixels with channels last are recognised by 1, 3 or 4 channels there and not after the first axis.
+    Images are taken as channels-last if the last axis has 1, 3 or 4 entries, and the second axis has another number.
     """
     batch = channels_first(inputs)
     return batch.to(torch.float32) / 255 if batch.dtype == torch.uint8 else batch
 
 
 def channels_first(inputs: Any) -> Tensor:
-    """Return uint8 images as (n, channels, height, width), and other inputs as they are; see `as_inputs`."""
+    """Return uint8 images as (n, channels, height, width), and other inputs unchanged; see `as_inputs`."""
     batch = torch.as_tensor(inputs)
     if batch.dtype != torch.uint8:
         return batch
@@ -238,7 +240,7 @@ def moved(images: Tensor, moves: Moves, pad: int) -> Tensor:
 
 
 class _Random:
-    """Torch's global random state, CPU only, for the reading of samples: it goes on from one use to the next."""
+    """Torch's global random state on the CPU while samples are read; each use continues after the previous one."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
