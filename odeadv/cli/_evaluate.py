@@ -126,8 +126,8 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--surrogate", help="another NETWORK; its adversarial images are tried on this network")
     sub.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder for the page, its JSON and plots (default: audit in the run's folder; your own network needs --out "
-        "for a page)",
+        help="folder for the page, its JSON and plots (default: audit in the run's folder; your own network "
+        "needs --out for a page)",
     )  # fmt: skip
 
 

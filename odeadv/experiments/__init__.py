@@ -1,4 +1,4 @@
-"""Runs and tables as data, the code that runs them, and the reports made from their JSON records.
+"""Runs and tables as data, the code that runs them, and the reports from their JSON records.
 
 This is the top layer of odeadv. It imports all layers below it.
 """

@@ -25,8 +25,9 @@ class CampaignStage:
     Attributes:
         name: name of the stage in docs/results/rules.md.
         table, preset: names of the table and the preset. The data set is CIFAR-10.
-        seeds: seeds that no earlier result has used. Only ``rows`` that continue a committed table reuse seeds.
-        rows: names of some rows of the table; empty for all rows.
+        seeds: seeds of the runs. Earlier results have not used them, except for ``rows`` that continue a committed
+            table.
+        rows: names of some rows of the table; if empty, all rows.
         without: rows and seeds that are left out, because the row was added after a run of this seed was seen.
         best: True if the weights of the best epoch are evaluated in addition to the last weights.
         says: the question that the stage decides.
@@ -113,7 +114,7 @@ def run_stage(
         The runs that failed.
 
     Raises:
-        ValueError: if the stage does not have one of ``seeds``.
+        ValueError: if one of ``seeds`` does not belong to the stage.
     """
     chosen = stage.seeds if seeds is None else tuple(seeds)
     if unknown := [seed for seed in chosen if seed not in stage.seeds]:

@@ -1,4 +1,4 @@
-"""The page of claims: each claim of the paper, the result of the runs, and the word of the rules."""
+"""The page of claims: each claim of the paper, the result of the runs, and the word from the rules."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _readings(results: Results, pairs: Sequence[tuple[str, str] | None]) -> dict[str, Decision]:
-    """Return the decisions on the ``pairs`` of rows that have runs, by what is compared."""
+    """Return the decisions on the ``pairs`` of rows that have runs, keyed by a text that names the comparison."""
     found = {(decision.row.name, decision.other.name): decision for decision in results.decisions()}
     chosen = [found[pair] for pair in pairs if pair in found]
     return {f"{decision.row.label} minus {decision.other.label}": decision for decision in chosen}
@@ -200,7 +200,7 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
 
 
 def _pull(decision: Decision) -> float:
-    """Return the lower end of the interval of a difference, or the difference without one."""
+    """Return the lower end of the interval of a difference, or the difference itself if it has no interval."""
     return decision.contrast.mean if decision.contrast.interval is None else decision.contrast.interval[0]
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a training run as plain data: everything that the result depends on."""
+"""The configuration of a training run as plain data. The result of a run depends only on its configuration."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path)
 
     Args:
         preset: size of the runs.
-        dataset: name of the data set; the preset's if None. The paper's figure is for cifar100.
+        dataset: name of the data set; None means the preset's. The paper's figure is for cifar100.
         records: folder of records, see `odeadv.experiments.load_records`.
         out: folder for the page and the plot.
 

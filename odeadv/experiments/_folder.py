@@ -45,7 +45,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             if any(os.path.lexists(path / name) for name in ("config.json", "record.json")):
                 found.append(_listed(path))
             elif path.is_dir():
-                next(path.iterdir(), None)  # raises PermissionError if it may not be read
+                next(path.iterdir(), None)  # raises PermissionError if reading is not allowed
         except (ValueError, TypeError, OSError, ImportError) as error:
             found.append({"name": path.name, "state": "unreadable", "error": " ".join(str(error).split())})
     return found
@@ -76,7 +76,7 @@ def plot_run(folder: Path) -> Path:
         The path of the picture.
 
     Raises:
-        ValueError: if the folder is not that of a run, or no epoch is finished.
+        ValueError: if the folder is not the folder of a run, or the run has not finished an epoch.
         OSError: if a file cannot be read or written.
     """
     record, metrics = folder / "record.json", folder / "metrics.jsonl"

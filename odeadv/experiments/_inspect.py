@@ -22,7 +22,7 @@ from odeadv.models import Averaged
 from odeadv.support import plain
 from odeadv.support.files import check_file, check_folder, write_json
 
-_AUDITED = 500  # images: enough for the checklist, and minutes for a small network
+_AUDITED = 500  # so many images are enough for the checklist and take minutes with a small network
 
 
 def evaluate_run(
@@ -43,8 +43,8 @@ def evaluate_run(
         network: folder of a run, or its ``last.safetensors`` or ``best.safetensors``; or ``"module:name"``, such as
             ``"my_models:resnet"``: a network, or a function without arguments that returns one.
         protocol: a protocol of `odeadv.evaluate`, or its name.
-        weights: a state dict for your own network, ``.safetensors`` or what ``torch.save`` wrote. It may be inside of a
-            checkpoint, under ``"state_dict"`` or ``"model"``.
+        weights: a file with a state dict for your own network: ``.safetensors``, or written by ``torch.save``. The
+            state dict may be a part of a checkpoint, under ``"state_dict"`` or ``"model"``.
         dataset: name of the data set for your own network, see `odeadv.data.load`.
         folder: folder with the data sets.
         images: number of test images, balanced over the classes; all if None.
@@ -54,7 +54,7 @@ def evaluate_run(
         options: further keyword arguments of `odeadv.evaluate`, such as ``batch_size``.
 
     Raises:
-        ValueError, TypeError, OSError: naming the argument that does not fit.
+        ValueError, TypeError, OSError: if an argument is wrong; the message names it.
     """
     check_file("out", out)
     subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)
@@ -99,10 +99,10 @@ def audit_run(
         options: further keyword arguments of `odeadv.audit.audit`, such as ``batch_size``.
 
     Returns:
-        The result of `odeadv.audit.audit`, and the folder of the page; None if none was written.
+        The result of `odeadv.audit.audit`, and the folder of the page (None if a page was not written).
 
     Raises:
-        ValueError, TypeError, OSError: naming the argument that does not fit.
+        ValueError, TypeError, OSError: if an argument is wrong; the message names it.
     """
     if out is None and not is_import_name(network):
         out = run_folder(Path(network)) / "audit"
@@ -142,15 +142,15 @@ def diagnose_run(
         folder: folder with the data sets.
         images: number of test images.
         eta: eta for all networks; the eta of their training if None.
-        attack_255: radius of FGSM in 1/255. If it is given, the page follows the perturbation that FGSM makes instead
-            of a random perturbation.
+        attack_255: radius of FGSM in 1/255. If it is given, the page follows the perturbation of FGSM instead of a
+            random perturbation.
         out: folder for the page; ``diagnostics`` in the folder of the run if None.
 
     Returns:
         The folder of the page, and the eta of each network.
 
     Raises:
-        ValueError, TypeError, OSError: naming the argument that does not fit.
+        ValueError, TypeError, OSError: if an argument is wrong; the message names it.
     """
     if attack_255 is not None and not 0 < attack_255 <= 255:
         raise ValueError(f"attack: got {attack_255:g}, expected a radius in 1/255, above 0 and at most 255")
@@ -212,7 +212,7 @@ def read_evaluation(path: Path, protocol: str = "table2", weights: str = "last")
 
     Raises:
         ValueError: if the file does not contain this evaluation.
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
     """
     file = path / "record.json" if path.is_dir() else path
     found = plain.read_json(file)

@@ -71,14 +71,14 @@ def launch(
 
     Args:
         jobs: jobs to run. A finished run is not repeated.
-        runs: folder of all runs. If Ray uses several machines, all of them must see this folder.
+        runs: folder of all runs. If Ray uses several machines, all machines must have access to this folder.
         folder: folder with (or for) the data sets.
         launcher: ``"local"`` runs the jobs one after the other in this process. ``"ray"`` runs as many jobs at a time
-            as the cluster has room for (needs the extra ``ray``).
+            as the cluster has resources for (needs the extra ``ray``).
         cpus: CPUs that Ray reserves per run, and the number of threads of the run.
         gpus: GPUs that Ray reserves per run.
         log: stream for the progress; standard error if not given.
-        tensorboard: True to write event files for TensorBoard too.
+        tensorboard: True to also write event files for TensorBoard.
         accelerator: accelerator of lightning-fabric.
         pause: seconds between two tries to take the remaining runs, if other processes have all of them.
 
@@ -209,17 +209,18 @@ def make_table(
         runs: folder of all runs.
         out: folder for the records.
         folder: folder with the data sets.
-        best: True to evaluate the weights of the best epoch as well as the last ones.
+        best: True to evaluate the weights of the best epoch in addition to the last weights.
         autoattack: number of test images for AutoAttack; None for a table without AutoAttack.
         launcher: see `launch`.
         cpus: see `launch`.
         gpus: see `launch`.
 
     Returns:
-        The failures, and True if this process is the first one. Only the first process writes the records.
+        The failures, and True if this process is the first process. Only the first process writes the records.
 
     Raises:
-        ValueError, OSError, ImportError: if something is missing or does not fit. Raised before any run starts.
+        ValueError, OSError, ImportError: if an argument is wrong, or a file or package is missing. The error is raised
+            before any run starts.
     """
     pairs = configurations(table, preset, dataset=dataset, methods=methods, seeds=seeds)
     check_folder("out", out)
@@ -229,7 +230,7 @@ def make_table(
         protocols = (*protocols, Measurement(table.autoattack, autoattack, best=False))
         require_packages(table.autoattack)
     jobs = [Job(config, protocols) for _, config in pairs]
-    with warnings.catch_warnings():  # presets choose eta for their batch size, and the page says so
+    with warnings.catch_warnings():  # presets choose eta for their batch size, and the page reports it
         warnings.filterwarnings("ignore", message=r"eta: .* is for the mean over batches")
         records, failures = launch(jobs, runs, folder, launcher=launcher, cpus=cpus, gpus=gpus)
     first = first_process()

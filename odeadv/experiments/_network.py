@@ -1,4 +1,4 @@
-"""Networks to inspect, with their data: those of runs, and your own by the name of a function."""
+"""Networks to inspect, with their data: networks of runs, and your own networks by the name of a function."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Inspected:
     """A network to inspect, with its data.
 
     Attributes:
-        net: on the device that it is inspected on.
-        data: its data set, with the test images that were asked for.
-        title: the name of the network for a page.
+        net: the network, on the device on which it is inspected.
+        data: the data set of the network, with the requested number of test images.
+        title: name of the network for a page.
     """
 
     net: nn.Module
@@ -59,7 +59,7 @@ def is_import_name(network: str | Path) -> bool:
 
 
 def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Module, str]:
-    """Return a run's network or your own with its ``weights``, on the device that it is inspected on, and its title."""
+    """Return the network of a run, or your own network with its ``weights``, on its device; and its title."""
     if not is_import_name(network):
         return load_run(Path(network))[0], run_folder(Path(network)).name
     net, title = _own(str(network)), str(network)
@@ -75,12 +75,12 @@ def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Mod
 
 
 def run_folder(checkpoint: Path) -> Path:
-    """Return the folder of a run, given it or its weights."""
+    """Return the folder of a run; ``checkpoint`` is this folder or a file of weights in it."""
     return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 def load_run(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return what `load_model` returns, on the device that it is inspected on."""
+    """Load the network of a run and its metadata as `load_model`; move the network to the device for inspection."""
     net, info = load_model(checkpoint)
     return net.to(_device()), info
 
@@ -120,10 +120,10 @@ def _own(network: str) -> nn.Module:
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file, without the ``module.`` that data-parallel training puts before every name."""
+    """Return the state dict in a file; remove the prefix ``module.`` that data-parallel training adds to names."""
     if not file.is_file():
         raise FileNotFoundError(f"weights: {file} is not a file, expected a state dict")
-    state: Any  # whatever the file holds
+    state: Any  # the file may hold any object
     try:
         if file.suffix == ".safetensors":
             with extra("train"):
@@ -134,7 +134,7 @@ def _state(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except ImportError:
         raise
-    except Exception as error:  # a damaged file may fail in any way
+    except Exception as error:  # a damaged file may raise any error
         raise ValueError(
             f"weights: {file} cannot be read as a file of tensors ({type(error).__name__}), expected what "
             "torch.save(net.state_dict(), file) or safetensors wrote"

@@ -1,4 +1,4 @@
-"""Draw the figures of a table: differences with intervals, curves over eta if the rows differ in eta, over-fitting."""
+"""Draw the figures of a table: differences with intervals, curves over eta (if the rows differ in it), over-fitting."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _forest(results: Results, figure: Figure) -> None:
 
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
-    """Draw one panel per column: accuracy minus that of the undefended row, over eta, here and in the paper."""
+    """Draw one panel per column: accuracy minus the accuracy of the undefended row, over eta, here and in the paper."""
     panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
     defended = [row for row in results.table.rows if results.table.baseline(row) is not None]
     there, here = (preset.eta(defended[0], results.dataset) for preset in (PRESETS["paper"], results.preset))

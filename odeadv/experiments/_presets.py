@@ -89,9 +89,9 @@ class Preset:
         sizes: size of the runs per objective.
         seeds: default seeds.
         says: description of the preset in one line.
-        confirms_from: first seed that no pilot has used. The hypotheses come from earlier seeds, so only seeds from
-            this one on can confirm them.
-        tables: tables that this preset runs in a form of its own, by name and data set.
+        confirms_from: first seed that pilots have not used. The hypotheses come from earlier seeds, so only this seed
+            and later seeds can confirm them.
+        tables: tables that this preset runs in a special form, by name and data set.
         limits: sentence that says what runs of this size cannot show.
     """
 
@@ -140,7 +140,7 @@ _FIRST = replace(
     ),
 )  # fmt: skip
 
-# Digits are black and white, so the radii of Table 1 change no decision. They get those of Table 2.
+# Digits are black and white, so the radii of Table 1 do not change decisions. Digits get the radii of Table 2.
 _FIRST_ON_DIGITS = replace(_FIRST, protocol="table2", columns=LARGE, autoattack_255=8.0)
 
 _BF16 = Size(8, 16, 8, "bf16", ETA)

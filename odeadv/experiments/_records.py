@@ -1,4 +1,4 @@
-"""Records of runs: reading them, and saying exactly what is wrong with files that are not records."""
+"""Read records of runs, and report exactly why a file is not a record."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Record = Mapping[str, Any]
 _NUMBER = (int, float)
 _NUMBER_OR_NONE = (int, float, type(None))
 
-# The parts of a record that the readers below rely on. A type, or a tuple of types, is the type of a value; a dict has
-# the shape of its keys ("*" for any other key, a "?" after a key that old records lack); a list has one shape for all.
+# The parts of a record that the readers below need. A type or a tuple of types is the type of a value. A dict gives the
+# shape of each key ("*" means any other key; a "?" marks a key that old records lack). A list gives the shape of all
+# its entries.
 _EVALUATION: dict[str, Any] = {
     "n?": int,
     "seconds": _NUMBER,
@@ -55,15 +56,15 @@ _NAMES = {
 
 
 class RecordWarning(UserWarning):
-    """Warns that a file in a folder of records was left out, or that a record has fields that nobody reads."""
+    """Warns that a file in a folder of records was left out, or that a record has unknown fields."""
 
 
 def load_record(path: Path) -> Record:
     """Read the record in ``path``.
 
     Raises:
-        ValueError: if it is not a record of a run. The message names the file and the part that is missing or wrong.
-        OSError: if it cannot be read.
+        ValueError: if the file is not a record of a run. The message names the file and the missing or wrong part.
+        OSError: if the file cannot be read.
 
     Warns:
         RecordWarning: if the record has fields that this version of odeadv does not know; they are ignored.
@@ -92,14 +93,14 @@ def load_records(folder: Path) -> list[Record]:
 
     Raises:
         NotADirectoryError: if the folder does not exist.
-        OSError: if it cannot be read.
+        OSError: if the folder cannot be read.
 
     Warns:
-        RecordWarning: naming each file that is not a record of a run, and is left out.
+        RecordWarning: for each file that is left out because it is not a record of a run; the message names the file.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"records: {folder} is not a folder, expected one with records in it")
-    next(folder.iterdir(), None)  # glob finds nothing in a folder that may not be read
+    next(folder.iterdir(), None)  # raises if reading is not allowed; glob would find nothing
     found = []
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/record.json")]):
         if not path.name.startswith("."):
@@ -111,7 +112,7 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def _check(value: Any, shape: Any, path: str, unknown: list[str]) -> None:
-    """Raise ValueError, naming the path in the record, unless ``value`` has ``shape``; collect unknown keys."""
+    """Raise ValueError, naming the path in the record, if ``value`` does not have ``shape``; collect unknown keys."""
     if isinstance(shape, dict):
         _expect(value, (dict,), path)
         dot = f"{path}." if path else ""

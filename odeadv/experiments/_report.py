@@ -1,4 +1,4 @@
-"""Make the report of a table from the JSON records of its runs alone."""
+"""Make the report of a table from the JSON records of its runs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
 
 
 def _claims(results: Results) -> list[str]:
-    """Return the primary contrasts, each with the word that the rules give it."""
+    """Return the primary contrasts, each with its word from the rules."""
     found = results.decisions()
     if not found:
         return []
@@ -133,7 +133,7 @@ def _claims(results: Results) -> list[str]:
 
 
 def _over_fitting(results: Results) -> list[str]:
-    """Return how far the undefended row over-fits, with the curves; an empty list without them."""
+    """Return the over-fitting of the undefended rows, with the curves; an empty list without curves."""
     if not regimes(results):
         return []
     lines = []
@@ -200,7 +200,7 @@ def _stricter(results: Results) -> list[str]:
 
 
 def _autoattack(results: Results) -> list[str]:
-    """Return the accuracies under AutoAttack on some test images, next to those under IFGSM on the same images."""
+    """Return the accuracies under AutoAttack on some test images, next to the IFGSM accuracies on these images."""
     table, lines = results.table, list[str]()
     name = table.autoattack.name
     nearby = [c for c in table.columns if c.attack == "ifgsm" and math.isclose(c.eps_255, table.autoattack_255)]
@@ -241,7 +241,7 @@ def _autoattack(results: Results) -> list[str]:
 
 
 def _on_the_same_images(auto: Evaluation, whole: Evaluation, columns: Sequence[Column]) -> dict[str, float]:
-    """Return the accuracies in % on the images of ``auto``, which are the first images of ``whole``."""
+    """Return the accuracies in % of ``whole`` on the images of ``auto``, which are its first images."""
     n = auto.n
 
     def percent(outcomes: Tensor | None) -> float:
@@ -379,7 +379,7 @@ def differences(results: Results) -> str:
 
 
 def _who(names: Sequence[str], labels: Sequence[str], defended: Sequence[str]) -> str:
-    """Return ``names``, some of the rows ``labels``, in the shortest words."""
+    """Return a short text for ``names``, which are some of the row names ``labels``."""
     if list(names) == list(defended) and len(names) > 3:
         return "all with LAD"
     others = [label for label in labels if label not in names]
@@ -389,7 +389,7 @@ def _who(names: Sequence[str], labels: Sequence[str], defended: Sequence[str]) -
 
 
 def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> list[str]:
-    """Return one sentence on the difference in eta, also for batches of the paper's size; no sentence if eta is equal.
+    """Return one sentence on the difference in eta, also for batches of the paper's size; none if eta is equal.
 
     ``as_factor`` gives eta as a multiple of the paper's eta.
     """

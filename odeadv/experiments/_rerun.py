@@ -1,4 +1,4 @@
-"""Repeat a run from its record alone, and compare the two results."""
+"""Repeat a run from its record, and compare the two results."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def rerun(
         data: the whole data set that the record names.
         runs: folder for the new run, different from the folder of the record. If the new run is stopped, the same
             call resumes it.
-        autoattack: True to run AutoAttack again too (needs the package pyautoattack).
+        autoattack: True to also repeat AutoAttack (needs the package pyautoattack).
         label: text shown with the progress.
         log: stream for the progress; standard error if not given.
-        init: the weights that the run started from, if it did not draw its own.
+        init: the weights that the run started from; None if its seed drew the weights.
         fabric: the engine, see `odeadv.training.train`.
 
     Raises:
         ValueError: if the configuration has another key in this version of odeadv, if the data differ, or if an
-            evaluation lacks its outcomes. Also if ``runs`` has a record from other versions. It is raised before
+            evaluation lacks its outcomes. Also if ``runs`` has a record from other versions. The error is raised before
             any work.
         RunLockedError, ImportError: as `odeadv.experiments.run`.
     """

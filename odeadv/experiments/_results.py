@@ -84,7 +84,7 @@ class Results:
         table, preset, dataset: the table, the preset and the name of the data set.
         runs: records by row name, then by seed. Rows without a run are left out.
         missing: names of the runs that lack a record.
-        weights: the weights that are compared: ``"last"``, or ``"best"`` for those of the best epoch.
+        weights: the compared weights: ``"last"``, or ``"best"`` for the weights of the best epoch.
     """
 
     table: Table

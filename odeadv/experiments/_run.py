@@ -42,7 +42,7 @@ class Measurement:
     Attributes:
         protocol: a protocol of `odeadv.evaluate`, or its name.
         images: number of test images. The first images are taken; they are balanced over the classes. None for all.
-        best: True to evaluate the weights of the best epoch as well as the last ones.
+        best: True to evaluate the weights of the best epoch in addition to the last weights.
 
     Raises:
         ValueError, TypeError: if the protocol is unknown, or if ``images`` is not a positive integer.
@@ -95,12 +95,12 @@ def run(
         protocols: names of protocols of `odeadv.evaluate`, or `Measurement` objects.
         label: text shown with the progress.
         log: stream for the progress; standard error if not given.
-        tensorboard: True to write event files for TensorBoard too (needs the package tensorboard).
+        tensorboard: True to also write event files for TensorBoard (needs the package tensorboard).
         logger: gets the numbers of every epoch, see `odeadv.training.train`.
         init: weights to start from, see `odeadv.training.train`. Their digest becomes ``config.init``, so such a run
-            has a folder of its own.
-        extend: folder of a run with the same configuration but fewer epochs. Training goes on from its checkpoint, and
-            the result is bit-identical to a run with all epochs.
+            has a separate folder.
+        extend: folder of a run with the same configuration but fewer epochs. Training continues from its checkpoint,
+            and the result is bit-identical to a run with all epochs.
         checkpoint_every: seconds between checkpoints within an epoch.
         keep_checkpoint: True to keep the last checkpoint of a finished run, so that the run can be extended.
         fabric: the engine, see `odeadv.training.train`.
@@ -113,7 +113,7 @@ def run(
         ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged; if
             ``init`` holds other weights than ``config.init`` names; if ``extend`` lacks a checkpoint, or has one
             of another run.
-        ImportError: if a protocol has AutoAttack and pyautoattack is not installed. It is raised before any work.
+        ImportError: if a protocol has AutoAttack and pyautoattack is not installed; raised before any work.
     """
     config = _starting_from(config, init)
     folder = runs / config.name
@@ -160,7 +160,7 @@ def _trained(
     tensorboard: bool,
     options: dict[str, Any],
 ) -> Record:
-    """Train the network, then write its weights and a record without evaluations; ``options`` are of `train`."""
+    """Train the network, then write its weights and a record without evaluations; `train` gets ``options``."""
     if config.init and options["init"] is None:
         raise ValueError(f"init: got none, expected the weights {config.init}, from which this run starts")
     seed = config.training.seed
@@ -222,7 +222,7 @@ def _starting_from(config: RunConfig, init: str | os.PathLike[str] | None) -> Ru
 
 
 def _take_checkpoint(extend: Path, folder: Path) -> None:
-    """Copy the newest checkpoint of the run ``extend`` to ``folder``, unless that has checkpoints of its own."""
+    """Copy the newest checkpoint of the run ``extend`` to ``folder``, unless ``folder`` has checkpoints."""
     found = sorted((extend / "checkpoints").glob("step-*.safetensors"))
     if not found:
         raise ValueError(
@@ -236,7 +236,7 @@ def _take_checkpoint(extend: Path, folder: Path) -> None:
 
 
 def _drop_checkpoints(folder: Path, keep: bool) -> None:
-    """Remove the checkpoints of a finished run; all but the newest if ``keep``."""
+    """Remove the checkpoints of a finished run; if ``keep``, keep the newest."""
     if not keep:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for path in sorted((folder / "checkpoints").glob("step-*.safetensors"))[:-1]:

@@ -17,7 +17,7 @@ with extra("train"):
 
 #: The probability outside a 95 % interval, on each side.
 TAIL = 0.025
-# Decimals of differences and intervals, and significant digits of p-values, that are kept.
+# Differences and intervals keep this number of decimals; p-values keep this number of significant digits.
 DIGITS = 9
 
 
@@ -46,7 +46,7 @@ class Contrast:
 
     Attributes:
         mean: the difference.
-        half: half the width of the 95 % interval; None with neither degrees of freedom nor an error of the images.
+        half: half the width of the 95 % interval; None without degrees of freedom and without an error of the images.
         p: two-sided p-value of the hypothesis that the difference is 0; None if ``half`` is None.
         df: degrees of freedom of the pooled residual.
         by_images: True if the sampling error of the test images sets the interval; False if the seeds set it.
@@ -107,18 +107,19 @@ class TwoWay:
         Args:
             row: name of the row.
             other: name of the row that is subtracted.
-            floor: standard error from the sampling of the test images alone, see `image_error`; 0 if not known.
+            floor: standard error that comes only from the sampling of the test images, see `image_error`; 0 if unknown.
         """
         if row not in self.rows or other not in self.rows:
             return None
         weights = np.zeros(self._design.shape[1])
         weights[self.rows.index(row)] += 1.0
         weights[self.rows.index(other)] -= 1.0
-        # Without a chain of common seeds, the difference of the rows cannot be told from the difference of the seeds.
+        # Without a chain of common seeds, the effect of the rows cannot be separated from the effect of the seeds.
         if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
             return None
-        # The last bits of the fit depend on the processor; they are cut off, so that pages made elsewhere have the same
-        # bytes. Accuracies are multiples of 1 / images, so differences often lie halfway between two printed digits.
+        # The last bits of the fit depend on the processor. They are rounded away, so that pages have the same bytes on
+        # every machine. (Accuracies are multiples of 1 / images, so many differences lie halfway between printed
+        # digits.)
         mean = round(float(weights @ self._fit), DIGITS) + 0.0  # no -0.0
         options = []
         if self.df:
@@ -141,7 +142,7 @@ def image_error(outcomes: Sequence[Any], others: Sequence[Any]) -> float:
 
     Args:
         outcomes: per common seed of the two rows, the share of attacks that leave each image correct, (images,).
-        others: the same for the other row, on the same images.
+        others: the same shares for the other row, on the same images.
     """
     difference = np.mean([a - b for a, b in zip(outcomes, others, strict=True)], axis=0)
     return float(100 * difference.std(ddof=1) / math.sqrt(len(difference)))
@@ -161,11 +162,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def word(contrast: Contrast, p: float | None, paper: float | None, *, gain: float | None = None) -> str:
-    """Return the word that the rules give to a difference that the paper claims.
+    """Return the word from the rules for a difference that the paper claims.
 
     Args:
-        contrast: the difference here.
-        p: its p-value, adjusted over the primary contrasts.
+        contrast: the difference in these runs.
+        p: p-value of the difference, adjusted over the primary contrasts.
         paper: the paper's difference; None if the paper implies a positive difference but gives no number.
         gain: gain of the row over its baseline. If ``paper`` is None, half the gain is the limit for "absent".
     """

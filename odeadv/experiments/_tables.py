@@ -78,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or an ablation of one: its runs and their evaluation.
+    """A table of the paper, or an ablation of such a table: its runs and their evaluation.
 
     Attributes:
         name: name such as ``"table1"``, also the key of the paper's numbers.
@@ -150,7 +150,7 @@ class Table:
         return tuple(row.name for row in self.rows)
 
     def baseline(self, row: Row) -> Row | None:
-        """Return the undefended row with the objective and weight decay of ``row``; None if there is none."""
+        """Return the undefended row with the objective and weight decay of ``row``; None if the table lacks it."""
         plain = Row(row.method.split("+")[0], weight_decay=row.weight_decay).name
         return None if row.name == plain else self.row(plain) if plain in self.methods else None
 
@@ -189,7 +189,7 @@ def paper_tables() -> dict[str, Any]:
     """Read the paper's numbers, by table, data set, row and column."""
     text = files("odeadv.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
     tables: dict[str, Any] = json.loads(text)
-    # The paper prints Table 5 by column. The other tables are read by row, so Table 5 is turned into rows here.
+    # The paper prints Table 5 by column and the other tables by row, so Table 5 is transposed here.
     fifth = tables["table5"]
     rows: dict[str, dict[str, float]] = {}
     for column, by_method in fifth["cifar100"].items():
@@ -225,7 +225,7 @@ _HALF = (
 )
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
-_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # in addition to the preset's and to 2e-2, the best of the pilot
+_DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # tables also have the weight decay of the preset, and 2e-2, the best of the pilot
 _FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 30.0)
 
 TABLES = {
@@ -305,7 +305,7 @@ TABLES = {
                     )
                 ),
                 *(Row(method, 0.4, weight_decay=2e-2) for method in ("pgd+lad", "pgd+lad-sm")),
-                Row("pgd+lad+input", 6.0, weight_decay=2e-2),  # about the s of LAD, which perturbs six times
+                Row("pgd+lad+input", 6.0, weight_decay=2e-2),  # s is about the s of LAD, which perturbs six times
                 *(Row(method, weight_decay=decay) for decay in _DECAYS for method in ("pgd", "pgd+lad-sm")),
                 Row("pgd+lad", weight_decay=5e-2),  # the best for plain PGD on validation images
             ),
@@ -330,7 +330,7 @@ TABLES = {
                     for method in methods
                 ),
                 Row("pgd+lad+input", 0.3, weight_decay=2e-2),  # three times LAD's eta: LAD perturbs three times
-                Row("pgd+lad+input", 1.5, weight_decay=2e-2),  # about the s of LAD
+                Row("pgd+lad+input", 1.5, weight_decay=2e-2),  # s is about the s of LAD
             ),
             datasets=("cifar10",), autoattack_255=4.0, like="table2",
             primary=(
