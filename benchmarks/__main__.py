@@ -122,7 +122,7 @@ def earlier(name: str, out: Path, given: Path | None) -> dict[str, Any] | None:
     path = out / f"{name}.json" if given is None else given / f"{name}.json" if given.is_dir() else given
     try:
         data = read(path) if path.exists() else None
-    except ValueError as error:  # a file that cannot be read must not cost the new measurements
+    except ValueError as error:  # an unreadable old file must not discard the new measurements
         print(f"{path}: not compared, because it is not JSON ({error})", file=sys.stderr)
         return None
     if data is not None and data.get("benchmark", path.stem) != name:

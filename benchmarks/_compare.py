@@ -9,7 +9,7 @@ ROUNDING = 1e-6
 
 
 def figures(data: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
-    """Yield every number in ``data`` with its place, except those that describe the run itself."""
+    """Yield every number in ``data`` with its place, except numbers that describe the run itself."""
     if isinstance(data, Mapping) and set(data) == {"median", "low", "high"}:
         yield name, data
     elif isinstance(data, Mapping | list):
@@ -29,10 +29,10 @@ def _range(figure: Figure) -> tuple[float, float, float]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per figure that both runs have: the ratio of new to old, and if it changed beyond the spread.
+    """Return one row per figure that both runs have: the ratio of new to old, and True if it changed.
 
-    A measurement has changed if the ranges between its quartiles do not overlap; another number if it differs by more
-    than rounding.
+    A measurement has changed if the ranges between its quartiles do not overlap. Any other number has changed if it
+    differs by more than rounding.
     """
     before = dict(figures(old))
     rows = []

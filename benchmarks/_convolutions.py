@@ -1,4 +1,4 @@
-"""The convolutions of a network alone: the floor of its steps and gradients."""
+"""Run only the convolutions of a network: their time is the floor of its steps and gradients."""
 
 from collections.abc import Callable
 

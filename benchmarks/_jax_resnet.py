@@ -15,7 +15,7 @@ Function = Callable[[Any], Any]
 
 
 def velocity(block: PreActBlock) -> Callable[[Any, Any], Any]:
-    """Return f(t, x) of ``block``."""
+    """Return the function f(t, x) of ``block``."""
     f = _residual(block)
     return lambda t, x: f(x)
 

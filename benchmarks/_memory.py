@@ -1,4 +1,4 @@
-"""The memory that a function takes, counted in tensors: exact, and the same in every run."""
+"""The memory of the tensors of a function. The count is exact and the same in every run."""
 
 import weakref
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the distinct storages that operations return and something still holds, and their peak.
+    """Count the bytes of all living storages that operations have returned, and the peak of this number.
 
-    Every operation is seen, also in a backward pass. Scratch space within one operation is not.
+    All operations are counted, also in a backward pass. Temporary memory within one operation is not counted.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Ledger(TorchDispatchMode):
 
 
 def peak_mebibytes(function: Callable[[], object]) -> float:
-    """Return the peak of the tensors alive in the second of two calls, when an optimiser has its state."""
+    """Return the peak memory of living tensors in the second of two calls, when an optimiser already has its state."""
     function()
     with Ledger() as ledger:
         function()

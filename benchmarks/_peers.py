@@ -1,7 +1,7 @@
-"""The other solvers, each as a function that solves an initial value problem. Solvers not installed are left out.
+"""The other solvers, each as a function that solves an initial value problem. Missing solvers are left out.
 
-The costate of one recording is made from such functions: the state forward, the adjoint equation backward, everything
-forward together. The converged costate is made by shooting.
+The costate of one recording needs three solves: the state forward, the adjoint equation backward, then all equations
+together forward. The converged costate is computed by shooting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ._precision import Answer, Candidate, adaptive
 
 Field = Callable[[Tensor, Tensor], Tensor]
-Ivp = Callable[[Field, Tensor, float, float], tuple[Tensor, int]]  # (f, x0, t0, t1) to x(t1) and evaluations
+Ivp = Callable[[Field, Tensor, float, float], tuple[Tensor, int]]  # (f, x0, t0, t1) -> x(t1), number of evaluations
 TOLERANCES = range(2, 11)
 
 
@@ -38,7 +38,7 @@ def torchdiffeq_ivp(method: str, tolerance: float) -> Ivp:
     def solve(f: Field, x0: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         field, ends = Counted(f), torch.tensor([t0, t1], dtype=x0.dtype)
         with torch.no_grad():
-            # Without step_t the end is interpolated, which costs dopri8 several digits.
+            # Without step_t the end is interpolated, and dopri8 loses several digits.
             path = torchdiffeq.odeint(
                 field, x0, ends, method=method, rtol=tolerance, atol=tolerance, options={"step_t": ends[1:]}
             )
@@ -52,7 +52,7 @@ def torchode_ivp(method: str, tolerance: float) -> Ivp:
 
     def solve(f: Field, x0: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         shape = x0.shape
-        # The state is a batch of one. Time runs forward as s from 0, because each sample of torchode has its own times.
+        # The state is a batch of one. s is the time since t0, because each sample of torchode has its own times.
         sign = 1.0 if t1 > t0 else -1.0
         field = Counted(lambda s, x: sign * f(t0 + sign * s[0], x.reshape(shape)).reshape(1, -1))
         term = torchode.ODETerm(field)
@@ -75,7 +75,7 @@ METHODS: tuple[tuple[str, Callable[[str, float], Ivp], str, Sequence[int]], ...]
 
 
 def torch_peers(solve: Callable[[Ivp], Answer], exponents: Sequence[int] | None = None) -> list[Candidate]:
-    """Return torchdiffeq and torchode at several tolerances; ``solve`` gives the problem to an `Ivp`."""
+    """Return torchdiffeq and torchode at several tolerances; ``solve`` applies an `Ivp` to the problem."""
     candidates = []
     for solver, make, method, own in METHODS:
         if importlib.util.find_spec(solver) is not None:
@@ -89,10 +89,10 @@ def torch_peers(solve: Callable[[Ivp], Answer], exponents: Sequence[int] | None 
 
 @dataclass(frozen=True)
 class Adversarial:
-    """Eq. 7 in the form that the other solvers need: f, the gradient of the final loss, and the pieces of the span.
+    """Eq. 7 in the form for other solvers: f, the gradient of the final loss, and the pieces of the time span.
 
     Attributes:
-        f: ``f(k)(t, x)`` on piece k of the span.
+        f: ``f(k)(t, x)`` is the field on piece k of the span.
         gradient: dL/dx at a final state.
         edges: the times between which f is smooth.
     """
@@ -113,7 +113,7 @@ def pulled(f: Field, t: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recorded(ivp: Ivp, problem: Adversarial) -> Answer:
-    """Return x(T) of Eq. 7 with a(t) of one recording; an evaluation of f and a product count as one each."""
+    """Return x(T) of Eq. 7 with the costate a(t) of one recording; an evaluation of f or a product counts as one."""
     work = 0
     states = [problem.x0]
     for k, (t0, t1) in enumerate(zip(problem.edges, problem.edges[1:], strict=False)):
@@ -147,7 +147,7 @@ def recorded(ivp: Ivp, problem: Adversarial) -> Answer:
 
 
 def shooting(ivp: Ivp, problem: Adversarial, tolerance: float) -> Answer:
-    """Return x(T) of Eq. 7 with its own costate: find the a(0) for which a(T) is the gradient of the loss at x(T)."""
+    """Return x(T) of Eq. 7 with its converged costate: find a(0) such that a(T) is the gradient of the loss at x(T)."""
     import numpy
     from scipy.optimize import root
 
@@ -250,7 +250,7 @@ def has_diffrax() -> bool:
 
 
 def float64(x: Tensor) -> Any:
-    """Return ``x`` for jax, which keeps 64 bits only if it is told to."""
+    """Return ``x`` for jax in float64; jax uses 32 bits by default."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -258,7 +258,7 @@ def float64(x: Tensor) -> Any:
 
 
 def _diffrax_solve(solver: str) -> Callable[..., Any]:
-    """Return a function of (terms, y0, t0, t1, tolerance) to the final state and evaluations, for jit in float64."""
+    """Return a function for jit that maps (terms, y0, t0, t1, tolerance) to the final state and the evaluations."""
     import diffrax
 
     method = getattr(diffrax, solver)()
@@ -273,11 +273,11 @@ def _diffrax_solve(solver: str) -> Callable[..., Any]:
     return solve
 
 
-STAGES = {"Tsit5": 6, "Dopri8": 13}  # new evaluations per step; the implicit ones of KenCarp4 are not counted
+STAGES = {"Tsit5": 6, "Dopri8": 13}  # new evaluations per step; implicit stages of KenCarp4 are not counted
 
 
 def _diffrax(method: str, whole: Callable[[Any], tuple[Any, Any]], exponents: Sequence[int]) -> list[Candidate]:
-    """Return candidates for ``whole(tolerance)``, jitted: the final state, and the weighted sum of steps."""
+    """Return candidates for the jitted ``whole(tolerance)``, which returns the final state and the weighted steps."""
     import jax
     import numpy
 
@@ -302,7 +302,7 @@ def diffrax_split(
 
     start = float64(x0)
     candidates = []
-    # KenCarp4 takes seconds below 1e-6, so it cannot compete there.
+    # Below the tolerance 1e-6 KenCarp4 takes seconds, so it cannot compete.
     for method, own in (("Tsit5", TOLERANCES), ("Dopri8", TOLERANCES), ("KenCarp4", range(2, 7))):
         solve = _diffrax_solve(method)
         if method == "KenCarp4":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Points = Mapping[str, Mapping[str, Any]]
-Answer = tuple[Tensor, int | None]  # a final state and its evaluations; None if they cannot be counted
+Answer = tuple[Tensor, int | None]  # a final state and its number of evaluations; None if it cannot be counted
 FLOOR = 1e-13  # smaller errors are rounding
 LEAST = 1e-11  # a method with a smaller error is not refined further
 SETTLE = 0.005  # seconds; shorter functions run once before they are timed, to fill the caches
@@ -35,7 +35,7 @@ class Candidate:
         method: a method of the solver; its settings make one curve.
         setting: steps or tolerance, for the table.
         solve: the function that is timed.
-        cold: if the first call compiles and is timed separately.
+        cold: True if the first call compiles and is timed separately.
     """
 
     solver: str
@@ -48,7 +48,7 @@ class Candidate:
 def adaptive(
     solver: str, method: str, solve: Callable[[float], Answer], exponents: Iterable[int], cold: bool = False
 ) -> list[Candidate]:
-    """Return a method at tolerances 1e-k; with ``cold``, the first of them compiles."""
+    """Return a method at tolerances 1e-k; with ``cold``, the first candidate compiles."""
     return [
         Candidate(solver, method, f"tolerance 1e-{k}", lambda k=k: solve(10.0**-k), cold=cold and not i)
         for i, k in enumerate(exponents)
@@ -63,7 +63,7 @@ def stepped(method: str, solve: Callable[[int], odeadv.Solution], counts: Iterab
 def worked(solution: odeadv.Solution) -> Answer:
     """Return the final state and the work: evaluations of operators, implicit equations, and products.
 
-    Evaluations of a costate are not counted, because it is looked up.
+    Evaluations of a costate are not counted, because they only read stored values.
     """
     stats = solution.stats
     evaluations = sum(count for name, count in stats.evaluations.items() if name != "costate")
@@ -73,7 +73,7 @@ def worked(solution: odeadv.Solution) -> Answer:
 def compiled(
     field: Any, x0: Tensor, span: tuple[float, float], method: str, counts: Iterable[int], **choices: Any
 ) -> list[Candidate]:
-    """Return the solves of `odeadv.compile_solver` at several numbers of steps; the first of them compiles."""
+    """Return the solves of `odeadv.compile_solver` at several numbers of steps; the first candidate compiles."""
     solver = odeadv.compile_solver(field, **choices)
     return [
         Candidate(

@@ -48,7 +48,7 @@ def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, f
 
 
 def middle(figure: float | Mapping[str, float]) -> float:
-    """Return the median of a measurement, or a plain number as it is."""
+    """Return the median of a measurement, or a plain number unchanged."""
     return figure["median"] if isinstance(figure, Mapping) else figure
 
 
@@ -61,7 +61,7 @@ def shown(figure: float | Mapping[str, float], form: str = ".2f", scale: float =
 
 
 def machine() -> dict[str, object]:
-    """Describe the machine that the times are taken on."""
+    """Describe the machine on which the times are measured."""
     versions = {}
     for name in PEERS:
         try:

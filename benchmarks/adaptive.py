@@ -1,9 +1,9 @@
 """Errors of adaptive solves of adversarial fields against their tolerances.
 
 `rtol` and `atol` bound the error of a step, so the error of a solve grows with the number of steps. The recorded
-costate is part of it: recordings are refined until the costate meets the tolerances too. The error is the largest of
-all entries of x(T), relative to atol + rtol |x|, so 1 is an error as large as the tolerance of a single step. The
-reference has 1,000 equal steps of `yoshida4` with `rk4` and a cubic costate.
+costate contributes to the error: recordings are refined until the costate also meets the tolerances. The error is the
+largest error of an entry of x(T), divided by atol + rtol |x|. So 1 is an error as large as the tolerance of a single
+step. The reference has 1,000 equal steps of `yoshida4` with `rk4` and a cubic costate.
 """
 
 import warnings

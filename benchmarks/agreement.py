@@ -1,9 +1,10 @@
 """The last iterates of IFGSM-20 and PGD-20, compared example by example with torchattacks and foolbox.
 
-The images are test images of CIFAR-10; the networks are those of the benchmark `evaluation`, in NCHW. The radius leaves
-some images correctly classified: if no image survives, all attacks agree. PGD has the same start everywhere. If an
-outcome differs, the margins of both attacked images are given (the logit of the label minus the largest other one).
-Rounding decides some examples: a gradient that is 0 in one order of summation and 1e-9 in another moves a pixel.
+The images are test images of CIFAR-10. The networks come from the benchmark `evaluation`, in NCHW. The radius leaves
+some images correctly classified, because all attacks agree if every image is misclassified. PGD has the same start in
+all libraries. If an outcome differs, the margins of both attacked images are given (the logit of the label minus the
+largest other logit). Rounding decides some examples: a gradient that is 0 in one order of summation and 1e-9 in another
+moves a pixel.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def of_torchattacks(net: nn.Module, x: Tensor, y: Tensor, start: Tensor | None, 
 
     attack = torchattacks.PGD(net, eps=eps, alpha=alpha, steps=STEPS, random_start=start is not None)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # as `starting_at` does: it draws the same start
+        torch.manual_seed(0)  # the same seed as in `starting_at`, so the start is the same
         return attack(x, y)
 
 
@@ -56,7 +57,7 @@ def starting_at(x: Tensor, eps: float) -> Tensor:
 
 
 def margins(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return the logit of the label minus the largest other one, shape (n,)."""
+    """Return the logit of the label minus the largest other logit, shape (n,)."""
     with torch.no_grad():
         logits = net(x)
     own = logits.gather(1, y[:, None]).squeeze(1)
@@ -81,7 +82,7 @@ def compared(
         for name, row in found.items():
             theirs = PEERS[name](net, images, labels, start, eps, alpha)
             other = margins(net, theirs, labels)
-            # Their radius is eps up to rounding: only steps of another sign count as other pixels.
+            # The radius of the peers is eps up to rounding, so a pixel counts only if a step has another sign.
             pixels = ((ours - theirs).abs() > alpha / 10).flatten(1).any(dim=1)
             differ = ((own > 0) != (other > 0)).nonzero().flatten().tolist()
             row["images with other pixels"] += int(pixels.sum())

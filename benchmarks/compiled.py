@@ -28,7 +28,7 @@ SPAN = (0.0, 2.0)
 
 
 class Case(NamedTuple):
-    """A problem: field, initial state, choices, the right-hand side for diffrax, and whether to differentiate."""
+    """A problem: field, initial state, options, the right-hand side for diffrax, and True to differentiate."""
 
     field: Any
     x0: Tensor
@@ -71,7 +71,7 @@ def cases() -> dict[str, Case]:
 
 
 def answer(case: Case, solve: Callable[[Tensor], odeadv.Solution]) -> Tensor:
-    """Return the final state of a solve, or the gradient of its sum by the initial state."""
+    """Return the final state of a solve, or the gradient of its sum with respect to the initial state."""
     x0 = case.x0.clone().requires_grad_(case.gradient)
     end = solve(x0).xs[-1]
     return torch.autograd.grad(end.sum(), x0)[0] if case.gradient else end

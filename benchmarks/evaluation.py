@@ -36,7 +36,7 @@ EPS, ALPHA = (8 / 255, 12 / 255), 2 / 255
 AIM = {"full": 1.9, "natural": 20.0, "robust": 2.5, "targeted": 1.0}
 COMPILED, ALONE = "odeadv, fold, compile", "its convolutions alone"
 OWN: dict[str, dict[str, object]] = {"odeadv": {}, "odeadv, fold": {"fold": True}}
-Attack = Callable[[float, int], Tensor]  # eps and steps (1: FGSM) to attacked images
+Attack = Callable[[float, int], Tensor]  # maps eps and steps (1 means FGSM) to attacked images
 
 
 def torchattacks_attack(net: nn.Module, x: Tensor, y: Tensor) -> Attack:
@@ -97,7 +97,7 @@ class Network:
     Attributes:
         depth: the depth of a ResNet of width 16.
         images, epochs: the size of its training.
-        robust: if it is trained on FGSM examples at 8/255 from random starts (alpha = 10/255).
+        robust: True if it is trained on FGSM examples at 8/255 from random starts (alpha = 10/255).
     """
 
     depth: int
@@ -106,7 +106,7 @@ class Network:
     robust: bool = False
 
     def trained(self, data: ImageDataset, folder: Path) -> nn.Module:
-        """Return the network in evaluation mode and NCHW, read from ``folder`` if it is there."""
+        """Return the network in evaluation mode and NCHW; read it from ``folder`` if the folder has it."""
         net = odeadv.models.preact_resnet(
             self.depth, mean=data.mean, std=data.std, generator=torch.Generator().manual_seed(0)
         )
@@ -283,7 +283,7 @@ def long_runs(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> 
 
 
 def targeted(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> dict[str, object]:
-    """Time APGD-T at 4/255 on images of which some survive; pyautoattack draws other starts."""
+    """Time APGD-T at 4/255, a radius that some images survive; pyautoattack draws other starts."""
     spec = AttackSpec("apgd_t", 4 / 255, steps=steps, score="worst")
     held: dict[str, Tensor] = {}
     results: list[Evaluation] = []
@@ -425,14 +425,14 @@ def _rendered_targeted(row: dict) -> list[str]:
 
 
 def _alone(data: dict, name: str, gradients: float) -> float:
-    """Return the seconds that the convolutions of this many ``gradients`` of images take."""
+    """Return the seconds that the convolutions take for ``gradients`` gradients of images."""
     gradient = data["gradient"][name]
     one = middle(gradient["milliseconds"][ALONE])
     return gradients * one / 1e3 / gradient["images"]
 
 
 def limits(data: dict) -> list[Limit]:
-    """Return speeds relative to the peers; the floor is the peer's time over that of the convolutions alone."""
+    """Return speeds relative to the peers; the floor is the peer's time divided by the time of the convolutions."""
     found = []
     for name, part in data["table2"].items():
         peer = part["fastest peer"]

@@ -85,7 +85,7 @@ def splitting(u0: Tensor, quick: bool) -> list[Candidate]:
 
 
 def flows_alone(points: Points, names: Iterable[str], u0: Tensor, quick: bool) -> dict[str, dict[str, float]]:
-    """Return the seconds of the evaluations of the points ``names`` in a bare loop, the floor of any splitting."""
+    """Return the seconds of the evaluations of the points ``names`` in a bare loop, the floor of every splitting."""
     t, functions = torch.tensor(0.0, dtype=u0.dtype), {}
     for name in sorted(names):
         point = points[name]

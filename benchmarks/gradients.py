@@ -5,10 +5,11 @@ The derivative of the loss by x0 and W, in one direction of both, is compared wi
 The costate is a constant in one half of the cases, as it is by default, and is differentiated in the other half. For
 the exact flow the field is (sin(5 t) W + 0.3) x. Newton's iteration goes to 1e-13, because a difference sees its error.
 
-Adaptive methods of torchdiffeq choose their steps by the values of states. Gradients take the steps as constants. So
-the difference of two solves is not the derivative that autograd returns: their steps differ too. Each such method is
-therefore tried twice. With equal steps, its gradient is compared with differences like all others. With a tolerance,
-its gradient is compared with that of a solve with 20 small steps of `rk4` per sub-step.
+Adaptive methods of torchdiffeq choose their steps from the values of states, but gradients take the steps as constants.
+So a difference of two solves is not the derivative that autograd returns, because the steps of the solves also differ.
+Each such method is therefore tried twice. With equal steps, its gradient is compared with differences, like the other
+methods. With a tolerance, its gradient is compared with the gradient of a solve with 20 small steps of `rk4` per
+sub-step.
 """
 
 import warnings
@@ -26,7 +27,7 @@ from ._timing import machine
 
 W = torch.tensor([[0.2, -0.7], [0.5, 0.1]], dtype=torch.float64)
 X0 = torch.tensor([0.3, -0.4], dtype=torch.float64)
-DX, DW = X0.flip(0), W.flip(0)  # the direction
+DX, DW = X0.flip(0), W.flip(0)  # the direction of the derivative
 SPAN, GRID, ETA, EPS, RTOL = (0.0, 1.0), [0.6, 0.4], 0.2, 1e-3, 1e-4
 KINDS = ("linear", "exact", "hermite")
 ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
@@ -47,7 +48,7 @@ def substeps() -> dict[str, str | SubStep]:
     named: dict[str, str | SubStep] = {name: name for name in odeadv.substep_names()}
     named |= {"Nested('rk4', steps=2)": odeadv.Nested("rk4", steps=2), "RungeKutta (Ralston)": RALSTON}
     named |= {f"torchdiffeq:{name}": f"torchdiffeq:{name}" for name in FIXED}
-    adams = {"explicit_adams": {}, "implicit_adams": {"max_iters": 50}}  # its iterations are counted by values, too
+    adams = {"explicit_adams": {}, "implicit_adams": {"max_iters": 50}}  # values also decide its number of iterations
     for name, more in adams.items():
         method = odeadv.TorchDiffEq(name, rtol=1e-13, atol=1e-13, options={"step_size": 0.2, **more})
         named[f"torchdiffeq:{name}"] = method
@@ -82,7 +83,7 @@ def recorded(kind: str, exact: bool) -> Costate:
 
 
 def ends(substep: str | SubStep, scheme: str, kind: str) -> Iterator[End]:
-    """Yield the loss at the end as a function of x0 and W: with a constant costate, and with one in the graph."""
+    """Yield the loss at the end as a function of x0 and W: with a constant costate, then a costate in the graph."""
     exact = substep == "exact"
     how = {"scheme": scheme, "dt": GRID, "substep": {"f": substep, "costate": "rk4" if exact else substep}}
 

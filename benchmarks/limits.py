@@ -17,9 +17,9 @@ class Limit(NamedTuple):
 
     Attributes:
         figure: the name of the measured quantity.
-        measured: its value, with the spread if there is one.
-        floor: the value of the arithmetic alone, if it is known. Except for rounding and luck, an implementation
-            cannot be lower (or higher, if more is better). A number, or the measurement of the arithmetic alone.
+        measured: the value, with its spread if it was measured more than once.
+        floor: the value if only the arithmetic took time; None if it is unknown. Except for rounding and luck, an
+            implementation cannot be lower (or higher, if more is better). It is a number or a measurement.
         most, least: the target.
         form: the format of the numbers.
     """
@@ -50,7 +50,7 @@ def line(limit: Limit) -> str:
 
 
 def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], ModuleType | None]) -> str:
-    """Return the page of the ``results`` by name; ``module`` returns the benchmark of a name."""
+    """Return the page for ``results``, keyed by name; ``module`` returns the benchmark with a name."""
     parts = [
         "# How close to the limit",
         "",

@@ -1,9 +1,9 @@
 """Orders of convergence, measured in float64 on linear problems with closed forms (matrix exponentials).
 
-The first problem is dx/dt = A x + eta a(t), L = x(T).Qx(T)/2, with a(t) of one recording, either known exactly or
-recorded by the solve itself. Strang-Marchuk with the paper's Euler sub-steps is of first order, whatever the value in
-the middle, because both halves of the costate then take the value at their beginning. The second problem takes every
-scheme, with exact flows, on two matrices that do not commute.
+The first problem is dx/dt = A x + eta a(t), L = x(T).Qx(T)/2. The costate a(t) of one recording is either known exactly
+or recorded by the solve itself. Strang-Marchuk with the paper's Euler sub-steps has first order for every value of the
+costate in the middle, because both halves of the costate then use the value at their beginning. The second problem
+applies every scheme, with exact flows, to two matrices that do not commute.
 """
 
 import math
@@ -30,7 +30,7 @@ STEPS = (8, 16, 32, 64, 128)
 
 
 class Row(NamedTuple):
-    """One line of the table: a method, and the values of a(t) that it takes within a step."""
+    """One line of the table: a method, and the values of a(t) that it uses within a step."""
 
     scheme: str
     f: str

@@ -22,7 +22,7 @@ def field(t: Tensor, x: Tensor) -> Tensor:
 
 
 def additions(x0: Tensor, t: Tensor, steps: int, *weights: float) -> Callable[[], None]:
-    """Return the floor of methods with this many evaluations per step."""
+    """Return a loop that only adds the field to the state, once per weight: the floor of methods with such steps."""
 
     def function() -> None:
         x = x0

@@ -32,7 +32,7 @@ def run(quick: bool = False) -> dict[str, object]:
     labels = torch.randint(0, 10, (batch,), generator=generator)
     torch.manual_seed(0)
     plain = torchvision.models.resnet18(num_classes=10).to(memory_format=torch.channels_last).train()
-    # The same weights: the wrapped network is made of the modules of the plain one.
+    # Both networks have the same weights, because the wrapped network consists of the modules of the plain network.
     nets = {WRAPPED: odeadv.models.from_module(plain, layers=LAYERS).train()}
     nets[OURS] = odeadv.models.preact_resnet(20, generator=generator).to(memory_format=torch.channels_last).train()
 

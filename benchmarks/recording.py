@@ -1,6 +1,6 @@
 """The cost of a recording on the field of ResNet-56, in evaluations, products and memory, and the memory of gradients.
 
-Memory is the peak of all tensors alive, each storage counted once.
+Memory is the peak of all living tensors; each storage is counted once.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ def run(quick: bool = False) -> dict[str, object]:
     net = net.to(memory_format=torch.channels_last)
 
     def solve(scheme: str, checkpoints: int | None) -> odeadv.Solution:
-        with torch.no_grad():  # so that only the recording keeps a graph
+        with torch.no_grad():  # only the recording must keep a graph
             return odeadv.solve(net.field(images, labels, ETA), scheme=scheme, checkpoints=checkpoints)
 
     counts = {}

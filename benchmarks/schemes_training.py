@@ -1,9 +1,9 @@
 """Schemes as training methods: ResNet-8 of width 8 on the digits at 16 by 16 pixels, the same seeds for all.
 
-Loss and accuracies are those of test images; IFGSM-20 is scored by its last iterate at eps = 8/255. The figures are
-medians over the seeds, with quartiles. eta is the paper's 50 for batches of 128, halved for 64. The cost of a step is
-its time divided by that of natural training, and the evaluations of f and vector-Jacobian products for the loss. The
-gradient with respect to the weights comes on top and costs the same for all.
+Loss and accuracies are measured on test images; IFGSM-20 is scored by its last iterate at eps = 8/255. The figures are
+medians over the seeds, with quartiles. eta is the paper's 50 for batches of 128, halved for batches of 64. The cost of
+a step is its time divided by the time of natural training, and the numbers of evaluations of f and of vector-Jacobian
+products for the loss. The gradient with respect to the weights is not counted; it costs the same for all schemes.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def network(seed: int) -> odeadv.models.PreActResNet:
 
 
 def small(data: ImageDataset, quick: bool) -> ImageDataset:
-    """Take every second pixel of the images."""
+    """Return the data set with every second pixel of the images in each direction."""
     count, tested = (BATCH, 20) if quick else (None, None)
     return dataclasses.replace(
         data,

@@ -38,8 +38,8 @@ class System(NamedTuple):
     Attributes:
         f: the whole right-hand side, ``f(xp, t, x)``.
         x0, span: the problem.
-        split: the explicit and the implicit part for KenCarp4; by default nothing, and f.
-        sparsity: of the Jacobian, for SciPy; None if it is full.
+        split: the explicit and the implicit part for KenCarp4; by default the explicit part is 0 and the implicit f.
+        sparsity: sparsity of the Jacobian, for SciPy; None if the Jacobian is full.
         atol: absolute tolerance, in units of the relative one.
     """
 
@@ -61,7 +61,7 @@ class Problem(NamedTuple):
 
 
 def laplacian(n: int, spacing: float, periodic: bool) -> Tensor:
-    """Return the matrix of u_xx by second differences; without ``periodic``, both ends stay where they are."""
+    """Return the matrix of second differences for u_xx; without ``periodic``, the values at both ends do not change."""
     a = torch.diag(torch.full((n - 1,), 1.0, dtype=torch.float64), 1)
     a = a + a.mT - 2 * torch.eye(n, dtype=torch.float64)
     if periodic:
@@ -204,7 +204,7 @@ def diffusion_reaction(quick: bool) -> Problem:
 
 def heat(quick: bool) -> Problem:
     n = 24 if quick else 128
-    edge = torch.arange(1, n, dtype=torch.float64) / n  # between n cells; nothing passes the ends
+    edge = torch.arange(1, n, dtype=torch.float64) / n  # edges between n cells; the flux through the ends is 0
     differences = torch.diff(torch.eye(n, dtype=torch.float64), dim=0)
     matrix = -(n**2) * differences.mT @ ((0.1 + edge * (1 - edge))[:, None] * differences)
     dense = matrix.numpy()
@@ -228,7 +228,7 @@ def brusselator(quick: bool) -> Problem:
     n, feed, target, spread, eps = 11 if quick else 201, 0.6, 2.0, 0.025, 1e-2 if quick else 1e-3
     matrix = spread * laplacian(n, 1 / (n - 1), periodic=False)
     inside = torch.ones(n, dtype=torch.float64)
-    inside[0] = inside[-1] = 0.0  # the ends stay where they are
+    inside[0] = inside[-1] = 0.0  # the values at the ends do not change
     dense, mask = matrix.numpy(), inside.numpy()
 
     def diffuse(xp: Any, t: Any, x: Any) -> Any:
@@ -322,7 +322,7 @@ def run(quick: bool = False) -> dict[str, object]:
 
 
 def ratios(points: Mapping[str, Any], rounds: Mapping[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return, for the accuracies 1e-3 to 1e-6 and every other solver, its time divided by that of `GOAL`."""
+    """Return, for the accuracies 1e-3 to 1e-6 and every other solver, its time divided by the time of `GOAL`."""
     ours = {name: point for name, point in points.items() if point["solver"] != "odeadv" or point["method"] == GOAL}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for accuracy, row in fastest(ours, [10.0**-k for k in range(3, 7)]).items():

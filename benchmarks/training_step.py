@@ -1,10 +1,10 @@
 """A training step of ResNet-56 with each objective and defence, compared with the passes that it makes.
 
-The plain loops do what the published code does: fp32, NCHW, and the clean probabilities of TRADES computed again in
-every step of its attack. The floor of a ratio is its value if only convolutions took time in our steps: the
-convolutions of the network alone, in bf16 and channels_last, on tensors made beforehand. Memory is the peak of all
-tensors alive in a step, including those of the network and the optimiser. Augmentation is the cost of an augmented
-batch relative to a natural step of ResNet-20; its floor is a batch without augmentation.
+The plain loops work like the published code: fp32, NCHW, and the clean probabilities of TRADES are computed again in
+every step of its attack. The floor of a ratio is its value if only convolutions took time in our steps. The
+convolutions of the network are timed separately, in bf16 and channels_last, on tensors that exist beforehand. Memory is
+the peak of all living tensors in a step, including the tensors of the network and the optimiser. Augmentation is the
+cost of an augmented batch relative to a natural step of ResNet-20; its floor is a batch without augmentation.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -67,7 +67,7 @@ RATIOS = (
 def plain_losses(
     net: nn.Module, images: Tensor, labels: Tensor, steps: int, generator: torch.Generator
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return the losses as a plain loop computes them."""
+    """Return functions that compute the losses as a plain loop does."""
 
     def attacked(x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         net.eval()
@@ -223,7 +223,7 @@ AIMS: dict[str, dict[str, float]] = {
 
 
 def limits(data: dict) -> list[Limit]:
-    """Return ratios of times with those of the convolutions alone, and memory with that of a single pass."""
+    """Return the ratios of times and of memory, each with its floor."""
     rows = [
         Limit(f"time, {name}", value, floor(name, data), **AIMS.get(name, {}), form=".3f")
         for name, value in data["ratios"].items()

@@ -44,8 +44,11 @@ KINDS = ("linear", "hermite", "exact")
 
 
 class Problem(NamedTuple):
-    """Candidates, the reference solution, the methods that are drawn separately, the seconds per solve beyond which a
-    method is not refined further, and the rounds of timing."""
+    """A problem: candidates, the reference solution, the methods that are drawn separately, and settings of the timing.
+
+    A method is not refined further after a solve has taken the given number of seconds. The last entry is the number of
+    rounds of timing.
+    """
 
     candidates: list[Candidate]
     reference: Tensor
@@ -63,7 +66,7 @@ def adversarial(
     steps: Sequence[int],
     **options: Any,
 ) -> list[Candidate]:
-    """Return every scheme with every sub-step and costate; with exact flows of f, the costate is by Simpson's rule."""
+    """Return every scheme with every sub-step and costate; exact flows of f use a costate by Simpson's rule."""
     candidates = []
     for scheme in schemes:
         for substep in substeps:
@@ -179,8 +182,8 @@ def _converging(
             for c in own
             if not quick or "midpoint" in c.method
         ]
-    # Newton's method, and Anderson acceleration that begins on coarse grids: a loose tolerance is enough, because the
-    # result is better than the last change that was measured.
+    # Add Newton's method, and Anderson acceleration that begins on coarse grids. A loose tolerance is enough, because
+    # the result is better than the last measured change.
     for name, settings in (("newton", {"method": "newton"}), ("nested sweeps", {"nested": True})):
         for digits in (4, 6, 8):
             until = odeadv.Converge(rtol=10.0**-digits, **settings)

@@ -8,18 +8,18 @@ from scipy.linalg import solve_continuous_are
 
 import odeadv
 
-PRICE = 0.1  # of the torque u: the cost is the integral of (angle^2 + speed^2 / 10 + PRICE u^2) / 2
+PRICE = 0.1  # price of the torque u: the cost is the integral of (angle^2 + speed^2 / 10 + PRICE u^2) / 2
 weight = torch.diag(torch.tensor([1.0, 0.1], dtype=torch.float64))
-torque = torch.tensor([0.0, 1.0], dtype=torch.float64)  # acts on the speed only
+torque = torch.tensor([0.0, 1.0], dtype=torch.float64)  # the torque acts only on the speed
 
 
 def pendulum(t, x):
-    """Return the velocity without torque of x = (angle from the top, speed)."""
+    """Return dx/dt without torque, for x = (angle from the top, speed)."""
     return torch.stack([x[1], torch.sin(x[0]) - 0.1 * x[1]])
 
 
 def linear(t, x):
-    """Return the same near the top."""
+    """Return dx/dt of the linear approximation near the top."""
     return torch.stack([x[1], x[0] - 0.1 * x[1]])
 
 
@@ -31,7 +31,7 @@ def controlled(f, x0, horizon):
     """Return the solution that minimises the cost: u = -a[1] / PRICE, where a is the costate, so eta = -1 / PRICE."""
     field = odeadv.AdversarialField(
         f,
-        lambda x: 0.5 * x @ riccati @ x,  # what remains to be paid after the horizon
+        lambda x: 0.5 * x @ riccati @ x,  # the cost after the horizon
         eta=-torque / PRICE,
         running=lambda t, x: 0.5 * x @ weight @ x,
     )

@@ -11,7 +11,7 @@ from odeadv.training import Layerwise
 
 
 class Residual(nn.Module):
-    """x -> x + conv(relu(x))."""
+    """A residual layer: x -> x + conv(relu(x))."""
 
     def __init__(self, channels):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A diagnosis: how strong the perturbation of LAD is at each layer, and how good Theorem 3.2's midpoint is.
+"""Diagnose LAD: how strong is its perturbation at each layer, and how good is the midpoint of Theorem 3.2?
 
 python examples/diagnose.py --out diagnosis
 """

@@ -1,7 +1,7 @@
 """Train the small networks of odeadv.models.pretrained and write their files.
 
     python examples/pretrained.py --data DIR            # all eight, about ten minutes on two cores
-    python examples/pretrained.py digits-natural        # one of them
+    python examples/pretrained.py digits-natural        # only this network
 
 Each file holds the weights and the record: the configuration, the accuracies and the versions.
 """

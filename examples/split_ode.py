@@ -1,4 +1,4 @@
-"""A split ODE: diffusion is solved exactly, the reaction by RK4, and the order of each scheme is measured.
+"""A split ODE: solve diffusion exactly and the reaction by RK4, and measure the order of each scheme.
 
 python examples/split_ode.py
 """
@@ -29,7 +29,7 @@ u0 = 0.5 + 0.4 * torch.sin(x)
 
 
 def end(scheme, steps):
-    """Return u(1)."""
+    """Return u at the end time t = 1."""
     options = {"substep": {"diffusion": "exact", "reaction": "rk4"}}
     return odeadv.solve(field, u0, (0.0, 1.0), scheme=scheme, steps=steps, **options).xs[-1]
 

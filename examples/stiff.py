@@ -17,7 +17,7 @@ diffusion = odeadv.Operator.diagonal(-diffusivity * waves, transform="dct", reve
 
 
 def react(t, x, feed=1.0, rate=3.0):
-    """Return the chemistry of the Brusselator; x has the shape (2, points)."""
+    """Return the reaction rates of the Brusselator; x has the shape (2, points)."""
     u, v = x
     join = u * u * v
     return torch.stack([feed - (rate + 1) * u + join, rate * u - join])
@@ -28,7 +28,7 @@ x0 = torch.stack([1 + 0.5 * torch.cos(math.pi * place), 3 + torch.cos(2 * math.p
 
 
 def solve(steps, **options):
-    """Return the solution up to t = 2, also if it failed."""
+    """Return the solution up to t = 2, or the partial solution if the solve failed."""
     try:
         return odeadv.solve(field, x0, (0.0, 2.0), steps=steps, **options)
     except odeadv.SolveError as error:

@@ -1,11 +1,11 @@
-"""LAD on the residual stream of a small transformer on tokens, next to the same network trained without it.
+"""LAD on the residual stream of a small transformer for tokens, compared with natural training of the same network.
 
     python examples/transformer.py            # under a minute on one core, no download
 
 The task: does the first token of a sequence occur again? The network is an embedding, two encoder layers and a readout
-of the first position, all from torch.nn. The printed robust accuracy is measured on embeddings that one
-signed step of the loss's gradient has moved: tokens are not pixels, so the attack acts on the first state. The numbers
-belong to one seed: they show how it is done, not that it helps.
+of the first position, all from torch.nn. Tokens are not pixels, so the attack moves the embeddings by one signed step
+along the gradient of the loss. The printed robust accuracy is measured on these embeddings. The numbers come from one
+seed: they show how to use LAD here, not that it helps.
 """
 
 import torch
@@ -52,7 +52,7 @@ def make_network() -> models.BlockNetwork:
 
 
 def accuracies(net: models.BlockNetwork, tokens: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the accuracy on tokens, and on embeddings after one signed step of size EPS up the loss."""
+    """Return the accuracy on tokens, and the accuracy after one signed step of size EPS that raises the loss."""
     x = net.stem(tokens).detach().requires_grad_()
     values = []
     for _ in range(2):
@@ -67,7 +67,7 @@ def accuracies(net: models.BlockNetwork, tokens: Tensor, labels: Tensor) -> tupl
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # for tensors this small, threads wait for each other longer than they work
+    torch.set_num_threads(1)  # more threads are slower for such small tensors
     test = make_batch(torch.Generator().manual_seed(1), 1000)
     print("training    clean  robust")
     for name, defence in (("natural", Undefended()), ("LAD", Layerwise("lie", eta=ETA))):
