@@ -158,7 +158,7 @@ def _near(points: Points) -> set[str]:
 
 
 def front(points: Points, solver: str, cost: Callable[[Mapping[str, Any]], float | None]) -> Any:
-    """Return the names of the points of ``solver`` that no cheaper point beats, from large errors to small."""
+    """Return the names of the points of ``solver`` on its Pareto front, from large errors to small."""
     own = {name: cost(point) for name, point in points.items() if point["solver"] == solver}
     priced = {name: value for name, value in own.items() if value is not None}
     best = []
@@ -202,7 +202,7 @@ def table(points: Points, rows: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def cold_table(points: Points) -> list[str]:
-    """Return lines of Markdown on the cost of first calls that compile; empty if no call does."""
+    """Return lines of Markdown on the cost of first calls that compile; empty without such calls."""
     cold: dict[str, list[tuple[float, float]]] = {}
     for point in points.values():
         if "cold" in point and "seconds" in point:
@@ -251,7 +251,7 @@ def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str
         axis.set_ylabel("error")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    # A solver whose work is not counted has a curve in the left panel only.
+    # A solver without counted work has a curve only in the left panel.
     curves = {label: line for axis in (left, right) for line, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
     if curves:
         right.legend(curves.values(), curves, fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -67,7 +67,7 @@ def margins(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def compared(
     net: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, kind: str, peers: list[str]
 ) -> dict[str, object]:
-    """Count the outcomes and pixels that differ between our iterates and those of ``peers``."""
+    """Count the outcomes and pixels that differ between our iterates and the iterates of ``peers``."""
     right = 0
     found = {name: {"outcomes that differ": 0, "images with other pixels": 0, "examples": []} for name in peers}
     for first in range(0, len(x), BATCH):

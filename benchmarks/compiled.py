@@ -3,7 +3,7 @@
 `oscillator` is a driven Duffing oscillator (2 elements), `linear` is x' = A x (3 elements), and `pointwise` has 100
 elements, all by the midpoint rule. `gradient` adds the gradient of the initial state of the oscillator.
 `adversarial` is the oscillator under LAD-SM. `Fisher-KPP` is Strang splitting with exact flows (FFT) on 256 points.
-Values are compared with those of eager solves before anything is timed. All states are float64, on one thread. The
+Before the timing, the values are compared with the values of eager solves. All states are float64, on one thread. The
 first call of a solver compiles. The second one has ten times as many steps.
 """
 

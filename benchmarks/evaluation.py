@@ -2,11 +2,11 @@
 
 The protocol of Table 2: clean, FGSM and IFGSM-20 at 8/255 and 12/255, on the same images in batches of 128. The peers
 are given an eager NCHW model, as their users do; the ResNet-56 is compared with torchattacks only. Outcomes are
-compared example by example with those of plain `evaluate`. One gradient of a batch is timed separately, because an
-evaluation of a compiled model includes the seconds of compiling, which only pay for themselves with many images. The
-floor of an evaluation is the time of the convolutions of its gradients alone, in the same precision. IFGSM-1000, worst
-so far and by its last iterate, is compared with torchattacks, which runs every step on every image, on a naturally
-trained ResNet-20 and on one trained on one-step adversarial examples from random starts. APGD-T (nine targets, 100
+compared example by example with the outcomes of plain `evaluate`. One gradient of a batch is timed separately, because
+an evaluation of a compiled model includes the seconds of compiling, which pay only with many images. The floor of an
+evaluation is the time of the convolutions of its gradients, in the same precision. IFGSM-1000, worst so far and by its
+last iterate, is compared with torchattacks, which runs every step on every image. The networks are a naturally trained
+ResNet-20 and one trained on one-step adversarial examples from random starts. APGD-T (nine targets, 100
 steps) is compared with pyautoattack, the authors' code, on a ResNet-8 trained in the same way; both draw their own
 starts. Peers that are not installed are left out. Networks are trained once and kept in build/benchmarks/networks.
 """

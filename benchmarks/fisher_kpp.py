@@ -3,7 +3,7 @@
 Splitting uses the exact flows of diffusion (FFT) and of the logistic equation, with every scheme without negative steps
 and every sub-step for the reaction. The other solvers take the whole right-hand side; diffrax's KenCarp4 treats
 diffusion implicitly. Errors are maxima of the difference to torchdiffeq's dopri8 at tolerance 1e-13. The flows of each
-winner are also timed alone.
+winner are also timed separately.
 """
 
 import math

@@ -1,6 +1,6 @@
 """How close the figures are to their floors: one table for all benchmarks.
 
-Nothing is measured here. A benchmark with a function `limits(data) -> list[Limit]` has rows in the table.
+This module does not measure. A benchmark with a function `limits(data) -> list[Limit]` has rows in the table.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ Figure = float | Mapping[str, float]
 
 
 class Limit(NamedTuple):
-    """One line of the page.
+    """One line of the page: a figure with its floor and its target.
 
     Attributes:
         figure: the name of the measured quantity.
         measured: the value, with its spread if it was measured more than once.
         floor: the value if only the arithmetic took time; None if it is unknown. Except for rounding and luck, an
             implementation cannot be lower (or higher, if more is better). It is a number or a measurement.
-        most, least: the target.
-        form: the format of the numbers.
+        most, least: the target: the measured value should be at most ``most``, or at least ``least``.
+        form: format specification of the numbers.
     """
 
     figure: str

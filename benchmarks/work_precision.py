@@ -7,7 +7,7 @@ itself, compared with shooting and collocation. `three operators` is a non-linea
 not commute, with exact flows, on 100 states. `network` is the first stage of a ResNet-20 of width 8 trained for some
 seconds on digits, in evaluation mode and float64, refined in dt; the rest of the network is its read-out. Fisher-KPP
 has its own section. Errors are maxima over x(T) relative to its largest component. The reference is a closed form for
-the linear problem and a fine solution for the others. Evaluations are those of operators and vector-Jacobian products.
+the linear problem and a fine solution for the others. Evaluations count operators and vector-Jacobian products.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -101,7 +101,7 @@ def _unsplit(
 def _compiled(
     field: odeadv.AdversarialField, x0: Tensor, span: tuple[float, float], steps: Sequence[int], quick: bool
 ) -> list[Candidate]:
-    """Return compiled solves of a second-order splitting and of a Runge-Kutta method; none in a quick run."""
+    """Return compiled solves of a second-order splitting and of a Runge-Kutta method; a quick run has none."""
     if quick:
         return []
     splitting = {"scheme": "strang", "substep": "midpoint"}

@@ -76,9 +76,8 @@ def apgd(
 
     Returns:
         The attacked images, with the properties that `fgsm` states. For each example this is the first iterate that
-        fools the model (the start counts as an iterate). If no iterate fools it, the iterate of highest loss is
-        returned. A fooled example leaves the batch at the next review, unless some part of the model is in training
-        mode.
+        fools the model (the start counts as an iterate), or the iterate of highest loss if none does. A fooled example
+        leaves the batch at the next review, unless some part of the model is in training mode.
 
     Raises:
         TypeError: as `fgsm`.
@@ -117,7 +116,7 @@ def apgd_t(
     """Attack with targeted Auto-PGD: `apgd` towards each of the most likely wrong classes, one after the other.
 
     The target of run k is the class with the (k + 1)-th largest logit of the clean image, k = 1, ..., ``targets``.
-    Any wrong class counts as fooled, and fooled examples take no part in later runs. Images that the model gets wrong
+    Any wrong class counts as fooled, and later runs leave out fooled examples. Images that the model gets wrong
     without an attack are returned unchanged. With the defaults and the same starts, the outcomes equal the outcomes of
     AutoAttack's APGD-T. (AutoAttack draws its starts in another way.) Sources: Croce and Hein 2020, Section 4; the
     authors' code, https://github.com/fra31/auto-attack.
@@ -271,7 +270,7 @@ def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Bal
     for k in range(1, schedule.steps + 1):
         x = _next(state, ball, inertia=1.0 if k == 1 else _INERTIA)
         if k == schedule.steps:
-            attack.offer(best, x, index)  # no step follows, so no gradient is needed
+            attack.offer(best, x, index)  # the last iterate needs only a score, not a gradient
             return
         scores = loss.differentiate(x, index)
         best.offer(x, scores.losses, loss.fooled(scores, index), index)
@@ -291,7 +290,7 @@ def _run(attack: Setting, schedule: _Schedule, best: Best, x0: Tensor, ball: Bal
 
 def _first_eta(eps: float | Tensor, x0: Tensor, index: Tensor | None) -> Tensor:
     """Return 2 eps for each example, (n, 1, ...)."""
-    largest = math.sqrt(x0[0].numel())  # no ball within the box needs a larger radius
+    largest = math.sqrt(x0[0].numel())  # a larger radius gives the same set within [0, 1]
     shape = (len(x0), *[1] * (x0.ndim - 1))
     if isinstance(eps, Tensor):
         chosen = eps if index is None else eps[index]

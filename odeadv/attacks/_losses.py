@@ -44,7 +44,7 @@ class Truth(NamedTuple):
         return Truth(self.labels[index], target, clean, self.reach)
 
     def fooled(self, logits: Tensor) -> Tensor:
-        """Return (n,) bool: True if the predicted class is the one that the attack wants."""
+        """Return (n,) bool: True if the attack has succeeded with the predicted class."""
         predicted = logits.argmax(dim=1)
         return predicted == self.target if self.target is not None and self.reach else predicted != self.labels
 
@@ -130,7 +130,7 @@ LOSS_RULES: Mapping[str, LossRule] = MappingProxyType(
 
 
 def likely_targets(name: TargetName, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return (n,) int64: the most or the least likely class among those that are not the label."""
+    """Return (n,) int64: the most or the least likely class other than the label."""
     own = labels[:, None]
     if name == "most-likely":
         return logits.scatter(1, own, -torch.inf).argmax(dim=1)

@@ -67,7 +67,7 @@ class Best:
         self.fooled[rows] |= fooled
 
     def open(self) -> Tensor:
-        """Return the numbers of the examples that no candidate has fooled so far."""
+        """Return the numbers of the examples that are not fooled yet."""
         return (~self.fooled).nonzero()[:, 0]
 
 
@@ -81,9 +81,9 @@ class Setting:
         ball: the allowed set around the images.
         loss: the function that is raised.
         start: the start of a run.
-        generator: the source of all randomness; None if there is none.
-        target: the name of the rule that chooses targets; None if there is none.
-        independent: True if no part of the model is in training mode. Then the logits of an example should not depend
+        generator: the source of all randomness; None if the attack is not random.
+        target: the name of the rule that chooses targets; None without such a rule.
+        independent: True if all parts of the model are in eval mode. Then the logits of an example should not depend
             on the rest of the batch, so fooled examples may be left out.
     """
 
@@ -113,8 +113,8 @@ class Setting:
     def runs(self, count: int, best: Best, *, begun: bool = False) -> Iterator[tuple[Tensor, Ball, Tensor | None]]:
         """Yield start, ball and example numbers (None: all) of up to ``count`` runs.
 
-        If examples are independent, a run has only the examples that are not fooled yet. No further run starts after
-        all examples are fooled.
+        If examples are independent, a run has only the examples that are not fooled yet. The runs end when all examples
+        are fooled.
 
         Args:
             count: the largest number of runs.

@@ -119,7 +119,7 @@ def resolve_start(
         started = draw(images, source)
         if not isinstance(started, Tensor) or started.shape != images.shape:
             raise ValueError(f"start: returned {_described(started)}, expected a tensor of shape {tuple(images.shape)}")
-        # Skip the check for Gaussian, which returns no NaN: reading the result would stop an accelerator's queue.
+        # Gaussian never returns NaN, so skip the check: reading its result would stop an accelerator's queue.
         if not isinstance(draw, Gaussian) and not (~started.isnan()).all():
             raise ValueError("start: returned NaN, expected pixel values")
         return ball.project(torch.empty_like(images).copy_(started.detach()))

@@ -139,7 +139,7 @@ class L2Ball:
         direction = unit(gradient)
         if isinstance(alpha, Tensor):
             return (x + alpha * direction).to(x.dtype)
-        return torch.add(x, direction, alpha=min(alpha, torch.finfo(x.dtype).max / 4))  # so that no pixel overflows
+        return torch.add(x, direction, alpha=min(alpha, torch.finfo(x.dtype).max / 4))  # a larger step could overflow
 
     def rows(self, index: Tensor) -> L2Ball:
         """Return the balls around the images ``index`` only."""

@@ -81,7 +81,7 @@ def check_images(images: object) -> None:
     if images.ndim < 2 or images.numel() == 0:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, channels, height, width), not empty")
     lowest, highest = torch.aminmax(images.detach())
-    if not holds((lowest >= 0) & (highest <= 1)):  # False if NaN, too
+    if not holds((lowest >= 0) & (highest <= 1)):  # also False if a pixel is NaN
         low, high = float(lowest), float(highest)
         if math.isnan(low) or math.isnan(high):
             raise ValueError("images: contain NaN, expected values in [0, 1]")

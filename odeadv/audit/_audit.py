@@ -71,8 +71,8 @@ def audit(
             to see all labels.
         surrogate: another model for the same task. The transfer attack needs it, and is not applicable without it.
         batch_size: number of images in one forward pass.
-        output: where the logits are in the outputs of the model and of the surrogate: a key, an attribute, an index,
-            or a function of the outputs.
+        output: place of the logits in the outputs of the model and of the surrogate: a key, an attribute, an index, or
+            a function of the outputs.
         progress: called with the name of each group of checks before the group is run.
 
     Returns:

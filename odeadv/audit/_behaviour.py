@@ -131,7 +131,7 @@ def same_answer_in_any_batch(subject: Subject) -> Finding:
     attacks=False,
 )
 def state_left_alone(subject: Subject) -> Finding:
-    """Check that a forward pass changes no buffer, parameter or attribute."""
+    """Check that a forward pass does not change buffers, parameters or attributes."""
     tensors = sorted({item for found in subject.behaviours for item in found.changed_tensors})
     attributes = sorted({item for found in subject.behaviours for item in found.changed_attributes})
     changed = ", ".join(tensors + attributes)

@@ -66,12 +66,12 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """True if no line failed."""
+        """True if no check failed."""
         return not self.failures
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """The lines that failed."""
+        """The checks that failed."""
         return tuple(check for check in self.checks if check.status == "fail")
 
     @property

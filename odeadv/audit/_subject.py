@@ -47,7 +47,7 @@ class Subject:
         norm: norm of the ball.
         tolerance: fraction of the examples by which attacks may differ.
         generator: the source of all randomness.
-        surrogate: the model of the transfer attack; None if there is none.
+        surrogate: the model for the transfer attack; None if it was not given.
         num_classes: the expected number of logits; None if it is unknown.
         counts: the numbers of steps, restarts, queries and images per pass.
         unusable: the reason why the model's logits cannot be used; empty if they can be used. Set by the first check.

@@ -184,7 +184,7 @@ class Batches:
             yield to_float(images), self._labels.index_select(0, chosen)
 
 
-#: Where random numbers are drawn.
+#: The device on which random numbers are drawn: the CPU, or the device of the batches.
 Place = Literal["cpu", "device"]
 
 
@@ -231,7 +231,7 @@ def draw_moves(n: int, window: Window, generator: torch.Generator) -> Moves:
 def draw_epoch(
     sizes: Sequence[int], window: Window, generator: torch.Generator, device: torch.device, draws: Place
 ) -> list[Moves]:
-    """Draw the moves of the batches of an epoch at once, so that no batch waits for a copy.
+    """Draw the moves of all batches of an epoch at once, so that batches need not wait for copies to the device.
 
     Args:
         sizes: number of images per batch; at least one batch.

@@ -119,7 +119,7 @@ def _load_cifar(name: str, root: Path, download: bool) -> ImageDataset:
         try:
             download_torchvision(name, root)
             return _cifar(name, "torchvision", read_torchvision(name, root), unpacked)
-        # Whatever went wrong (network, disk, a missing package), the user needs the same advice; the cause is chained.
+        # The user needs the same advice for every cause (network, disk, missing package); the cause is chained.
         except Exception as error:
             failure = error
     outcome = f"failed, {type(failure).__name__}: {failure}" if failure else "not tried, because download=False"

@@ -69,7 +69,7 @@ class Rules:
 
     def measures_worst(self, spec: AttackSpec) -> bool:
         """Return True if worst-so-far outcomes of the attack are kept."""
-        # An attack that shares no work returns only its last iterate.
+        # Without shared work, only the last iterate is known.
         unseen = self.keep_images and spec.shared and spec.score == "last" and (spec.steps or 1) > 1
         return spec.measures_worst and not self.stochastic and not unseen
 
@@ -197,7 +197,7 @@ def _separate(
     rules: Rules,
     drawn_at: str,
 ) -> None:
-    """Add the outcomes of an attack that shares no work.
+    """Run an attack that does not share work with other attacks, and add its outcomes.
 
     If only its worst-so-far score is requested, the attack runs only on examples whose clean image is classified
     correctly.

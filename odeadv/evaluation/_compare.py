@@ -41,7 +41,7 @@ class McNemar:
         return (self.only_a - self.only_b) / self.n
 
     def to_dict(self) -> dict[str, float]:
-        """Return everything as JSON-ready data."""
+        """Return all counts, the difference and the p-value as JSON-ready data."""
         return {**asdict(self), "difference": self.difference}
 
 

@@ -108,8 +108,7 @@ def evaluate(
             such a model into a deterministic one.
         passes: number of fresh forward passes of a ``stochastic`` model. Accuracies are means over these passes, with
             standard errors.
-        output: where the logits are in the model's outputs: a key, an attribute, an index, or a function of the
-            outputs.
+        output: place of the logits in the model's outputs: a key, an attribute, an index, or a function of the outputs.
         fold: fold batch norms on a copy of the model. Outcomes are the same, except for ties decided by rounding.
         compile: compile a copy of the model with ``torch.compile``, for full batches of FGSM and IFGSM. Compiling
             takes seconds to minutes. If it fails, evaluate warns and continues without it.

@@ -63,7 +63,7 @@ class Cycles:
         return Cycles(rows(self.kept, keep), self.kept_at[keep])
 
     def after(self, x: Tensor, step: Tensor) -> tuple[Cycles, Tensor]:
-        """Compare the iterates ``x`` with the kept iterates, and keep those that are due to be replaced.
+        """Compare the iterates ``x`` with the kept iterates, and replace kept iterates that are old.
 
         Args:
             x: (n, ...), the iterates after ``step`` steps.

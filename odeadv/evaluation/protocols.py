@@ -260,7 +260,7 @@ def _each(name: str, value: Any, checked: Callable[[Any], float]) -> Radius:
 
 
 def _listed(value: Any) -> list[Any] | None:
-    """Return the items of a list, tuple, array or tensor; None for anything else."""
+    """Return the items of a list, tuple, array or tensor; None for other values."""
     if isinstance(value, list | tuple | range):
         return list(value)
     if getattr(value, "ndim", 0) and hasattr(value, "tolist"):  # a tensor or an array

@@ -443,8 +443,8 @@ def scales(logits: Tensor) -> Tensor:
     """
     sizes, order = logits.abs().amax(dim=0).sort()
     jump = sizes[1:] > _GAP * sizes[:-1]
-    # A column of zeros (a class that is never predicted) gets no separate scale. Nor does a single smallest column,
-    # which may be small by cancellation.
+    # Two kinds of columns do not get a separate scale: columns of zeros (a class that is never predicted), and a single
+    # smallest column, which may be small by cancellation.
     jump &= (sizes[:-1] > 0).cumsum(0) >= 2
     group = torch.cat([jump.new_zeros(1), jump]).cumsum(0)
     largest = torch.stack([sizes[group == k][-1] for k in range(int(group[-1]) + 1)])

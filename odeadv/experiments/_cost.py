@@ -69,9 +69,9 @@ class TableCost:
     Attributes:
         table, dataset: names of the table and the data set.
         runs: number of runs in the table.
-        new: number of runs that no earlier table has.
+        new: number of runs that earlier tables do not have.
         training: image passes to train the new runs, see `training_passes`.
-        evaluation: image passes of the evaluations that no earlier table has made, see `evaluation_passes`.
+        evaluation: image passes of the evaluations that earlier tables do not make, see `evaluation_passes`.
     """
 
     table: str
@@ -175,7 +175,7 @@ class Rehearsal:
 def rehearse(config: RunConfig, data: ImageDataset, steps: int = 10, *, fabric: Fabric | None = None) -> Rehearsal:
     """Train ``config`` for ``steps`` steps on the first images, and return time, loss and memory.
 
-    After the steps the measurements of an epoch are made. No file is written.
+    After the steps the measurements of an epoch are made. Files are not written.
 
     Args:
         config: configuration of the run.

@@ -27,7 +27,7 @@ def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path)
         out: folder for the page and the plot.
 
     Raises:
-        ValueError: if no record of PGD training has an Eq. 16 ratio.
+        ValueError: if the records of PGD training lack the ratio of Eq. 16.
     """
     results = gather(TABLES["table2"], preset, dataset, load_records(records))
     traces = {

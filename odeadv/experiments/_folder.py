@@ -91,7 +91,7 @@ def plot_run(folder: Path) -> Path:
     result = TrainResult([EpochResult.from_dict(line, file) for line in lines], best)
     out = folder / "training.png"
     with replacing(out) as path:
-        # The file gets no date and no version, so equal runs give an equal file.
+        # The file does not contain a date or a version, so equal runs give equal files.
         result.plot().savefig(path, dpi=120, metadata={"Software": None})
     return out
 

@@ -36,7 +36,7 @@ class Inspected:
 def inspected(
     network: str | Path, *, weights: Path | None, dataset: str | None, folder: Path | None, images: int | None
 ) -> Inspected:
-    """Return a network with its data; the arguments are those of `evaluate_run`."""
+    """Return a network with its data; the arguments mean the same as in `evaluate_run`."""
     if not is_import_name(network):
         if weights is not None or dataset is not None:
             raise ValueError(

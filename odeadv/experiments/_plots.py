@@ -35,7 +35,7 @@ def plot(results: Results, path: Path) -> None:
         _over_eta(results, figure, labels)
     else:
         _forest(results, figure)
-    # The file gets no date and no version, so equal records give an equal file.
+    # The file does not contain a date or a version, so equal records give equal files.
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

@@ -123,7 +123,7 @@ ETA = {"cifar10": 50.0, "cifar100": 1000.0, "digits": 50.0, "folder": 50.0}
 _PAPER = Size(56, 16, {"cifar10": 160, "cifar100": 300, "digits": 160, "folder": 160}, "fp32", ETA)
 
 # Pilots on seeds 100 to 102 chose this size. The network fits its few images, so natural training is easy to attack; at
-# this eta s is 10 to 20 % in the middle of training. A residual MLP and 300 images showed no clear effect.
+# this eta s is 10 to 20 % in the middle of training. With a residual MLP and 300 images the effect was not clear.
 _SMOKE = Size(
     8, 8, 30, "fp32", dict.fromkeys(ETA, 20.0),
     train_images=500, test_images={**dict.fromkeys(ETA, 1000), "digits": None}, attack_steps=5, passes=3,

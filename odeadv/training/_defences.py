@@ -109,7 +109,8 @@ class Layerwise(Defence, name="layerwise"):
             labels: class numbers, probabilities, or the targets of ``loss``.
             loss: a function ``loss(output, labels)`` that returns a scalar tensor, averaged over the batch. The default
                 is the network's loss (mean cross-entropy, unless the network has another).
-            share: size of this batch divided by the size of the global batch; eta belongs to the mean over the latter.
+            share: size of this batch divided by the size of the global batch; eta belongs to the mean loss over the
+                global batch.
             draws: random numbers of the step; by default they come from torch's global random state.
 
         Raises:

@@ -59,7 +59,7 @@ class TrainingStopped(SystemExit):
         self.message = message
 
     def __str__(self) -> str:
-        """Return where the checkpoint is."""
+        """Return the message, which names the checkpoint."""
         return self.message
 
 
@@ -128,7 +128,7 @@ class TrainingRun:
         self.eta: float | None = None if config.defence.strength is not None else config.defence.eta
         self.seconds = 0.0  # time spent in the current epoch so far
         self.order_state = self.generator.get_state()
-        self.stopped_by: int | None = None  # the signal that asked for a stop
+        self.stopped_by: int | None = None  # the signal that requested a stop
         self.flags = Flags(fabric.device)
         self.reads_at_once = config.check_every == 1
         self.snapshot: Snapshot | None = None

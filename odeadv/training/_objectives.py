@@ -1,7 +1,7 @@
 """Training objectives: natural, PGD, TRADES, MART, and adversarial weight perturbation of these.
 
-In formulas, x are the images, x' the attacked images, y the labels, f(x) the logits of the undefended network, p_k the
-probability of class k, and L the mean cross-entropy. L_LAD is the loss of the defended pass.
+In formulas, x are the images, x' the attacked images, and y the labels. f(x) are the logits of the undefended network,
+and p_k is the probability of class k. L is the mean cross-entropy, and L_LAD is the loss of the defended pass.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Pgd(Objective, name="pgd"):
 
 @dataclass(frozen=True)
 class Trades(Objective, name="trades"):
-    """TRADES: the loss L(f(x), y) + (1/lam) KL(f(x) || f(x')), where the attack chooses x' to maximise the divergence.
+    """TRADES: the loss L(f(x), y) + (1/lam) KL(f(x) || f(x')). The attack chooses x' to maximise the divergence.
 
     With a defence the loss is gamma L(f(x), y) + (1 - gamma) L_LAD(f(x'), y) + (1/lam) KL(f(x) || f(x')). The
     divergence is averaged over the batch, and gradients flow through both of its arguments. Training accuracy is

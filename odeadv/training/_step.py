@@ -190,7 +190,7 @@ class Step:
         """Return loss and logits of the defended pass; the loss is the mean cross-entropy unless ``loss`` is given."""
         if loss is None and self.label_smoothing:
             loss = lambda logits, _: self.cross_entropy(logits)  # noqa: E731
-        # Give loss only if it is needed, so that defences without this argument work otherwise.
+        # Pass ``loss`` only if it is set, so that a defence without this argument works with the usual loss.
         other = {} if loss is None else {"loss": loss}
         passed = self.defence(self.net, images, self.labels, share=self.share, draws=self.draws, **other)
         self.last = dataclasses.replace(passed, images=images)
