@@ -21,7 +21,7 @@ Points = Mapping[str, Mapping[str, Any]]
 Answer = tuple[Tensor, int | None]  # a final state and its number of evaluations; None if it cannot be counted
 FLOOR = 1e-13  # smaller errors are rounding
 LEAST = 1e-11  # a method with a smaller error is not refined further
-SETTLE = 0.005  # seconds; shorter functions run once before they are timed, to fill the caches
+SETTLE = 0.005  # seconds; a faster function runs once before it is timed, to fill the caches
 PATIENCE = 2.0  # seconds per solve; a slower method is not refined further
 NEAR = 2.0  # candidates slower than this multiple of the fastest at their accuracy are not timed again
 

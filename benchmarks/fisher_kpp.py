@@ -118,7 +118,7 @@ def peers(u0: Tensor, quick: bool) -> list[Candidate]:
 
     def solve(ivp: Any) -> tuple[Tensor, int]:
         state, count = ivp(whole, u0, 0.0, END)
-        return state, 2 * count  # both operators
+        return state, 2 * count  # an evaluation counts for both operators
 
     candidates = torch_peers(solve, exponents)
     if has_diffrax():

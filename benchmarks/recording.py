@@ -111,7 +111,7 @@ def render(data: dict) -> str:
 
 def limits(data: dict) -> list[Limit]:
     plain, middle = data["counts"]["strang"], data["counts"]["strang-midpoint"]
-    share = data["layers that are steps"] / data["layers"]  # the others are jumps, which lack a middle
+    share = data["layers that are steps"] / data["layers"]  # the other layers are jumps, which lack a middle
     rows = [
         Limit(f"exact midpoint, {what} more a layer", (middle[what] - plain[what]) / data["layers"], share, most=1)
         for what in plain

@@ -147,7 +147,7 @@ def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def _search(attack: Setting, *, queries: int, p: float) -> Tensor:
     best, generator = Best(attack.images), attack.generator
-    assert generator is not None  # the start is random
+    assert generator is not None  # the start is random, so there is a generator
     proposals: Proposals
     if isinstance(attack.ball, L2Ball):
         proposals = Bumps(attack.ball, generator)

@@ -119,7 +119,7 @@ def answered(model: nn.Module, images: Tensor) -> object:
         if str(error).startswith("a leaf Variable that requires grad is being used in an in-place operation"):
             raise ValueError(_WRITES) from error
         own = own_dtype(model, images.dtype)
-        if own == images.dtype or "type" not in str(error):  # another cause, for example out of memory
+        if own == images.dtype or "type" not in str(error):  # the error has another cause, for example lack of memory
             raise
         why = str(error).partition("\n")[0]
         raise ValueError(

@@ -31,7 +31,7 @@ def finite_logits(subject: Subject) -> Finding:
         with torch.no_grad():
             answer = answered(subject.model, probe)
         if not isinstance(answer, Tensor) or answer.ndim != 2:
-            check_classes(answer, len(probe), 0)  # raises, with advice
+            check_classes(answer, len(probe), 0)  # raises an error with advice
         for part in subject.batches():
             subject.behaviours.append(behaviour(subject.model, subject.images[part]))
     except Exception as error:  # a user's model may raise any error

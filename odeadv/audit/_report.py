@@ -211,7 +211,7 @@ def _plot(path: Path, points: Sequence[tuple[float, float]], label: str, mark: f
     axes = figure.add_subplot()
     x, y = zip(*points, strict=True)
     axes.plot(x, [100 * value for value in y], marker="o")
-    axes.set_xscale("symlog", linthresh=1.0)  # linear below 1, so that eps = 0 is on the axis
+    axes.set_xscale("symlog", linthresh=1.0)  # the scale is linear below 1, so that it shows eps = 0
     axes.set_xticks(x, [f"{value:g}" for value in x])
     if mark is not None:
         axes.axvline(mark, color="0.7", linestyle="--", zorder=0)

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"odeadv {args.command}: error: {_in_options(str(error))}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # the run diverged, or another process has locked it
+    except RuntimeError as error:  # the run diverged, or another process locks it
         print(f"odeadv {args.command}: {error}", file=sys.stderr)
         return 1
     return status

@@ -169,7 +169,7 @@ def stacked(samples: list[Any]) -> tuple[Tensor, Tensor]:
     if not all(isinstance(label, int) for label in labels):
         try:
             labels = torch.stack([torch.as_tensor(label) for label in labels])
-        except (TypeError, ValueError, RuntimeError):  # text, or tensors of several shapes
+        except (TypeError, ValueError, RuntimeError):  # the targets are text, or tensors of several shapes
             raise TypeError(f"data: got targets such as {shown(labels[0])}, expected class numbers") from None
     return torch.stack(inputs), class_numbers(labels)
 

@@ -320,7 +320,7 @@ def _autoattack(
     if "attacks" in options:
         options["attacks"] = list(options["attacks"])
     assert isinstance(spec.eps, float)
-    plain = images.contiguous()  # pyautoattack calls .view
+    plain = images.contiguous()  # pyautoattack calls .view, which needs contiguous images
     cuda = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), _tracing_kept(), _logged("auto-attack") as warned:
         attack = autoattack(model, eps=spec.eps, seed=seed, device=images.device, **options)

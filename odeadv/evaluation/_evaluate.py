@@ -248,7 +248,7 @@ def _examined(
 
     try:
         probe, first = look(examples)
-    except RuntimeError as error:  # a model that flattens images with ``view`` takes only contiguous ones
+    except RuntimeError as error:  # a model with ``view`` on images takes only contiguous images
         if not examples.channels_last:
             raise
         examples = replace(examples, channels_last=False)

@@ -12,7 +12,7 @@ from odeadv.attacks.balls import Bounds, linf_bounds, rows, sign_step
 from odeadv.evaluation._prepare import Prepared, Scorer
 from odeadv.evaluation.protocols import AttackSpec
 
-IfgsmRun = tuple[float, float]  # eps, alpha
+IfgsmRun = tuple[float, float]  # (eps, alpha)
 Load = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # maps indices to images, labels, indices
 
 # Examples in a cycle leave a batch together, when they are at least this share of it. Rounding depends on the
@@ -320,7 +320,7 @@ class WorstSoFar:
             batch = self._filled(batch)
             scorer = self._prepared.scorer(batch.labels)
             ending = batch.step >= self._steps
-            if ending.all():  # last iterates need no gradient
+            if ending.all():  # the gradient of last iterates is not needed
                 logits, gradient = scorer.logits(batch.x), torch.zeros_like(batch.x)
             else:
                 logits, gradient = scorer.logits_and_gradient(batch.x)

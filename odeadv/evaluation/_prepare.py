@@ -130,7 +130,7 @@ def _fold(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module:
         with torch.no_grad():
             plain, other = model(probe), folded(probe)
     except Exception as error:  # the traced graph may raise any error
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # fold's own messages are clear
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # messages of fold need no type
         notes.append(f"not folded: {kind}{error}")
         return model
     limit = FOLD_LIMIT * torch.finfo(plain.dtype).eps
@@ -151,7 +151,7 @@ def _compile(model: nn.Module, probe: Tensor, notes: list[str]) -> nn.Module | N
         compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         leaf = probe.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         torch.autograd.grad(compiled(leaf).sum(), leaf)
-    except Exception as error:  # for example, no C++ compiler
+    except Exception as error:  # for example, a C++ compiler is missing
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         notes.append(f"not compiled, as torch.compile failed ({type(error).__name__}: {reason})")
         return None

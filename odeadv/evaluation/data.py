@@ -59,7 +59,7 @@ class Examples:
 
     def load(self, part: slice | Tensor) -> Batch:
         """Return images and labels in the form that the model takes."""
-        self.release()  # the images of the last batch
+        self.release()  # free the images of the last batch
         places = torch.arange(*part.indices(len(self.images))) if isinstance(part, slice) else part.cpu()
         chosen = part if isinstance(part, slice) else part.to(self.images.device)
         x = as_model_input(
@@ -115,7 +115,7 @@ def read_data(data: object) -> CheckedData:
                 f"images: got uint8 of shape {tuple(images.shape)}, expected (n, h, w, channels) with 1 or 3 channels"
             )
     elif not isinstance(images, Tensor) or not images.numel():
-        check_images(images)  # raises
+        check_images(images)  # raises an error for such images
     else:
         for part in chunks(images, release):
             check_images(part)

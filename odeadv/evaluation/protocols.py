@@ -263,7 +263,7 @@ def _listed(value: Any) -> list[Any] | None:
     """Return the items of a list, tuple, array or tensor; None for other values."""
     if isinstance(value, list | tuple | range):
         return list(value)
-    if getattr(value, "ndim", 0) and hasattr(value, "tolist"):  # a tensor or an array
+    if getattr(value, "ndim", 0) and hasattr(value, "tolist"):  # value is a tensor or an array
         return list(value.tolist())
     return None
 
@@ -351,7 +351,7 @@ def resolve_protocol(protocol: object) -> Protocol:
         expected = f"a Protocol, an AttackSpec, a list of them, or one of {names}"
         pair = "; images and labels are a pair: evaluate(net, (images, labels))" if isinstance(protocol, Tensor) else ""
         raise TypeError(f"protocol: got {shown(protocol)}, expected {expected}{pair}")
-    if protocol in ("table3", "table4", "table5", "table7"):  # the paper evaluates them as Table 2
+    if protocol in ("table3", "table4", "table5", "table7"):  # the paper evaluates these tables like Table 2
         protocol = "table2"
     if protocol not in PROTOCOLS:
         hint = did_you_mean(protocol, PROTOCOLS)

@@ -153,7 +153,7 @@ def _batch_pairs(model: nn.Module, images: Tensor, logits: Tensor) -> tuple[tupl
     with torch.no_grad():
         alone = torch.cat([_logits(model(images[i : i + 1])) for i in range(few)])
         reverse = _logits(model(_laid_out(images.flip(0), images))).flip(0)
-        odd = 2 * few - 1  # an odd number of images come first, so that places change parity
+        odd = 2 * few - 1  # put an odd number of images first, so that places change parity
         before = (1 - images[:few]).repeat_interleave(2, dim=0)[:odd]
         batch = _laid_out(torch.cat([before, images, 1 - images[:few]]), images)
         larger = _logits(model(batch))[len(before) :][: len(images)]
@@ -292,7 +292,7 @@ def doubts(result: Evaluation, probe: Tensor, first: Behaviour) -> list[str]:
 
 def _coarse(result: Evaluation, dtype: torch.dtype) -> list[str]:
     """Return a note if a step of an attack is less than the spacing of pixels near 1 in this dtype."""
-    spacing = torch.finfo(dtype).eps / 2  # of the numbers between 0.5 and 1
+    spacing = torch.finfo(dtype).eps / 2  # spacing of the numbers between 0.5 and 1
     rough = [
         name
         for name, attack in zip(result.names, result.attacks, strict=True)

@@ -185,7 +185,7 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
     table, preset = TABLES[claim.table], PRESETS[claim.preset]
     try:
         results = gather(table, preset, claim.dataset, records)
-    except ValueError:  # no record belongs to this table
+    except ValueError:  # the records do not belong to this table
         return None
     names = [claim.row, claim.other] if claim.row else [row.name for row in results.rows]
     common = set.intersection(*(set(results.runs.get(name, {})) for name in names))

@@ -14,7 +14,7 @@ from odeadv.support.files import write_text
 from odeadv.support.progress import ProgressLine
 from odeadv.training import EpochResult
 
-_EVERY = 2.0  # seconds
+_EVERY = 2.0  # seconds between two lines
 
 
 class Metrics:

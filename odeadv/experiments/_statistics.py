@@ -120,12 +120,12 @@ class TwoWay:
         # The last bits of the fit depend on the processor. They are rounded away, so that pages have the same bytes on
         # every machine. (Accuracies are multiples of 1 / images, so many differences lie halfway between printed
         # digits.)
-        mean = round(float(weights @ self._fit), DIGITS) + 0.0  # no -0.0
+        mean = round(float(weights @ self._fit), DIGITS) + 0.0  # + 0.0 turns -0.0 into 0.0
         options = []
         if self.df:
             error = math.sqrt(self.variance * float(weights @ self._inverse @ weights))
             options.append((t_quantile(self.df) * error, error, float(self.df)))
-        if floor > 0:  # estimated from thousands of images, so the normal distribution is used
+        if floor > 0:  # the error comes from thousands of images, so use the normal distribution
             options.append((t_quantile(math.inf) * floor, floor, math.inf))
         if not options:
             return Contrast(mean, None, None, 0)

@@ -51,7 +51,7 @@ def _accuracies(results: Results) -> list[str]:
         values = [results.accuracies(run) for run in results.runs[row.name].values()]
         means = [statistics.fmean(value[key] for value in values) for key in ("acc", *(c.key for c in columns))]
         means.append(statistics.fmean(means[1:]))
-        pushed = parse_method(row.method).perturbation == "costate"  # s is defined for pushes along the costate only
+        pushed = parse_method(row.method).perturbation == "costate"  # s is defined only for pushes along the costate
         strength = results.strength(row) if pushed else None
         shown = "" if strength is None else f"{100 * strength:.2g}"
         rows.append([row.label, str(len(values)), *(f"{mean:.1f}" for mean in means), shown])

@@ -307,7 +307,7 @@ TABLES = {
                 *(Row(method, 0.4, weight_decay=2e-2) for method in ("pgd+lad", "pgd+lad-sm")),
                 Row("pgd+lad+input", 6.0, weight_decay=2e-2),  # s is about the s of LAD, which perturbs six times
                 *(Row(method, weight_decay=decay) for decay in _DECAYS for method in ("pgd", "pgd+lad-sm")),
-                Row("pgd+lad", weight_decay=5e-2),  # the best for plain PGD on validation images
+                Row("pgd+lad", weight_decay=5e-2),  # the best weight decay for plain PGD on validation images
             ),
             datasets=("cifar10",), autoattack_255=4.0, like="table2",
             primary=(

@@ -281,7 +281,7 @@ def _check(
     if validation is not None:
         if not isinstance(validation, (tuple, list)) or len(validation) != 2:
             raise TypeError(f"validation: got {type(validation).__name__}, expected a pair (images, labels)")
-        if isinstance(data, ImageDataset):  # its validation images must be pixels, too
+        if isinstance(data, ImageDataset):  # its validation images must also be pixels
             check_pixels("validation images", validation[0])
         class_indices("validation labels", validation[1], len(validation[0]))
         check_range("validation labels", validation[1], net.num_classes)
