@@ -44,9 +44,7 @@ def make_fabric(
     names = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
     choice("precision", precision, names)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*AMP with fp16 is not supported on CPU"
-        )  # an error follows
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # an error follows
         fabric = Fabric(
             accelerator=accelerator,
             devices=devices,
