@@ -1,7 +1,8 @@
-"""Networks that are fields: an ordinary module outside, dx/dt = f(t, x) inside.
+"""Networks that can be used as ordinary modules and as fields dx/dt = f(t, x).
 
-``net(images)`` maps images in [0, 1] to logits; ``net.field(images, labels, eta)`` is the same network as an
-`odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. Uses the solver and what is below it.
+``net(images)`` maps images in [0, 1] to logits. ``net.field(images, labels, eta)`` is the same network as an
+`odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. This folder imports the solver and the folders
+below it.
 """
 
 from odeadv.models._blocks import BlockNetwork, Bound, bind, from_blocks

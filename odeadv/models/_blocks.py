@@ -1,4 +1,4 @@
-"""Any network of stem, blocks and head as a field: from another package, of any state and any inputs."""
+"""Any network of stem, blocks and head as a field: also from another package, with any states and inputs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ def from_blocks(
 ) -> BlockNetwork:
     """Return the network head(blocks(stem(inputs))) as a field, with one block per unit of time.
 
-    ``net(inputs)`` is the plain network. ``net.field(inputs, targets, eta)`` is the field of Eq. 7 with dt = 1: a block
-    that keeps the shape and dtype of its state is the step x + f(x) with f = block(x) - x, so eta = 0 is the plain
-    network bit for bit. Every other block is a jump. Which blocks jump is found by running them once on the first
-    inputs, without gradients and without effect on buffers and random state; for inputs of another shape (apart from
-    the batch size) they are run once again.
+    ``net(inputs)`` is the plain network. ``net.field(inputs, targets, eta)`` is the field of Eq. 7 with dt = 1. A block
+    that keeps the shape and dtype of its state is the step x + f(x) with f(x) = block(x) - x. With eta = 0 the solve is
+    bit-identical to the plain network. All other blocks are jumps. To find the jumps, the network is run once on the
+    first inputs, without gradients and without effect on buffers and random state. It is run again for inputs of
+    another shape, except if only the batch size differs.
 
     Args:
-        stem: from inputs of any kind (images, tokens, vectors) to the first state, floating or complex.
-        blocks: from state to state, in the order of the network. A block must not write to its input. For a layer
-            that needs more arguments see `bind`.
-        head: from the last state to the output.
-        loss: ``loss(output, targets)``, a scalar tensor, such as ``torch.nn.functional.mse_loss``. The default is the
-            mean cross-entropy of logits (n, classes) with class numbers (n,) or probabilities (n, classes).
+        stem: module from inputs of any kind (images, tokens, vectors) to the first state, floating or complex.
+        blocks: modules from state to state, in the order of the network. A block must not write to its input. For a
+            layer that needs more arguments see `bind`.
+        head: module from the last state to the output.
+        loss: ``loss(output, targets)`` returns a scalar tensor, for example ``torch.nn.functional.mse_loss``. The
+            default is the mean cross-entropy of logits (n, classes) with class numbers (n,) or probabilities
+            (n, classes).
 
     Raises:
         TypeError, ValueError: if an argument does not fit. The message names the argument.
@@ -49,11 +50,11 @@ def from_blocks(
 
 @dataclass(frozen=True)
 class _BlockShapes:
-    """The result of running the blocks once.
+    """The shapes that one run of the network shows.
 
     Attributes:
-        jumps: for each block, whether it changes the state's shape or dtype.
-        output: shape of the head's output.
+        jumps: for each block, True if it changes the shape or dtype of the state.
+        output: shape of the output of the head.
     """
 
     jumps: tuple[bool, ...]
@@ -61,16 +62,16 @@ class _BlockShapes:
 
 
 class BlockNetwork(FieldNetwork):
-    """A network of any modules as a field; see `from_blocks` and `from_module`, which make it.
+    """A network of any modules as a field. `from_blocks` and `from_module` make it.
 
-    The modules are those that were given, not copies: training this network trains them.
+    The modules are not copied, so training this network trains the given modules.
 
     Attributes:
-        stem: from the inputs to the first state.
-        blocks: from state to state.
-        head: from the last state to the output.
+        stem: module from the inputs to the first state.
+        blocks: modules from state to state.
+        head: module from the last state to the output.
         loss: ``loss(output, targets)``; None for the mean cross-entropy.
-        names: how messages name the blocks.
+        names: names of the blocks in messages.
     """
 
     blocks: nn.ModuleList
@@ -100,16 +101,16 @@ class BlockNetwork(FieldNetwork):
             f"block {n} ({type(block).__name__})" if names is None else names[n] for n, block in enumerate(blocks)
         )
         self.t_span, self.dt = (0.0, float(len(self.blocks))), 1.0
-        # Only this flag is set. The modules keep their modes, for a network may have layers frozen in eval mode.
+        # Only this flag is set. The modules keep their modes, because a network may have layers frozen in eval mode.
         self.training = self.blocks.training = any(part.training for part in parts.values())
         self._layouts: dict[object, _BlockShapes] = {}
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # known once `field` was called
-        """Number of logits, the size of the output's last dimension.
+        """Number of logits, which is the size of the last dimension of the output.
 
         Raises:
-            AttributeError: before the first call of `field`, which finds it.
+            AttributeError: before the first call of `field`, because the number is not known yet.
         """
         if not self._layouts:
             raise AttributeError("num_classes")
@@ -123,11 +124,11 @@ class BlockNetwork(FieldNetwork):
         return self.readout(inputs)(x)
 
     def readout(self, inputs: Any) -> Callable[[Tensor], Tensor]:
-        """Return the head as it is on ``inputs``."""
+        """Return the head as a function of the last state, with arguments of `bind` evaluated on ``inputs``."""
         return _on(self.head, inputs)
 
     def dynamics(self, dt: float, inputs: Any) -> Operator:
-        """Return the field of which block k acts on [k, k + 1]."""
+        """Return the field as an operator with one piece per block: block k acts on the times [k, k + 1]."""
         pieces = [
             Jump(_on(block, inputs)) if jumps else Residual(_on(block, inputs), name=name)
             for block, jumps, name in zip(self.blocks, self._layout(inputs).jumps, self.names, strict=True)
@@ -135,10 +136,11 @@ class BlockNetwork(FieldNetwork):
         return Piecewise(pieces, range(len(pieces) + 1))
 
     def default_loss(self, targets: Any, inputs: Any) -> Loss:
-        """Return the network's own ``loss`` if it has one, or the mean cross-entropy, after checking the targets.
+        """Return the ``loss`` of the network. If it is None, check the targets and return the mean cross-entropy.
 
         Raises:
-            TypeError, ValueError: naming ``labels``; or ``loss``, if the output is not (n, classes).
+            TypeError, ValueError: if the targets do not fit, or if ``loss`` is None and the shape of the output is not
+                (n, classes).
         """
         loss = self.loss
         if loss is not None:
@@ -153,7 +155,7 @@ class BlockNetwork(FieldNetwork):
         return lambda logits: mean_cross_entropy(logits, targets)
 
     def _layout(self, inputs: Any) -> _BlockShapes:
-        """Return what running the network once on inputs of this shape shows."""
+        """Return the shapes for inputs like ``inputs``. Run the network only for the first inputs of a shape."""
         first = next(self.parameters(), None)
         kind, dtype = ("cpu", None) if first is None else (first.device.type, first.dtype)
         key = (_signature(inputs), torch.is_autocast_enabled(kind), dtype)
@@ -162,7 +164,7 @@ class BlockNetwork(FieldNetwork):
         return self._layouts[key]
 
     def _look(self, inputs: Any) -> _BlockShapes:
-        """Run the network without gradients and without effects.
+        """Run the network once, without gradients and without side effects, and return its shapes.
 
         Raises:
             TypeError: if the stem or a block does not return a state.
@@ -194,19 +196,19 @@ class BlockNetwork(FieldNetwork):
         return _BlockShapes(tuple(jumps), output.shape)
 
     def extra_repr(self) -> str:
-        """Return the loss, if one was given."""
+        """Return the loss as text, if a loss was given."""
         return "" if self.loss is None or isinstance(self.loss, nn.Module) else f"loss={self.loss!r}"
 
 
 def bind(module: nn.Module, /, *args: Any, **kwargs: Any) -> Bound:
-    """Return ``module`` with further arguments fixed, such as a mask: ``bind(layer, src_mask=mask)(x)``.
+    """Return ``module`` with fixed further arguments, such as a mask: ``bind(layer, src_mask=mask)(x)``.
 
     Args:
-        module: a layer, called as ``module(x, *args, **kwargs)``.
+        module: a layer, which is called as ``module(x, *args, **kwargs)``.
         args: arguments after the state.
-        kwargs: arguments by name. A tensor becomes a buffer: it moves with the network, but is not part of its weights.
-            A function is called with the inputs of the network in every pass, for a mask that depends on them:
-            ``bind(layer, src_key_padding_mask=lambda tokens: tokens == 0)``. It works for blocks and heads.
+        kwargs: arguments by name. A tensor becomes a buffer: it moves with the network, but is not one of its weights.
+            A function is called with the inputs of the network in every pass. Use it for a mask that depends on the
+            inputs: ``bind(layer, src_key_padding_mask=lambda tokens: tokens == 0)``. It works for blocks and heads.
 
     Raises:
         TypeError: if ``module`` is not a module.
@@ -215,7 +217,7 @@ def bind(module: nn.Module, /, *args: Any, **kwargs: Any) -> Bound:
 
 
 class Bound(nn.Module):
-    """A module whose arguments after the first one are fixed; see `bind`."""
+    """A module with fixed arguments after the first argument; see `bind`."""
 
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -223,7 +225,7 @@ class Bound(nn.Module):
             raise TypeError(f"module: got {type(module).__name__}, expected a torch.nn.Module")
         self.module = module
         self.training = module.training
-        # Names of buffers (for tensors) or the values themselves, in the order of the call.
+        # Pairs of the name of a buffer ("" for other values) and the value (None for a buffer), see `_keep`.
         self._positions: list[tuple[str, Any]] = [self._keep(f"argument{n}", value) for n, value in enumerate(args, 1)]
         self._names: dict[str, tuple[str, Any]] = {name: self._keep(name, value) for name, value in kwargs.items()}
 
@@ -244,7 +246,7 @@ class Bound(nn.Module):
         return value
 
     def on(self, *inputs: Any) -> Callable[[Tensor], Any]:
-        """Return the module with its fixed arguments, of which functions are evaluated on ``inputs``."""
+        """Return the module with its fixed arguments. Arguments that are functions are evaluated on ``inputs``."""
         args = [self._value(kept, inputs) for kept in self._positions]
         kwargs = {name: self._value(kept, inputs) for name, kept in self._names.items()}
         if not args:
@@ -257,12 +259,12 @@ class Bound(nn.Module):
 
 
 def _on(module: nn.Module, inputs: Any) -> Callable[[Tensor], Any]:
-    """Return ``module`` as a function of the state, on these inputs of the network."""
+    """Return ``module`` as a function of the state, for these inputs of the network."""
     return module.on(inputs) if isinstance(module, Bound) else module
 
 
 def _signature(inputs: Any) -> object:
-    """Return what the shapes of the states may depend on: shapes (without the batch size), dtypes and structure."""
+    """Return shapes (without the batch size), dtypes and structure of ``inputs``. They decide the shapes of states."""
     if isinstance(inputs, Tensor):
         return inputs.shape[1:], inputs.dtype
     if isinstance(inputs, dict):

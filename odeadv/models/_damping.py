@@ -1,4 +1,4 @@
-"""Damped residual blocks, the baselines of Yang et al. 2020, with one learned scalar per block. They are fields too."""
+"""Damped residual blocks with one learned scalar per block, the baselines of Yang et al. 2020."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DampingKind = Literal["damp", "lambda-damp"]
 
 
 class Damping(nn.Module):
-    """Damps a residual f(x), with strength lambda >= 0 from a learned scalar ``k``.
+    """Damps a residual f(x). The strength lambda >= 0 depends on a learned scalar k.
 
     Attributes:
-        span: the interval from which k is drawn uniformly.
+        span: interval of the uniform distribution of the initial k.
         k: the learned scalar.
     """
 
@@ -38,12 +38,15 @@ class Damping(nn.Module):
         raise NotImplementedError
 
     def forward(self, f: Float[Tensor, "n c h w"], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Return the velocity at ``x``, given the residual ``f`` there."""
+        """Return the velocity at the state ``x``, from the residual ``f`` at the same state."""
         raise NotImplementedError
 
 
 class Damp(Damping):
-    """In-ResNet: velocity f - lambda x, so x_{n+1} = f_n(x_n) + (1 - lambda_n) x_n, lambda = relu(1 - k)."""
+    """The damping of In-ResNet: the velocity is f - lambda x, with lambda = relu(1 - k).
+
+    The step of block n is x_{n+1} = f_n(x_n) + (1 - lambda_n) x_n.
+    """
 
     span = (0.75, 0.8)
 
@@ -58,9 +61,9 @@ class Damp(Damping):
 
 
 class LambdaDamp(Damping):
-    """lambda-In-ResNet: velocity (1 + lambda) f - lambda x, x_{n+1} = (1 + lambda_n) f_n + (1 - lambda_n) x_n.
+    """The damping of lambda-In-ResNet: the velocity is (1 + lambda) f - lambda x, with lambda = relu(k).
 
-    lambda = relu(k).
+    The step of block n is x_{n+1} = (1 + lambda_n) f_n(x_n) + (1 - lambda_n) x_n.
     """
 
     span = (0.2, 0.25)
@@ -80,10 +83,10 @@ _KINDS: dict[str, type[Damping]] = {"damp": Damp, "lambda-damp": LambdaDamp}
 
 
 def make_damping(kind: DampingKind | None) -> Damping | None:
-    """Return the damping called ``kind``, with its k not drawn yet; None for None.
+    """Return the damping with the name ``kind``, or None for None. Draw its k later by `Damping.initialise`.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if the name is unknown.
     """
     if kind is None:
         return None

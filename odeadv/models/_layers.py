@@ -1,4 +1,4 @@
-"""Layers of the image networks: the stem, the convolution, and how both are initialised."""
+"""Layers of the image networks: the stem, the convolution, and their initialisation."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Means and standard deviations of the pixels of CIFAR-10's training set, per channel, in [0, 1].
+# Mean and standard deviation of the pixels of the training set of CIFAR-10, per channel, for pixels in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class Stem(nn.Module):
-    """Normalisation and the first convolution: images in [0, 1] to the state x_0.
+    """Normalises images in [0, 1] and maps them by the first convolution to the state x_0.
 
     Args:
-        width: channels of the state.
-        mean, std: per-channel constants in [0, 1], part of the model so that attacks work on pixels.
+        width: number of channels of the state.
+        mean, std: mean and standard deviation per channel. They are part of the model, so attacks work on pixels.
 
     Raises:
         ValueError: if ``mean`` and ``std`` have different lengths.
@@ -41,10 +41,10 @@ class Stem(nn.Module):
         self.conv = conv(len(mean), width, 3, 1)
 
     def check(self, images: object) -> None:
-        """Reject anything but a batch of floating-point images with the stem's number of channels.
+        """Raise an error unless ``images`` is a batch of floating-point images with the right number of channels.
 
         Raises:
-            TypeError, ValueError: naming ``images``.
+            TypeError, ValueError: if ``images`` does not fit.
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
@@ -55,7 +55,7 @@ class Stem(nn.Module):
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
         """Return x_0 of ``images``."""
-        # Without this check the constants would repeat a single channel. The proxies of torch.fx are not tensors.
+        # Without this check a single channel would be broadcast to all channels. Proxies of torch.fx are not tensors.
         if isinstance(images, Tensor) and images.shape[1] != self.conv.in_channels:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected {self._expected}")
         x: Tensor = self.conv((images - self.mean) / self.std)
@@ -69,13 +69,13 @@ class Stem(nn.Module):
 class _Strided1x1(nn.Conv2d):
     """A strided 1x1 convolution, computed without a stride on the pixels that it uses.
 
-    The numbers are the same. oneDNN's strided kernel writes outside its memory in the weight gradient of a
-    channels_last image with fewer than 8 channels, on a CPU with AVX2 only (seen in torch 2.14.1).
+    The values are the same. The reason is an error of oneDNN (seen in torch 2.14.1): on a CPU with AVX2 only, its
+    strided kernel writes outside its memory in the weight gradient of a channels_last image with fewer than 8 channels.
     """
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h2 w2"]:
         """Return the convolution of ``x``."""
-        # Pooling with windows of one pixel selects pixels as slicing does, but its backward pass keeps the layout.
+        # Pooling with windows of one pixel selects pixels, like slicing, but its backward pass keeps the memory layout.
         return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight)
 
 
@@ -86,7 +86,11 @@ def conv(channels_in: int, channels_out: int, size: int, stride: int) -> nn.Conv
 
 
 def initialise(net: nn.Module, generator: torch.Generator | None) -> None:
-    """Draw convolutions from N(0, 2 / (k k out)) and linear layers from U(+-1 / sqrt(in)); set biases to 0."""
+    """Draw the weights of convolutions and linear layers, and set biases to 0.
+
+    Convolutions with kernels of k x k pixels are drawn from N(0, 2 / (k k channels_out)). Linear layers are drawn from
+    the uniform distribution on (-1 / sqrt(features_in), 1 / sqrt(features_in)).
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -25,9 +25,9 @@ class FlatStem(nn.Module):
     """Normalise images in [0, 1], flatten them and map them to the state x_0.
 
     Args:
-        image_size: Height and width of the images, in pixels.
-        width: Number of features of the state.
-        mean, std: Normalisation constants per channel, in [0, 1].
+        image_size: height and width of the images, in pixels.
+        width: number of features of the state.
+        mean, std: mean and standard deviation per channel, for pixels in [0, 1].
     """
 
     mean: Tensor
@@ -43,10 +43,10 @@ class FlatStem(nn.Module):
         self.linear = nn.Linear(len(mean) * image_size**2, width)
 
     def check(self, images: object) -> None:
-        """Reject anything but a batch of floating-point images of the stem's size.
+        """Raise an error unless ``images`` is a batch of floating-point images of the right size.
 
         Raises:
-            TypeError, ValueError: naming ``images``.
+            TypeError, ValueError: if ``images`` does not fit.
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
@@ -64,10 +64,10 @@ class FlatStem(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """x -> x + f(x) with f = linear, ReLU, linear.
+    """The block x -> x + f(x) with f = linear, ReLU, linear.
 
     Args:
-        width: Number of features of the state and of the hidden layer.
+        width: number of features of the state and of the hidden layer.
     """
 
     def __init__(self, width: int) -> None:
@@ -87,16 +87,16 @@ class MlpBlock(nn.Module):
 class ResidualMlp(FieldNetwork):
     """A residual network without convolutions: a linear stem, equal blocks x + f(x), and a linear head.
 
-    ``head(blocks(stem(images)))`` is ``net(images)`` exactly; block ``k`` is the step from t = k to k + 1. The network
-    does not use batch statistics, so training and evaluation mode are the same.
+    ``net(images)`` equals ``head(blocks(stem(images)))`` exactly. Block k is the step from t = k to t = k + 1. The
+    network does not use batch statistics, so training and evaluation mode are the same.
 
     Args:
-        blocks: Number of blocks.
-        width: Number of features of the state.
-        num_classes: Number of logits.
-        image_size: Height and width of the images, in pixels.
-        mean, std: Normalisation constants per image channel.
-        generator: Source of the initial weights; the global random state if not given.
+        blocks: number of blocks.
+        width: number of features of the state.
+        num_classes: number of logits.
+        image_size: height and width of the images, in pixels.
+        mean, std: mean and standard deviation per channel, for pixels in [0, 1].
+        generator: source of the initial weights; by default the global random state.
 
     Raises:
         TypeError, ValueError: if an argument does not fit. The message names the argument.
@@ -133,7 +133,7 @@ class ResidualMlp(FieldNetwork):
         initialise(self, generator)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Return the logits of ``images``, which lie in [0, 1]."""
+        """Return the logits of ``images`` with pixels in [0, 1]."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
@@ -141,20 +141,20 @@ class ResidualMlp(FieldNetwork):
         return logits
 
     def check_inputs(self, inputs: Any) -> None:
-        """Reject anything but a batch of images of the right size, naming ``images``."""
+        """Raise an error unless ``inputs`` is a batch of images of the right size. The message names ``images``."""
         self.stem.check(inputs)
 
     def dynamics(self, dt: float, inputs: Any = None) -> Operator:
-        """Return block k on [k, k + 1] as a field; it depends neither on ``dt`` nor on ``inputs``."""
+        """Return an operator with block k on the times [k, k + 1]. ``dt`` and ``inputs`` have no effect."""
         return Piecewise([_piece(block) for block in self.blocks], range(len(self.blocks) + 1))
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain values from which `odeadv.models.build` makes an equal architecture."""
+        """The arguments of the network as plain values. `odeadv.models.build` makes the same network architecture."""
         return copy.deepcopy(self._config)
 
     def extra_repr(self) -> str:
-        """Return the arguments that made the network."""
+        """Return the arguments as text."""
         return ", ".join(f"{name}={self._config[name]}" for name in ("blocks", "width", "num_classes", "image_size"))
 
 
@@ -173,5 +173,5 @@ def residual_mlp(
     std: Sequence[float] = CIFAR10_STD,
     generator: torch.Generator | None = None,
 ) -> ResidualMlp:
-    """Return a `ResidualMlp`; see there."""
+    """Return a `ResidualMlp` with these arguments."""
     return ResidualMlp(blocks, width, num_classes, image_size=image_size, mean=mean, std=std, generator=generator)

@@ -1,4 +1,4 @@
-"""What a trainer, an attack or an evaluation may rely on: a network that is a field and carries its problem."""
+"""The interface of networks that are fields, on which training, attacks and evaluation rely."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ TargetLoss = Callable[[Any, Any], Tensor]
 
 @runtime_checkable
 class Network(Protocol):
-    """All that training, attacks and evaluation ask of a network: inputs to outputs, and the same as a field.
+    """The interface of a network for training, attacks and evaluation.
 
-    Any `torch.nn.Module` with `num_classes`, `solve_options` and `field` fits. The other methods are those of every
-    module; they are listed for type checkers.
-    ``net(inputs)`` equals ``odeadv.solve(net.field(inputs, targets), **net.solve_options).output``.
+    Any `torch.nn.Module` with `num_classes`, `solve_options` and `field` fits. Every module has the other methods,
+    which are listed for type checkers only. The outputs ``net(inputs)`` equal ``odeadv.solve(net.field(inputs,
+    targets), **net.solve_options).output``.
     """
 
     @property
@@ -39,7 +39,7 @@ class Network(Protocol):
 
     @property
     def solve_options(self) -> Mapping[str, Any]:
-        """Keywords for `odeadv.solve` that belong to `field`; a trainer passes them on."""
+        """Arguments for `odeadv.solve` that belong to `field`. A trainer passes them on."""
         ...
 
     def forward(self, images: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Network(Protocol):
         ...
 
     def field(self, images: Tensor, labels: Tensor, eta: float = 0.0, *, loss: Loss | None = None) -> AdversarialField:
-        """Return the network as the field of Eq. 7, carrying its problem."""
+        """Return the network as the field of Eq. 7. The field contains its problem."""
         ...
 
     def __call__(self, images: Tensor) -> Any:
@@ -80,9 +80,10 @@ class Network(Protocol):
 
 
 class FieldNetwork(nn.Module):
-    """The network head(x(T)) with dx/dt = f(t, x) and x(0) = stem(inputs), solved in steps of ``dt``.
+    """The network head(x(T)) with dx/dt = f(t, x) and x(0) = stem(inputs), solved in steps of ``dt`` up to the time T.
 
-    All models are subclasses. A subclass defines f in `dynamics` and sets the attributes below.
+    All models are subclasses. A subclass defines f in `dynamics`, and sets the attributes ``stem``, ``head``,
+    ``num_classes``, ``t_span`` and ``dt``.
     """
 
     stem: nn.Module
@@ -94,30 +95,30 @@ class FieldNetwork(nn.Module):
 
     @property
     def solve_options(self) -> dict[str, Any]:
-        """Keywords for `odeadv.solve` that belong to `field`; a trainer passes them on."""
+        """Arguments for `odeadv.solve` that belong to `field`. A trainer passes them on."""
         return options_for(self.substep)
 
     def dynamics(self, dt: float, inputs: Any) -> Operator:
         """Return f as an operator that will be solved in steps of ``dt``.
 
         Args:
-            dt: only noise depends on it.
-            inputs: only a network of any blocks depends on them, whose shapes they decide.
+            dt: step size. Only noise depends on it.
+            inputs: inputs of the network. Only a `BlockNetwork` depends on them, because they decide which blocks jump.
         """
         raise NotImplementedError
 
     def readout(self, inputs: Any) -> Callable[[Tensor], Tensor]:
-        """Return the map from the last state to the output on ``inputs``: the head."""
+        """Return the map from the last state to the output, which is the head, for these ``inputs``."""
         return self.head
 
     def check_inputs(self, inputs: Any) -> None:
-        """Reject inputs that the stem cannot take, naming the argument. Here every input is accepted."""
+        """Raise an error if the stem cannot take ``inputs``. This default accepts all inputs."""
 
     def default_loss(self, targets: Any, inputs: Any) -> Loss:
-        """Return the loss of the outputs, the mean cross-entropy with ``targets``, after checking these.
+        """Check ``targets``, and return the mean cross-entropy with them as a function of the logits.
 
         Raises:
-            TypeError, ValueError: naming ``labels``.
+            TypeError, ValueError: if the targets do not fit. The message names ``labels``.
         """
         check_targets(targets, inputs, self.num_classes)
         return lambda logits: mean_cross_entropy(logits, targets)
@@ -130,40 +131,40 @@ class FieldNetwork(nn.Module):
         *,
         loss: Loss | None = None,
     ) -> AdversarialField:
-        """Return the network as the field of Eq. 7, carrying its problem: x0 = stem(images), time span and steps.
+        """Return the network as the field of Eq. 7 with its problem: x0 = stem(images), time span and steps.
 
-        The loss is the cross-entropy of the head's logits, averaged over the batch. eta scales the gradient of that
-        mean, so eta / batch_size is the invariant: the paper's eta = 50 (CIFAR-10) and 1000 (CIFAR-100) belong to
-        batches of 128. ``odeadv.solve(net.field(images, labels, eta), scheme="lie")`` is Eq. 5.
+        The loss is the cross-entropy of the logits, averaged over the batch. eta multiplies the gradient of this mean.
+        For another batch size, keep eta / batch_size constant: the paper's eta = 50 (CIFAR-10) and 1000 (CIFAR-100)
+        belong to batches of 128. ``odeadv.solve(net.field(images, labels, eta), scheme="lie")`` is Eq. 5.
 
         Args:
-            images: the inputs of the network; images lie in [0, 1].
-            labels: class numbers (n,), int64, or probabilities (n, classes), as soft labels and mixup have them.
+            images: the inputs of the network, with n samples. Pixels are in [0, 1].
+            labels: class numbers (n,), int64, or probabilities (n, classes) for soft labels and mixup.
             eta: strength of the costate.
-            loss: ``loss(logits)``, a scalar tensor, instead of the mean cross-entropy; then ``labels`` is ignored.
-                eta scales the gradient of that loss as it is.
+            loss: ``loss(logits)`` returns a scalar tensor. It replaces the mean cross-entropy, and ``labels`` is then
+                ignored. eta multiplies the gradient of this loss without normalisation.
 
         Raises:
             TypeError: if images are not floating-point, labels have another dtype, or ``loss`` is not callable.
-            ValueError: if the images' channels or the labels do not fit.
+            ValueError: if the number of channels or the labels do not fit.
         """
         return adversarial_field(self, images, labels, eta, loss, self.dt)
 
 
 class ImageNetwork(FieldNetwork):
-    """A `FieldNetwork` of images in [0, 1], whose `Stem` normalises them."""
+    """A `FieldNetwork` for images in [0, 1]. Its `Stem` normalises the images."""
 
     stem: Stem
 
     def check_inputs(self, inputs: Any) -> None:
-        """Reject anything but a batch of images, naming ``images``."""
+        """Raise an error unless ``inputs`` is a batch of images. The message names ``images``."""
         self.stem.check(inputs)
 
 
 def adversarial_field(
     net: FieldNetwork, inputs: Any, targets: Any, eta: float, loss: Loss | None, dt: float
 ) -> AdversarialField:
-    """Return `FieldNetwork.field` of ``net`` with steps of ``dt``."""
+    """Return the field of ``net`` with steps of ``dt``, see `FieldNetwork.field`."""
     net.check_inputs(inputs)
     return AdversarialField(
         net.dynamics(dt, inputs),
@@ -177,7 +178,7 @@ def adversarial_field(
 
 
 def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchDiffEq) -> Tensor:
-    """Return x(T) of the plain field of ``net``, in steps of ``dt``."""
+    """Return the final state x(T) of the plain field of ``net``, solved in steps of ``dt``."""
     net.check_inputs(inputs)
     field = VectorField({"f": net.dynamics(dt, inputs)}, Problem(net.stem(inputs), net.t_span, dt))
     final: Tensor = solve(field, substep=substep).xs[-1]
@@ -185,17 +186,18 @@ def final_state(net: FieldNetwork, inputs: Any, dt: float, substep: str | TorchD
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in at least float32: in half precision the mean would lose most digits."""
-    if targets.is_inference():  # labels made in inference mode cannot be saved for the recording's backward pass
+    """Return the mean cross-entropy, in float32 at least, because the mean would lose most digits in 16 bits."""
+    if targets.is_inference():  # autograd cannot save labels from inference mode for the backward pass of a recording
         targets = targets.clone()
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
 def options_for(substep: str | TorchDiffEq) -> dict[str, Any]:
-    """Return the keywords for `odeadv.solve` on an adversarial field whose f is advanced by ``substep``.
+    """Return the arguments for `odeadv.solve` on an `AdversarialField` if ``substep`` advances f.
 
-    The costate is integrated by the same rule. With a method of torchdiffeq it is integrated by Simpson's rule, which
-    is exact for linear and Hermite costates. Euler is the default of `odeadv.solve` and is left out.
+    The costate is integrated by the same rule. If ``substep`` is a method of torchdiffeq, the costate is integrated by
+    Simpson's rule, which is exact for linear and Hermite costates. Euler is the default of `odeadv.solve`, and is left
+    out.
     """
     if substep == "euler":
         return {}
@@ -205,10 +207,10 @@ def options_for(substep: str | TorchDiffEq) -> dict[str, Any]:
 
 
 def read_substep(substep: str | TorchDiffEq | Mapping[str, Any]) -> str | TorchDiffEq:
-    """Return the sub-step of a model, given as a name, a `TorchDiffEq`, or the arguments of a `TorchDiffEq`.
+    """Return the sub-step of a model. It is given as a name, a `TorchDiffEq`, or the arguments of a `TorchDiffEq`.
 
     Raises:
-        TypeError, ValueError: naming ``substep``.
+        TypeError, ValueError: if ``substep`` is not a sub-step that can advance a network.
     """
     if isinstance(substep, Mapping):
         try:
@@ -225,7 +227,7 @@ def read_substep(substep: str | TorchDiffEq | Mapping[str, Any]) -> str | TorchD
 
 
 def plain_substep(substep: str | TorchDiffEq) -> str | dict[str, Any]:
-    """Return ``substep`` as plain values that `read_substep` understands."""
+    """Return ``substep`` as plain values that `read_substep` accepts."""
     if isinstance(substep, str):
         return substep
     values = {field.name: getattr(substep, field.name) for field in dataclasses.fields(substep)}
@@ -240,15 +242,16 @@ def batch_size(inputs: Any) -> int:
 
 
 def check_targets(labels: Any, inputs: Any, num_classes: int | None) -> None:
-    """Reject labels that are neither class numbers nor probabilities of the classes, one per input.
+    """Raise an error unless ``labels`` are class numbers, or probabilities of the classes, one per input.
 
     Args:
-        labels: what the caller gave.
+        labels: the labels that the caller gave.
         inputs: the batch, a tensor or a structure of tensors.
-        num_classes: number of logits, if known.
+        num_classes: number of logits; None if it is not known.
 
     Raises:
-        TypeError, ValueError: naming ``labels``, or ``images`` if there are none.
+        TypeError, ValueError: if the labels do not fit, or the batch is empty. The message names ``labels`` or
+            ``images``.
     """
     count = batch_size(inputs)
     if not count:
@@ -266,7 +269,7 @@ def check_targets(labels: Any, inputs: Any, num_classes: int | None) -> None:
         )
     if labels.shape != (count,):
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({count},), one class number per input")
-    # On a GPU the comparison would wait for the device in every step, unless it is read later.
+    # On a GPU the comparison would wait for the device in every step. It is done there only if it can be read later.
     if num_classes is not None and (labels.device.type == "cpu" or is_deferring()):
         low, high = labels.min(), labels.max()
         if not holds((low >= 0) & (high < num_classes)):

@@ -1,4 +1,4 @@
-"""Gaussian noise on the state of a residual network (Wang et al. 2019, arXiv:1811.10745), and averaging over it."""
+"""Gaussian noise on the state of a residual network (Wang et al. 2019, arXiv:1811.10745), and means over noise."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ DEFAULT_STD = 0.1
 class Noise(nn.Module):
     """The diffusion term of a block: noise on the residual sum x + dt f(x), drawn from torch's global random state.
 
-    Like dropout, it is on in training mode and off in evaluation mode unless `at_inference` is set. A recording pass
-    restores the random state, so the pass after it draws the same noise.
+    Like dropout, the noise is on in training mode, and off in evaluation mode unless `at_inference` is set. A recording
+    pass restores the random state, so the next pass draws the same noise.
 
     Args:
         std: standard deviation over a unit of time.
-        kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum, which is taken over the whole
-            batch tensor and treated as a constant.
+        kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum. This deviation is taken over the
+            whole batch tensor, and gradients do not pass through it.
 
     Attributes:
-        at_inference: whether the noise is on in evaluation mode too.
-        shared: whether all images of a batch share one draw; relative noise then follows each image's own sum.
+        at_inference: True if the noise is on in evaluation mode too.
+        shared: True if all images of a batch get the same noise. Relative noise is then relative to the sum of each
+            image.
     """
 
     def __init__(self, std: float, kind: NoiseKind) -> None:
@@ -44,14 +45,14 @@ class Noise(nn.Module):
 
     @property
     def active(self) -> bool:
-        """True if there is noise now."""
+        """True if the noise is on in the current mode."""
         return self.training or self.at_inference
 
     def forward(
         self, x: Float[Tensor, "n c h w"], f: Float[Tensor, "n c h w"], dt: float = 1.0
     ) -> Float[Tensor, "n c h w"]:
-        """Return the noise to add to the velocity ``f`` at ``x``: an Euler step of ``dt`` adds std sqrt(dt) N(0, 1)."""
-        # A contiguous draw in at least float32 is several times faster, and its numbers do not depend on f's layout.
+        """Return the noise for the velocity ``f`` at ``x``. An Euler step of ``dt`` then adds std sqrt(dt) N(0, 1)."""
+        # A contiguous draw in float32 is several times faster, and its values do not depend on the memory layout of f.
         shape = (1, *f.shape[1:]) if self.shared else f.shape
         drawn = torch.randn(shape, dtype=torch.promote_types(f.dtype, torch.float32), device=f.device)
         with torch.no_grad():
@@ -64,7 +65,7 @@ class Noise(nn.Module):
             return torch.empty_like(f).copy_(drawn)
 
     def extra_repr(self) -> str:
-        """Return the arguments that made it."""
+        """Return the arguments as text."""
         return f"std={self.std:g}, kind={self.kind!r}"
 
 
@@ -74,10 +75,10 @@ def make_noise(std: float, kind: NoiseKind) -> Noise | None:
 
 
 def read_noise(noise: float | bool, kind: str) -> tuple[float, NoiseKind]:
-    """Return standard deviation and kind; True means the paper's 0.1.
+    """Return standard deviation and kind of the noise. If ``noise`` is True, the deviation is 0.1, as in the paper.
 
     Raises:
-        TypeError, ValueError: naming ``noise`` or ``noise_kind``.
+        TypeError, ValueError: if ``noise`` or ``kind`` does not fit. The message names ``noise`` or ``noise_kind``.
     """
     chosen: NoiseKind = choice("noise_kind", kind, get_args(NoiseKind))  # type: ignore[assignment]  # checked
     if isinstance(noise, bool):
@@ -86,10 +87,10 @@ def read_noise(noise: float | bool, kind: str) -> tuple[float, NoiseKind]:
 
 
 def noises_of(net: nn.Module) -> list[Noise]:
-    """Return the noises in ``net``.
+    """Return all `Noise` modules of ``net``.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if ``net`` has no `Noise` module.
     """
     found = [module for module in net.modules() if isinstance(module, Noise)]
     if not found:
@@ -104,32 +105,32 @@ def averaged(
     *,
     recompute: bool = True,
 ) -> Averaged:
-    """Return the mean of ``passes`` forward passes of a random network as a network. See `Averaged`."""
+    """Return a network that averages ``passes`` forward passes of the random network ``net``. See `Averaged`."""
     return Averaged(net, passes, generator, recompute=recompute)
 
 
 class Averaged(nn.Module):
-    """Logits averaged over forward passes of a random network in evaluation mode.
+    """Averages the logits over forward passes of a random network in evaluation mode.
 
-    ``net`` is a network made with ``noise``, whose noise is switched on, or any other module that draws from torch's
-    global random state in evaluation mode (random transformations, noise, ``dropout(x, training=True)``).
+    ``net`` is a network made with ``noise``, and its noise is switched on. Or it is any other module that draws from
+    torch's global random state in evaluation mode (random transformations, noise, ``dropout(x, training=True)``).
 
-    The mean is differentiable, so an attack sees the mean over the noise (EOT, Athalye et al. 2018, arXiv:1707.07397).
-    A call leaves modes, statistics and the global random state as they were. The weights are shared with ``net``.
+    The mean is differentiable, so an attack uses the mean over the noise (EOT, Athalye et al. 2018, arXiv:1707.07397).
+    A call does not change modes, statistics or the global random state. The weights are shared with ``net``.
 
     Args:
         net: any module from images to logits.
         passes: number of forward passes.
-        generator: a seed (None means 0) or a CPU generator. With a seed every call draws the same noise, one draw per
-            pass and block, shared by all images of the batch (relative noise follows each image's own sum). The
-            logits are then a function of the image, which an attack can follow. A module without `Noise` is run by
-            ``torch.func.vmap``, or image by image, which is slow, if vmap cannot run it. With a generator every call
-            draws new noise for every image, and an equal generator repeats the same sequence of calls.
-        recompute: if gradients are needed, keep the graph of one pass at a time and run each pass again in the
-            backward pass. It takes the memory of one pass, and a third more time. Logits and gradients are the same.
+        generator: a seed (None means 0) or a CPU generator. With a seed, every call draws the same noise, and all
+            images of the batch share it, so the logits are a function of the image that an attack can use. (Relative
+            noise is relative to the sum of each image.) A module without `Noise` is then run by ``torch.func.vmap``. If
+            vmap cannot run it, it is run image by image, which is slow. With a generator, every call draws new noise
+            for every image. A generator in the same state repeats the same sequence of calls.
+        recompute: True keeps the graph of one pass at a time if gradients are needed, and runs each pass again in the
+            backward pass. It needs the memory of one pass and a third more time. Logits and gradients are the same.
 
     Raises:
-        TypeError: if ``passes`` is not an integer, or ``generator`` is none of these.
+        TypeError: if ``passes`` is not an integer, or ``generator`` is not a seed, a generator or None.
         ValueError: if ``passes`` is below 1.
     """
 
@@ -155,7 +156,7 @@ class Averaged(nn.Module):
         return count
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Return the mean logits of ``images``, which lie in [0, 1]."""
+        """Return the mean logits of ``images`` with pixels in [0, 1]."""
         given = self.generator
         source = given if isinstance(given, torch.Generator) else torch.Generator().manual_seed(given)
         seeds = torch.randint(2**62, (self.passes,), generator=source).tolist()
@@ -184,23 +185,23 @@ class Averaged(nn.Module):
         return logits
 
     def _one_draw(self, images: Tensor, seed: int) -> Tensor:
-        """Return logits with the same random numbers for every image, whatever its place in the batch."""
+        """Return logits with the same random numbers for every image, at any place in the batch."""
         run = torch.func.vmap(lambda image: self.net(image[None])[0], randomness="same")
         try:
             with _seeded(seed, images.device):
                 logits: Tensor = run(images)
             return logits
-        except RuntimeError:  # vmap does not run every module, for example one that branches on values
+        except RuntimeError:  # vmap cannot run all modules, for example a module that branches on values
             return torch.cat([self._drawn(image, seed) for image in torch.split(images, 1)])
 
     def extra_repr(self) -> str:
-        """Return the arguments that made it."""
+        """Return the arguments as text."""
         return f"passes={self.passes}"
 
 
 @contextlib.contextmanager
 def noisy(net: nn.Module, *, shared: bool = False) -> Iterator[None]:
-    """Switch the noise on inside, in any mode of ``net``; if ``shared``, all images of a batch share one draw."""
+    """Run the body with the noise of ``net`` on, in any mode. If ``shared``, all images get the same noise."""
     before = [(noise, noise.at_inference, noise.shared) for noise in noises_of(net)]
     try:
         for noise, _, _ in before:
@@ -213,7 +214,7 @@ def noisy(net: nn.Module, *, shared: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global random state of the CPU and of ``device`` inside, and restore it."""
+    """Run the body with the global random state of the CPU and of ``device`` seeded, then restore this state."""
     cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)

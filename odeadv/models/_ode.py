@@ -1,8 +1,8 @@
 """A network of continuous depth: a time-dependent convolutional field between a stem and a head.
 
-The field is that of the neural ODEs of Chen et al. 2018 (arXiv:1806.07366): GroupNorm, and t as one more channel of
-every convolution. A single segment is a homeomorphism, which cannot separate every pair of sets (Dupont et al. 2019,
-arXiv:1904.01681). Several stages joined by jumps, or more channels than the images have, lift that limit.
+The field is the field of the neural ODEs of Chen et al. 2018 (arXiv:1806.07366): GroupNorm, and the time t as an extra
+channel of every convolution. The flow of a single segment is a homeomorphism, which cannot separate all pairs of sets
+(Dupont et al. 2019, arXiv:1904.01681). Several stages joined by jumps, or extra channels, do not have this limit.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class ConvField(nn.Module):
-    """f(t, x): GN-ReLU-conv3x3-GN-ReLU-conv3x3-GN. The time t is one more input channel of both convolutions.
+    """The velocity f(t, x) = GN-ReLU-conv3x3-GN-ReLU-conv3x3-GN. The time t is an extra input channel of each conv.
 
-    Callable as ``f(t, x)``, so it runs in any ODE solver.
+    It is called as ``f(t, x)``, so any ODE solver can use it.
 
     Args:
-        channels: of the state.
+        channels: number of channels of the state.
     """
 
     def __init__(self, channels: int) -> None:
@@ -51,10 +51,10 @@ class ConvField(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Twice the channels on half the grid: a residual block with a projection, the jump between two segments.
+    """The jump between two segments: a residual block with a projection, to twice the channels and half the grid.
 
     Args:
-        channels: before; twice as many after.
+        channels: number of channels of the input. The output has twice as many.
     """
 
     def __init__(self, channels: int) -> None:
@@ -71,25 +71,25 @@ class Downsample(nn.Module):
 
 
 class OdeNet(ImageNetwork):
-    """The network head(x(T)), where x solves dx/dt = f(t, x) from x(0) = stem(images).
+    """The network head(x(T)), with the solution x of dx/dt = f(t, x) from x(0) = stem(images) to the final time T.
 
-    There are ``stages`` segments of length ``t_end``. Each has its own `ConvField` f and its own clock, from 0 to
-    ``t_end``. A jump between two segments halves the grid and doubles the channels; it takes one step of time,
-    t_end / steps. No layer depends on the rest of the batch, so running statistics are not needed.
+    The network has ``stages`` segments of length ``t_end``. Each segment has a separate `ConvField` f and a separate
+    clock from 0 to ``t_end``. A jump between two segments halves the grid and doubles the channels. It takes the time
+    of one step, t_end / steps. The layers do not use batch statistics, so training and evaluation mode are the same.
 
     ``net(images)`` is the solve by ``substep``. ``net.field`` is Eq. 7 on the same steps, so this network is trained
-    as a residual network is: ``odeadv.solve(net.field(images, labels, eta), scheme="lie", **net.solve_options)``.
+    like a residual network: ``odeadv.solve(net.field(images, labels, eta), scheme="lie", **net.solve_options)``.
 
     Args:
-        width: channels of the first segment.
+        width: number of channels of the first segment.
         num_classes: number of logits.
         stages: number of segments.
-        steps: steps per segment; the costate is recorded at their ends.
+        steps: number of steps per segment. The costate is recorded at the ends of the steps.
         substep: the method that advances f within a step: a name of `odeadv.substep_names`,
-            ``"torchdiffeq:METHOD"``, an `odeadv.TorchDiffEq`, or a dict of its arguments.
+            ``"torchdiffeq:METHOD"``, an `odeadv.TorchDiffEq`, or a dict of the arguments of a `TorchDiffEq`.
         t_end: length of a segment.
-        mean, std: normalisation constants per image channel.
-        generator: source of the initial weights; the global random state if not given.
+        mean, std: mean and standard deviation per channel, for pixels in [0, 1].
+        generator: source of the initial weights; by default the global random state.
 
     Raises:
         TypeError, ValueError: if an argument does not fit. The message names the argument.
@@ -115,7 +115,7 @@ class OdeNet(ImageNetwork):
         self.width, self.num_classes = width, num_classes
         self.t_end, self.steps = number("t_end", t_end, above=0.0), steps
         self.dt = self.t_end / steps
-        # Computed from whole steps, as the grid computes its times, so that both round alike.
+        # The end is a multiple of dt, as in the grid, so that both have the same rounding errors.
         self.t_span = (0.0, self.dt * (stages * steps + stages - 1))
         self._config = {
             "name": "ode_net",
@@ -143,7 +143,7 @@ class OdeNet(ImageNetwork):
         initialise(self, generator)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Return the logits of ``images``, which lie in [0, 1].
+        """Return the logits of ``images`` with pixels in [0, 1].
 
         Raises:
             odeadv.SolveError: if the state becomes NaN or infinite.
@@ -152,7 +152,7 @@ class OdeNet(ImageNetwork):
         return logits
 
     def dynamics(self, dt: float, inputs: Any) -> Operator:
-        """Return the segments, each on its own clock, and the jumps between them."""
+        """Return an operator with the segments, each on a separate clock, and the jumps between them."""
         if not self.jumps:
             return Operator(self.segments[0])
         pieces: list[Operator | Jump] = []
@@ -167,11 +167,11 @@ class OdeNet(ImageNetwork):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain values from which `odeadv.models.build` makes an equal architecture."""
+        """The arguments of the network as plain values. `odeadv.models.build` makes the same network architecture."""
         return copy.deepcopy(self._config)
 
     def extra_repr(self) -> str:
-        """Return the arguments that made it."""
+        """Return the arguments as text."""
         config = self._config
         return ", ".join(f"{name}={config[name]!r}" for name in ("steps", "substep", "t_end"))
 
@@ -188,7 +188,7 @@ def ode_net(
     std: Sequence[float] = CIFAR10_STD,
     generator: torch.Generator | None = None,
 ) -> OdeNet:
-    """Return an `OdeNet`; its arguments are described there."""
+    """Return an `OdeNet`. The arguments are described in `OdeNet`."""
     return OdeNet(
         width,
         num_classes,

@@ -24,16 +24,16 @@ def pretrained(name: str) -> FieldNetwork:
     ``examples/pretrained.py`` trained them. The digest in the file is checked.
 
     Args:
-        name: one of `pretrained_names`: the data set, then the method, such as ``"digits-pgd-lad-sm"``.
+        name: one of `pretrained_names`. It consists of data set and method, for example ``"digits-pgd-lad-sm"``.
 
     Returns:
-        The network. It takes images in [0, 1] of shape (n, 3, h, w) and returns logits (n, 10). It was trained on
-        images of ``pretrained_record(name)["image_size"]`` pixels; ``odeadv.data.load(...).resized(...)`` makes them.
+        The network. It maps images in [0, 1] of shape (n, 3, h, w) to logits (n, 10). It was trained on images with
+        ``pretrained_record(name)["image_size"]`` pixels per side; ``odeadv.data.load(...).resized(...)`` makes them.
 
     Raises:
         ValueError: if the name is unknown, or the file is damaged.
         TypeError: if ``name`` is not a string.
-        ModuleNotFoundError: if safetensors is missing; the extra ``train`` brings it.
+        ModuleNotFoundError: if safetensors is missing; the extra ``train`` installs it.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ def pretrained(name: str) -> FieldNetwork:
 
 
 def pretrained_names() -> tuple[str, ...]:
-    """Return the names that `pretrained` knows.
+    """Return the names of all networks of `pretrained`.
 
     Example:
         >>> from odeadv import models
@@ -60,7 +60,7 @@ def pretrained_names() -> tuple[str, ...]:
 
 
 def pretrained_record(name: str) -> dict[str, Any]:
-    """Return how a network of `pretrained` was made and how accurate it is, as plain data.
+    """Return the configuration and the accuracy of a network of `pretrained`, as plain data.
 
     Args:
         name: one of `pretrained_names`.
@@ -71,7 +71,7 @@ def pretrained_record(name: str) -> dict[str, Any]:
         ``"versions"``.
 
     Raises:
-        ValueError, TypeError, ModuleNotFoundError: as `pretrained`.
+        ValueError, TypeError, ModuleNotFoundError: see `pretrained`.
     """
     return _read(name)[1]
 

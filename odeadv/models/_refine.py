@@ -1,4 +1,4 @@
-"""A trained network solved on finer steps than it was trained on."""
+"""A trained network that is solved with finer steps than in training."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ if TYPE_CHECKING:
 
 
 def refine(net: FieldNetwork, k: int, *, substep: str | TorchDiffEq | Mapping[str, Any] | None = None) -> Refined:
-    """Return ``net``, solved with k times as many steps; see `Refined`."""
+    """Return ``net`` with k times as many steps; see `Refined`."""
     return Refined(net, k, substep=substep)
 
 
 class Refined(FieldNetwork):
     """The equation of ``net``, solved with k steps for each step of ``net``. The weights are shared, not copied.
 
-    A `PreActResNet` is solved with dt = 1/k, and block n acts on all of [n, n + 1]; k = 1 is the network, bit for bit.
-    A jump happens once. In training mode every evaluation moves the batch-norm statistics, so they move k times as
-    often. Noise is the diffusion term sigma dW of the equation: each of the k Euler steps adds std / sqrt(k) N(0, 1),
-    so the variance over a unit of time is that of ``net``. A jump has its own noise. A sub-step with several stages
-    draws noise for each stage. Batch norm sees states between the layers, on which its statistics were not measured.
+    A `PreActResNet` is solved with dt = 1/k, and block n acts on the times [n, n + 1]. With k = 1 the result is
+    bit-identical to the network. A jump acts once. In training mode every evaluation updates the batch-norm statistics,
+    so they are updated k times as often. Batch norm is then applied to states between the layers, which its statistics
+    do not include.
+
+    Noise is the diffusion term sigma dW of the equation. Each of the k Euler steps adds std / sqrt(k) N(0, 1), so the
+    variance over a unit of time is the same as for ``net``. A jump adds the same noise as in ``net``. A sub-step with
+    several stages draws noise for each stage.
 
     Args:
-        net: a `PreActResNet`, an `OdeNet`, a wrapped network, or a refined one, whose factors multiply.
-        k: steps per step of the network.
-        substep: the method that advances f within a step, as for `OdeNet`; that of ``net`` if not given.
+        net: a `PreActResNet`, an `OdeNet`, a wrapped network, or a `Refined` network. In the last case the factors
+            multiply.
+        k: number of steps per step of the network.
+        substep: the method that advances f within a step, see `OdeNet`; by default the sub-step of ``net``.
 
     Raises:
-        TypeError, ValueError: naming ``net``, ``k`` or ``substep``.
+        TypeError, ValueError: if ``net``, ``k`` or ``substep`` does not fit. The message names the argument.
     """
 
     net: FieldNetwork
@@ -65,7 +69,7 @@ class Refined(FieldNetwork):
         return self.net.num_classes
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Return the logits of ``images``, which lie in [0, 1].
+        """Return the logits of ``images`` with pixels in [0, 1].
 
         Raises:
             odeadv.SolveError: if the state becomes NaN or infinite.
@@ -85,14 +89,14 @@ class Refined(FieldNetwork):
         *,
         loss: Loss | None = None,
     ) -> AdversarialField:
-        """Return the field of the network with the finer steps; see `FieldNetwork.field`."""
+        """Return the field of the network with finer steps; see `FieldNetwork.field`."""
         return adversarial_field(self.net, images, labels, eta, loss, self.dt)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain values from which `odeadv.models.build` makes an equal architecture."""
+        """The arguments of the network as plain values. `odeadv.models.build` makes the same network architecture."""
         return {"name": "refined", "net": self.net.config, "k": self.k, "substep": plain_substep(self.substep)}
 
     def extra_repr(self) -> str:
-        """Return the arguments that made it."""
+        """Return the arguments as text."""
         return f"k={self.k}, substep={self.substep!r}"

@@ -17,12 +17,12 @@ from odeadv.support.checks import choice, did_you_mean
 
 
 def build(name: str, *, generator: torch.Generator | None = None, **arguments: Any) -> FieldNetwork:
-    """Return the model called ``name``; ``build(**net.config)`` has the architecture of ``net``.
+    """Return the model with the name ``name``. ``build(**net.config)`` has the same architecture as ``net``.
 
     Args:
         name: one of `names`.
-        generator: source of the initial weights; the global random state if not given.
-        arguments: the model's arguments, plain values.
+        generator: source of the initial weights; by default the global random state.
+        arguments: the arguments of the model, as plain values.
 
     Raises:
         TypeError: if the model does not take an argument, or if one is missing.
@@ -44,7 +44,7 @@ def build(name: str, *, generator: torch.Generator | None = None, **arguments: A
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the models that `build` knows."""
+    """Return the names of all models that `build` makes."""
     return tuple(_MODELS)
 
 

@@ -29,10 +29,10 @@ class PreActBlock(nn.Module):
     a block is a jump between two ODE segments, not an ODE step.
 
     Args:
-        channels_in, channels_out: channels before and after.
-        stride: of the first convolution and the projection.
-        damping: replaces f by a field damped in x, see `odeadv.models.Damping`; not allowed on a jump.
-        noise: standard deviation of the noise added to the sum in training; 0 means no noise.
+        channels_in, channels_out: number of channels of the input and of the output.
+        stride: stride of the first convolution and of the projection.
+        damping: name of the damping of f, see `odeadv.models.Damping`. A jump cannot be damped.
+        noise: standard deviation of the noise that is added to the sum in training; 0 switches the noise off.
         noise_kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum.
     """
 
@@ -62,13 +62,13 @@ class PreActBlock(nn.Module):
         self.noise = make_noise(*read_noise(noise, noise_kind))
 
     def residual(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """Return f(x), damped if the block is. If the block is an ODE step, this is the velocity without noise."""
+        """Return f(x), with damping if the block has it. For an ODE step this is the velocity without noise."""
         y = self.conv1(F.relu(self.bn1(x), inplace=True))
         z: Tensor = self.conv2(F.relu(self.bn2(y), inplace=True))
         return z if self.damping is None else self.damping(z, x)
 
     def velocity(self, x: Float[Tensor, "n c h w"], dt: float = 1.0) -> Float[Tensor, "n c h w"]:
-        """Return `residual` plus, if there is noise, the noise of one step of ``dt``."""
+        """Return `residual`, plus the noise of one step of size ``dt`` if the noise is on."""
         return self._noised(x, self.residual(x), dt)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
@@ -84,22 +84,22 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(ImageNetwork):
-    """A pre-activated ResNet: a stem, three stages of n blocks, and a head; images in [0, 1] to logits.
+    """A pre-activated ResNet from images in [0, 1] to logits: a stem, three stages of n blocks, and a head.
 
-    ``head(blocks(stem(images)))`` is ``net(images)`` exactly; block ``k`` is the step from t = k to k + 1.
+    ``net(images)`` equals ``head(blocks(stem(images)))`` exactly. Block k is the step from t = k to t = k + 1.
 
     Args:
-        depth: 6n + 2: the stem, two convolutions per block and the linear layer.
-        width: channels of the first stage; the later ones have 2 and 4 times as many.
+        depth: number of layers, 6n + 2. They are the stem, two convolutions per block and the linear layer.
+        width: number of channels of the first stage. The later stages have 2 and 4 times as many.
         num_classes: number of logits.
-        mean, std: normalisation constants per image channel.
-        damping: ``"damp"`` (In-ResNet) or ``"lambda-damp"`` (lambda-In-ResNet) of all blocks except the first and
-            the two jumps (Yang et al. 2020, see `odeadv.models.Damping`).
-        noise: standard deviation of Gaussian noise added after every residual sum in training (Wang et al. 2019,
+        mean, std: mean and standard deviation per channel, for pixels in [0, 1].
+        damping: ``"damp"`` (In-ResNet) or ``"lambda-damp"`` (lambda-In-ResNet), for all blocks except the first block
+            and the two jumps (Yang et al. 2020, see `odeadv.models.Damping`).
+        noise: standard deviation of Gaussian noise, which is added to every residual sum in training (Wang et al. 2019,
             see `odeadv.models.Noise`); True means 0.1.
         noise_kind: ``"absolute"``, or ``"relative"`` to the standard deviation of the sum.
-        generator: source of the initial weights; the global random state if not given. The weights do not depend
-            on ``damping``: its scalars are drawn last.
+        generator: source of the initial weights; by default the global random state. The weights do not depend on
+            ``damping``, because the scalars of the damping are drawn last.
 
     Raises:
         TypeError: if ``depth``, ``width`` or ``num_classes`` is not an integer.
@@ -155,7 +155,7 @@ class PreActResNet(ImageNetwork):
                 module.initialise(generator)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
-        """Return the logits of ``images``, which lie in [0, 1]."""
+        """Return the logits of ``images`` with pixels in [0, 1]."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
@@ -163,7 +163,7 @@ class PreActResNet(ImageNetwork):
         return logits
 
     def dynamics(self, dt: float, inputs: Any) -> Operator:
-        """Return the field of which block k acts on [k, k + 1], for steps of ``dt``."""
+        """Return an operator with block k on the times [k, k + 1], for steps of ``dt``."""
         return Piecewise([_piece(block, dt) for block in self.blocks], range(len(self.blocks) + 1))
 
     def noisy_inference(self, on: bool = True) -> PreActResNet:
@@ -178,11 +178,11 @@ class PreActResNet(ImageNetwork):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain values from which `odeadv.models.build` makes an equal architecture."""
+        """The arguments of the network as plain values. `odeadv.models.build` makes the same network architecture."""
         return copy.deepcopy(self._config)
 
     def extra_repr(self) -> str:
-        """Return the arguments that made it."""
+        """Return the arguments as text."""
         shown = f"depth={self.depth}, width={self.width}, num_classes={self.num_classes}"
         damping, noise, kind = (self._config[name] for name in ("damping", "noise", "noise_kind"))
         shown += f", damping={damping!r}" if damping else ""
@@ -235,7 +235,7 @@ def preact_resnet(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """Return a `PreActResNet`; its arguments are described there.
+    """Return a `PreActResNet`. The arguments are described in `PreActResNet`.
 
     Example:
         >>> net = odeadv.models.preact_resnet(20, 16)
@@ -289,7 +289,7 @@ def resnet56(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """Return a `preact_resnet` of depth 56 and width 16: 27 blocks, the paper's network."""
+    """Return a `preact_resnet` of depth 56 and width 16, which is the paper's network with 27 blocks."""
     return PreActResNet(
         56,
         16,

@@ -1,4 +1,4 @@
-"""An existing network as stem, blocks and head, by the names of its layers."""
+"""Split an existing network into stem, blocks and head, by the names of its layers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from odeadv.support.checks import did_you_mean
 
 
 def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | None = None) -> BlockNetwork:
-    """Return ``net`` as a field whose blocks are the layers of these names; see `from_blocks`.
+    """Return ``net`` as a field with the layers of these names as blocks; see `from_blocks`.
 
-    Everything before the first layer is the stem and everything after the last one is the head. Anything between two
-    layers is a block too. The forward passes of the modules around the layers are traced by `torch.fx`; the layers
-    and all other modules are called as they are. Modules are shared with ``net``, so training one trains the other,
-    and ``net.state_dict()`` keeps its names.
+    The operations before the first layer are the stem, and the operations after the last layer are the head.
+    Operations between two layers are a block too. `torch.fx` traces the forward passes of the modules that contain a
+    layer. The layers and all other modules are called without tracing. Modules are shared with ``net``, so training
+    the field trains ``net``. The names in ``net.state_dict()`` do not change.
 
     Args:
-        net: the network. Its first argument is the input; others keep their defaults.
-        layers: names as in ``net.named_modules()``, such as ``"layer1.0"``. Between two layers a single tensor, the
-            state, may be passed on. Their order does not matter.
-        loss: ``loss(output, targets)``, as in `from_blocks`.
+        net: the network. Its first argument is the input. The other arguments keep their defaults.
+        layers: names as in ``net.named_modules()``, such as ``"layer1.0"``, in any order. Only a single tensor, the
+            state, may pass from layer to layer.
+        loss: ``loss(output, targets)``, see `from_blocks`.
 
     Raises:
-        TypeError, ValueError: naming ``net`` or ``layers``, with the layer at fault.
+        TypeError, ValueError: if ``net`` cannot be traced or split. The message names the layer.
 
     Example:
         >>> net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
@@ -41,7 +41,7 @@ def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | Non
     modes = {part: part.training for part in net.modules()}
     versions = []
     try:
-        # Code such as F.dropout(x, training=self.training) keeps the mode in which it is traced.
+        # The trace of F.dropout(x, training=self.training) contains the current mode, so both modes are traced.
         for training in (True, False):
             for part in modes:
                 part.training = training
@@ -59,7 +59,7 @@ def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | Non
 
 
 def _read_names(net: nn.Module, layers: Any) -> list[str]:
-    """Return the names, checked to be those of layers of ``net`` of which none lies within another."""
+    """Return the names after a check that they are layers of ``net``, and that layers do not contain other layers."""
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: got {type(net).__name__}, expected a torch.nn.Module")
     if isinstance(layers, str) or not isinstance(layers, Iterable):
@@ -84,15 +84,15 @@ class _LayerTracer(fx.Tracer):
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()
-        self.inside: list[tuple[str, nn.Module]] = []  # the modules whose forward passes are being traced
+        self.inside: list[tuple[str, nn.Module]] = []  # the nested modules that are being traced
         self._layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether ``m`` contains no layer."""
+        """Return True if ``m`` does not contain a layer."""
         return not any(layer.startswith(f"{module_qualified_name}.") for layer in self._layers)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Record the call, and remember where it was if it fails."""
+        """Record the call. If it fails, ``inside`` keeps the module for the message."""
         self.inside.append((self.path_of_module(m), m))
         result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
@@ -125,10 +125,10 @@ class _Part(NamedTuple):
     """A piece of the traced forward pass.
 
     Attributes:
-        title: name of the layer, or how messages name the piece.
-        nodes: its operations.
-        enters: the value that it takes.
-        leaves: the value that it returns.
+        title: name of the layer, or a name of the piece for messages.
+        nodes: operations of the piece.
+        enters: the input value of the piece.
+        leaves: the output value of the piece.
     """
 
     title: str
@@ -138,8 +138,8 @@ class _Part(NamedTuple):
 
 
 def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
-    """Return stem, blocks and head, in this order."""
-    # Weights that a forward pass reads by itself (get_attr) are not operations: each piece gets those that it uses.
+    """Return stem, blocks and head of the traced forward pass, in this order."""
+    # Weights that a forward pass reads directly (get_attr) are not operations. Each piece copies the weights it uses.
     nodes = [node for node in graph.nodes if node.op not in ("output", "get_attr")]
     result = next(node for node in graph.nodes if node.op == "output")
     state = next(node for node in nodes if node.op == "placeholder")
@@ -147,7 +147,7 @@ def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
     begin = 0
     for at, layer in sorted((_place(nodes, layer), layer) for layer in layers):
         entering = _crossing(nodes, result, at, "before", layer)
-        # Operations between two layers that do not change the state, such as checks of its shape, are not a block.
+        # If the state does not change between two layers (for example in a check of its shape), no block is added.
         if not parts or entering is not state:
             title = f"between {parts[-1].title!r} and {layer!r}" if parts else "stem"
             parts.append(_Part(title, nodes[begin:at], state, entering))
@@ -170,10 +170,10 @@ def _place(nodes: Sequence[fx.Node], layer: str) -> int:
 
 
 def _crossing(nodes: Sequence[fx.Node], result: fx.Node, at: int, side: str, layer: str) -> fx.Node:
-    """Return the one value that passes from the nodes before ``at`` to the others.
+    """Return the single value that passes from the nodes before ``at`` to the other nodes.
 
     Raises:
-        ValueError: if there are several, naming them.
+        ValueError: if the number of such values is not one. The message names the values.
     """
     after = {*nodes[at:], result}
     found = [node for node in nodes[:at] if any(user in after for user in node.users)]
@@ -194,7 +194,7 @@ def _title(node: fx.Node) -> str:
 
 
 def _joined(net: nn.Module, trained: _Part, evaluated: _Part) -> nn.Module:
-    """Return the module of a part. It chooses by its mode if the two traced versions differ."""
+    """Return the module of a part. If the traces in training and evaluation mode differ, it contains both."""
     first, second = _module(net, trained), _module(net, evaluated)
     if first is second:
         return first
@@ -203,7 +203,7 @@ def _joined(net: nn.Module, trained: _Part, evaluated: _Part) -> nn.Module:
 
 
 def _module(net: nn.Module, part: _Part) -> nn.Module:
-    """Return a part as a module: the layer itself if the part is nothing else."""
+    """Return a part as a module. If the part consists of one layer only, return this layer."""
     (first, *others), source = part.nodes or [part.enters], part.enters
     if not others and first.op == "call_module" and first.args == (source,) and not first.kwargs:
         return net.get_submodule(str(first.target))
@@ -226,12 +226,12 @@ def _module(net: nn.Module, part: _Part) -> nn.Module:
 
 
 class _ByMode(nn.Module):
-    """Code that was traced in both modes: runs the version of its own mode."""
+    """Code that was traced in training and in evaluation mode. It runs the version of its current mode."""
 
     def __init__(self, trained: nn.Module, evaluated: nn.Module) -> None:
         super().__init__()
         self.trained, self.evaluated = trained, evaluated
 
     def forward(self, x: Tensor) -> Any:
-        """Return the value of ``x`` in the present mode."""
+        """Return the output for ``x`` in the current mode."""
         return (self.trained if self.training else self.evaluated)(x)
