@@ -68,7 +68,7 @@ def record(
     states, nodes, leaving = found
     f.vjps += evaluations
     if kind == "linear" and not keep_states:
-        states = ()  # a linear costate does not need them between the nodes
+        states = ()  # a linear costate does not use the states
     if not differentiate:
         states, nodes = [state.detach() for state in states], [node.detach() for node in nodes]
         leaving = {n: node.detach() for n, node in leaving.items()}

@@ -18,7 +18,7 @@ from odeadv.support.isolation import differentiating, graph_kept, inside_transfo
 
 
 class Costate(Protocol):
-    """A function of time, a(t), that can be restricted to a step of its grid."""
+    """The interface of a costate: a function of time, a(t), which can be restricted to a step of its grid."""
 
     @property
     def grid(self) -> Grid:

@@ -1,4 +1,4 @@
-"""The discrete total loss: final loss, losses at nodes, and the running cost by a quadrature rule."""
+"""The total loss of a discrete trajectory: final loss, losses at nodes, and the integrated running cost."""
 
 from __future__ import annotations
 

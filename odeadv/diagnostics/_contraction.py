@@ -1,4 +1,4 @@
-"""The contraction of sweeps over the costate: eta * I, by power iteration on the linearised sweep."""
+"""The contraction factor of sweeps over the costate, eta * I, by power iteration on the linearised sweep."""
 
 from __future__ import annotations
 

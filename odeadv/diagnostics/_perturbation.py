@@ -1,4 +1,4 @@
-"""The strength of the perturbation relative to the state: Eq. 16, at every layer."""
+"""The ratio of Eq. 16 at every layer, which shows how strong the perturbation is relative to the state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All diagnostics of one or several fields, on one page."""
+"""One page with all diagnostics of one or several fields."""
 
 from __future__ import annotations
 

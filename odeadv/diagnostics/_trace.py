@@ -14,7 +14,7 @@ from odeadv.support.checks import number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAND = (1e5, 2e6)  # the range of the curve in Figure 2 of the paper
+BAND = (1e5, 2e6)  # range of the curve in Figure 2 of the paper
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Remembered:
 
 
 class Matrix:
-    """dx/dt = A x on the last axis of the state, see `Operator.linear`."""
+    """The functions of dx/dt = A x for the last axis of the state, see `Operator.linear`."""
 
     def __init__(self, a: Tensor) -> None:
         _check_tensor("A", a)
@@ -64,7 +64,7 @@ class Matrix:
         self._kept = Remembered(a)
 
     def rhs(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return A x."""
+        """Return the velocity A x."""
         self._check(x)
         return _product(self.a.to(x.device, x.dtype), x)
 
@@ -106,7 +106,7 @@ class Matrix:
 
 
 class Diagonal:
-    """dx/dt = T^-1 k T x with a transform T and a symbol k, see `Operator.diagonal`."""
+    """The functions of dx/dt = T^-1 k T x with a transform T and a symbol k, see `Operator.diagonal`."""
 
     def __init__(self, k: Tensor, transform: TransformName, dims: int | None) -> None:
         _check_tensor("k", k)
@@ -122,15 +122,15 @@ class Diagonal:
         self._kept = Remembered(k)
 
     def rhs(self, t: Tensor, x: Tensor) -> Tensor:
-        """Return T^-1 k T x."""
+        """Return the velocity T^-1 k T x."""
         return self._through(self._symbol, self._zero, x)
 
     def flow(self, t: Tensor, dt: Tensor, x: Tensor) -> Tensor:
-        """Return T^-1 exp(k dt) T x."""
+        """Return the exact flow T^-1 exp(k dt) T x."""
         return self._through(self._growth, dt, x)
 
     def solve(self, t: Tensor, c: Tensor, b: Tensor) -> Tensor:
-        """Return T^-1 (1 - c k)^-1 T b."""
+        """Return y = T^-1 (1 - c k)^-1 T b, the solution of y - c T^-1 k T y = b."""
         return self._through(self._quotient, c, b)
 
     def _through(self, make: Callable[[Tensor, Tensor], tuple[Tensor, ...]], number: Tensor, x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Newton:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """``samples`` as a tuple."""
+        """The attribute ``samples`` as a tuple."""
         return self.samples if isinstance(self.samples, tuple) else (self.samples,)
 
     def solve(self, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
@@ -197,7 +197,7 @@ def _check_order(order: int) -> None:
 
 
 class _Equation:
-    """y - c f(y) = b. For linear algebra a state is a real matrix (rows, m): samples, and unknowns per sample."""
+    """The equation y - c f(y) = b. Linear algebra uses real matrices (rows, m): samples, and unknowns per sample."""
 
     def __init__(self, newton: Newton, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost) -> None:
         self.newton, self.f, self.t, self.c, self.b, self.cost = newton, f, t, c, b, cost
@@ -210,18 +210,18 @@ class _Equation:
         self.tiny, self.size = torch.finfo(b.dtype).tiny, self._largest(b)
 
     def vector(self, x: Tensor) -> Tensor:
-        """Return the state ``x`` as real vectors, (rows, m)."""
+        """Return the state ``x`` as a real matrix (rows, m)."""
         if self._axes:
             x = x.movedim(self._axes, self._front)
         return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(self.rows, -1)
 
     def state(self, v: Tensor) -> Tensor:
-        """Return the real vectors ``v``, (rows, m), as a state."""
+        """Return the real matrix ``v``, (rows, m), as a state."""
         x = torch.view_as_complex(v.reshape(*self._moved, 2)) if self.b.is_complex() else v.reshape(self._moved)
         return x.movedim(self._front, self._axes) if self._axes else x
 
     def residual(self, y: Tensor) -> Tensor:
-        """Return y - c f(y) - b."""
+        """Return the residual y - c f(y) - b."""
         return torch.sub(y - self.b, self.f(y), alpha=self.c)
 
     def norm(self, x: Tensor, y: Tensor) -> float:
@@ -314,7 +314,7 @@ class _Jacobian:
             return self._product(w)
 
     def matrix(self) -> Tensor:
-        """Return the Jacobian, (rows, m, m)."""
+        """Return the Jacobian, of shape (rows, m, m) for ``rows`` samples with m unknowns each."""
         rows, m = self.zero.shape
         self.cost.vjps += m
         seeds = torch.eye(m, dtype=self.zero.dtype, device=self.zero.device)[:, None].expand(m, rows, m)

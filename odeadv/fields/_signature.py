@@ -26,7 +26,7 @@ def check_arguments(name: str, function: object, expected: str) -> None:
     code = function.__code__
     if code.co_flags & _VARIABLE:
         return
-    names = code.co_varnames[is_module : code.co_argcount]  # without self
+    names = code.co_varnames[is_module : code.co_argcount]  # self of a module's forward is left out
     needed = len(names) - len(function.__defaults__ or ())
     wanted = expected.count(",") + 1
     if not needed <= wanted <= len(names):

@@ -192,7 +192,7 @@ class Sum(Operator):
         if self.costs is None:
             cost.evaluated()
         costs = [Cost() for _ in self.operators] if self.costs is None else self.costs
-        held = Slopes(cost)  # two terms may write to one buffer
+        held = Slopes(cost)  # two terms may return the same buffer
         for operator, own in zip(self.operators, costs, strict=True):
             own.watch = cost.watch
             held.add(operator.velocity(t, x, own))

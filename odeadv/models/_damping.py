@@ -34,7 +34,7 @@ class Damping(nn.Module):
 
     @property
     def strength(self) -> Tensor:
-        """The damping lambda, a scalar."""
+        """The strength lambda of the damping, a scalar tensor."""
         raise NotImplementedError
 
     def forward(self, f: Float[Tensor, "n c h w"], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -52,7 +52,7 @@ class Damp(Damping):
 
     @property
     def strength(self) -> Tensor:
-        """The damping lambda = relu(1 - k)."""
+        """The strength lambda = relu(1 - k)."""
         return F.relu(1.0 - self.k)
 
     def forward(self, f: Float[Tensor, "n c h w"], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -70,7 +70,7 @@ class LambdaDamp(Damping):
 
     @property
     def strength(self) -> Tensor:
-        """The damping lambda = relu(k)."""
+        """The strength lambda = relu(k)."""
         return F.relu(self.k)
 
     def forward(self, f: Float[Tensor, "n c h w"], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

@@ -54,7 +54,7 @@ class Stem(nn.Module):
             raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
-        """Return x_0 of ``images``."""
+        """Return the first state x_0 of ``images``."""
         # Without this check a single channel would be broadcast to all channels. Proxies of torch.fx are not tensors.
         if isinstance(images, Tensor) and images.shape[1] != self.conv.in_channels:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected {self._expected}")

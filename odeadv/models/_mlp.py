@@ -58,7 +58,7 @@ class FlatStem(nn.Module):
             raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Return x_0 of ``images``."""
+        """Return the first state x_0 of ``images``."""
         x: Tensor = self.linear(((images - self.mean) / self.std).flatten(1))
         return x
 

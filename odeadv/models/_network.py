@@ -19,7 +19,7 @@ from odeadv.support.deferred import holds, is_deferring
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-#: ``loss(output, targets)``, a scalar tensor. The default is the mean cross-entropy.
+#: A function ``loss(output, targets)`` that returns a scalar tensor. The default is the mean cross-entropy.
 TargetLoss = Callable[[Any, Any], Tensor]
 
 

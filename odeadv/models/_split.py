@@ -80,7 +80,7 @@ def _read_names(net: nn.Module, layers: Any) -> list[str]:
 
 
 class _LayerTracer(fx.Tracer):
-    """Traces into the modules that contain a layer, and calls every other module as a whole."""
+    """Traces the forward passes of modules that contain a layer. All other modules stay single calls."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def _module(net: nn.Module, part: _Part) -> nn.Module:
         return copies[node]
 
     for node in part.nodes:
-        unused = node.op == "placeholder" and not node.users  # an argument such as **kwargs
+        unused = node.op == "placeholder" and not node.users  # an unused argument of the network, such as **kwargs
         if node not in copies and not unused:
             copies[node] = graph.node_copy(node, copied)
     graph.output(copied(part.leaves))

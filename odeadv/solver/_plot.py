@@ -1,4 +1,4 @@
-"""The picture of a solution: curves of a few components, a profile over time, or images at a few times."""
+"""Figures of a solution: curves of a few components, a profile over time, or images at a few times."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from odeadv.splitting.interpolation import cubic, like_real
 from odeadv.support.checks import shown
 from odeadv.support.isolation import Recompute, outside_inference_mode, version, without_effects
 
-_HERMITE_ORDER = 4  # the error of cubic interpolation within a step is of fourth order
+_HERMITE_ORDER = 4  # order of the error of cubic interpolation within a step
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Within:
         return ends[1] if t == step.t1 else self._between(step, ends, [t], (t - step.t0) / step.h)
 
     def all(self, step: TimeStep, ends: tuple[Tensor, Tensor], times: Sequence[float], moving: Tensor) -> list[Tensor]:
-        """Return the states at all ``times``. ``moving`` has the same times as a tensor, and may require a gradient."""
+        """Return the states at all ``times``. ``moving`` is a tensor of the same times, and may require a gradient."""
         s = (moving - step.t0) / step.h
         return list(self._between(step, ends, times, s.reshape(-1, *(1,) * ends[0].ndim)).unbind())
 

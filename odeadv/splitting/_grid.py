@@ -49,7 +49,7 @@ class Grid:
 
     @property
     def sign(self) -> float:
-        """1 forward in time, -1 backward."""
+        """The direction of time: 1 for increasing times, -1 for decreasing times."""
         return 1.0 if self.times[-1] >= self.times[0] else -1.0
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Grid:
 
     @property
     def sizes(self) -> Iterable[float]:
-        """The signed lengths of the steps."""
+        """The signed lengths of the steps, in order."""
         if self.h is not None and abs(len(self) * self.h - (self.times[-1] - self.times[0])) < 0.5 * abs(self.h):
             return repeat(self.h, len(self))  # without jumps all steps have the same size
         return (self[index].h for index in range(len(self)))
@@ -79,7 +79,7 @@ class Grid:
         return (self.part(first, min(first + size, len(self))) for first in range(0, len(self), size))
 
     def halved(self) -> Grid:
-        """Return the grid with every step divided in two."""
+        """Return the grid after division of every step into two steps of equal size."""
         middles = [step.time(0.5) for step in self]
         times = [t for pair in zip(self.times, middles, strict=False) for t in pair]
         return Grid((*times, self.times[-1]), None if self.h is None else 0.5 * self.h)

@@ -59,7 +59,7 @@ class Nested:
 
     @property
     def name(self) -> str:
-        """The name shown in messages."""
+        """The name of the sub-step in messages."""
         inner = self.whole or self.scheme
         return f"nested {inner if isinstance(inner, str) else inner.name}"
 

@@ -133,7 +133,7 @@ class Scheme:
     def goes_back(self) -> tuple[int | str, ...]:
         """The operators that a stage runs backward. They must not be irreversible."""
         back = {stage.operator for _, stages in self.compositions for stage in stages if stage.weight < 0}
-        return tuple(sorted(back))  # all names, or all numbers
+        return tuple(sorted(back))  # the operators are either all names or all numbers
 
     @property
     def reach(self) -> tuple[float, float]:

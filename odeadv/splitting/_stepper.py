@@ -213,7 +213,7 @@ class Stepper:
         if not self._piecewise:
             return {*range(0, steps, WATCHED), steps - 1}
         if x.device.type != "cpu" and torch.is_grad_enabled():
-            return set()  # the comparison would wait for the device in every training step
+            return set()  # a comparison would wait for the device in every training step
         return {next(_TURNS) % steps}
 
     def _watch(self, on: bool) -> None:

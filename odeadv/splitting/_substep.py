@@ -68,7 +68,7 @@ class SubStep(Protocol):
 
     @property
     def name(self) -> str:
-        """The name shown in messages."""
+        """The name of the sub-step in messages."""
         ...
 
     @property
@@ -130,7 +130,7 @@ class RungeKutta(Tableau):
 
     @property
     def needs(self) -> frozenset[str]:
-        """``"f"``, see `SubStep`."""
+        """The function ``"f"``, see `SubStep`."""
         return frozenset(("f",))
 
     @property
@@ -250,7 +250,7 @@ class DIRK(Tableau):
 
     @property
     def needs(self) -> frozenset[str]:
-        """``"solve"``, and ``"f"`` if a stage is explicit, see `SubStep`."""
+        """The function ``"solve"``, and also ``"f"`` if a stage is explicit; see `SubStep`."""
         return frozenset(("solve", "f") if any(row[-1] == 0.0 for row in self.matrix) else ("solve",))
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
@@ -286,7 +286,7 @@ class Exact:
 
     @property
     def needs(self) -> frozenset[str]:
-        """``"flow"``, see `SubStep`."""
+        """The function ``"flow"``, see `SubStep`."""
         return frozenset(("flow",))
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:
@@ -348,12 +348,12 @@ class TorchDiffEq:
 
     @property
     def name(self) -> str:
-        """The name shown in messages."""
+        """The name of the sub-step in messages."""
         return f"torchdiffeq:{self.method}"
 
     @property
     def needs(self) -> frozenset[str]:
-        """``"f"``, see `SubStep`."""
+        """The function ``"f"``, see `SubStep`."""
         return frozenset(("f",))
 
     def advance(self, operator: Operator, clock: Clock, h: float, x: Tensor, cost: Cost) -> Tensor:

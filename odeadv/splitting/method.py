@@ -191,7 +191,7 @@ def _warn_unsplit(name: str, substep: SubStep) -> None:
 def _warn(
     field: VectorField, scheme: Scheme, substeps: Mapping[str, SubStep], costate: CostateKind, *, chosen: bool
 ) -> None:
-    """Warn if the sub-steps, the costate or the operators do not allow the scheme's order."""
+    """Warn if sub-steps or costate lower the order of the scheme, or an irreversible operator would run backward."""
     names = list(field.operators)
     frozen = {
         name

@@ -1,4 +1,4 @@
-"""The outcomes of a solve."""
+"""The possible outcomes of a solve."""
 
 from __future__ import annotations
 

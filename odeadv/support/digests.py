@@ -1,4 +1,4 @@
-"""Fingerprints of data, models and functions, and seeds that are derived from names."""
+"""Digests of data, models and functions, and seeds that are derived from names."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def function_name(value: object) -> str:
     if isinstance(value, functools.partial):
         return f"partial of {function_name(value.func)} {without_addresses((value.args, value.keywords))}"
     owner, name = getattr(value, "__self__", None), getattr(value, "__qualname__", None)
-    if isinstance(owner, type):  # a method of a class, such as apply of an autograd.Function
+    if isinstance(owner, type):  # the function is a class method, such as apply of an autograd.Function
         return f"{owner.__module__}.{owner.__qualname__}.{getattr(value, '__name__', name)}"
     return f"{getattr(value, '__module__', '')}.{name}" if name else without_addresses(value)
 
@@ -187,6 +187,6 @@ def is_plain(value: object) -> bool:
 
 
 def derived_seed(seed: int, place: str) -> int:
-    """Return a seed of 32 bits for the work at ``place``, unrelated to the seeds of other places."""
-    # NumPy's older generators take no more than 32 bits.
+    """Return a seed of 32 bits for the work named ``place``. Seeds of different places are unrelated."""
+    # The older generators of NumPy take at most 32 bits.
     return int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4], "big")

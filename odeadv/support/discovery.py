@@ -24,7 +24,7 @@ def modules_of(*functions: object, owner: object = None) -> tuple[nn.Module, ...
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
-    waiting = [(function, True) for function in functions]  # True: look at the attributes of an object
+    waiting = [(function, True) for function in functions]  # True lets the search visit the attributes of an object
     while waiting:
         item, inside = waiting.pop()
         if item is None or isinstance(item, _LEAVES) or id(item) in seen:
@@ -56,7 +56,7 @@ _LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type
 
 
 def _modules_named(item: object) -> object:
-    """Return the attribute ``modules`` of an operator or field; None if it is missing or cannot be read."""
+    """Return the attribute ``modules`` of an operator or field, or None if it is missing or cannot be read."""
     with contextlib.suppress(Exception):  # a property of an unknown class may raise anything
         return getattr(item, "modules", None)
     return None
@@ -66,6 +66,6 @@ def _names_in(function: types.FunctionType) -> list[object]:
     """Return the values that ``function`` closes over, its defaults, and the globals it names."""
     values: list[object] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell: its variable is defined later
+        with contextlib.suppress(ValueError):  # the cell is empty if its variable is defined later
             values.append(cell.cell_contents)
     return values + [function.__globals__.get(name) for name in function.__code__.co_names]

@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_file(argument: str, path: Path | None) -> None:
-    """Raise OSError, naming ``argument``, if a file could not be written to ``path``. Do not create anything."""
+    """Raise OSError if a file could not be written to ``path``. The message names ``argument``. Create nothing."""
     if path is None:
         return
     if path.is_dir():
@@ -50,7 +50,7 @@ def check_file(argument: str, path: Path | None) -> None:
 
 
 def check_folder(argument: str, path: Path | None) -> None:
-    """Raise OSError, naming ``argument``, if no file could be written in folder ``path``. Do not create anything."""
+    """Raise OSError if the folder ``path`` could not be written to. The message names ``argument``. Create nothing."""
     if path is None:
         return
     there = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
@@ -61,13 +61,13 @@ def check_folder(argument: str, path: Path | None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``, atomically."""
+    """Write ``text`` to ``path``, atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically."""
+    """Write ``value`` as JSON to ``path``, atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

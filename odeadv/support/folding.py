@@ -32,7 +32,7 @@ class Affine(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return scale * x + shift, for ``x`` (n, channels, ...)."""
+        """Return scale * x + shift for ``x`` of shape (n, channels, ...)."""
         shape = (-1, *(1 for _ in x.shape[2:]))  # BatchNorm1d takes (n, channels) and (n, channels, length)
         return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
 

@@ -167,7 +167,7 @@ class Recompute:
 
 
 class _Segment(contextlib.ExitStack):
-    """Run the body as a segment. The object can be entered many times."""
+    """Run the body as a segment. The context can be entered many times."""
 
     def __enter__(self) -> _Segment:
         self.callback(_in_segment.reset, _in_segment.set(True))

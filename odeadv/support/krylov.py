@@ -62,6 +62,6 @@ def gmres(
         before, residual = size, b - product(x)
         products += 1
         size = float(residual.norm())
-        if not size < before:  # stagnation, or NaN
+        if not size < before:  # the residual stagnates or is NaN
             break
     return x, size <= (2.0 * rtol if enough is None else enough) * whole, products

@@ -29,17 +29,17 @@ class Linearised:
 
     @property
     def value(self) -> Tensor:
-        """The value g(x)."""
+        """The value g(x), detached."""
         return self._y.detach()
 
     def vjp(self, a: Tensor) -> Tensor:
-        """Return J^T a."""
+        """Return the product J^T a."""
         if not self._y.requires_grad:
             return torch.zeros_like(self._x, requires_grad=False)
         return gradient(self._y, self._x, a)
 
     def jvp(self, v: Tensor) -> Tensor:
-        """Return J v."""
+        """Return the product J v."""
         if not self._y.requires_grad:
             return torch.zeros_like(self.value)
         if self._pulled is None:

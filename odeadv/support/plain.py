@@ -1,4 +1,4 @@
-"""Convert typed dataclasses from and to plain data (JSON, YAML). Errors name the path of an unknown or wrong key."""
+"""Convert typed dataclasses to plain data (JSON, YAML) and back. Errors name the path of an unknown or wrong key."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _read_yaml(file: Path) -> Any:
 
     text = _text(file)
     try:
-        return yaml.load(text, Loader)  # a SafeLoader
+        return yaml.load(text, Loader)  # safe, because Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:

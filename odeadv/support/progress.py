@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from odeadv.support.extras import extra
 
-# A bar that is updated more often flickers. A log file wants few lines.
+# Seconds between two updates. A bar flickers if it is updated more often, and a log file should have few lines.
 _EVERY_LIVE, _EVERY_PIPED = 0.5, 60.0
 
 
