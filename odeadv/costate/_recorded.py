@@ -106,8 +106,8 @@ class RecordedCostate:
         low, high = sorted((self.grid.times[0], self.grid.times[-1]))
         if max(low - time, time - high) > 0.5 * (high - low):
             warnings.warn(
-                f"t: {time:g} is far outside the span of the costate, {low:g} to {high:g}, where dL/dx means nothing; "
-                "solve within it, or record the costate on a longer one",
+                f"t: {time:g} is far outside the span of the costate, {low:g} to {high:g}, and the value is not dL/dx; "
+                "solve within the span, or record the costate on a longer span",
                 RuntimeWarning,
                 stacklevel=2,
             )

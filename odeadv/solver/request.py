@@ -222,7 +222,7 @@ def read_times(
     fixed = [name for name, operator in field.operators.items() if not operator.reversible]
     if fixed and span[1] < span[0]:
         warnings.warn(
-            f"t_span: {span} runs backward, and with it the irreversible operator {fixed[0]!r}; expected an increasing "
+            f"t_span: {span} runs backward, but the irreversible operator {fixed[0]!r} cannot; expected an increasing "
             "span",
             AccuracyWarning,
             stacklevel=4,
@@ -232,14 +232,14 @@ def read_times(
     if dt is None and steps is None:
         dt, steps = field.problem.dt, field.problem.steps
         if dt is not None and steps is not None:
-            raise ValueError("dt, steps: the field carries both, expected one of the two")
+            raise ValueError("dt, steps: the field has both, expected one of the two")
         if dt is None and steps is None:
             raise ValueError(
-                "dt: neither dt nor steps is given, and the field carries none; give one of the two, or dt='adaptive'"
+                "dt: neither dt nor steps is given, and the field has neither; give one of the two, or dt='adaptive'"
             )
     if isinstance(dt, Adaptive) or (isinstance(dt, str) and dt == "adaptive"):
         if clip_last:
-            raise ValueError("clip_last: got True for adaptive steps, expected a step size dt with it")
+            raise ValueError("clip_last: got True for adaptive steps, expected a fixed step size dt")
         return _adaptive_times(field, span, dt, rtol, atol)
     if rtol is not None or atol is not None:
         raise ValueError(
@@ -260,7 +260,7 @@ def _read_steps(
 ) -> tuple[float | Sequence[float] | None, int | Sequence[float] | None]:
     """Return ``dt`` and ``steps`` as numbers, or as sequences of numbers."""
     if clip_last and (dt is None or _is_sequence(dt)):
-        raise ValueError("clip_last: got True without a step size, expected dt=number with it")
+        raise ValueError("clip_last: got True without a step size, expected a number as dt")
     if dt is None:
         times = _is_sequence(steps) and len(steps) > 1
         return None, [number("steps", t) for t in steps] if times else integer("steps", steps)  # type: ignore[union-attr]
@@ -397,8 +397,8 @@ def warn_of_coarse_clock(grid: Grid, dtype: torch.dtype) -> None:
     if h < 8 * spacing:
         remedy = "time_dtype=torch.float64" if dtype != torch.float64 else "a time that is counted from the start"
         warnings.warn(
-            f"t_span: steps of {h:.3g} near t = {latest:.3g} are less than 8 units in the last place of {dtype}, in "
-            f"which f is given its times, so it is evaluated at wrong ones; give {remedy} if f depends on time",
+            f"t_span: got steps of {h:.3g} near t = {latest:.3g}, expected at least 8 units in the last place of "
+            f"{dtype}, the dtype of the times; f is evaluated at wrong times: give {remedy} if f depends on time",
             AccuracyWarning,
             stacklevel=4,
         )
@@ -406,7 +406,7 @@ def warn_of_coarse_clock(grid: Grid, dtype: torch.dtype) -> None:
 
 def _read_span(t_span: Any) -> tuple[float, float]:
     if t_span is None:
-        raise ValueError("t_span: not given, and the field carries none; give (t0, t1)")
+        raise ValueError("t_span: not given, and the field has none; give (t0, t1)")
     try:
         ends = () if isinstance(t_span, str) else tuple(t_span)
     except TypeError:
@@ -467,7 +467,7 @@ def read_initial_state(field: VectorField, x0: Any) -> Tensor:
     """
     given: Tensor | Callable[[], Tensor] | None = field.problem.x0 if x0 is None else x0
     if given is None:
-        raise ValueError("x0: not given, and the field carries none; give the initial state")
+        raise ValueError("x0: not given, and the field has none; give the initial state")
     state = given if isinstance(given, Tensor) else given() if callable(given) else given
     if not isinstance(state, Tensor):
         raise TypeError(f"x0: got {type(state).__name__}, expected a tensor; convert with torch.as_tensor(x0)")

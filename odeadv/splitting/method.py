@@ -205,14 +205,14 @@ def _warn(
     ]
     if low and (chosen or scheme.order > 2):
         _warn_accuracy(
-            f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), and lowers "
-            "the order of the whole; give substep="
+            f"scheme: {scheme.name!r} has order {scheme.order}, but a sub-step has less ({', '.join(low)}), which "
+            "lowers the order of the solve; give substep="
         )
     if isinstance(field, AdversarialField) and COSTATE_ORDERS[costate] < scheme.order and "costate" not in frozen:
         better = "" if costate == "hermite" else "; give costate='hermite', which has 4"
         _warn_accuracy(
             f"scheme: {scheme.name!r} has order {scheme.order}, but the costate is {costate} between its nodes, which "
-            f"has order {COSTATE_ORDERS[costate]} and lowers the order of the whole{better}"
+            f"has order {COSTATE_ORDERS[costate]} and lowers the order of the solve{better}"
         )
     back = [names[int(i)] for i in scheme.goes_back if not field.operators[names[int(i)]].reversible]
     for name, substep in substeps.items():
