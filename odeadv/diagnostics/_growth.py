@@ -119,7 +119,7 @@ def lipschitz_of(
 
 
 def _spectral(inner: Linearised, start: Tensor, h: float | None, rtol: float, most: int) -> tuple[float, bool]:
-    """Return ||J||_2, or ||I + h J||_2 if ``h`` is given, and True if the iteration has converged."""
+    """Return the spectral norm of the Jacobian J of ``inner`` (of I + h J if ``h`` is given), and True if converged."""
 
     def squared(v: Tensor) -> Tensor:
         if h is None:

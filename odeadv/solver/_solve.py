@@ -108,10 +108,10 @@ def solve(
         SolveError: if the solve fails (see `Status`) and ``throw`` is True.
 
     Warns:
-        AccuracyWarning: if a sub-step or the costate has a lower order than the scheme; if a scheme is given for a
-            field with one operator; if a user's scheme does not have its declared order; if a scheme runs an
-            irreversible operator backward; if steps are so small that f is evaluated at wrong times, or that the state
-            does not change.
+        AccuracyWarning: if a sub-step or the costate has a lower order than the scheme, or a user's scheme does not
+            have its declared order. Also if a scheme is given for a field with one operator, or a scheme runs an
+            irreversible operator backward. Also if steps are so small that f is evaluated at wrong times, or that the
+            state does not change.
 
     Example:
         >>> field = odeadv.AdversarialField(lambda t, x: -0.5 * x, lambda x: 0.5 * (x**2).sum(), eta=0.1)

@@ -109,7 +109,7 @@ class Folded(nn.Module):
 
 class _FoldTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return True for torch's modules and for batch norms that declare to equal torch's in evaluation mode."""
+        """Return True for torch's modules, and for batch norms with ``plain_in_evaluation`` set to True."""
         return getattr(m, "plain_in_evaluation", False) or super().is_leaf_module(m, module_qualified_name)
 
 
