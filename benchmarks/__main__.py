@@ -118,7 +118,7 @@ def render(out: Path, names: list[str]) -> str:
 
 
 def earlier(name: str, out: Path, given: Path | None) -> dict[str, Any] | None:
-    """Return the earlier run with which benchmark ``name`` is compared."""
+    """Return the data of the earlier run that benchmark ``name`` is compared with; None without such a run."""
     path = out / f"{name}.json" if given is None else given / f"{name}.json" if given.is_dir() else given
     try:
         data = read(path) if path.exists() else None

@@ -295,7 +295,7 @@ def diffrax_split(
     explicit: Callable[..., Any], implicit: Callable[..., Any], x0: Tensor, span: tuple[float, float], operators: int,
     exponents: Sequence[int] | None = None,
 ) -> list[Candidate]:  # fmt: skip
-    """Return candidates for a field in two parts: both explicit, or the second implicit (KenCarp4)."""
+    """Return candidates for a field in two parts. KenCarp4 treats the second part implicitly, the others do not."""
     if not has_diffrax():
         return []
     import diffrax

@@ -1,8 +1,9 @@
 """Orders of convergence, measured in float64 on linear problems with closed forms (matrix exponentials).
 
 The first problem is dx/dt = A x + eta a(t), L = x(T).Qx(T)/2. The costate a(t) of one recording is either known exactly
-or recorded by the solve itself. Strang-Marchuk with the paper's Euler sub-steps has first order for every value of the
-costate in the middle, because both halves of the costate then use the value at their beginning. The second problem
+or recorded by the solve itself. Strang-Marchuk with the paper's Euler sub-steps has only first order. The value of the
+costate in the middle does not matter, because both half steps of the costate use the value at their beginning. The
+second problem
 applies every scheme, with exact flows, to two matrices that do not commute.
 """
 

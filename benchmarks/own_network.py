@@ -2,7 +2,7 @@
 
 The plain module is a forward pass, cross-entropy, and a backward pass. Wrapped, the same step is a solve of its field.
 ResNet-20 of odeadv is measured in the same rounds. The floor of LAD / natural is its value if only convolutions took
-time: two forward passes, two backward passes to activations, and one to weights, over one of each.
+time. LAD has two forward passes, two backward passes to activations, and one to weights; natural has one of each.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
 Loss and accuracies are measured on test images; IFGSM-20 is scored by its last iterate at eps = 8/255. The figures are
 medians over the seeds, with quartiles. eta is the paper's 50 for batches of 128, halved for batches of 64. The cost of
-a step is its time divided by the time of natural training, and the numbers of evaluations of f and of vector-Jacobian
-products for the loss. The gradient with respect to the weights is not counted; it costs the same for all schemes.
+a step is its time divided by the time of a step of natural training. Evaluations of f and vector-Jacobian products for
+the loss are counted, too. The gradient with respect to the weights is not counted; it costs the same for all schemes.
 """
 
 import dataclasses

@@ -3,10 +3,11 @@
 `linear` and `oscillator` are Eq. 7 with a(t) of one recording: x' = A x, and a driven Duffing oscillator, each with a
 loss of the final state. The other solvers integrate the state forward, the adjoint equation backward, and then
 everything forward again. `linear converged` and `oscillator converged` are the same with the costate of the trajectory
-itself, compared with shooting and collocation. `three operators` is a non-linear, time-dependent sum of three that do
-not commute, with exact flows, on 100 states. `network` is the first stage of a ResNet-20 of width 8 trained for some
-seconds on digits, in evaluation mode and float64, refined in dt; the rest of the network is its read-out. Fisher-KPP
-has its own section. Errors are maxima over x(T) relative to its largest component. The reference is a closed form for
+itself, compared with shooting and collocation. `three operators` is a non-linear, time-dependent sum of three operators
+that do not commute, with exact flows, on 100 states. `network` is the first stage of a trained ResNet-20 of width 8, in
+evaluation mode and float64, solved with smaller dt. The network was trained on digits for some seconds; its other
+stages are the read-out. Fisher-KPP has a separate section. Errors are maxima over x(T), divided by the largest
+component of x(T). The reference is a closed form for
 the linear problem and a fine solution for the others. Evaluations count operators and vector-Jacobian products.
 """
 

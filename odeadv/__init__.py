@@ -1,9 +1,9 @@
 """odeadv: layer-wise adversarial defence as an ODE, dx/dt = f(t, x) + eta * dL/dx, and splitting solvers for it.
 
-Here x is the state of a residual network at depth t, f is a residual block, L is the loss and eta is the strength of
-the adversarial term. ``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and adversarial
-fields. ``odeadv.models`` has residual networks that are such fields. ``odeadv.attacks`` and ``odeadv.evaluate``
-measure robust accuracy.
+Here x is the state of a residual network at depth t, and f is a residual block. L is the loss, and eta is the strength
+of the adversarial term. ``odeadv.solve(field, x0, t_span, scheme="strang", dt=0.1)`` solves plain, split and
+adversarial fields. ``odeadv.models`` has residual networks that are such fields. ``odeadv.attacks`` and
+``odeadv.evaluate`` measure robust accuracy.
 
 ``odeadv.data``, ``odeadv.training``, ``odeadv.diagnostics``, ``odeadv.audit`` and ``odeadv.experiments`` are imported
 when they are first used. The packages that plots and training need are also imported on first use.

@@ -3,8 +3,8 @@
 `fgsm`, `ifgsm`, `pgd`, `apgd` and `apgd_t` follow gradients. `square` only needs logits. `transfer` attacks other
 models, and `worst_of` chooses among attacked images.
 
-An attack is made of small parts: a start (`_start`), a loss with its gradient (`objective`, `_losses`), steps and
-projections (`balls`), and a choice among all tried images (`Best` in `_setting`). `_setting` checks the arguments. It
+An attack is made of small parts: a start (`_start`), a loss with its gradient (`objective`, `_losses`), and steps with
+projections (`balls`). `Best` in `_setting` chooses among all tried images. `_setting` also checks the arguments. It
 restores the model's modes, buffers, ``requires_grad`` and ``.grad`` afterwards, and torch's global random state. This
 package imports torch and `odeadv.support`.
 """

@@ -49,10 +49,10 @@ def apgd(
         x_{k+1} = P(x_k + 0.75 (z_{k+1} - x_k) + 0.25 (x_k - x_{k-1})),   x_1 = z_1.
 
     Each example is reviewed at the iterations w_j = ceil(p_j * steps), with p_0 = 0, p_1 = 0.22 and
-    p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06). A review halves its eta and moves it back to its point of highest
-    loss in two cases: the loss rose in fewer than the share ``rho`` of the steps since w_{j-1}; or neither eta nor the
-    highest loss has changed since then. Source: Croce and Hein 2020, "Reliable evaluation of adversarial robustness
-    with an ensemble of diverse parameter-free attacks", Algorithm 1.
+    p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06). A review may halve its eta and move it back to its point of highest
+    loss. This happens in two cases. Either the loss rose in fewer than the share ``rho`` of the steps since w_{j-1}.
+    Or neither eta nor the highest loss has changed since w_{j-1}. Source: Croce and Hein 2020, "Reliable evaluation of
+    adversarial robustness with an ensemble of diverse parameter-free attacks", Algorithm 1.
 
     Args:
         model: as for `fgsm`.

@@ -43,8 +43,8 @@ def read_folder(root: Path) -> Splits:
 
     Raises:
         ImportError: if Pillow is missing.
-        ValueError: if there are fewer than two classes, a class without images, a test class that ``train`` lacks, a
-            file that is not an 8-bit image, or an image whose size differs from the first. The message names the file.
+        ValueError: if there are fewer than two classes, a class lacks images, or ``train`` lacks a test class. Also if
+            a file is not an 8-bit image, or has another size than the first image. The message names the file.
     """
     classes = _classes(root / "train")
     if len(classes) < 2:

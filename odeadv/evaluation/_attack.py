@@ -82,10 +82,10 @@ class BatchOutcomes:
         clean: (passes, n) bool, True if the clean image is classified correctly.
         last: (passes, n) bool per attack, True if its final image is classified correctly.
         worst: (n,) bool per attack, True if the clean image and every scored iterate are classified correctly.
-        signs: (n,) bool per sign that an attack may be meaningless for an image. Signs in the gradient:
-            ``"no gradient"`` (it is exactly zero); ``"at bounds"`` (the image has enough pixels that are 0 or 1, and
-            the gradient is not zero at some other pixel); ``"clipped"`` (in addition, the gradient is exactly zero at
-            all pixels that are 0 or 1). Signs in the cross-entropy: ``"saturated"`` (it is exactly zero, also under
+        signs: (n,) bool per sign that an attack may be meaningless for an image. Three signs concern the gradient.
+            ``"no gradient"``: it is exactly zero. ``"at bounds"``: the image has enough pixels that are 0 or 1, and
+            the gradient is not zero at some other pixel. ``"clipped"``: in addition, the gradient is exactly zero at
+            all pixels that are 0 or 1. Signs in the cross-entropy: ``"saturated"`` (it is exactly zero, also under
             IFGSM); ``"lowered"`` (IFGSM has lowered it). Signs in the outputs: ``"probabilities"``; ``"bounded"``
             (all in [0, 1]); ``"flat"`` (nearly equal); ``"clipped logits"`` (several are exactly 0, none is negative).
         forward_passes: number of images sent through the model.
@@ -291,8 +291,8 @@ def attacked(
 
     ``by_example`` has the arguments of the attack that differ between the images.
 
-    Random numbers come from a generator that is seeded by ``seed`` and ``place`` (a text that names the batch and the
-    attack), so they do not depend on earlier work. The global random state does not change.
+    Random numbers come from a generator that is seeded by ``seed`` and ``place``, a text that names the batch and the
+    attack. So they do not depend on earlier work. The global random state does not change.
     """
     own_seed = derived_seed(seed, place)
     if spec.name == AUTOATTACK:

@@ -78,7 +78,7 @@ def render(results: Results) -> str:
 
 
 def _cannot_test(results: Results) -> str:
-    """Return the reason if no defended row can test the paper's claim; an empty string otherwise."""
+    """Return the reason why none of the defended rows can test the paper's claim; an empty string if one can."""
     reasons = [results.not_tested(row) for row in results.rows if parse_method(row.method).defended]
     return reasons[0] if reasons and all(reasons) else ""
 

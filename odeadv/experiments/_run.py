@@ -110,9 +110,9 @@ def run(
 
     Raises:
         RunLockedError: if another process is writing this run.
-        ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged; if
-            ``init`` holds other weights than ``config.init`` names; if ``extend`` lacks a checkpoint, or has one
-            of another run.
+        ValueError: if the folder holds a run of another configuration or on other data, or the record is damaged. Also
+            if ``init`` holds other weights than ``config.init`` names. Also if ``extend`` lacks a checkpoint, or has a
+            checkpoint of another run.
         ImportError: if a protocol has AutoAttack and pyautoattack is not installed; raised before any work.
     """
     config = _starting_from(config, init)

@@ -97,13 +97,13 @@ def train(
 
     Raises:
         TypeError: if an argument has the wrong type, or the dtype of the network is not float32 or float64.
-        ValueError: if the training set is smaller than a batch, the batch cannot be divided equally among the
-            processes, the network lacks trainable parameters, the validation images or labels do not fit, the weights
-            of ``init`` do not fit, or the checkpoints belong to another run.
+        ValueError: if the training set is smaller than a batch, or a batch cannot be divided equally among the
+            processes. Also if the network lacks trainable parameters, or if validation data, the weights of ``init`` or
+            the checkpoints do not fit.
         TrainingDiverged: if a loss or state is NaN or infinite, or the loss is above ``config.stop_above``. The message
             has the epoch, the step, the layer with the largest perturbation, and advice.
         TrainingStopped: after SIGTERM; it is a SystemExit with code 143.
-        KeyboardInterrupt: after Ctrl-C, with the name of the checkpoint.
+        KeyboardInterrupt: after Ctrl-C; the message names the checkpoint.
         OSError: if a checkpoint cannot be written.
 
     Warns:
