@@ -1,9 +1,9 @@
-"""Schemes as training methods: ResNet-8 of width 8 on the digits at 16 by 16 pixels, the same seeds for all.
+"""Schemes as training methods, compared on a ResNet-8 of width 8, digits of 16 by 16 pixels and equal seeds.
 
 Loss and accuracies are measured on test images; IFGSM-20 is scored by its last iterate at eps = 8/255. The figures are
 medians over the seeds, with quartiles. eta is the paper's 50 for batches of 128, halved for batches of 64. The cost of
 a step is its time divided by the time of a step of natural training. Evaluations of f and vector-Jacobian products for
-the loss are counted, too. The gradient with respect to the weights is not counted; it costs the same for all schemes.
+the loss are also counted. The gradient with respect to the weights is not counted; it costs the same for all schemes.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ IfgsmRun = tuple[float, float]  # (eps, alpha)
 Load = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # maps indices to images, labels, indices
 
 # Examples in a cycle leave a batch together, when they are at least this share of it. Rounding depends on the
-# composition of a batch, so it should change seldom.
+# composition of a batch, so the composition should change seldom.
 LEAVE_TOGETHER = 0.25
 # The search for cycles starts after this many steps. Shorter runs (the paper's have 20 steps) rarely have cycles, and
 # rounding may change if examples leave the batch.

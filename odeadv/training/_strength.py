@@ -164,7 +164,10 @@ def _pushes(scheme: Scheme) -> list[tuple[float, float, float]]:
 
 
 def _weights(scheme: Scheme) -> tuple[float, float, float]:
-    """Return the weights of |a_n|^2, <a_n, a_{n+1}> and |a_{n+1}|^2 in a step, for costates linear between nodes."""
+    """Return the weights of |a_n|^2, <a_n, a_{n+1}> and |a_{n+1}|^2 in step n.
+
+    a_n is the costate at node n; between nodes the costate is taken as linear.
+    """
     pushes = _pushes(scheme)
     return (
         math.fsum(length * (1 - t) * (1 - p) for length, t, p in pushes),
