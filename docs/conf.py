@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
+from sphinx import addnodes
+from sphinx.domains.python import PyObject
 
 import odeadv
 from odeadv.cli import main
@@ -44,8 +48,7 @@ suppress_warnings = ["myst.header"]  # pages of results begin with a level that 
 default_role = "py:obj"  # `solve` in a docstring is a link where there is such a name
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"show-inheritance": True}
+autodoc_typehints_description_target = "documented_params"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes of dataclasses are described once
 
@@ -86,11 +89,54 @@ class Help(Directive):
 
 
 def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Escape norms in docstrings, |x|, which Sphinx would read as substitutions."""
+    """Escape norms in docstrings, |x|, which Sphinx would read as substitutions; make links of names of pages."""
     for i, line in enumerate(lines):
         parts = line.split("``")  # every other one is code
-        parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+        parts[::2] = [
+            re.sub(r"docs/(\w+(?:/\w+)*)\.md", r":doc:`/\1`", part.replace("|", r"\|")) for part in parts[::2]
+        ]
         lines[i] = "``".join(parts)
+
+
+def join(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Mend what napoleon takes apart: "The images: (n, 3, h, w)", read as a type and a text, and "rtol, atol"."""
+    for kind, place in ((":type: ", ""), (":rtype: ", ":returns: ")):
+        for line in [line for line in lines if line.startswith(kind)]:
+            lines.remove(line)
+            for i in [i for i, other in enumerate(lines) if other.startswith(place)][:1]:
+                lines[i] = f"{place}{line.removeprefix(kind)}: {lines[i].removeprefix(place)}"
+    types = getattr(obj, "__annotations__", {})
+    for i, line in reversed([*enumerate(lines)]):
+        if names := re.match(r":ivar (\w+(?:, \w+)+): ", line):
+            end = next((j for j in range(i + 1, len(lines)) if not lines[j].startswith(" ")), len(lines))
+            text, lines[i:end] = [line[names.end() :], *lines[i + 1 : end]], []
+            for one in reversed(names[1].split(", ")):
+                lines[i:i] = [f":ivar {one}: {text[0]}", *text[1:], f":vartype {one}: {types.get(one, '')}"]
+
+
+def shorten(app: object, doctree: nodes.document) -> None:
+    """Show types in lists of parameters without their modules."""
+    for node in doctree.findall(addnodes.literal_emphasis):
+        short = re.sub(r"~?(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", node.astext())
+        node.children = [nodes.Text(short)]
+
+
+def signature(app: object, what: str, name: str, obj: Any, options: object, shown: str, returned: str) -> Any:
+    """Show 8/255 as a fraction and what a default factory makes; show no signature that says nothing."""
+    if not shown:
+        return None
+    if shown == "(*args, **kwargs)":
+        return "", returned
+    shown = re.sub(r"\d\.\d{12,}", lambda number: str(Fraction(number[0]).limit_denominator(1000)), shown)
+    for field in dataclasses.fields(obj) if what == "class" and dataclasses.is_dataclass(obj) else ():
+        if field.init and field.default_factory is not dataclasses.MISSING:
+            shown = shown.replace("<factory>", repr(field.default_factory()), 1)
+    return shown, returned
+
+
+def skip(app: object, what: str, name: str, obj: Any, skipped: bool, options: object) -> bool | None:
+    """Leave out fields of named tuples, which have no text of their own."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def elsewhere(app: Any, env: Any, reference: Any, content: nodes.Element) -> nodes.Element | None:
@@ -117,4 +163,11 @@ def setup(app: Any) -> None:
     app.add_directive("odeadv-help", Help)
     app.connect("missing-reference", elsewhere)
     app.connect("html-page-context", link_back)
+    app.connect("autodoc-process-docstring", join)
     app.connect("autodoc-process-docstring", plain)
+    app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-skip-member", skip)
+    app.connect("doctree-read", shorten)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"

@@ -6,8 +6,10 @@ exports has its page under that name only.
 
 from __future__ import annotations
 
+import enum
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,8 @@ def add_lists(app: Any, docname: str, source: list[str]) -> None:
     name = "odeadv" if package == "odeadv" else f"odeadv.{package}"
     summary = "" if package == "schemes" else f"{inspect.getdoc(_module(package))}\n"
     lines = ["```{eval-rst}", f".. py:module:: {name}", "", *_quoted(summary).splitlines(), "```", ""]
-    lines += ["| name | |", "| --- | --- |"]
-    lines += [f"| [`{full.rpartition('.')[2]}`](objects/{full}) | {_first(_get(full))} |" for full in objects(package)]
+    lines += ["| name | what it is |", "| --- | --- |"]
+    lines += [f"| [`{full.rpartition('.')[2]}`](objects/{full}) | {_first(full)} |" for full in objects(package)]
     if package != "odeadv" and shared(package):
         lines += ["", f"Documented under `odeadv`: {', '.join(f'{{py:obj}}`{full}`' for full in shared(package))}."]
     lines += ["", "```{toctree}", ":hidden:", "", *(f"objects/{full}" for full in objects(package)), "```"]
@@ -92,12 +94,20 @@ def _get(full: str) -> object:
     return getattr(_module(module.rpartition(".")[2]), name)
 
 
-def _first(value: object) -> str:
-    """Return the first line of a docstring, for a table."""
-    if not (inspect.isclass(value) or inspect.isroutine(value)):
-        return ""
-    line = (inspect.getdoc(value) or "").partition("\n")[0]
-    return line.replace("``", "`").replace("|", "\\|")
+def _first(full: str) -> str:
+    """Return the first line of a docstring, or the comment on a constant, for a table."""
+    value = _get(full)
+    described = inspect.getdoc(value) if inspect.isclass(value) or inspect.isroutine(value) else _comment(full)
+    return (described or "").partition("\n")[0].replace("``", "`").replace("|", "\\|")
+
+
+def _comment(full: str) -> str:
+    """Return the comment above a constant, whose lines begin with ``#:``."""
+    package, _, name = full.rpartition(".")
+    for path in sorted(Path(_module(package.rpartition(".")[2]).__file__).parent.glob("*.py")):
+        if found := re.search(rf"((?:^#: .*\n)+){name}\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return " ".join(line.removeprefix("#: ") for line in found[1].splitlines())
+    return ""
 
 
 def _page(full: str) -> str:
@@ -105,12 +115,22 @@ def _page(full: str) -> str:
     value = _get(full)
     title = full.removeprefix("odeadv.")  # several packages have a Stage
     head = f"{title}\n{'=' * len(title)}\n\n"
-    if isinstance(value, Mapping):
-        keys = ", ".join(f"``{key}``" for key in value)
-        return f"{head}.. py:data:: {full}\n\n   A mapping with the keys {keys}.\n"
-    kind = "autoclass" if inspect.isclass(value) else "autofunction" if inspect.isroutine(value) else "autodata"
-    members = "   :members:\n   :show-inheritance:\n" if kind == "autoclass" else ""
-    return f"{head}.. {kind}:: {full}\n{members}"
+    if inspect.isroutine(value):
+        return f"{head}.. autofunction:: {full}\n"
+    if not inspect.isclass(value):
+        text = re.sub(r"[a-z_.]+[.](?=[A-Z])", "", str(value))  # types without their modules
+        shown = f"It is ``{text}``." if len(text) < 120 else ""
+        if isinstance(value, Mapping):
+            shown = f"The keys are {', '.join(f'``{key}``' for key in value)}."
+        return f"{head}.. py:data:: {full}\n\n   {_comment(full)}\n\n   {shown}\n"
+    options = [":members:"]
+    if value.__bases__ != (object,):
+        options.append(":show-inheritance:")
+    if "__call__" in vars(value):
+        options.append(":special-members: __call__")
+    if issubclass(value, enum.Enum):
+        options.append(":undoc-members:")
+    return "\n   ".join([f"{head}.. autoclass:: {full}", *options, ""])
 
 
 def setup(app: Any) -> None:

@@ -13,6 +13,7 @@ from odeadv.fields import AdversarialField
 from odeadv.splitting import Grid, Stepper, TimeStep
 from odeadv.support.isolation import Recompute
 
+#: The quadrature rule for the integral of a running cost; see `TotalLoss`.
 Rule = Literal["trapezoid", "simpson"]
 
 

@@ -44,8 +44,8 @@ class Hamiltonian(Result):
         values: H at the beginning of each layer, with the f of this layer.
         ends: H at the end of each layer, with the same f.
         layer_drift: ``ends`` minus ``values``.
-        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|. For a field with pieces, the largest
-            |``layer_drift``|, because H changes with f between two pieces.
+        drift: for a field without pieces, the largest |H(t_n) - H(t_0)|. For a field with pieces, the largest size in
+            ``layer_drift``, because H changes with f between two pieces.
         relative_drift: ``drift`` divided by the largest |H|.
         eta: strength of the field.
     """

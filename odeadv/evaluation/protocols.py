@@ -313,6 +313,7 @@ def _fgsm_and_ifgsm_20(name: str, *, eps: tuple[float, ...], alpha: float) -> Pr
     return Protocol(name, fgsm + tuple(AttackSpec("ifgsm", radius, alpha, 20) for radius in eps))
 
 
+#: The protocols of the paper and AutoAttack, by name.
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol

@@ -58,6 +58,7 @@ class CampaignStage:
 
 _NEW_ROWS = ("natural+lad+input", "natural+lad-symmetric")
 
+#: The stages of the campaign, by name: one `Stage` each.
 STAGES = {
     stage.name: stage
     for stage in (

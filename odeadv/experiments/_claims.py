@@ -52,6 +52,7 @@ class Claim:
 _DECAY = ":wd0.02"
 _BEST = ":wd0.05"  # the weight decay that validation images choose for plain PGD
 
+#: The claims of the paper, in the order of their page: one `Claim` each.
 CLAIMS = (
     Claim("LAD makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad", "natural"),
     Claim("LAD-SM makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad-sm", "natural"),

@@ -14,6 +14,7 @@ from odeadv.experiments._tables import TABLES, paper_tables
 from odeadv.support.extras import extra
 from odeadv.support.files import replacing, write_text
 
+#: The methods in Figure 2.
 METHODS = ("pgd", "pgd+lad", "pgd+lad-sm")
 
 

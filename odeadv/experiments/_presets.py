@@ -178,6 +178,7 @@ _MLP = Size(
 
 _OVERFIT = replace(_MLP, depth=8, width=16, model="preact_resnet", options={}, lr=0.1)
 
+#: The sizes at which tables run, by name: one `Preset` each.
 PRESETS = {
     preset.name: preset
     for preset in (

@@ -228,6 +228,7 @@ _ETAS = (1, 10, 100, 1000, 10000)
 _DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # tables also have the weight decay of the preset, and 2e-2, the best of the pilot
 _FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 30.0)
 
+#: The tables of the paper and their ablations, by name: one `Table` each.
 TABLES = {
     table.name: table
     for table in (

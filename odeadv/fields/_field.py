@@ -19,6 +19,7 @@ from odeadv.support.discovery import modules_of
 from odeadv.support.isolation import check_unmodified, is_wrapped, version
 
 Field = TypeVar("Field", bound="VectorField")
+#: A loss of a state: a function from a tensor to a scalar tensor.
 Loss = Callable[[Tensor], Tensor]
 NodeTransform = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

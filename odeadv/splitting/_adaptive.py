@@ -56,7 +56,9 @@ class Adaptive:
         TypeError, ValueError: if an attribute has a wrong type or value. The message names the attribute.
 
     Example:
-        >>> odeadv.solve(f, x0, (0.0, 10.0), dt=odeadv.Adaptive(rtol=1e-6, atol=1e-8, largest=0.1), substep="rk4")
+        >>> steps = odeadv.Adaptive(rtol=1e-6, atol=1e-8, largest=0.1)
+        >>> odeadv.solve(lambda t, x: -x, torch.ones(2), (0.0, 1.0), dt=steps, substep="rk4").xs[-1]
+        tensor([0.3679, 0.3679])
     """
 
     rtol: float | Tensor = 1e-4

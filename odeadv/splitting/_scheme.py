@@ -12,6 +12,7 @@ from odeadv.fields import VectorField
 from odeadv.splitting._order import measured_order
 from odeadv.support.checks import did_you_mean, shown
 
+#: How the costate is evaluated between nodes; see the argument ``costate`` of `odeadv.solve`.
 CostateKind = Literal["linear", "hermite", "exact"]
 
 

@@ -18,6 +18,7 @@ from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
 from odeadv.training._strength import Strength, first_order, watch_loss
 
+#: What perturbs the states; see the attribute ``perturbation`` of `Layerwise`.
 PerturbationKind = Literal["costate", "random", "shuffled", "input"]
 
 

@@ -122,7 +122,7 @@ class Defence(Choice):
 
 
 class Objective(Choice):
-    """The loss that a step minimises. A subclass is a frozen dataclass that registers a name; see CONTRIBUTING.md.
+    """The loss that a step minimises. A subclass is a frozen dataclass that registers a name; see docs/training.md.
 
     ``class Mine(Objective, name="mine")`` implements `__call__`; configurations then know ``{"name": "mine"}``.
     Alternatively it implements `attack` and `loss`, which `__call__` then combines; `Awp` can wrap such an objective.
