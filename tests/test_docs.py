@@ -44,24 +44,57 @@ def test_the_reference_begins_with_solve():
     assert ".. autofunction:: odeadv.solve\n" in page
 
 
-# The most used names have an example in their docstring. It runs as it stands.
-EXAMPLES = (
+# The most used names have an example in their docstring.
+EXAMPLES = {
     "solve", "driven", "evaluate", "AdversarialField", "SplitField", "Operator", "Scheme", "Stage",
     "schemes.get", "schemes.names", "attacks.fgsm", "attacks.ifgsm", "attacks.pgd", "models.preact_resnet",
     "models.from_module",
     "models.from_blocks", "models.pretrained", "training.Layerwise", "training.train", "data.load",
-)  # fmt: skip
+}  # fmt: skip
+# Every example runs as it stands, except that of `compile_solver`, which needs a compiler.
+RUNS = {
+    full.removeprefix("odeadv.")
+    for package in reference["PACKAGES"]
+    for full in reference["objects"](package)
+    if "    >>> " in (inspect.getdoc(reference["_get"](full)) or "")
+} - {"compile_solver"} | {"Operator.linear", "Operator.diagonal", "Solution.__call__"}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_most_used_names_have_an_example_that_runs(name):
+@pytest.mark.parametrize("name", sorted(EXAMPLES | RUNS))
+def test_examples_run(name):
     value = operator.attrgetter(name)(odeadv)
     finder = doctest.DocTestFinder(recurse=False)
     examples = [test for test in finder.find(value, name, globs={"torch": torch, "odeadv": odeadv}) if test.examples]
     assert examples, f"{name} has no example"
+    assert all(test.examples[-1].want for test in examples), f"the example of {name} shows no result"
     for example in examples:
         found = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(example, out=lambda text: None)
         assert not found.failed, f"the example of {name} does not print what it shows"
+
+
+def _described(text: str) -> list[str]:
+    """Return the names before the colons of the sections of parameters; a line without a colon as it is."""
+    found = []
+    for section in re.findall(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", f"{inspect.cleandoc(text)}\n", re.M):
+        for line in re.findall(r"^    (\S.*)", section, re.M):
+            found += re.split(", ", line.partition(":")[0].replace("*", ""))
+    return found
+
+
+@pytest.mark.parametrize("package", ["odeadv", "schemes", *PACKAGES])
+def test_described_parameters_exist(package):
+    """A line that is indented wrongly would show as a parameter with a strange name."""
+    for full in reference["objects"](package):
+        value = reference["_get"](full)
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        known = {*dir(value)}
+        if not (inspect.isclass(value) and issubclass(value, Exception)):
+            known |= {*inspect.signature(value).parameters}
+        if inspect.isclass(value):
+            known |= {*re.findall(r"self\.(\w+)", inspect.getsource(value))}
+            known |= {name for base in value.__mro__ for name in getattr(base, "__annotations__", {})}
+        assert {*_described(inspect.getdoc(value) or "")} <= known, full
 
 
 def test_commands(capsys):

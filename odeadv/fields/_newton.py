@@ -58,7 +58,8 @@ class Newton:
 
     Example:
         >>> field = odeadv.Operator(lambda t, x: -1e4 * (x**3 - torch.cos(t)), solve=odeadv.Newton(samples=0))
-        >>> odeadv.solve(field, torch.ones(8, 1), (0.0, 1.0), scheme="sdirk2", steps=20).stats.iterations
+        >>> odeadv.solve(field, torch.ones(8, 1), (0.0, 1.0), scheme="sdirk2", steps=20).xs[-1][0]
+        tensor([0.8145])
     """
 
     jacobian: Literal["dense", "krylov"] | None = None

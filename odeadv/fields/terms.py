@@ -247,7 +247,10 @@ class Piecewise(Operator):
         ValueError: if the numbers do not match or ``edges`` do not increase.
 
     Example:
-        >>> switched = odeadv.Piecewise([odeadv.Operator(grow), odeadv.Operator(decay)], edges=[0.0, 0.5, 2.0])
+        >>> grow, decay = odeadv.Operator(lambda t, x: x), odeadv.Operator(lambda t, x: -x)
+        >>> switched = odeadv.Piecewise([grow, decay], edges=[0.0, 0.5, 2.0])
+        >>> odeadv.solve(switched, torch.ones(2), (0.0, 2.0), dt=0.1, substep="rk4").xs[-1]
+        tensor([0.3679, 0.3679])
     """
 
     def __init__(self, pieces: Sequence[Operator | Jump], edges: Sequence[float]) -> None:

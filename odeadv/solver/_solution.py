@@ -164,7 +164,8 @@ class Solution:
 
         Example:
             >>> sol = odeadv.solve(lambda t, x: -x, torch.ones(3), (0.0, 1.0), substep="rk4", steps=10, dense=True)
-            >>> sol(0.25), sol(torch.linspace(0, 1, 101))
+            >>> sol(0.25), sol(torch.linspace(0, 1, 101)).shape
+            (tensor([0.7788, 0.7788, 0.7788]), torch.Size([101, 3]))
         """
         if self._dense is None:
             kept = "copies and files of a solution do not keep its steps" if self._copied else "the steps were not kept"

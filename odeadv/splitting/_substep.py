@@ -107,6 +107,7 @@ class RungeKutta(Tableau):
     Example:
         >>> ralston = odeadv.RungeKutta("ralston", 2, (0, 2 / 3), ((), (2 / 3,)), (1 / 4, 3 / 4))
         >>> odeadv.solve(lambda t, x: -x, torch.ones(2), (0.0, 1.0), substep=ralston, steps=10).xs[-1]
+        tensor([0.3685, 0.3685])
     """
 
     def _check_rows(self) -> None:
@@ -233,7 +234,8 @@ class DIRK(Tableau):
 
     Example:
         >>> theta = odeadv.DIRK("theta", 1, (0.0, 1.0), ((0.0,), (0.4, 0.6)), (0.4, 0.6))
-        >>> odeadv.solve(lambda t, x: -50 * x, torch.ones(2), (0.0, 1.0), scheme=theta, steps=10).xs[-1]
+        >>> odeadv.solve(lambda t, x: -x, torch.ones(2), (0.0, 1.0), scheme=theta, steps=10).xs[-1]
+        tensor([0.3712, 0.3712])
     """
 
     def _check_rows(self) -> None:
