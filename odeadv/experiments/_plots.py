@@ -51,7 +51,7 @@ def plot_over_fitting(results: Results, path: Path) -> None:
     panels = regimes(results)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1.5 + 3.2 * columns, 0.8 + 2.7 * lines), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 1.5 + 3.2 * columns), 0.8 + 2.7 * lines), layout="constrained")  # the legend fits
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     for axes, rows in zip(grid, panels, strict=False):
