@@ -130,7 +130,7 @@ class TestDigits:
 
     def test_without_scikit_learn_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-        with pytest.raises(ImportError, match=r'"digits" dataset needs scikit-learn.*pip install scikit-learn'):
+        with pytest.raises(ImportError, match=r"sklearn: is not installed.*'odeadv\[examples\]'"):
             data.load("digits")
 
 
@@ -339,8 +339,8 @@ class TestImageFolder:
 
     def test_without_pillow_says_how_to_get_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         toy_folder(tmp_path)
-        monkeypatch.setitem(sys.modules, "PIL.Image", None)
-        with pytest.raises(ImportError, match=r"reading image files needs pillow.*pip install pillow"):
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(ImportError, match=r"PIL: is not installed.*'odeadv\[train\]'"):
             data.load("folder", tmp_path)
 
 
@@ -500,13 +500,13 @@ class TestTorchvision:
         assert called == []
 
     def test_without_torchvision(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+        monkeypatch.setitem(sys.modules, "torchvision", None)
         with pytest.raises(
-            DatasetNotFoundError, match=r"failed, ImportError: .*needs torchvision.*pip install torchvision"
+            DatasetNotFoundError, match=r"failed, ModuleNotFoundError: torchvision: .*'odeadv\[train\]'"
         ):
             data.load("cifar10", tmp_path)
         (tmp_path / "cifar-10-batches-py").mkdir()
-        with pytest.raises(DatasetNotFoundError, match=r"unpacked folder\): .*pip install torchvision"):
+        with pytest.raises(DatasetNotFoundError, match=r"unpacked folder\): torchvision: .*'odeadv\[train\]'"):
             data.load("cifar10", tmp_path, download=False)
 
 

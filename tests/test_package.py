@@ -98,6 +98,8 @@ def sources() -> dict[str, Path]:
 
 
 SOURCES = sources()
+SURE = {"", "filelock", "mpmath", "odeadv", "torch", *sys.stdlib_module_names}  # torch brings filelock and mpmath
+DISTRIBUTIONS = {"PIL": "torchvision", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
 
 
@@ -180,6 +182,37 @@ def test_no_import_is_circular():
 
     for name in sorted(edges):
         visit(name)
+
+
+def test_optional_packages_are_imported_where_an_error_names_an_extra_that_brings_them():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    with (ROOT.parent / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+
+    def brought(extra: str) -> set[str]:
+        needs = {re.split("[>=]", need)[0] for need in extras[extra]}
+        more = [name for need in needs for name in re.findall(r"[a-z]+", need.partition("[")[2])]
+        return needs.union(*map(brought, more))
+
+    def visit(node: ast.AST, named: str | None) -> Iterator[str]:
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.With) and isinstance(call := node.items[0].context_expr, ast.Call):
+            if getattr(call.func, "id", None) == "extra" and isinstance(call.args[0], ast.Constant):
+                named = call.args[0].value
+            elif getattr(call.func, "attr", None) == "suppress":
+                return
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for module in {module.partition(".")[0] for module in modules} - SURE:
+            package = DISTRIBUTIONS.get(module, module.replace("_", "-"))
+            if named is None or package not in brought(named):
+                yield f"{module} in line {node.lineno}, extra {named}"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, named)
+
+    wrong = [f"{name}: {text}" for name, tree in TREES.items() for text in visit(tree, None)]
+    assert not wrong
 
 
 def test_every_extra_that_an_error_names_exists_and_is_explained():

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from odeadv.support.extras import extra
 from odeadv.support.files import check_file, check_folder, write_json
 
 from ._shared import add_config, add_data, config_of, percent
@@ -43,8 +44,8 @@ def train(args: argparse.Namespace) -> int:
 
     config = config_of(args)
     if args.print_config:
-        import yaml
-
+        with extra("train"):
+            import yaml
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return 0
     check_folder("runs", args.runs)

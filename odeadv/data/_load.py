@@ -16,8 +16,8 @@ from odeadv.data._readers import (
     read_npz,
     read_torchvision,
 )
-from odeadv.data.checks import require
 from odeadv.support.checks import did_you_mean
+from odeadv.support.extras import extra
 
 _NAMES = ("cifar10", "cifar100", "digits", "folder")
 _CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -67,10 +67,10 @@ def load(name: str, root: str | os.PathLike[str] | None = None, *, download: boo
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(_NAMES)}{near}")
     if root is not None and not isinstance(root, (str, os.PathLike)):
         raise TypeError(f"root: got {type(root).__name__}, expected a path or None")
-    require("numpy", "numpy", "loading images", "evaluate")
-
     if name == "digits":
         return ImageDataset(name, "scikit-learn digits", *read_digits(), flip=False)
+    with extra("train"):
+        import numpy  # noqa: F401  # the readers use it
     if name == "folder":
         if root is None:
             raise ValueError('root: got None, expected the image folder or .npz file that "folder" is to read')

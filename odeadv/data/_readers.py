@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from odeadv.data._dataset import Splits
-from odeadv.data.checks import check_range, require
+from odeadv.data.checks import check_range
 from odeadv.support.checks import class_indices
+from odeadv.support.extras import extra
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -125,9 +126,10 @@ def _read_images(files: list[list[Path]], first: Path, shape: tuple[int, ...]) -
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
-    pillow = require("PIL.Image", "pillow", "reading image files", "train")
+    with extra("train"):
+        from PIL import Image
     try:
-        with pillow.open(path) as image:
+        with Image.open(path) as image:
             mode = image.mode
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -218,7 +220,9 @@ def read_digits() -> Splits:
     Raises:
         ImportError: if scikit-learn is missing.
     """
-    bunch = require("sklearn.datasets", "scikit-learn", 'the "digits" dataset', "examples").load_digits()
+    with extra("examples"):
+        from sklearn.datasets import load_digits
+    bunch = load_digits()
     labels = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
     images = _enlarged(torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)))
     # numpy guarantees that RandomState gives the same numbers in all versions, so the split is the same everywhere.
@@ -286,5 +290,6 @@ def download_torchvision(name: str, root: Path) -> None:
 
 
 def _torchvision_class(name: str) -> Any:
-    datasets = require("torchvision.datasets", "torchvision", f"{name} in torchvision's format", "train")
+    with extra("train"):
+        from torchvision import datasets
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]

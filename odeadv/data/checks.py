@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -29,18 +26,3 @@ def check_range(argument: str, labels: Tensor, num_classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"{argument}: got labels from {low} to {high}, expected 0 to {num_classes - 1}")
-
-
-def require(module: str, package: str, purpose: str, extra: str) -> ModuleType:
-    """Import and return an optional module.
-
-    Raises:
-        ImportError: if the module is missing; the message says who needs it and how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}, "
-            f"or the extra {extra!r}: pip install 'odeadv[{extra}]'"
-        ) from error

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from odeadv.data._batches import Moves, Place, Window, draw_epoch
 from odeadv.data._transforms import Transform, draw_seed, transformed
 from odeadv.support.checks import integer, shown
+from odeadv.support.extras import extra
 
 
 class Stream:
@@ -192,7 +193,8 @@ def class_numbers(labels: Any) -> Tensor:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    import numpy as np  # imported here, so that solving and attacks need only torch
+    with extra("train"):
+        import numpy as np
 
     return torch.as_tensor(np.array(value))  # copy, because the memory of a PIL image is read-only
 

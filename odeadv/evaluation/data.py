@@ -20,6 +20,7 @@ from odeadv.data import ImageDataset, as_model_input
 from odeadv.evaluation._attack import Batch
 from odeadv.support.checks import shown
 from odeadv.support.digests import chunks
+from odeadv.support.extras import extra
 from odeadv.support.files import read_tensors, write_tensors
 
 # So many images are read together from a dataset. Larger batches take more memory and save no time.
@@ -127,7 +128,8 @@ def _release_of(array: object) -> Callable[[], object]:
     """Return a function that frees the memory of a file that is mapped for reading."""
     import mmap
 
-    import numpy
+    with extra("evaluate"):
+        import numpy
 
     # Require mode "r": changes that were written to a mapping in another mode could be lost.
     if isinstance(array, numpy.memmap) and array.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
@@ -138,7 +140,8 @@ def _release_of(array: object) -> Callable[[], object]:
 
 def _tensor(value: object) -> Tensor:
     """Return a tensor that shares the memory of an array; return other values unchanged for the checks to reject."""
-    import numpy
+    with extra("evaluate"):
+        import numpy
 
     if not isinstance(value, numpy.ndarray):
         return value  # type: ignore[return-value]
@@ -149,7 +152,8 @@ def _tensor(value: object) -> Tensor:
 
 def _collected(batches: Iterable[object]) -> CheckedData:
     """Return the images of ``batches`` in a temporary file that is mapped into memory, and their labels."""
-    import numpy
+    with extra("evaluate"):
+        import numpy
 
     labels: list[Tensor] = []
     first: Tensor | None = None

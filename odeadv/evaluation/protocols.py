@@ -17,6 +17,7 @@ from odeadv.attacks.checks import check_target, radius
 from odeadv.attacks.objective import TargetName
 from odeadv.support.checks import choice, did_you_mean, integer, number, shown
 from odeadv.support.digests import function_name, is_local
+from odeadv.support.extras import extra
 
 Score = Literal["last", "worst"]
 Radius = tuple[float, ...] | float  # one radius per example, or one for all examples
@@ -368,7 +369,5 @@ def require_packages(protocol: Protocol) -> None:
 
 def pyautoattack() -> Any:
     """Import and return `pyautoattack.AutoAttack`; ImportError says how to install it."""
-    try:
+    with extra("autoattack"):
         return importlib.import_module("pyautoattack").AutoAttack
-    except ImportError as error:
-        raise ImportError("protocol 'autoattack' needs the package pyautoattack: pip install pyautoattack") from error

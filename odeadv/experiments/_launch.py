@@ -19,6 +19,7 @@ from odeadv.experiments._presets import Preset, configurations
 from odeadv.experiments._records import Record
 from odeadv.experiments._run import Measurement, run
 from odeadv.experiments._tables import Table
+from odeadv.support.extras import extra
 from odeadv.support.files import check_folder, write_json
 from odeadv.training import make_fabric
 
@@ -139,10 +140,8 @@ def _sorted(results: Mapping[int, Record | Failure]) -> tuple[list[Record], list
 def _on_ray(
     jobs: Sequence[Job], runs: Path, folder: Path | None, cpus: int, gpus: float, log: TextIO
 ) -> tuple[list[Record], list[Failure]]:
-    try:
+    with extra("ray"):
         import ray
-    except ImportError:
-        raise ValueError("launcher: 'ray' is not installed; pip install 'odeadv[ray]', or use 'local'") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_one)

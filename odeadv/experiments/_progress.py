@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from odeadv.experiments._config import RunConfig
+from odeadv.support.extras import extra
 from odeadv.support.files import write_text
 from odeadv.support.progress import ProgressLine
 from odeadv.training import EpochResult
@@ -27,10 +28,8 @@ class Metrics:
         self._there = len(self._path.read_text(encoding="utf-8").splitlines()) if self._path.exists() else 0
         self._board = None
         if tensorboard:
-            try:
+            with extra("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("tensorboard: is not installed; pip install tensorboard, or leave it out") from None
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def add(self, result: EpochResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -523,8 +524,8 @@ def get_substep(substep: str | SubStep) -> SubStep:
 
 def _torchdiffeq_methods() -> tuple[str, ...]:
     """Return the names of torchdiffeq's methods, or an empty tuple if torchdiffeq is not installed."""
-    try:
+    with contextlib.suppress(ImportError):
         from torchdiffeq._impl.odeint import SOLVERS
-    except ImportError:
-        return ()
-    return tuple(SOLVERS)
+
+        return tuple(SOLVERS)
+    return ()
