@@ -243,8 +243,9 @@ def test_first_and_second_derivatives(newton, scheme):
     def solve(x, w):
         return end(parametrised(w, newton), x, scheme, steps=1)
 
-    assert torch.autograd.gradcheck(solve, (x0, w), fast_mode=True)
-    assert torch.autograd.gradgradcheck(solve, (x0, w), fast_mode=True)
+    # GMRES takes products whose last bit depends on where tensors lie in memory (seen with torch 2.4).
+    assert torch.autograd.gradcheck(solve, (x0, w), fast_mode=True, nondet_tol=1e-10)
+    assert torch.autograd.gradgradcheck(solve, (x0, w), fast_mode=True, nondet_tol=1e-10)
 
 
 @pytest.mark.parametrize("newton", NEWTONS[:2], ids=["dense", "krylov"])
@@ -362,8 +363,7 @@ def test_checkpoints_evaluate_nothing_more_in_the_forward_pass():
             found.append((sol.stats.evaluations["f"], *torch.autograd.grad(sol.xs[-1].sum(), (x0, w))))
         plain, again = found
         assert plain[0] == again[0]
-        assert torch.equal(plain[1], again[1])
-        assert torch.equal(plain[2], again[2])
+        torch.testing.assert_close(again[1:], plain[1:], rtol=1e-10, atol=1e-12)  # GMRES: last bits may differ
 
 
 def test_forcings_do_not_hide_a_direct_solver():
