@@ -55,6 +55,8 @@ def without_effects(modules: Sequence[nn.Module], device: torch.device) -> Itera
     cuda = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else []
     with untouched(*modules), torch.random.fork_rng(devices=cuda):
         yield
+    # torch 2.4 reuses weights that autocast has cast without a graph: they would get no gradient.
+    torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
