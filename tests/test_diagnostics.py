@@ -542,7 +542,8 @@ class TestTrace:
         assert list(line.get_ydata()) == [2e6, 4e5, 1.5e5]
         assert axes.get_yscale() == "log"
         (band,) = axes.patches
-        assert (band.get_y(), band.get_y() + band.get_height()) == (1e5, 2e6)
+        box = band.get_extents().transformed(axes.transData.inverted())
+        assert (box.y0, box.y1) == pytest.approx((1e5, 2e6))
 
 
 @pytest.mark.parametrize(
