@@ -166,7 +166,8 @@ class TestOptions:
         [
             ({"objective": Pgd(steps=1, mode="train")}, tiny_net, "fold: got a pass in training mode"),
             ({}, lambda: residual_mlp(2, 4, num_classes=3, image_size=8), "fold: got a network without a batch norm"),
-            ({}, lambda: tiny_net(noise=1.0).noisy_inference(), "fold: the logits of the folded network differ by"),
+            # torch 2.4 cannot trace the noise.
+            ({}, lambda: tiny_net(noise=1.0).noisy_inference(), "fold: the (logits of the folded|model's)"),
         ],
     )
     def test_a_network_that_cannot_be_folded_is_refused(self, changes, net, message):
