@@ -3,8 +3,9 @@
 `oscillator` is a driven Duffing oscillator (2 elements), `linear` is x' = A x (3 elements), and `pointwise` has 100
 elements, all by the midpoint rule. `gradient` adds the gradient of the initial state of the oscillator.
 `adversarial` is the oscillator under LAD-SM. `Fisher-KPP` is Strang splitting with exact flows (FFT) on 256 points.
-Before the timing, the values are compared with the values of eager solves. All states are float64, on one thread. The
-first call of a solver compiles. The second one has ten times as many steps.
+`static` is a solver made with `static=True`: like `jax.jit`, and so like diffrax, it does not look for changes of the
+field. Before the timing, the values are compared with the values of eager solves. All states are float64, on one
+thread. The first call of a solver compiles. The second one has ten times as many steps.
 """
 
 import time
@@ -23,7 +24,7 @@ from ._timing import interleaved, machine, ratio, shown, spread
 from .limits import Limit
 from .work_precision import DAMPING, ETA, FORCE, RATE, START, duffing
 
-EAGER, COMPILED, DIFFRAX = "eager", "compiled", "diffrax"
+EAGER, COMPILED, STATIC, DIFFRAX = "eager", "compiled", "static", "diffrax"
 SPAN = (0.0, 2.0)
 
 
@@ -119,6 +120,9 @@ def measure(case: Case, steps: int, rounds: int) -> dict[str, Any]:
     expected = eager()
     found = {COMPILED: compiled()}
     if case.peer is not None:
+        static = odeadv.compile_solver(case.field, static=True, **case.choices)
+        functions[STATIC] = lambda: answer(case, lambda x: static(x, SPAN, steps=steps))
+        found[STATIC] = functions[STATIC]()
         functions[DIFFRAX] = diffrax_solve(case, steps)
         began = time.perf_counter()
         found[DIFFRAX] = torch.tensor(functions[DIFFRAX]().tolist(), dtype=torch.float64)
@@ -140,6 +144,7 @@ def measure(case: Case, steps: int, rounds: int) -> dict[str, Any]:
     if DIFFRAX in seconds:
         data["seconds of the first call of diffrax"] = first[2]
         data["compiled to diffrax"] = ratio(seconds, COMPILED, DIFFRAX)
+        data["static to diffrax"] = ratio(seconds, STATIC, DIFFRAX)
     return data
 
 
@@ -157,20 +162,23 @@ def run(quick: bool = False) -> dict[str, object]:
 
 def render(data: dict) -> str:
     lines = [
-        "| problem | elements | steps | eager µs | compiled µs | diffrax µs | eager / compiled | compiled / diffrax |",
-        f"|{' --- |' * 8}",
+        "| problem | elements | eager µs | compiled µs | static µs | diffrax µs | eager / compiled | "
+        "compiled / diffrax | static / diffrax |",
+        f"|{' --- |' * 9}",
     ]
     for name, row in data["cases"].items():
         times = [
             shown(row["microseconds"][key], ".0f") if key in row["microseconds"] else ""
-            for key in (EAGER, COMPILED, DIFFRAX)
+            for key in (EAGER, COMPILED, STATIC, DIFFRAX)
         ]
-        to = shown(row["compiled to diffrax"], ".2f") if "compiled to diffrax" in row else ""
-        cells = [name, row["elements"], row["steps"], *times, shown(row["eager to compiled"], ".1f"), to]
+        to = [shown(row[key], ".2f") if key in row else "" for key in ("compiled to diffrax", "static to diffrax")]
+        cells = [name, row["elements"], *times, shown(row["eager to compiled"], ".1f"), *to]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    steps = {row["steps"] for row in data["cases"].values()}
     lines += [
         "",
-        "Medians with quartiles. Seconds of first calls, which compile, and of the next call with ten times the steps:",
+        f"{', '.join(map(str, steps))} steps per call; medians with quartiles. Seconds of first calls, which compile, "
+        "and of the next call with ten times the steps:",
     ]
     for name, row in data["cases"].items():
         peer = row.get("seconds of the first call of diffrax")
@@ -186,6 +194,7 @@ def limits(data: dict) -> list[Limit]:
         rows.append(
             Limit(f"{name}: time of eager / compiled", row["eager to compiled"], least=row["least"], form=".1f")
         )
-        if "compiled to diffrax" in row:
-            rows.append(Limit(f"{name}: time of compiled / diffrax", row["compiled to diffrax"], most=3))
+        for kind in (COMPILED, STATIC):
+            if f"{kind} to diffrax" in row:
+                rows.append(Limit(f"{name}: time of {kind} / diffrax", row[f"{kind} to diffrax"], most=3))
     return rows

@@ -1,7 +1,7 @@
 """Whole solves as one call: one graph for any number of steps, and the values and gradients of `solve`.
 
-Most tests run the loops by torch's own interpreter (``backend="eager"``), since code takes ten seconds to compile. The
-graphs are the same.
+The loops of small states are plain C++, those of others are compiled by Inductor. Inductor takes ten seconds, so most
+tests run its loops by torch's own interpreter (``backend="eager"``). The graphs are the same.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import odeadv
 from odeadv.fields import Piecewise
-from odeadv.solver import CompileWarning, _loop
+from odeadv.solver import CompileWarning, _loop, _scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 compiles = pytest.mark.skipif(not COMPILES, reason="compile_solver needs torch 2.13")
@@ -65,11 +65,17 @@ def _short_iterations(monkeypatch):
     monkeypatch.setattr(_loop, "OPERATIONS", 100)
 
 
+@pytest.fixture(params=[{}, {"backend": "eager"}], ids=["C++", "interpreter"])
+def options(request: pytest.FixtureRequest) -> dict:
+    return request.param
+
+
 @compiles
 class TestValues:
-    def test_code_has_the_values_and_gradients_of_solve(self):
+    @pytest.mark.parametrize("lowering", [{}, {"options": {"cpp_wrapper": True}}], ids=["C++", "Inductor"])
+    def test_code_has_the_values_and_gradients_of_solve(self, lowering):
         matrix = MATRIX.clone().requires_grad_()
-        solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (matrix @ x), scheme="midpoint")
+        solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (matrix @ x), scheme="midpoint", **lowering)
         x0 = X0.clone().requires_grad_()
         for span, steps in (((0.0, 1.0), 1), ((0.0, 2.0), 7), ((1.0, -1.0), 8)):
             found = solver(x0, span, steps=steps)
@@ -78,21 +84,21 @@ class TestValues:
             gradients = [torch.autograd.grad(sol.xs.square().sum(), (x0, matrix)) for sol in (found, expected)]
             assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(*gradients, strict=True))
 
-    def test_merged_flows_with_gradients(self):
+    def test_merged_flows_with_gradients(self, options):
         matrix = MATRIX.clone().requires_grad_()
         choices = {"scheme": "strang", "substep": {"a": "midpoint", "b": "exact"}}
-        assert_equals_solve(split(matrix), choices, {"dt": 0.2}, [matrix], backend="eager")
+        assert_equals_solve(split(matrix), choices, {"dt": 0.2}, [matrix], **options)
 
-    def test_saved_steps_and_weighted_tables_with_gradients(self):
+    def test_saved_steps_and_weighted_tables_with_gradients(self, options):
         matrix = MATRIX.clone().requires_grad_()
         choices = {"scheme": "averaged-strang", "substep": "euler"}
-        assert_equals_solve(split(matrix), choices, {"steps": 5, "save_at": [0.0, 0.4, 1.0]}, [matrix], backend="eager")
+        assert_equals_solve(split(matrix), choices, {"steps": 5, "save_at": [0.0, 0.4, 1.0]}, [matrix], **options)
 
-    def test_adversarial_sweeps_with_gradients(self):
+    def test_adversarial_sweeps_with_gradients(self, options):
         matrix, eta = MATRIX.clone().requires_grad_(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         choices = {"scheme": "strang-symmetric", "costate": "hermite", "sweeps": 2}
         assert_equals_solve(
-            adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], backend="eager"
+            adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], **options
         )
 
     def test_exponentials_of_matrices_are_computed_before_the_loop(self):
@@ -108,6 +114,41 @@ class TestValues:
         loops, exponential = steps._bound.loops, torch.ops.aten.linalg_matrix_exp.default
         parts = (loops.step, loops.before, loops._fast)
         assert [exponential in {node.target for node in part.graph.nodes} for part in parts] == [True, True, False]
+        with torch.no_grad():  # code of our own takes the exponential as an input
+            found = odeadv.compile_solver(field, **choices)(X0, (0.0, 1.0), dt=0.25)
+            assert torch.allclose(found.xs, odeadv.solve(field, X0, (0.0, 1.0), **choices, dt=0.25).xs, rtol=1e-12)
+
+    @pytest.mark.parametrize("part", [0, 1])
+    def test_every_operation_in_code(self, part, monkeypatch):
+        """Write each operation that `_scalars` knows, on elements of both signs, with its derivative."""
+        monkeypatch.setattr(_loop._Loops, "_compiled", None)  # what Inductor would be called by
+        weights = torch.linspace(0.2, 1.4, 6, dtype=torch.float64).requires_grad_()
+
+        def f(t: Tensor, x: Tensor) -> Tensor:
+            x = torch.tanh(x)
+            y, z = x * weights, 1.0 + x * x
+            found = [name(y) for name in (torch.cos, torch.sin, torch.tan, torch.sinh, torch.tanh, torch.exp)]
+            found += [torch.expm1(y), torch.sqrt(z), torch.log(z), torch.log1p(z), torch.log2(z), torch.erf(y)]
+            found += [torch.abs(y), torch.asin(0.3 * y), torch.acos(0.3 * y), torch.atan(y), torch.acosh(z + 1.0)]
+            found += [
+                torch.asinh(y),
+                torch.atanh(0.3 * y),
+                torch.cosh(y),
+                torch.floor(y) + torch.ceil(y),
+                torch.sign(y),
+            ]
+            found += [torch.atan2(y, z), y / z, torch.maximum(y, x), torch.minimum(y, t), -y, z**y, z**-0.3, 2.0**y]
+            found += [y**k for k in (0, 1, 2, 3, 4)] + [z**0.5, z**-1, 1.0 / z, torch.relu(y), torch.rsqrt(z)]
+            found += [torch.sigmoid(y), torch.square(y), torch.add(y, z, alpha=2.0), torch.sub(y, z, alpha=-3.0)]
+            found += [torch.rsub(y, 1.0), torch.where((y > 0.1) & (x <= 0.9), y, z), torch.where(x != y, t, 0.5)]
+            found += [y.flip(0), torch.roll(y, 2), torch.cat([y[3:], x[:3]]), torch.stack([y[0], x[1]]).repeat(3)]
+            found += [torch.outer(y, x).sum(0), torch.outer(y, x).mean(1), y.sum() * x, torch.dot(x, y) * y]
+            found += [torch.outer(x, y) @ x, (torch.outer(x, y) @ MATRIX)[2]]
+            found += [(y.reshape(2, 3).T @ y.reshape(2, 3)).diagonal().repeat(2)]
+            found += [y.reshape(2, 3).sum(0, keepdim=True).expand(2, 3).reshape(6), y.unbind()[4] * x]
+            return 0.01 * sum(found[part::2])
+
+        assert_equals_solve(odeadv.VectorField({"f": f}), {"substep": "euler"}, {"steps": 2}, [weights])
 
     def test_second_derivatives(self):
         x0 = X0.clone().requires_grad_()
@@ -138,11 +179,12 @@ class TestCompilation:
             expected = X0 + 0.5 * X0 @ weight.T
             assert torch.allclose(solver(X0, (0.0, 0.5)).xs[-1], expected)
 
-    def test_kinds_of_states_and_tensors_that_share_memory(self):
+    def test_kinds_of_states_and_tensors_that_share_memory(self, options):
         pair = torch.stack([MATRIX, MATRIX])
         field = odeadv.VectorField({"f": lambda t, x: torch.sin(t) * (pair[0] @ x.to(pair.dtype) - x).to(x.dtype)})
-        solver = odeadv.compile_solver(field, dt=0.5, backend="eager")
-        for x0 in (X0, X0.float(), X0.bfloat16(), X0.reshape(6, 1)):
+        solver = odeadv.compile_solver(field, dt=0.5, **options)
+        narrow = [X0.bfloat16()] if options else []  # which Inductor rounds less often than `solve`
+        for x0 in (X0, X0.float(), X0.reshape(6, 1), *narrow):
             expected = odeadv.solve(field, x0, (0.0, 1.0), dt=0.5).xs
             found = solver(x0, (0.0, 1.0)).xs
             assert found.dtype == x0.dtype
@@ -167,11 +209,40 @@ class TestCompilation:
 
 
 @compiles
+class TestStatic:
+    def test_new_values_are_seen_and_new_tensors_are_not(self, options):
+        module = torch.nn.Linear(6, 6, bias=False).double()
+        solver = odeadv.compile_solver(lambda t, x: module(x), substep="euler", static=True, **options)
+        x0, learned = X0.clone().requires_grad_(), module.weight
+        for weight in (MATRIX.T.clone().requires_grad_(), MATRIX.clone().requires_grad_()):
+            with torch.no_grad():
+                module.weight.copy_(weight)
+            found, expected = solver(x0, (0.0, 0.5), steps=1).xs[-1], x0 + 0.5 * x0 @ weight.T
+            assert torch.allclose(found, expected)
+            gradients = (
+                torch.autograd.grad(found.sum(), [x0, learned]),
+                torch.autograd.grad(expected.sum(), [x0, weight]),
+            )
+            assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+        module.weight = torch.nn.Parameter(-MATRIX)
+        assert torch.allclose(solver(x0, (0.0, 0.5), steps=1).xs[-1], x0 + 0.5 * x0 @ MATRIX.T)
+
+    def test_other_spans_and_states(self):
+        field = adversarial(MATRIX)
+        solver = odeadv.compile_solver(field, scheme="strang", static=True)
+        for x0, span, steps in ((X0, (0.0, 1.0), 4), (-X0, (1.0, 0.0), 3), (X0.reshape(6, 1), (0.0, 1.0), 4)):
+            found = solver(x0, span, steps=steps)
+            expected = odeadv.solve(field, x0, span, scheme="strang", steps=steps)
+            assert torch.allclose(found.xs, expected.xs, rtol=1e-12)
+            assert torch.allclose(found.loss, expected.loss)
+
+
+@compiles
 class TestRepeatedCalls:
     """Calls with the arguments of the latest call skip the checks of these arguments."""
 
-    def test_have_their_own_states_and_times(self):
-        solver = odeadv.compile_solver(lambda t, x: -x, substep="euler", backend="eager")
+    def test_have_their_own_states_and_times(self, options):
+        solver = odeadv.compile_solver(lambda t, x: -x, substep="euler", **options)
         for x0 in (X0, 2 * X0):
             sol = solver(x0, (0.0, 1.0), steps=2)
             assert torch.allclose(sol.xs, torch.stack([x0, 0.25 * x0]))
@@ -179,8 +250,8 @@ class TestRepeatedCalls:
             sol.ts.zero_()  # a user's write, which the next call must not see
         assert solver(X0, (0.0, 1.0), steps=2, save_at="steps").xs.shape == (3, 6)
 
-    def test_are_checked_for_what_may_differ(self):
-        solver = odeadv.compile_solver(lambda t, x: -x, substep="euler", backend="eager")
+    def test_are_checked_for_what_may_differ(self, options):
+        solver = odeadv.compile_solver(lambda t, x: -x, substep="euler", **options)
         solver(X0, (0.0, 1.0), steps=2)
         with pytest.raises(ValueError, match=r"^x0: contains NaN"):
             solver(math.nan * X0, (0.0, 1.0), steps=2)
@@ -188,6 +259,40 @@ class TestRepeatedCalls:
             solver(X0.tolist(), (0.0, 1.0), steps=2)
         with pytest.raises(TypeError, match=r"^steps: "):
             solver(X0, (0.0, 1.0), steps=2.0)
+
+
+@compiles
+class TestCode:
+    """`_scalars` writes what it can, and leaves the rest to Inductor."""
+
+    @staticmethod
+    def graph(f: Callable, x: Tensor) -> torch.fx.GraphModule:
+        def step(number: Tensor, x: Tensor, clock: Tensor) -> Tensor:
+            return x + clock[2] * f(x)
+
+        zero = torch.zeros((), dtype=torch.int64)
+        return _loop._flat(step, (zero, x, torch.zeros(4, dtype=torch.float64)))
+
+    def test_a_step_is_written(self):
+        run = _scalars.forward_loop(self.graph(torch.cos, X0), 0)
+        states = torch.zeros(3, 6, dtype=torch.float64)
+        ends, finite = run(X0, torch.tensor([0.0, 1.0, 0.5, 2.0], dtype=torch.float64), states, (), ())
+        middle = X0 + 0.5 * torch.cos(X0)
+        assert torch.equal(ends, states[[0, 2]] + torch.stack([X0, torch.zeros_like(X0)]))
+        assert torch.allclose(states[1:], torch.stack([middle, middle + 0.5 * torch.cos(middle)]), rtol=1e-15)
+        assert finite
+        assert not run(math.inf * X0, torch.ones(4, dtype=torch.float64), None, (), ())[1]
+
+    def test_other_graphs_are_not(self, monkeypatch):
+        assert _scalars.forward_loop(self.graph(torch.cos, torch.zeros(17)), 0) is None
+        assert _scalars.forward_loop(self.graph(torch.cos, X0.to(torch.complex128)), 0) is None
+        assert _scalars.forward_loop(self.graph(torch.special.i0, X0), 0) is None
+        assert _scalars.forward_loop(self.graph(lambda x: x.view(torch.int64) * 1.0, X0), 0) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(_scalars, "ASSIGNMENTS", 20)
+            assert _scalars.forward_loop(self.graph(torch.cos, X0), 0) is None
+        monkeypatch.setattr(_scalars, "_FLAGS", ("-no-such-flag",))
+        assert _scalars.forward_loop(self.graph(torch.cos, X0), 0) is None
 
 
 class TestMessages:

@@ -46,16 +46,18 @@ def compile_solver(
     substep: SubSteps | None = None,
     costate: CostateKind | None = None,
     sweeps: int | None = None,
+    static: bool = False,
     **options: Any,
 ) -> CompiledSolver:
     """Return a solver for ``field`` with fixed steps, whose whole solve is one compiled call.
 
-    The first call compiles, which takes some ten seconds; make the solver once and call it often. The steps are a
-    loop in C++, so the time to compile does not grow with their number. Another ``t_span``, ``dt`` or number of
-    steps uses the same code. Another shape, dtype or grad mode is compiled anew, and so are solves that save states
-    between the ends. The result is that of `odeadv.solve` up to rounding. Gradients of ``x0``, and of parameters
-    and other tensors that the field closes over, come from the discrete adjoint equation, a second compiled loop.
-    Second derivatives are computed without compilation.
+    The first call compiles, which takes about a second for states of up to 16 elements and some ten seconds for
+    others; make the solver once and call it often. The steps are a loop in C++, so the time to compile does not grow
+    with their number. Another ``t_span``, ``dt`` or number of steps uses the same code. Another shape or dtype is
+    compiled anew, and, for states of more than 16 elements, so are solves that save states between the ends. The
+    result is that of `odeadv.solve` up to rounding. Gradients of ``x0``, and of parameters and other tensors that the
+    field closes over, come from the discrete adjoint equation, a second compiled loop. Second derivatives are computed
+    without compilation.
 
     An `AdversarialField` is recorded by a compiled loop forward and one in reverse, and is then solved by a third one.
 
@@ -67,7 +69,11 @@ def compile_solver(
         substep: see `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
         costate: see `odeadv.solve`.
         sweeps: see `odeadv.solve`; a number.
-        options: for `torch.compile`, such as ``backend="aot_eager"``.
+        static: promise that the field uses the same tensors and Python values in every call, as `jax.jit` assumes. Each
+            call then skips the search for changes, which takes 30 to 60 microseconds. New values that are written into
+            these tensors, as optimisers do, are seen. If a tensor or a Python value is replaced, or a module changes
+            its mode, the solver does not see it and goes on with the old one.
+        options: for `torch.compile`, such as ``backend="aot_eager"``; it then compiles small states too.
 
     Returns:
         A `CompiledSolver`.
@@ -109,15 +115,17 @@ def compile_solver(
     if any(isinstance(chosen, TorchDiffEq) for chosen in method.substeps.values()):
         raise ValueError("substep: torchdiffeq's methods cannot be compiled as one graph; take one of ours")
     choices = {"scheme": scheme, "substep": substep, "costate": costate, "sweeps": sweeps}
-    return CompiledSolver(field, choices, dt, options)
+    return CompiledSolver(field, choices, dt, static, options)
 
 
 class CompiledSolver:
     """Made by `compile_solver`."""
 
-    def __init__(self, field: VectorField, choices: dict[str, Any], dt: float | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, field: VectorField, choices: dict[str, Any], dt: float | None, static: bool, options: dict[str, Any]
+    ) -> None:
         self.field = field
-        self._choices, self._dt, self._options = choices, dt, options
+        self._choices, self._dt, self._static, self._options = choices, dt, static, options
         self._compiled: dict[tuple[object, ...], Steps] = {}
         self._checked: set[tuple[object, ...]] = set()
         self._latest: tuple[tuple[object, ...], _Plan] | None = None
@@ -155,6 +163,8 @@ class CompiledSolver:
             plan, x = self._plan(x0, t_span, save_at, size)
             self._check(plan, x)
             solution = plan.solution(x)
+            if solution.status is not Status.SUCCESS:
+                read_initial_state(self.field, x)  # the state of a repeated call is looked at only now
         if throw and solution.status is not Status.SUCCESS:
             raise SolveError(solution)
         return solution
@@ -167,7 +177,10 @@ class CompiledSolver:
         """
         key = None if x0 is None else _signature(x0, t_span, save_at, size)
         if key is not None and self._latest is not None and self._latest[0] == key:
-            return self._latest[1], read_initial_state(self.field, x0)
+            plan = self._latest[1]
+            if x0 is not None and plan.looks_at_start and not x0.requires_grad:
+                return plan, x0
+            return plan, read_initial_state(self.field, x0)
         request = read_request(self.field, x0, t_span, save_at=save_at, **size, **self._choices, **_FIXED)
         x = request.x0
         if x.is_complex():
@@ -189,7 +202,7 @@ class CompiledSolver:
     def _steps(self, make: Callable[[Request], Callable[..., Tensor]], request: Request) -> Steps:
         key = (make, request.narrow)
         if key not in self._compiled:
-            self._compiled[key] = Steps(make(request), self._options)
+            self._compiled[key] = Steps(make(request), self._options, self._static)
         return self._compiled[key]
 
     def _check(self, plan: _Plan, x: Tensor) -> None:
@@ -257,6 +270,13 @@ class _Plan:
         return self.request.save_at is None and stepper.merges and len(self.grid) > 1
 
     @cached_property
+    def looks_at_start(self) -> bool:
+        """True if the status tells whether the initial state is finite, and nothing can write to it."""
+        rows = self.saved[1]
+        first = rows is None or isinstance(rows, slice) or 0 in rows
+        return first and not self.merges and not isinstance(self.request.field, AdversarialField)
+
+    @cached_property
     def saved(self) -> tuple[Tensor, list[int] | slice | None]:
         """The saved times, and the rows of their states; None for the two ends."""
         times, at = self.grid.times, self.request.save_at
@@ -271,24 +291,29 @@ class _Plan:
         """Record the costate if there is one, solve from ``x``, and return the result."""
         request, costate, bound = self.request, None, None
         field, (ts, rows), stats = request.field, self.saved, Stats(steps=len(self.grid))
+        finite: bool | None = None
         if isinstance(field, AdversarialField) and not field.idle:
             costate, tables = self.recorded(x)
             stats.recordings = request.recordings.passes
             bound = self.steps(_driven_step, request).on(x, self.clock, tables)
         if bound is None and self.merges:
             stepper = request.discretisation.stepper(field)
-            final = stepper.march(x, self.grid, _Merged(self))  # type: ignore[arg-type]
-            xs = torch.stack([x, final])
+            xs = torch.stack([x, stepper.march(x, self.grid, _Merged(self))])  # type: ignore[arg-type]
         else:
             bound = bound or self.steps(_plain_step, request).on(x, self.clock)
-            states = bound.states(x, all_of_them=rows is not None)
-            final = states[-1]
-            xs = torch.stack([x, final]) if rows is None else states[rows]
-        output, loss = field.evaluate(final) if isinstance(field, AdversarialField) else (None, None)
+            if rows is None:
+                xs, finite = bound.ends(x)
+            else:
+                states = bound.states(x)
+                xs = states[rows]
+        output = loss = None
+        if isinstance(field, AdversarialField):
+            output, loss = field.evaluate(xs[-1] if rows is None else states[-1])
+            finite = None
         return Solution(
             ts.clone(),
             xs if request.narrow is None else xs.to(request.narrow),
-            status=status_of(Status.SUCCESS, loss, xs),
+            status=Status.SUCCESS if finite else status_of(Status.SUCCESS, loss, xs),
             stats=stats,
             scheme=request.discretisation.name,
             order=self.order,
@@ -307,7 +332,7 @@ class _Plan:
         for number in range(request.recordings.passes):
             make = _driven_step if number else _plain_step
             bound = self.steps(make, request).on(x, self.clock, tables)
-            states = bound.forward(x, all_of_them=True)
+            states = bound.forward(x)
             given = torch.zeros_like(states)
             given[-1] = _loss_gradient(request.field, states[-1])
             nodes, _ = bound.costates(states, given)
@@ -331,7 +356,7 @@ class _Merged:
         """Return the state after all steps of ``part`` but the last one."""
         grid = Grid(part.times[:-1], part.h)
         bound = self.plan.steps(_merged_step, self.plan.request).on(x, _clock(grid, x.device))
-        return bound.states(x, all_of_them=False)[-1]
+        return bound.ends(x)[0][-1]
 
 
 def _plain_step(request: Request) -> Callable[..., Tensor]:

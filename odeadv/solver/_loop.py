@@ -2,25 +2,25 @@
 
 `torch.compile` reads the step twice. The first time it captures the step as a graph, with guards on everything that the
 field depends on, and turns the tensors that the field closes over into inputs. The second time it lowers a
-`torch.while_loop` over this graph to C++. Only public interfaces are used; ``torch.while_loop`` is a prototype in torch
-2.14, on which this file was tested. `tests/test_compile.py` says if a later version breaks it.
+`torch.while_loop` over this graph to C++; for small states `_scalars` takes the place of the second time. Only public
+interfaces are used; ``torch.while_loop`` is a prototype in torch 2.14, on which this file was tested.
+`tests/test_compile.py` says if a later version breaks it.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from odeadv.solver._scalars import compiler, forward_loop, reverse_loop
 from odeadv.splitting import TimeStep
 
 # step(number, x, clock, *rows) -> the state at the end of step ``number`` from ``x`` at its beginning. ``clock`` is
@@ -57,17 +57,19 @@ class Steps:
     Args:
         step: see `StepFunction`.
         options: for `torch.compile`.
+        static: see `odeadv.compile_solver`.
 
     Raises:
         ValueError: if this version of torch cannot compile a solver.
     """
 
-    def __init__(self, step: StepFunction, options: dict[str, Any]) -> None:
+    def __init__(self, step: StepFunction, options: dict[str, Any], static: bool = False) -> None:
         if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             raise ValueError(
                 f"torch: got version {torch.__version__}, expected 2.13 or newer to compile a solver; use odeadv.solve"
             )
-        self._options = options
+        self._options, self._static = options, static
+        self._kept: dict[tuple[object, ...], BoundSteps] = {}
         self._capture = torch.compile(step, **{**_OWN_GRAPHS, "backend": self._bind, "dynamic": False})
         self._given: Tensors = ()
         self._bound: BoundSteps
@@ -80,11 +82,16 @@ class Steps:
             clock: see `StepFunction`.
             tables: data by steps, N + 1 rows each. Step n is given the rows n and n + 1 of each in turn.
         """
+        key = (x.shape, x.dtype, x.device)
+        if key in self._kept:
+            return replace(self._kept[key], clock=clock, tables=tables)
         rows = [torch.empty_like(x) for _ in range(2 * len(tables))]
         self._given = (torch.zeros((), dtype=torch.int64, device=x.device), x.detach(), clock, *rows)
         with torch.no_grad():
             self._capture(*self._given)
         self._bound.tables = tables
+        if self._static:
+            self._kept[key] = replace(self._bound, tables=())
         return self._bound
 
     def _bind(self, graph: torch.fx.GraphModule, _: Sequence[Any]) -> Callable[..., Tensors]:
@@ -119,26 +126,40 @@ class BoundSteps:
     lifted: Tensors
     tables: Tensors = ()
 
-    def states(self, x: Tensor, *, all_of_them: bool) -> Tensor:
-        """Return the states from ``x`` on as the rows of a tensor, in the autograd graph: N + 1 or the last one."""
-        learned = [p for p in self.lifted if p.requires_grad]
-        if torch.is_grad_enabled() and (x.requires_grad or learned):
-            states: Tensor = _Differentiable.apply(self, x, *learned)
-            return states
-        return self.forward(x, all_of_them=all_of_them)
+    def ends(self, x: Tensor) -> tuple[Tensor, bool | None]:
+        """Return ``x`` and the last state as the rows of a tensor, and True if they are finite, None if unknown."""
+        if self._learns(x):
+            return torch.stack([x, self.states(x)[-1]]), None
+        return self._run(x, None)
 
-    def forward(self, x: Tensor, *, all_of_them: bool) -> Tensor:
+    def states(self, x: Tensor) -> Tensor:
+        """Return the N + 1 states from ``x`` on as the rows of a tensor, in the autograd graph."""
+        if self._learns(x):
+            states: Tensor = _Differentiable.apply(self, x, *[p for p in self.lifted if p.requires_grad])
+            return states
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
         """Return the states as `states` does, outside of the graph."""
+        states = _by_rows(x.new_empty((int(self.clock[3]) + 1, *x.shape)))
+        states[0] = x.detach()
+        self._run(x, states)
+        return states
+
+    def _learns(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.lifted))
+
+    def _run(self, x: Tensor, states: Tensor | None) -> tuple[Tensor, bool | None]:
         x = x.detach().contiguous()
-        states = None
-        if all_of_them:
-            states = _by_rows(x.new_empty((int(self.clock[3]) + 1, *x.shape)))
-            states[0] = x
         tables = tuple(_by_rows(table.detach()) for table in self.tables)
+        found: tuple[Tensor, bool | None]
+        if self.loops.takes_anything:
+            found = self.loops.forward(x, self.clock, states, tables, self.lifted)
+            return found
         with torch.no_grad():
             fixed = _apart((*self.lifted, *self.loops.before(self.clock, *self.lifted)))
-            last = self.loops.forward(x, self.clock, states, tables, fixed)
-        return last.unsqueeze(0) if states is None else states
+            found = self.loops.forward(x, self.clock, states, tables, fixed)
+        return found
 
     def costates(self, states: Tensor, given: Tensor, *, learned: bool = False) -> tuple[Tensor, Tensors]:
         """Return dL/dx_n, from the partial derivatives ``given`` by each of the ``states``; in reverse.
@@ -172,9 +193,10 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, bound: BoundSteps, x: Tensor, *learned: Tensor) -> Tensor:
-        states = bound.forward(x, all_of_them=True)
+        states = bound.forward(x)
         ctx.bound = bound
-        ctx.save_for_backward(states, x, *learned)
+        # The tensor of a caller may be written to before the backward pass.
+        ctx.save_for_backward(states, x if ctx.needs_input_grad[1] else states[0].clone(), *learned)
         return states
 
     @staticmethod
@@ -224,11 +246,16 @@ class _Loops:
         self.before, once = _hoisted(self.step, self._varying)
         self._together = _steps_of_an_iteration(once)
         self._fast: Callable[..., Tensor] = once
+        self._tables = (self._own - 3) // 2
+        self._own_code = self._whole and not options
         if reason is not None:
             warnings.warn(f"compile_solver: {reason}, so the loop over the steps stays in Python", CompileWarning, 2)
             if given[1].device.type != "cpu":
                 self._fast = torch.compile(once, **_OWN_GRAPHS)
-        self.forward = self._compiled(self._forward)
+        loop = self._scalar_code(forward_loop, self.step, once)
+        # Inputs of code of our own may share memory and require gradients.
+        self.takes_anything = loop is not None and loop[1] is self.step
+        self.forward = self._compiled(self._forward) if loop is None else loop[0]
         self._reversed: dict[tuple[int, ...], tuple[Invariants, Callable[..., Tensors]]] = {}
 
     @property
@@ -246,9 +273,24 @@ class _Loops:
             examples = (*self._examples, torch.zeros_like(self._examples[1]))
             pull = _flat(partial(self._pull, wrt), examples)
             before, once = _hoisted(pull, [*self._varying, len(self._examples)])
-            loop = self._compiled(partial(self._reverse, once, _steps_of_an_iteration(once)))
-            self._reversed[wrt] = before, loop
+            lifted = len(self._examples) - self._own
+            found = self._scalar_code(partial(reverse_loop, lifted=lifted), pull, once)
+            if found is not None:
+                self._reversed[wrt] = _nothing if found[1] is pull else before, found[0]
+            else:
+                loop = self._compiled(partial(self._reverse, once, _steps_of_an_iteration(once)))
+                self._reversed[wrt] = before, loop
         return self._reversed[wrt]
+
+    def _scalar_code(
+        self, make: Callable[..., Callable[..., Any] | None], *graphs: torch.fx.GraphModule
+    ) -> tuple[Callable[..., Any], torch.fx.GraphModule] | None:
+        """Return the loop over the first of ``graphs`` that `_scalars` can write, and this graph; None without one."""
+        for graph in graphs if self._own_code else ():
+            loop = make(graph, tables=self._tables)
+            if loop is not None:
+                return loop, graph
+        return None
 
     def _pull(self, wrt: tuple[int, ...], *inputs: Tensor) -> Tensors:
         """Return the vector-Jacobian product of a step: by the state, and by the lifted tensors ``wrt``."""
@@ -277,8 +319,10 @@ class _Loops:
             carried = body(*carried)
         return carried
 
-    def _forward(self, x: Tensor, clock: Tensor, states: Tensor | None, tables: Tensors, fixed: Tensors) -> Tensor:
-        """Return the last state; write each state to the row of ``states`` with its number, if rows are given."""
+    def _forward(
+        self, x: Tensor, clock: Tensor, states: Tensor | None, tables: Tensors, fixed: Tensors
+    ) -> tuple[Tensor, None]:
+        """Return first and last state; write each state to the row of ``states`` with its number, if rows are given."""
 
         def one(n: Tensor, x: Tensor) -> Tensors:
             x = self._fast(n, x, clock, *_rows(tables, n), *fixed).contiguous()
@@ -291,10 +335,10 @@ class _Loops:
                 n, x = one(n, x)
             return n, x
 
-        start: Tensors = (torch.zeros((), dtype=torch.int64, device=x.device), x)
+        carried: Tensors = (torch.zeros((), dtype=torch.int64, device=x.device), x)
         if self._together > 1:
-            start = self._loop(lambda n, x: n + self._together <= clock[3], several, start)
-        return self._loop(lambda n, x: n < clock[3], one, start)[1]
+            carried = self._loop(lambda n, x: n + self._together <= clock[3], several, carried)
+        return torch.stack([x, self._loop(lambda n, x: n < clock[3], one, carried)[1]]), None
 
     def _reverse(
         self,
@@ -366,7 +410,7 @@ def _hoisted(graph: torch.fx.GraphModule, varying: Sequence[int]) -> tuple[Invar
             needed += node.all_input_nodes
     # A value that is the same at first may be written to.
     if not moved or any(_writes(node) and fixed.intersection(node.args[:1]) for node in nodes):
-        return lambda *_: (), graph
+        return _nothing, graph
     before, once = torch.fx.Graph(), torch.fx.Graph()
     early: dict[torch.fx.Node, torch.fx.Node] = {}
     late = {node: once.placeholder(node.name) for node in (*inputs, *moved)}
@@ -376,9 +420,15 @@ def _hoisted(graph: torch.fx.GraphModule, varying: Sequence[int]) -> tuple[Invar
         if node not in late:
             late[node] = once.node_copy(node, late.__getitem__)
     before.output(tuple(early[node] for node in moved))
+    for node, copied in late.items():
+        copied.meta = dict(node.meta)
     for part in (before, once):
         part.eliminate_dead_code()
     return torch.fx.GraphModule(graph, before), torch.fx.GraphModule(graph, once)
+
+
+def _nothing(*_: Tensor) -> Tensors:
+    return ()
 
 
 def _writes(node: torch.fx.Node) -> bool:
@@ -391,11 +441,11 @@ def _has_entries(node: torch.fx.Node) -> bool:
 
 
 def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModule:
-    """Return ``function`` as a graph of plain operations, without derivatives and modules."""
+    """Return ``function`` as a graph of plain operations, without derivatives, modules and writes in place."""
     from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy
 
     with torch.no_grad():
-        return make_fx(function, tracing_mode="fake")(*examples)
+        return make_fx(torch.func.functionalize(function), tracing_mode="fake")(*examples)
 
 
 def _lowering(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
@@ -413,10 +463,8 @@ def _why_not(device: torch.device, options: dict[str, Any]) -> str | None:
         return None
     if device.type != "cpu":
         return f"the loop operator waits for the device {str(device)!r} in every step"
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return (
-        None if shutil.which(compiler) else f"the C++ compiler {compiler!r} was not found (set CXX to the path of one)"
-    )
+    name = compiler()
+    return None if shutil.which(name) else f"the C++ compiler {name!r} was not found (set CXX to the path of one)"
 
 
 def _row(table: Tensor, n: Tensor) -> Tensor:
