@@ -23,6 +23,7 @@ NAMES = (
     "gradients",
     "adaptive",
     "work_precision",
+    "converged",
     "fisher_kpp",
     "stiff",
     "recording",

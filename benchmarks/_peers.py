@@ -158,11 +158,16 @@ def shooting(ivp: Ivp, problem: Adversarial, tolerance: float) -> Answer:
         value, product = pulled(f, t, z[0], z[1])
         return torch.stack([value + problem.eta * z[1], -product])
 
+    seen: dict[bytes, Tensor] = {}
+
     def end(a0: Any) -> Tensor:
         nonlocal work
+        if a0.tobytes() in seen:  # the root, and the point where its Jacobian is taken, are given twice
+            return seen[a0.tobytes()]
         start = torch.as_tensor(a0, dtype=problem.x0.dtype).reshape(shape)
         z, count = ivp(both, torch.stack([problem.x0, start]), t0, t1)
         work += 2 * count
+        seen[a0.tobytes()] = z
         return z
 
     def miss(a0: Any) -> Any:
@@ -175,13 +180,15 @@ def shooting(ivp: Ivp, problem: Adversarial, tolerance: float) -> Answer:
     return end(found.x)[0], work
 
 
-def shooting_peers(problem: Adversarial, exponents: Sequence[int] = range(3, 11)) -> list[Candidate]:
+def shooting_peers(
+    problem: Adversarial, exponents: Sequence[int] = range(3, 11), method: str = "dopri5"
+) -> list[Candidate]:
     """Return candidates that shoot with torchdiffeq."""
 
     def solve(tolerance: float) -> Answer:
-        return shooting(torchdiffeq_ivp("dopri5", tolerance), problem, tolerance)
+        return shooting(torchdiffeq_ivp(method, tolerance), problem, tolerance)
 
-    return adaptive("torchdiffeq shooting", "dopri5", solve, exponents)
+    return adaptive("torchdiffeq shooting", method, solve, exponents)
 
 
 def scipy_peers(
@@ -204,12 +211,15 @@ def scipy_peers(
         return numpy.concatenate([f(t, z[:n]) + eta * z[n:], -product(t, z[:n], z[n:])])
 
     def shoot(tolerance: float) -> Answer:
-        work = 0
+        work, seen = 0, dict[bytes, Any]()
 
         def end(a0: Any) -> Any:
             nonlocal work
+            if a0.tobytes() in seen:
+                return seen[a0.tobytes()]
             path = solve_ivp(both, span, numpy.concatenate([x0, a0]), method="DOP853", rtol=tolerance, atol=tolerance)
             work += 2 * path.nfev
+            seen[a0.tobytes()] = path.y[:, -1]
             return path.y[:, -1]
 
         def miss(a0: Any) -> Any:
