@@ -112,7 +112,7 @@ class AttackSpec:
 
     @property
     def shared(self) -> bool:
-        """True for FGSM or IFGSM without options, which share gradients and iterates with each other."""
+        """True for FGSM or IFGSM without options and with one radius for all examples; such attacks share work."""
         one = isinstance(self.eps, float) and isinstance(self.alpha, float)
         return self.name in ("fgsm", "ifgsm") and one and not self.options
 

@@ -40,7 +40,7 @@ FOLD_LIMIT = 1e4
 # images may have dead units or a tie.
 _NOTED = 0.01
 # Other signs also occur for single images of sound networks, so they are noted only above the share _OFTEN of all
-# images. A property of the model is noted if the share _MOSTLY of the images that can show it do show it.
+# images. Clipping is noted if it occurs in more than the share _MOSTLY of the images that can show it.
 _OFTEN, _MOSTLY = 0.1, 0.9
 #: The logits of an image are flat if the largest exceeds the smallest by less than this.
 FLAT = 0.01

@@ -32,7 +32,7 @@ class Checkpoints:
     so that a kill cannot leave a part of it.
 
     Args:
-        folder: the folder of the checkpoints.
+        folder: the folder of the checkpoints; it is made if it does not exist.
         identity: plain data that identify the run; a checkpoint of another run is rejected. If only the number of
             epochs differs, the run is extended.
         keep: number of checkpoints to keep.

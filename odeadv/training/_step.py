@@ -82,7 +82,7 @@ class Defence(Choice):
     ``class Mine(Defence, name="mine")`` implements `__call__`; configurations then know ``{"name": "mine"}``.
     """
 
-    #: True if the defended pass differs from the plain pass. TRADES and MART then need an additional plain pass.
+    #: True if the defended pass differs from the plain pass. Only then TRADES adds the loss of a defended pass.
     active: bool = True
     #: Factor of the perturbation; 0 for a defence without a perturbation.
     eta: float = 0.0
