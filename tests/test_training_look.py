@@ -26,7 +26,7 @@ from odeadv.training import (
     Undefended,
     train,
 )
-from odeadv.training._loop import Run
+from odeadv.training._loop import TrainingRun
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches of 8:UserWarning")
 
@@ -55,7 +55,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("objective", "defence"), PAIRS, ids=str)
 def test_a_step_reads_nothing_from_the_device(objective, defence, monkeypatch):
-    reads, step = Reads(), Run._checked_step
+    reads, step = Reads(), TrainingRun._checked_step
 
     def counted(self, *arguments):
         reads.counting = True
