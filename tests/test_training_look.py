@@ -62,7 +62,7 @@ def test_a_step_reads_nothing_from_the_device(objective, defence, monkeypatch):
         step(self, *arguments)
         reads.counting = False
 
-    monkeypatch.setattr(Run, "_checked_step", counted)
+    monkeypatch.setattr(TrainingRun, "_checked_step", counted)
     with reads:
         train(
             tiny_net(),
