@@ -58,7 +58,7 @@ def test_every_example_has_its_own_radius_step_and_target() -> None:
         "ifgsm-4 at 0 to 76.5/255",
         "pgd-4 at 51/255",
     ]
-    assert result.attacks[3].label == "ifgsm-4 at 0 to 3 in L2"
+    assert result.attacks[3].label == "ifgsm-4 at 0 to 3 in L2 (worst so far)"
     again = Evaluation.from_dict(json.loads(json.dumps(result.to_dict())))
     assert again.attacks[0].eps == tuple(EPS.tolist())
     assert repr(again) == repr(result)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from odeadv import attacks
 from odeadv.audit import audit
 from odeadv.evaluation import AttackSpec, Protocol, compare, evaluate, mcnemar
-from odeadv.evaluation._attack import Counted, attacked
+from odeadv.evaluation._attack import CountingModel, attacked
 from odeadv.evaluation.trust import differs, scales
 from odeadv.models import preact_resnet
 from odeadv.support.digests import function_name, is_local
@@ -471,7 +471,7 @@ class TestAutoAttack:
         eps = 0.3
         options = {"version": "custom", "attacks": ("apgd-ce",), "norm": "L2"}
         found, _ = attacked(
-            AttackSpec("autoattack", eps, options=options), Counted(linear(), 3), IMAGES, LABELS, seed=0, place=""
+            AttackSpec("autoattack", eps, options=options), CountingModel(linear(), 3), IMAGES, LABELS, seed=0, place=""
         )
         pairs = zip(found.flatten(1).tolist(), IMAGES.flatten(1).tolist(), strict=True)
         squares = [sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(*pair, strict=True)) for pair in pairs]

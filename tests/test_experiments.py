@@ -581,7 +581,7 @@ class TestAutoAttack:
     def test_is_refused_before_any_work_without_its_package(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setitem(sys.modules, "pyautoattack", None)
         assert cli.main(["table", "table2", "--autoattack", "5", "--runs", str(tmp_path)]) == 2
-        assert "needs the package pyautoattack" in capsys.readouterr().err
+        assert "pyautoattack: is not installed; expected the extra 'autoattack'" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
 

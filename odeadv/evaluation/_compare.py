@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from odeadv.evaluation._evaluation import AttackResult, Evaluation
+from odeadv.evaluation.protocols import unique_names
 from odeadv.support.checks import shown
 from odeadv.support.statistics import exact_p_value
 
@@ -65,7 +66,8 @@ def compare(a: Evaluation, b: Evaluation) -> dict[str, McNemar]:
     tests = {"clean": mcnemar(a, b, attack="clean")}
     if len(a.attacks) != len(b.attacks):
         raise ValueError(f"b: has {len(b.attacks)} attacks, expected the {len(a.attacks)} of a")
-    for place, (name, one, other) in enumerate(zip(a.names, a.attacks, b.attacks, strict=True)):
+    names = unique_names([result.setting for result in a.attacks])
+    for place, (name, one, other) in enumerate(zip(names, a.attacks, b.attacks, strict=True)):
         if one.outcomes is not None and other.outcomes is not None:
             tests[name] = mcnemar(a, b, attack=place)
         if one.worst_so_far_outcomes is not None and other.worst_so_far_outcomes is not None:
@@ -124,7 +126,7 @@ def _outcomes(evaluation: Evaluation, attack: object, score: str) -> tuple[tuple
         return ("clean",), evaluation.clean_outcomes
     if attack == "worst case":
         return ("worst case", *(_identity(result) for result in evaluation.attacks)), evaluation.worst_case_outcomes
-    labels = [result.label for result in evaluation.attacks]
+    labels = [result.setting for result in evaluation.attacks]
     expected = f"expected a place, 'clean', 'worst case', or one of {', '.join(labels)}"
     if isinstance(attack, str):
         if labels.count(attack) != 1:

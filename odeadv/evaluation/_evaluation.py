@@ -57,15 +57,19 @@ class AttackResult:
     @property
     def label(self) -> str:
         """A short name, the same as `AttackSpec.label`: ``ifgsm-20 at 8/255``."""
+        return f"{self.setting} (worst so far)" if self.outcomes is None else self.setting
+
+    @property
+    def setting(self) -> str:
+        """The short name without the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
-        worst = " (worst so far)" if self.outcomes is None else ""
-        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{worst}"
+        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}"
 
     @property
     def robust_correct(self) -> int:
         """The number of last iterates that are classified correctly; raises ValueError if they were not scored."""
         if self.outcomes is None:
-            raise ValueError(f"robust_correct: {self.label} was scored worst-so-far only, see worst_so_far_correct")
+            raise ValueError(f"robust_correct: {self.setting} was scored worst-so-far only, see worst_so_far_correct")
         return int(self.outcomes.sum())
 
     @property
