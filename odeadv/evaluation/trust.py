@@ -354,8 +354,8 @@ def noted(result: Evaluation, signs: Mapping[str, Tensor]) -> list[str]:
     cut = int((signs["clipped logits"] & survived).sum())
     if cut > _OFTEN * result.n:
         notes.append(
-            f"several outputs are exactly 0 and none is negative for {cut} of {result.n} images, on which every attack "
-            "failed: the last layer clips the logits, whose gradients are then zero; return the values before it"
+            f"several outputs are exactly 0 and none is negative for {cut} of {result.n} images that stay right under "
+            "every attack: the last layer clips the logits, whose gradients are then zero; return the values before it"
         )
     lowered = int((signs["lowered"] & survived).sum())
     # The loss of a random model may fall by chance.
