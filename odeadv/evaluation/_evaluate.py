@@ -99,7 +99,7 @@ def evaluate(
         resume: path of a journal, to which finished batches are written. If the file exists, its batches are not run
             again. A journal of another model, data set, protocol, batch size or setting is rejected.
         save: a folder for the attacked images, one .safetensors file per batch; `saved_images` reads them. Attacks
-            then share no work, and IFGSM with ``score="last"`` has no worst-so-far figure.
+            then share no work, and IFGSM with ``score="last"`` lacks a worst-so-far figure.
         seed: seed of attacks and models that draw random numbers; each batch derives its own seed from it.
         num_classes: reject a model with another number of logits; None does not check.
         stochastic: accept a model whose answers differ between two passes on the same images. Attacks then follow

@@ -32,8 +32,8 @@ class AttackResult:
     Attributes:
         name: name of the attack, e.g. ``"ifgsm"``.
         eps: radius of the ball, in pixel units of [0, 1]; a tuple if every example has its own radius.
-        alpha: size of one step, in the same units, or a tuple; None if the attack has no step size.
-        steps: number of steps; None if the attack has no steps.
+        alpha: size of one step, in the same units, or a tuple; None for an attack without a step size.
+        steps: number of steps; None for an attack without steps.
         outcomes: (n,) bool on the CPU, true if the final image of the attack (for IFGSM the *last iterate*) is
             classified correctly. None if only the worst-so-far score was requested. For a random model: true if the
             image is classified correctly in more than half of the passes.

@@ -201,7 +201,7 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
 
 
 def _pull(decision: Decision) -> float:
-    """Return the lower end of the interval of a difference, or the difference itself if it has no interval."""
+    """Return the lower end of the interval of a difference, or the difference itself without an interval."""
     return decision.contrast.mean if decision.contrast.interval is None else decision.contrast.interval[0]
 
 

@@ -22,7 +22,7 @@ from odeadv.models import Averaged
 from odeadv.support import plain
 from odeadv.support.files import check_file, check_folder, write_json
 
-_AUDITED = 500  # so many images are enough for the checklist and take minutes with a small network
+_AUDITED = 500  # 500 images are enough for the checklist and take minutes with a small network
 
 
 def evaluate_run(

@@ -118,7 +118,7 @@ class TwoWay:
         if not np.allclose(weights @ self._inverse @ (self._design.T @ self._design), weights, atol=1e-8):
             return None
         # The last bits of the fit depend on the processor. They are rounded away, so that pages have the same bytes on
-        # every machine. (Accuracies are multiples of 1 / images, so many differences lie halfway between printed
+        # every machine. (Accuracies are multiples of 1 / images, so differences often lie halfway between printed
         # digits.)
         mean = round(float(weights @ self._fit), DIGITS) + 0.0  # + 0.0 turns -0.0 into 0.0
         options = []

@@ -240,7 +240,7 @@ class AdversarialField(VectorField):
 
     @property
     def idle(self) -> bool:
-        """True if eta is the number 0, so that the costate has no effect. False if eta is a tensor with the value 0."""
+        """True if eta is the number 0, so that the costate does not act. False if eta is a tensor with the value 0."""
         return not isinstance(self.eta, Tensor) and self.eta == 0.0
 
     @property

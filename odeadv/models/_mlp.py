@@ -145,7 +145,7 @@ class ResidualMlp(FieldNetwork):
         self.stem.check(inputs)
 
     def dynamics(self, dt: float, inputs: Any = None) -> Operator:
-        """Return an operator with block k on the times [k, k + 1]. ``dt`` and ``inputs`` have no effect."""
+        """Return an operator with block k on the times [k, k + 1]. ``dt`` and ``inputs`` are ignored."""
         return Piecewise([_piece(block) for block in self.blocks], range(len(self.blocks) + 1))
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise, repeat
 from typing import NamedTuple
 
-MOST_STEPS = 1e8  # a grid is a tuple of floats, and so many floats take 3 GB
+MOST_STEPS = 1e8  # a grid is a tuple of floats, and 1e8 floats take 3 GB
 
 
 class TimeStep(NamedTuple):

@@ -62,7 +62,7 @@ def are_255ths(images: Tensor, release: Callable[[], object] | None = None) -> b
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of a SHA-256 over names, dtypes, shapes and values. The order of the names has no effect."""
+    """Return 16 hex digits of a SHA-256 over names (in any order), dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

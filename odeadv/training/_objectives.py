@@ -217,7 +217,7 @@ class Awp(Objective, name="awp"):
 
     @property
     def eps(self) -> float:
-        """The attack radius of ``base``; 0 if it has no radius."""
+        """The attack radius of ``base``; 0 for an objective without one."""
         return float(getattr(self.base, "eps", 0.0))
 
     @property

@@ -122,7 +122,7 @@ class TrainResult:
             A matplotlib figure. A notebook shows it; ``figure.savefig("training.png")`` saves it.
 
         Raises:
-            ValueError: if the result has no epochs.
+            ValueError: if the result lacks epochs.
         """
         if not self.epochs:
             raise ValueError("epochs: got none, expected at least one to draw")
@@ -147,7 +147,7 @@ class TrainResult:
 def plot_curves(results: Mapping[str, TrainResult]) -> Figure:
     """Draw loss, accuracies, the ratio of Eq. 16 and the strength s of several trainings, one line per training.
 
-    Accuracies are measured on the validation images, or on the training images if there are no validation images.
+    Accuracies are measured on the validation images, or on the training images if validation images are missing.
     Robust accuracies have a second line. This needs the extra ``plot``.
 
     Args:
