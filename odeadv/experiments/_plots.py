@@ -28,15 +28,23 @@ def plot(results: Results, path: Path) -> None:
     labels = {"acc": "clean", **{column.key: column.label for column in results.table.columns}}
     if results.table.average:
         labels["avg"] = "average"
-    contrasts = len(results.decisions())
-    figure = Figure(figsize=(9.0, 4.2 if results.sweeps_eta else 1.6 + 0.5 * contrasts), layout="constrained")
+    contrasts, curves = len(results.decisions()), _is_curve(results)
+    figure = Figure(figsize=(9.0, 4.2 if curves else 1.6 + 0.5 * contrasts), layout="constrained")
     FigureCanvasAgg(figure)
-    if results.sweeps_eta:
+    if curves:
         _over_eta(results, figure, labels)
     else:
         _forest(results, figure)
     # The file does not contain a date or a version, so equal records give equal files.
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _is_curve(results: Results) -> bool:
+    """Return True if a method has at least three values of eta, enough for a curve."""
+    factors: dict[tuple[str, float | None], set[float]] = {}
+    for row in results.table.rows:
+        factors.setdefault((row.method, row.weight_decay), set()).add(row.factor)
+    return any(len(found) > 2 for found in factors.values())
 
 
 def plot_over_fitting(results: Results, path: Path) -> None:
@@ -79,11 +87,16 @@ def _short(row: Row) -> str:
 
 
 def regimes(results: Results) -> list[Sequence[Row]]:
-    """Return each undefended row with its rows of LAD and LAD-SM, if validation images were attacked in every epoch."""
+    """Return each undefended row with its rows of LAD and LAD-SM, if validation images were attacked in every epoch.
+
+    If a method has rows of several eta at the same weight decay, the one with the preset's eta is taken, or the first.
+    """
     found: list[Sequence[Row]] = []
     for base in results.rows:
-        pair = [base, *(row for row in results.rows if row.method in (f"{base.method}+lad", f"{base.method}+lad-sm"))]
-        rows = [row for row in pair if (row.weight_decay, row.factor) == (base.weight_decay, 1.0)]
+        rows = [base]
+        for method in (f"{base.method}+lad", f"{base.method}+lad-sm"):
+            alike = [r for r in results.rows if (r.method, r.weight_decay) == (method, base.weight_decay)]
+            rows += sorted(alike, key=lambda row: row.factor != 1.0)[:1]
         if "+" not in base.method and len(rows) > 1 and all(results.validation(row) for row in rows):
             found.append(rows)
     return found
