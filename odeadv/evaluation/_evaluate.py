@@ -167,8 +167,8 @@ def evaluate(
         )  # fmt: skip
         seen = _examined(model, examples, batch_size, rules, num_classes, accepted)
         examples, settings["channels_last"] = seen.examples, seen.examples.channels_last
-        identity = {"data": data_digest(images, labels, release)}
-        identity["model"] = model_digest(model, seen.first.changed_attributes)
+        digest = model_digest(model, seen.first.changed_attributes)
+        identity = {"model": digest, "data": data_digest(images, labels, release)}
         journal = None if resume is None else _journal(resume, model, protocol, identity, settings, seen)
         saved = None if folder is None else _image_folder(folder, {**identity, "n": len(images)}, journal)
         prepared = prepare(model, seen.whole, folded=fold, compiled=compile)
