@@ -11,7 +11,7 @@ from odeadv.experiments._tables import LARGE, TABLES, Row, Table
 from odeadv.support.checks import choice, integer
 from odeadv.training import TrainConfig
 
-NOISE_STD = 0.1
+NOISE_STD = 0.1  # the default of `odeadv.models.Noise`, stated because records keep it
 
 
 @dataclass(frozen=True)

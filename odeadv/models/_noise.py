@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 NoiseKind = Literal["absolute", "relative"]
-DEFAULT_STD = 0.1
+DEFAULT_STD = 0.1  # the paper's N(0, 0.01), read as mean and variance
 
 
 class Noise(nn.Module):
