@@ -92,6 +92,10 @@ STAGES = {
             "1-mlp", "mechanism-natural", "mlp", tuple(range(10, 20)), best=False,
             says="Table 1 on a residual MLP",
         ),
+        CampaignStage(
+            "1-conv", "mechanism-natural-conv", "overfit", tuple(range(10, 18)), best=False,
+            says="Table 1 on a ConvNet",
+        ),
     )
 }  # fmt: skip
 

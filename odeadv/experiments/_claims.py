@@ -15,7 +15,7 @@ from odeadv.support.pages import markdown_table
 
 from ._results import Decision, Results, gather
 
-SCHEMA = "odeadv.claims/1"
+SCHEMA = "odeadv.claims/2"
 
 
 @dataclass(frozen=True)
@@ -52,40 +52,72 @@ class Claim:
 _DECAY = ":wd0.02"
 _BEST = ":wd0.05"  # the weight decay that validation images choose for plain PGD
 
+
+def _natural_claims(network: str, table: str, preset: str, factor: str, again: str) -> tuple[Claim, ...]:
+    """Return the claims on natural training, read at weight decay 2e-2 and again at 5e-4.
+
+    ``factor`` and ``again`` are the factors of eta at the two weight decays.
+    """
+    questions = (
+        (f"LAD makes natural training of {network} more robust", "Table 1", "lad", ""),
+        (f"LAD-SM makes natural training of {network} more robust", "Table 1", "lad-sm", ""),
+        (f"LAD is better than LAD-SM for natural training of {network}", "Table 1", "lad-sm", "+lad@{}"),
+        (f"The direction of the costate helps natural training of {network}", "implied", "lad-sm", "+lad-sm+random@{}"),
+        (f"The gain of {network} in natural training is not bought by more compute", "implied", "lad", "+matched"),
+    )
+    return tuple(
+        Claim(
+            text, source, table, preset, f"natural+{row}@{factor}{_DECAY}", f"natural{other.format(factor)}{_DECAY}",
+            again=(f"natural+{row}@{again}", f"natural{other.format(again)}"),
+        )
+        for text, source, row, other in questions
+    )  # fmt: skip
+
+
 #: The claims of the paper, in the order of their page: one `Claim` each.
 CLAIMS = (
-    Claim("LAD makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad", "natural"),
-    Claim("LAD-SM makes natural training more robust", "Table 1", "ablations", "cpu", "natural+lad-sm", "natural"),
-    Claim(
-        "LAD is better than LAD-SM for natural training", "Table 1", "ablations", "cpu", "natural+lad-sm",
-        "natural+lad",
-    ),
     *(
-        Claim(
-            text, source, "mechanism-natural", "mlp",
-            f"natural+{row}@0.4{_DECAY}", f"natural{other.format('@0.4')}{_DECAY}",
-            again=(f"natural+{row}@0.1", f"natural{other.format('@0.1')}"),
-        )
+        Claim(text, source, "ablations", "cpu", f"natural+{row}", f"natural{other}")
         for text, source, row, other in (
-            ("LAD makes natural training of a residual MLP more robust", "Table 1", "lad", ""),
-            ("LAD-SM makes natural training of a residual MLP more robust", "Table 1", "lad-sm", ""),
-            ("LAD is better than LAD-SM for natural training of a residual MLP", "Table 1", "lad-sm", "+lad{}"),
-            ("The direction of the costate helps a naturally trained MLP", "implied", "lad-sm", "+lad-sm+random{}"),
-            ("The gain of a residual MLP is not bought by more compute", "implied", "lad", "+matched"),
+            ("LAD makes natural training of a ResNet more robust", "Table 1", "lad", ""),
+            ("LAD-SM makes natural training of a ResNet more robust", "Table 1", "lad-sm", ""),
+            ("LAD is better than LAD-SM for natural training of a ResNet", "Table 1", "lad-sm", "+lad"),
+            ("The gain of a ResNet in natural training is not bought by more compute", "implied", "lad", "+matched"),
         )
+    ),
+    *_natural_claims("a residual MLP", "mechanism-natural", "mlp", "0.4", "0.1"),
+    *_natural_claims("a ConvNet", "mechanism-natural-conv", "overfit", "0.1", "0.03"),
+    Claim(
+        "Perturbing all layers of a naturally trained ConvNet is better than perturbing the input", "implied",
+        "mechanism-natural-conv", "overfit", f"natural+lad@0.1{_DECAY}", f"natural+lad+input@1.5{_DECAY}",
     ),
     Claim("In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+damp", "natural"),
     Claim(
         "lambda-In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+lambda-damp",
         "natural",
     ),
-    Claim(
-        "LAD improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad{_DECAY}", f"pgd{_DECAY}",
-        again=(f"pgd+lad{_BEST}", f"pgd{_BEST}"),
+    *(
+        Claim(
+            f"{name} improves PGD training of a residual MLP", "Table 2", "mechanism", "mlp",
+            f"{row}{_DECAY}", f"pgd{_DECAY}", again=(f"{row}{_BEST}", f"pgd{_BEST}"),
+        )
+        for name, row in (("LAD", "pgd+lad"), ("LAD-SM", "pgd+lad-sm"))
     ),
-    Claim(
-        "LAD-SM improves PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}", f"pgd{_DECAY}",
-        again=(f"pgd+lad-sm{_BEST}", f"pgd{_BEST}"),
+    *(
+        Claim(text, source, "mechanism", "mlp", f"{row}{_DECAY}", f"{other}{_DECAY}")
+        for text, source, row, other in (
+            (
+                "LAD-SM is better than LAD for PGD training of a residual MLP", "Table 2", "pgd+lad-sm", "pgd+lad",
+            ),
+            (
+                "The direction of the costate helps PGD training of a residual MLP", "implied", "pgd+lad-sm",
+                "pgd+lad-sm+random",
+            ),
+            (
+                "Perturbing all layers of a residual MLP is better than perturbing the input", "implied", "pgd+lad",
+                "pgd+lad+input@6",
+            ),
+        )
     ),
     *(
         Claim(
@@ -102,7 +134,7 @@ CLAIMS = (
                 ("pgd+lad-sm@0.1:wd0.02", "pgd+lad@0.1:wd0.02"),
             ),
             (
-                "The direction of the costate helps a ConvNet", "implied",
+                "The direction of the costate helps PGD training of a ConvNet", "implied",
                 ("pgd+lad-sm@0.1:wd0.02", "pgd+lad-sm+random@0.1:wd0.02"),
             ),
             (
@@ -110,10 +142,6 @@ CLAIMS = (
                 ("pgd+lad@0.1:wd0.02", "pgd+lad+input@1.5:wd0.02"),
             ),
         )
-    ),
-    Claim(
-        "LAD-SM is better than LAD for PGD training", "Table 2", "mechanism", "mlp", f"pgd+lad-sm{_DECAY}",
-        f"pgd+lad{_DECAY}",
     ),
     *(
         Claim(
@@ -126,17 +154,6 @@ CLAIMS = (
     Claim("LAD-SM adds to noise", "Tables 4 and 7", "table4", "cpu", "pgd+lad-sm+noise", "pgd+noise"),
     Claim("A range of eta helps, and too large an eta harms", "Table 5", "mechanism-eta", "mlp"),
     Claim("LAD keeps its gain under stronger attacks", "Table 6", "table6", "cpu", "trades+lad", "trades"),
-    Claim(
-        "The direction of the costate helps, not the size of the perturbation", "implied", "mechanism", "mlp",
-        f"pgd+lad-sm{_DECAY}", f"pgd+lad-sm+random{_DECAY}",
-    ),
-    Claim(
-        "Perturbing all layers is better than perturbing the input", "implied", "mechanism", "mlp",
-        f"pgd+lad{_DECAY}", f"pgd+lad+input@6{_DECAY}",
-    ),
-    Claim(
-        "The gain is not bought by more compute", "implied", "ablations", "cpu", "natural+lad", "natural+matched"
-    ),
 )  # fmt: skip
 
 
@@ -167,11 +184,11 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     if not readings:
         return result
     weaker = min(readings, key=lambda label: _pull(readings[label]))
-    others = ", ".join(f"{label}: {decision.contrast}" for label, decision in readings.items() if label != weaker)
     result |= _found(readings[weaker], results)
     result["rows"] = weaker
-    if others:
-        result["why"] = "; ".join(filter(None, [result["why"], f"the weaker reading; {others}"]))
+    result["other_readings"] = [
+        {"rows": label} | _numbers(decision) for label, decision in readings.items() if label != weaker
+    ]
     return result
 
 
@@ -205,14 +222,16 @@ def _pull(decision: Decision) -> float:
     return decision.contrast.mean if decision.contrast.interval is None else decision.contrast.interval[0]
 
 
+def _numbers(decision: Decision) -> dict[str, Any]:
+    interval = decision.contrast.interval
+    return {"difference": decision.contrast.mean, "interval": None if interval is None else list(interval)}
+
+
 def _found(decision: Decision, results: Results) -> dict[str, Any]:
-    interval, s = decision.contrast.interval, results.strength(decision.row)
-    return {
+    return _numbers(decision) | {
         "paper": decision.paper,
-        "difference": decision.contrast.mean,
-        "interval": None if interval is None else list(interval),
         "p": decision.p,
-        "strength": s,
+        "strength": results.strength(decision.row),
         "seeds": list(decision.seeds),
         "word": decision.word,
         "why": decision.why,
@@ -232,10 +251,7 @@ def _shape(results: Results) -> dict[str, Any]:
     seen = [f for f in found if f.p is not None and f.p < 0.05 and f.contrast.mean > 0]
     within = all(f.contrast.interval is not None and max(map(abs, f.contrast.interval)) <= 1.0 for f in found)
     said = "confirmed" if seen and harmed else "absent" if not seen and within else "undecided"
-    interval = best.contrast.interval
-    return {
-        "difference": best.contrast.mean,
-        "interval": None if interval is None else list(interval),
+    return _numbers(best) | {
         "p": best.p,
         "strength": results.strength(best.row),
         "seeds": seeds,
@@ -267,33 +283,45 @@ def write_claims(records: Path, out: Path) -> str:
 
 def render_claims(data: Mapping[str, Any]) -> str:
     """Return the page of claims as Markdown, from the data that `write_claims` writes."""
-    rows = []
+    rows, notes = [], []
     for claim in data["claims"]:
+        text, paper, s = claim["claim"], claim.get("paper"), claim.get("strength")
         said = f"**{claim['word']}**" + (f" ({claim['why']})" if claim["why"] else "")
-        link = claim["claim"] if claim["page"] is None else f"[{claim['claim']}]({claim['page']})"
-        paper = claim.get("paper")
-        here = "" if claim["difference"] is None else f"{claim['difference']:+.2f}"
-        if claim.get("interval"):
-            here += f" [{claim['interval'][0]:+.2f}, {claim['interval'][1]:+.2f}]"
-        s = claim.get("strength")
+        link = text if claim["page"] is None else f"[{text}]({claim['page']})"
         shown = "" if paper is None else f"{paper:+.2f}"
-        strength = "" if s is None else f"{100 * s:.2g} %"
-        rows.append([link, claim["source"], claim["rows"], shown, here, strength, _ranges(claim["seeds"]), said])
-    head = ["Claim", "Source", "Difference", "paper", "here", "s", "seeds", "word"]
+        rows.append([link, claim["source"], shown, _number(claim), _ranges(claim["seeds"]), said])
+        notes.append(f"- **{text}**: {claim['rows']}" + ("." if s is None else f"; s is {100 * s:.2g} %."))
+        if others := claim.get("other_readings"):
+            notes[-1] += " The other reading: " if len(others) == 1 else " The other readings: "
+            notes[-1] += "; ".join(f"{other['rows']}: {_number(other)}" for other in others) + "."
     lines = [
         "# The claims of the paper, one by one",
         "",
-        "Differences of the mean accuracy under the attacks of the table (last iterates, last weights), in percentage "
-        "points with 95 % intervals. s is the strength of the defence, the relative rise of the loss that the "
-        "perturbation makes, in the middle of the training. Each claim links to its page, which has the runs. "
-        "[The rules](rules.md) define the words and say what was changed after results were seen. All runs of a page "
-        "share one training subset and one test subset of CIFAR-10, and the networks are small.",
+        "*Paper* and *here* are differences of the mean accuracy under the attacks of the table (last iterates, last "
+        "weights), in percentage points, here with the 95 % interval. [The rules](rules.md) define the words. They "
+        "also say what was changed after results were seen. Each claim links to its page, which has the runs. All runs "
+        "of a page share one training subset and one test subset of CIFAR-10, and the networks are small.",
         "",
-        *markdown_table(head, rows),
+        *markdown_table(["Claim", "Source", "Paper", "Here", "Seeds", "Word"], rows),
+        "",
+        "## Which rows were compared?",
+        "",
+        "s is the strength of the defence in the middle of the training: the relative rise of the loss that the "
+        "perturbation makes. If a claim has two readings, the weaker one is in the table and the other one is here.",
+        "",
+        *notes,
         "",
         "Made by `odeadv report claims docs/results/runs --out docs/results`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _number(found: Mapping[str, Any]) -> str:
+    """Return a difference and its interval as text."""
+    if found["difference"] is None:
+        return ""
+    interval = found.get("interval")
+    return f"{found['difference']:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
 def _ranges(seeds: Sequence[int]) -> str:

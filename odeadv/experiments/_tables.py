@@ -228,6 +228,16 @@ _ETAS = (1, 10, 100, 1000, 10000)
 _DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # tables also have the weight decay of the preset, and 2e-2, the best of the pilot
 _FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 30.0)
 
+
+def _natural_contrasts(decay: str, factor: float) -> tuple[tuple[str, str], ...]:
+    """Return the contrasts of LAD in natural training, for rows with one suffix of weight decay and one factor."""
+    pairs = (
+        ("lad", ""), ("lad-sm", ""), ("lad-sm", f"+lad@{factor:g}"), ("lad-sm", f"+lad-sm+random@{factor:g}"),
+        ("lad", "+matched"),
+    )  # fmt: skip
+    return tuple((f"natural+{row}@{factor:g}{decay}", f"natural{other}{decay}") for row, other in pairs)
+
+
 #: The tables of the paper and their ablations, by name: one `Table` each.
 TABLES = {
     table.name: table
@@ -377,13 +387,22 @@ TABLES = {
                 for part in ("", "+matched", "+lad", "+lad-sm", "+lad-sm+random")
             ),
             datasets=("cifar10",), autoattack_255=1.0, like="table1",
-            primary=tuple(
-                (f"natural+{row}@{factor:g}{decay}", f"natural{other}{decay}")
-                for decay, factor in ((":wd0.02", 0.4), ("", 0.1))
-                for row, other in (
-                    ("lad", ""), ("lad-sm", ""), ("lad-sm", f"+lad@{factor:g}"),
-                    ("lad-sm", f"+lad-sm+random@{factor:g}"), ("lad", "+matched"),
-                )
+            primary=(*_natural_contrasts(":wd0.02", 0.4), *_natural_contrasts("", 0.1)),
+        ),
+        Table(
+            "mechanism-natural-conv", "What LAD does to natural training of a ConvNet", "table1", _SMALL,
+            (
+                *(
+                    Row(f"natural{part}", factor if "lad" in part else 1.0, weight_decay=decay)
+                    for decay, factor in ((2e-2, 0.1), (None, 0.03))
+                    for part in ("", "+matched", "+lad", "+lad-sm", "+lad-sm+random")
+                ),
+                Row("natural+lad+input", 1.5, weight_decay=2e-2),  # s is about the s of LAD
+            ),
+            datasets=("cifar10",), autoattack_255=1.0, like="table1",
+            primary=(
+                *_natural_contrasts(":wd0.02", 0.1), *_natural_contrasts("", 0.03),
+                ("natural+lad@0.1:wd0.02", "natural+lad+input@1.5:wd0.02"),
             ),
         ),
     )
