@@ -6,9 +6,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import torch
+
+from odeadv.support.machine import processor
 
 PEERS = ("torchdiffeq", "torchode", "diffrax", "jax", "numpy", "scipy")
 
@@ -69,21 +70,11 @@ def machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
-        "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **versions,
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -34,6 +34,7 @@ from odeadv.experiments import (
 from odeadv.experiments._folder import locked
 from odeadv.models import preact_resnet
 from odeadv.support.files import DamagedFileError, read_tensors, write_tensors
+from odeadv.support.machine import processor
 from odeadv.support.plain import identity
 from odeadv.training import Layerwise, Pgd, TrainConfig, TrainingDiverged, Undefended, weights_digest
 
@@ -332,6 +333,17 @@ class TestAgain:
         found = experiments.rerun(record, digits, tmp_path / "again", log=StringIO())
         assert found.same
         assert found.not_run == ("autoattack-8@100, last weights", "mine, last weights")
+
+    def test_another_machine_is_named(self, digits, tmp_path):
+        config = small(epochs=1)
+        record = run(config, digits, tmp_path, log=StringIO())
+        assert experiments.agreement(record, record).machines == {}
+        old = {**record, "machine": {"device": "a", "threads": 3}}
+        found = experiments.agreement(old, record)
+        assert found.same
+        assert set(found.machines) == {"device", "processor", "threads", "processes"}
+        assert f"threads: 3 then, {torch.get_num_threads()} now" in str(found)
+        assert f"processor: not recorded then, {processor()} now" in str(found)
 
 
 class TestFiles:

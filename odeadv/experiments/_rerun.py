@@ -32,6 +32,8 @@ class Agreement:
         outcomes: number of differing outcomes and number of all outcomes, by evaluation and attack.
         not_run: evaluations of the first run that the second run lacks.
         versions: the two versions of each package whose versions differ, by package name.
+        machines: the two values of each property of the machine that differs, by name: device, processor, threads,
+            processes.
     """
 
     losses: float
@@ -39,6 +41,7 @@ class Agreement:
     outcomes: dict[str, tuple[int, int]]
     not_run: tuple[str, ...]
     versions: dict[str, tuple[str, str]]
+    machines: dict[str, tuple[str, str]]
 
     @property
     def same(self) -> bool:
@@ -52,7 +55,8 @@ class Agreement:
             lines.append(f"weights: {'the same to the bit' if self.weights else 'different'}")
         lines += [f"{name}: {different} of {n} outcomes differ" for name, (different, n) in self.outcomes.items()]
         lines += [f"{name}: not run again" for name in self.not_run]
-        lines += [f"{name}: {first} then, {second} now" for name, (first, second) in self.versions.items()]
+        changed = self.versions | self.machines
+        lines += [f"{name}: {first} then, {second} now" for name, (first, second) in changed.items()]
         return "\n".join(lines)
 
 
@@ -69,8 +73,8 @@ def rerun(
 ) -> Agreement:
     """Train and evaluate the run of ``record`` again, and compare the two runs.
 
-    On the same machine, with the same versions and the same number of threads, all results should be bit-identical.
-    Otherwise sums are rounded differently, and the two trainings diverge after some steps.
+    With the same kind of processor, the same versions and the same number of threads, all results should be
+    bit-identical. Otherwise sums are rounded differently, and the two trainings diverge after some steps.
 
     Args:
         record: record of the run, as `odeadv.experiments.load_records` reads it.
@@ -142,7 +146,12 @@ def agreement(first: Record, second: Record) -> Agreement:
         for name, version in first["versions"].items()
         if version != second["versions"].get(name)
     }
-    return Agreement(losses, all(weights) if weights else None, outcomes, tuple(missing), versions)
+    machines = {
+        name: (str(first["machine"].get(name, "not recorded")), str(value))
+        for name, value in second["machine"].items()
+        if value != first["machine"].get(name)
+    }
+    return Agreement(losses, all(weights) if weights else None, outcomes, tuple(missing), versions, machines)
 
 
 def _losses(first: Record, second: Record) -> float:

@@ -28,6 +28,7 @@ from odeadv.experiments._records import SCHEMA, Record, load_record
 from odeadv.models import FieldNetwork
 from odeadv.support.checks import integer
 from odeadv.support.files import DamagedFileError, read_tensors, replacing, write_json, write_tensors
+from odeadv.support.machine import processor
 from odeadv.support.plain import identity as essential
 from odeadv.training import EpochResult, Logger, TrainResult, make_fabric, train, weights_digest
 
@@ -196,6 +197,7 @@ def _trained(
         "versions": versions(),
         "machine": {
             "device": torch.cuda.get_device_name() if fabric.device.type == "cuda" else platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "processes": fabric.world_size,
         },
