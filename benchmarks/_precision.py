@@ -183,20 +183,23 @@ def fastest(points: Points, accuracies: Iterable[float]) -> dict[str, dict[str, 
 
 
 def table(points: Points, rows: Mapping[str, Mapping[str, str]]) -> str:
-    """Return `fastest` as Markdown: method and setting, milliseconds (median), evaluations."""
+    """Return `fastest` as Markdown: milliseconds (median), evaluations, and the method with its setting.
+
+    They share a cell, because three columns per solver are wider than a page.
+    """
     known = dict.fromkeys(point["solver"] for point in points.values())
     solvers = [solver for solver in known if any(solver in row for row in rows.values())]
-    lines = [f"| error at most | {' | '.join(f'{solver} | ms | evaluations' for solver in solvers)} |"]
-    lines.append(f"|{' --- |' * (1 + 3 * len(solvers))}")
+    lines = [f"| error at most | {' | '.join(solvers)} |", f"|{' --- |' * (1 + len(solvers))}"]
     for accuracy, row in rows.items():
         cells = [accuracy]
         for solver in solvers:
             point = points.get(row.get(solver, ""))
             if point is None:
-                cells += ["", "", ""]
-            else:
-                work = "" if point["work"] is None else str(point["work"])
-                cells += [f"{point['method']}, {point['setting']}", f"{1e3 * middle(point['seconds']):.2f}", work]
+                cells.append("")
+                continue
+            work = "" if point["work"] is None else f", {point['work']} evaluations"
+            time = f"{1e3 * middle(point['seconds']):.2f} ms"
+            cells.append(f"{time}{work} ({point['method']}, {point['setting']})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -237,9 +240,7 @@ def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str
                 xs, ys = [cost(points[n]) for n in names], [points[n]["error"] for n in names]
                 colour = COLOURS.get(solver.split()[0], "C7")
                 style = "-" if solver in COLOURS else ":" if "collocation" in solver else "--"
-                axis.loglog(
-                    xs, ys, style, color=colour, marker="o", markersize=3, linewidth=2, label=f"{solver}, front"
-                )
+                axis.loglog(xs, ys, style, color=colour, marker="o", markersize=3, linewidth=2, label=f"{solver}, best")
         for k, method in enumerate(methods):
             own = [
                 p for p in points.values() if p["solver"] == "odeadv" and p["method"] == method and cost(p) is not None
@@ -254,4 +255,4 @@ def draw(axes: Iterable[Axes], title: str, points: Points, methods: Iterable[str
     # A solver without counted work has a curve only in the left panel.
     curves = {label: line for axis in (left, right) for line, label in zip(*axis.get_legend_handles_labels())}  # noqa: B905
     if curves:
-        right.legend(curves.values(), curves, fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        right.legend(curves.values(), curves, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

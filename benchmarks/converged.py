@@ -185,7 +185,12 @@ def run(quick: bool = False) -> dict[str, object]:
 def render(data: dict) -> str:
     parts = []
     for name, methods in data["problems"].items():
-        parts += [f"### {name}", "", f"| error at most | {' | '.join(methods)} |", f"|{' --- |' * (1 + len(methods))}"]
+        parts += [
+            f"### {name}, evaluations of the converged costate",
+            "",
+            f"| error at most | {' | '.join(methods)} |",
+            f"|{' --- |' * (1 + len(methods))}",
+        ]
         for accuracy in ACCURACIES:
             best = [least(points, accuracy) for points in methods.values()]
             cells = ["" if found is None else f"{found[0]} ({found[1].removeprefix('tolerance ')})" for found in best]

@@ -21,6 +21,7 @@ import odeadv
 from odeadv.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))  # programs.py and reference.py
+from reference import restructured
 
 project = "odeadv"
 author = "The odeadv contributors"
@@ -89,13 +90,8 @@ class Help(Directive):
 
 
 def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Escape norms in docstrings, |x|, which Sphinx would read as substitutions; make links of names of pages."""
-    for i, line in enumerate(lines):
-        parts = line.split("``")  # every other one is code
-        parts[::2] = [
-            re.sub(r"docs/(\w+(?:/\w+)*)\.md", r":doc:`/\1`", part.replace("|", r"\|")) for part in parts[::2]
-        ]
-        lines[i] = "``".join(parts)
+    """Write the lines of a docstring as reStructuredText."""
+    lines[:] = map(restructured, lines)
 
 
 def join(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -115,7 +115,8 @@ def described(figure: Figure) -> str:
     """Return the titles and labels of a figure, for readers who do not see it."""
     panels = [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes]
     words = [" against ".join(filter(None, labels)) or title for title, *labels in panels]
-    return f"Picture: {'; '.join(filter(None, words))}".replace("[", "(").replace("]", ")")
+    kind = "Wide picture" if figure.get_figwidth() > 7 else "Picture"  # site.css shows the wide ones in full width
+    return f"{kind}: {'; '.join(filter(None, words))}".replace("[", "(").replace("]", ")")
 
 
 def setup(app: Any) -> None:

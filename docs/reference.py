@@ -66,8 +66,8 @@ def add_lists(app: Any, docname: str, source: list[str]) -> None:
     if folder != "api" or package not in PACKAGES:
         return
     name = "odeadv" if package == "odeadv" else f"odeadv.{package}"
-    summary = "" if package == "schemes" else f"{inspect.getdoc(_module(package))}\n"
-    lines = ["```{eval-rst}", f".. py:module:: {name}", "", *_quoted(summary).splitlines(), "```", ""]
+    summary = (inspect.getdoc(_module(package)) or "").splitlines()
+    lines = ["```{eval-rst}", f".. py:module:: {name}", "", *map(restructured, summary), "", "```", ""]
     lines += ["| name | what it is |", "| --- | --- |"]
     lines += [f"| [`{full.rpartition('.')[2]}`](objects/{full}) | {_first(full)} |" for full in objects(package)]
     if package != "odeadv" and shared(package):
@@ -76,8 +76,11 @@ def add_lists(app: Any, docname: str, source: list[str]) -> None:
     source[0] += "\n" + "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
-    return text.replace("|", r"\|")
+def restructured(line: str) -> str:
+    """Escape norms, |x|, which Sphinx would read as substitutions; make links of names of pages."""
+    parts = line.split("``")  # every other one is code
+    parts[::2] = [re.sub(r"docs/(\w+(?:/\w+)*)\.md", r":doc:`/\1`", part.replace("|", r"\|")) for part in parts[::2]]
+    return "``".join(parts)
 
 
 def _module(package: str) -> Any:

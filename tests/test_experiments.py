@@ -239,7 +239,7 @@ def test_what_differs_from_the_paper_stands_in_the_first_line(monkeypatch):
     text = next(line for line in text.splitlines() if line.startswith("**Not the paper's protocol"))
     for part in (
         "ResNet-8 of width 16 instead of ResNet-56", "40 instead of 160 epochs", "bf16 instead of fp32",
-        "7 instead of 10 attack steps", "2 training images", "1 of 3 seeds",
+        "7 instead of 10 attack steps", "2 training images", "1 instead of 3 seeds",
     ):  # fmt: skip
         assert part in text
     with_other = with_eta(PRESETS["cpu"], table, "cifar10", 30)

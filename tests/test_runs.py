@@ -599,7 +599,10 @@ class TestCommand:
             assert measured["contraction"]["eta"] == 5.0  # of the run that was trained with one
             assert measured["growth"]["linear"] is False
             assert measured["growth"]["size"] > 0
-        assert f"{lad.name} | {plain.name} |" in (out / "diagnostics.md").read_text()
+        page = (out / "diagnostics.md").read_text()
+        assert page.startswith("# Dynamics: natural + LAD and natural, digits, ResNet-8 of width 4\n")
+        assert f"\n{lad.name} with eta 5 and {plain.name} with eta 5, on 8 test images.\n" in page
+        assert f"{lad.name} | {plain.name} |" in page
         assert cli.main(["diagnose", first, "--other", first, "--images", "8"]) == 2
         assert "other: expected another run" in capsys.readouterr().err
 

@@ -1,12 +1,9 @@
 """Attacks on any module that maps images in [0, 1] to logits, and the choice among attacked images.
 
-`fgsm`, `ifgsm`, `pgd`, `apgd` and `apgd_t` follow gradients. `square` only needs logits. `transfer` attacks other
-models, and `worst_of` chooses among attacked images.
-
-An attack is made of small parts: a start (`_start`), a loss with its gradient (`objective`, `_losses`), and steps with
-projections (`balls`). `Best` in `_setting` chooses among all tried images. `_setting` also checks the arguments. It
-restores the model's modes, buffers, ``requires_grad`` and ``.grad`` afterwards, and torch's global random state. This
-package imports torch and `odeadv.support`.
+`fgsm`, `ifgsm`, `pgd`, `apgd` and `apgd_t` follow gradients. `square` needs logits only. `transfer` attacks other
+models, and `worst_of` chooses for each image the version that fools the model. Every attack is one call,
+``pgd(net, images, labels, eps=8 / 255)``. It returns attacked images and leaves the model as it was: modes, buffers,
+``requires_grad`` and ``.grad``. The guide is docs/attacks.md.
 """
 
 from odeadv.attacks._apgd import apgd, apgd_t

@@ -1,7 +1,9 @@
-"""The costate a(t) = dL/dx(t): its recording along a trajectory, its values between nodes, and converging sweeps.
+"""The costate a(t) = dL/dx(t), recorded along a trajectory: its values at the nodes and between them.
 
-This folder imports `odeadv.support`, `odeadv.fields` and `odeadv.splitting`. It does not import the solver. Instead, a
-solve gives `sweep` a function that makes one recording.
+`odeadv.solve` does all of this for an `odeadv.AdversarialField`, and ``solution.costate(t)`` gives the result. Use the
+names below if you need a costate without a solve: `record` makes one forward and one backward pass, and `sweep` repeats
+them on the pushed trajectory until the costate stops changing. docs/theory.md explains the costate, and docs/solver.md
+its options in a solve.
 """
 
 from odeadv.costate._converge import Recorder, coarser

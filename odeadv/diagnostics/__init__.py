@@ -1,8 +1,8 @@
 """Diagnostics of the dynamics of any field, including trained networks. Each returns plain data with a `plot`.
 
 A network is a field here: ``odeadv.diagnostics.perturbation(net.field(images, labels, eta), **net.solve_options)``.
-`diagnose` runs all diagnostics and writes one page. This folder imports the solver and the folders below it, but not
-the models. Only functions that draw import matplotlib.
+`diagnose` runs all diagnostics and writes one page. `perturbation` measures how strong a push is, and is the one to
+start with (docs/tutorials/strength.md). docs/diagnostics.md explains every number.
 """
 
 from odeadv.diagnostics._contraction import Contraction, contraction

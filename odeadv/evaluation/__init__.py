@@ -1,11 +1,10 @@
 """Robust accuracy under fixed attack protocols: `evaluate` runs a `Protocol` on a model and returns an `Evaluation`.
 
-A protocol is data (`PROTOCOLS` has the protocols of the paper). FGSM and IFGSM of a protocol share their passes
-(`_ifgsm.py`). The other attacks are functions of `odeadv.attacks`. An attack has two scores, which are never mixed:
-its last iterate (the paper's tables), and the worst of all iterates so far (stricter). `Evaluation.worst_case` counts
-an example only if the model classifies it correctly under every attack. Outcomes are kept for every example, so that
-`mcnemar` and `compare` can compare two models in pairs. This package imports torch, numpy, `odeadv.support`,
-`odeadv.attacks` and `odeadv.data`. SciPy, tqdm and pyautoattack are imported on first use.
+A protocol is a list of attacks with their radii. `PROTOCOLS` has the protocols of the paper by name, and a list of
+`AttackSpec` is one of your own. An attack has two scores, which are never mixed: its last iterate (the paper's tables),
+and the worst of all iterates so far (stricter). `Evaluation.worst_case` counts an example only if the model classifies
+it correctly under every attack. Outcomes are kept for every example, so `mcnemar` and `compare` can compare two models
+in pairs. The guide is docs/evaluation.md.
 """
 
 from odeadv.evaluation._compare import McNemar, compare, mcnemar

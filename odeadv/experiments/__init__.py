@@ -1,6 +1,8 @@
-"""Runs and tables as data, the code that runs them, and the reports from their JSON records.
+"""Runs and tables as data: which training makes which row, and pages made from the JSON records of finished runs.
 
-This is the top layer of odeadv. It imports all layers below it.
+The command ``odeadv`` calls these functions, and most readers need only the command (docs/api/command.md). From Python,
+`run` trains and evaluates one `RunConfig`, and `launch` does so for a list of them. `load_records` reads finished
+runs, and `write_report` makes the page of a table. docs/training.md describes configurations, presets and run folders.
 """
 
 from odeadv.experiments._campaign import STAGES, CampaignStage, run_stage

@@ -109,6 +109,12 @@ class ModelConfig:
     passes: int = 100
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The network on the pages, such as "ResNet-14 of width 8"."""
+        names = {"preact_resnet": f"ResNet-{self.depth}", "residual_mlp": "residual MLP"}
+        return f"{names.get(self.name, self.name)} of width {self.width}"
+
     def build(self, data: ImageDataset, generator: torch.Generator | None = None) -> FieldNetwork:
         """Build the network for the images of ``data``.
 

@@ -50,9 +50,9 @@ def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path)
 def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
     paper = paper_tables()["figure2"]
     lines = [
-        f"**{differences(results)}**",
-        "",
         f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}, preset {results.preset.name}",
+        "",
+        f"**{differences(results)}**",
         "",
         "||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, norms over the whole batch tensor, on the last batch of every epoch "
         "(attacked images, batch statistics, loss averaged over the batch). The paper's, for CIFAR-100: it starts near "

@@ -15,9 +15,10 @@ from odeadv.audit import Audit, audit
 from odeadv.data import to_float
 from odeadv.diagnostics import diagnose
 from odeadv.evaluation import Evaluation, Protocol, evaluate
-from odeadv.experiments._config import RunConfig
+from odeadv.experiments._config import RunConfig, method_of
 from odeadv.experiments._network import inspected, is_import_name, load_run, network_of, run_folder, run_images
 from odeadv.experiments._records import load_record
+from odeadv.experiments._tables import Row
 from odeadv.models import Averaged
 from odeadv.support import plain
 from odeadv.support.files import check_file, check_folder, write_json
@@ -170,9 +171,17 @@ def diagnose_run(
     starts = None
     if attack_255 is not None:
         starts = {name: _attacked(net, inputs, labels, attack_255) for name, net in zip(names, nets, strict=True)}
-    runs = " and ".join(f"{config.name}, eta {value:g}" for config, value in zip(configs, etas, strict=True))
-    diagnose(fields, out, substep=substep, start=starts, title=f"{runs}, {len(labels)} test images")
+    title, about = _headline(configs, etas, len(labels))
+    diagnose(fields, out, substep=substep, start=starts, title=title, about=about)
     return out, etas
+
+
+def _headline(configs: Sequence[RunConfig], etas: Sequence[float], images: int) -> tuple[str, str]:
+    """Return the title of the page of a diagnosis, for readers, and the line below it, which names the runs."""
+    methods = " and ".join(dict.fromkeys(Row(method_of(config)).label for config in configs))
+    networks = " and ".join(dict.fromkeys(config.model.label for config in configs))
+    runs = " and ".join(f"{config.name} with eta {eta:g}" for config, eta in zip(configs, etas, strict=True))
+    return f"Dynamics: {methods}, {configs[0].data.name}, {networks}", f"{runs}, on {images} test images."
 
 
 def _common_substep(configs: Sequence[RunConfig], nets: Sequence[Any]) -> Any:

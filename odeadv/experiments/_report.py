@@ -367,9 +367,8 @@ def differences(results: Results) -> str:
         parts.append(text if names == labels else f"{text} ({_who(names, labels, defended)})")
     seeds = sorted({len(runs) for runs in results.runs.values()})
     if seeds[0] < len(PRESETS["paper"].seeds):
-        parts.append(
-            f"{' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} of {len(PRESETS['paper'].seeds)} seeds"
-        )
+        counts = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+        parts.append(f"{counts} instead of {len(PRESETS['paper'].seeds)} seeds")
     if not parts:
         return (
             "The paper's protocol; where it is silent: the last, smaller batch of an epoch is left out, attacks run in "
@@ -409,10 +408,8 @@ def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> lis
 
 def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
     parts = []
-    if here.model.name != paper.model.name:
-        parts.append(f"a {here.model.name} of width {here.model.width} instead of ResNet-{paper.model.depth}")
-    elif (here.model.depth, here.model.width) != (paper.model.depth, paper.model.width):
-        parts.append(f"ResNet-{here.model.depth} of width {here.model.width} instead of ResNet-{paper.model.depth}")
+    if here.model.label != paper.model.label:
+        parts.append(f"{here.model.label} instead of ResNet-{paper.model.depth}")
     mine, theirs = plain.to_dict(here.training), plain.to_dict(paper.training)
     for name, label in (("epochs", "epochs"), ("batch_size", "images a batch"), ("precision", "training")):
         if mine[name] != theirs[name]:

@@ -1,8 +1,9 @@
 """The equation: operators (one term of dx/dt each) and the vector fields that consist of them.
 
-A field is a sum of named operators. It may contain its problem (initial state, time span, steps).
-`AdversarialField` is the paper's Eq. 7, dx/dt = f(t, x) + eta * a(t). Its second operator is the costate a(t), which
-the solver records. This folder imports `odeadv.support` only.
+A field is a sum of named operators. It may contain its problem: the initial state, the time span and the steps.
+`SplitField` adds operators of your own. `AdversarialField` is the paper's Eq. 7, dx/dt = f(t, x) + eta * a(t). Its
+second operator is the costate a(t), the gradient of the loss with respect to the state, which the solver records. A
+plain function f(t, x) is a field too. docs/solver.md shows how fields are written and solved.
 """
 
 from odeadv.fields._field import AdversarialField, Loss, Problem, SplitField, VectorField, as_field

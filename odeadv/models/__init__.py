@@ -1,8 +1,8 @@
 """Networks that can be used as ordinary modules and as fields dx/dt = f(t, x).
 
 ``net(images)`` maps images in [0, 1] to logits. ``net.field(images, labels, eta)`` is the same network as an
-`odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. This folder imports the solver and the folders
-below it.
+`odeadv.AdversarialField`, so `odeadv.solve` is its LAD forward pass. `from_module` wraps a network of your own, and
+`pretrained` loads a small trained one. The guide is docs/models.md.
 """
 
 from odeadv.models._blocks import BlockNetwork, Bound, bind, from_blocks

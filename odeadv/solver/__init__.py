@@ -1,6 +1,8 @@
-"""The solver: `solve`, `driven` and `compile_solver`. A `Request` holds the checked arguments of a solve.
+"""The solver: `solve` for equations, `driven` for other solvers, and `compile_solver` for repeated fast solves.
 
-This folder imports `odeadv.support`, `odeadv.fields`, `odeadv.splitting` and `odeadv.costate`.
+`solve` takes a field, an initial state and a time span, and returns a `Solution`. `driven` turns an adversarial field
+into a plain function of (t, x) that other solvers take. `compile_solver` compiles a whole solve. docs/solver.md
+explains what is computed, and docs/choosing.md says which options to take.
 """
 
 from odeadv.solver._compiled import CompiledSolver, compile_solver

@@ -1,8 +1,9 @@
-"""The method: compositions (`Scheme`), sub-steps (`SubStep`), the time grid and the loop over its steps.
+"""The method: compositions (`Scheme`), sub-steps (`SubStep`), and the time grid on which they act.
 
-A scheme is a table of stages. Each stage gives the operator that acts, its duration, and the time on its clock. A
-sub-step is the method that advances one operator over one stage. Scheme and sub-step are chosen independently. This
-folder imports `odeadv.support` and `odeadv.fields`.
+A composition is a table of stages. Each stage gives the operator that acts, for which part of the step, and the time on
+its clock. A sub-step is the method that advances one operator over one stage: Euler, `RungeKutta`, `DIRK`, an exact
+flow. You choose the two independently, ``solve(..., scheme="strang", substep="midpoint")``. The names below are for
+schemes and sub-steps of your own; docs/solver.md has examples of both, and docs/choosing.md says which to take.
 """
 
 from odeadv.splitting import schemes

@@ -1,10 +1,9 @@
 """Training: freely combined objectives, defences and networks, with checkpoints that resume bit for bit.
 
-`train` trains a network as a `TrainConfig` says. An objective is the loss that a step minimises. A defence solves the
-forward pass of this loss (``odeadv.solve(net.field(...), scheme=...)``). Objectives and defences are independent.
-
-Objectives are in `_objectives.py`, defences in `_defences.py`. This package imports the solver, diagnostics, models,
-attacks and data.
+`train` trains a network as a `TrainConfig` says. An objective is the loss that a step minimises: `Natural`, `Pgd`,
+`Trades`, `Mart`. A defence is the forward pass of this loss: `Layerwise` is LAD and LAD-SM, and `Undefended` is the
+network itself. Every objective combines with every defence. A defence also works in a loop of your own
+(docs/tutorials/own_loop.md). The guide is docs/training.md.
 """
 
 from odeadv.training._checkpoint import CheckpointWarning
