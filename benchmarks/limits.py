@@ -57,7 +57,7 @@ def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], Mod
         "Made by `python -m benchmarks` from the JSON files in this folder and nothing else.",
     ]
     parts += [
-        "Medians with quartiles where a figure was measured more than once. The floor is what the arithmetic alone",
+        "Medians with quartiles if a figure was measured more than once. The floor is what the arithmetic alone",
         "takes, counted or measured (additions, flows, convolutions); if more is better it is a ceiling.",
     ]
     for name, data in results.items():

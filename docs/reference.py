@@ -22,7 +22,7 @@ PACKAGES = (
     "odeadv", "fields", "schemes", "splitting", "costate", "solver", "models", "training", "attacks", "evaluation",
     "audit", "diagnostics", "data", "experiments",
 )  # fmt: skip
-FIRST = ("solve", "AdversarialField", "SplitField", "Operator", "Solution")
+FIRST = ("solve", "AdversarialField", "SplitField", "Operator", "Solution", "driven", "compile_solver", "evaluate")
 
 
 def objects(package: str) -> list[str]:
