@@ -1,5 +1,8 @@
 """Settings of pytest for every test."""
 
+import sys
+from collections.abc import Generator
+
 import pytest
 import torch
 
@@ -12,3 +15,13 @@ def pytest_runtest_setup() -> None:
     not a fixture, because it must run before the fixtures of modules too.
     """
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Keep Python's tracer: pyautoattack switches it off, and with it the coverage of all tests that follow."""
+    tracer = sys.gettrace()
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
