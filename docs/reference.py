@@ -61,19 +61,20 @@ def write_objects(app: Any) -> None:
 
 
 def add_lists(app: Any, docname: str, source: list[str]) -> None:
-    """Put the list of objects at the end of the page of a package."""
+    """Put what a package is for below the title of its page, and the list of objects at the end."""
     folder, _, package = docname.rpartition("/")
     if folder != "api" or package not in PACKAGES:
         return
     name = "odeadv" if package == "odeadv" else f"odeadv.{package}"
     summary = (inspect.getdoc(_module(package)) or "").splitlines()
-    lines = ["```{eval-rst}", f".. py:module:: {name}", "", *map(restructured, summary), "", "```", ""]
-    lines += ["| name | what it is |", "| --- | --- |"]
+    about = ["```{eval-rst}", f".. py:module:: {name}", "", *map(restructured, summary), "", "```", ""]
+    lines = ["| name | what it is |", "| --- | --- |"]
     lines += [f"| [`{full.rpartition('.')[2]}`](objects/{full}) | {_first(full)} |" for full in objects(package)]
     if package != "odeadv" and shared(package):
         lines += ["", f"Documented under `odeadv`: {', '.join(f'{{py:obj}}`{full}`' for full in shared(package))}."]
     lines += ["", "```{toctree}", ":hidden:", "", *(f"objects/{full}" for full in objects(package)), "```"]
-    source[0] += "\n" + "\n".join(lines) + "\n"
+    title, _, text = source[0].partition("\n")
+    source[0] = "\n".join([title, "", *about, text, *lines, ""])
 
 
 def restructured(line: str) -> str:
