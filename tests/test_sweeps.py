@@ -178,6 +178,16 @@ def test_gradients_of_the_fixed_point_are_those_of_finite_differences(kind):
     assert torch.autograd.gradcheck(end, inputs, eps=1e-4, atol=1e-6)
 
 
+def test_second_derivatives_of_the_fixed_point_are_refused():
+    """A part of them would pass through the final solve, and the rest would be missing."""
+    x0 = Y0.clone().requires_grad_()
+    problem = {"t_span": (0.0, T), "steps": 2, "scheme": "rk4", "sweeps": "converge", "differentiate_costate": True}
+    loss = odeadv.solve(bent(), x0, **problem).loss
+    with pytest.raises(RuntimeError, match="got a second derivative through a converged costate"):
+        torch.autograd.grad(loss, x0, create_graph=True)
+    torch.autograd.grad(loss, x0)
+
+
 @pytest.mark.parametrize("eta", [0.2, 0.6, 1.5])
 def test_the_fixed_point_of_a_linear_system_and_its_order(eta):
     exact = fixed_point_of_linear_problem(eta)

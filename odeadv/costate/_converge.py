@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from odeadv.costate._recorded import Costate, RecordedCostate
 from odeadv.costate._settings import Converge
@@ -320,8 +319,11 @@ class _WithGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # create_graph=True; `once_differentiable` would let a part of it through
+            raise RuntimeError(
+                "differentiate_costate: got a second derivative through a converged costate, expected a first one"
+            )
         return ctx.solve(g), None
 
 
