@@ -1,4 +1,4 @@
-"""Evaluations that the converged costate takes, at every accuracy: sweeps, Newton's method, shooting and collocation.
+"""Evaluations that the converged costate takes, at every accuracy: collocation, sweeps, Newton's method, and shooting.
 
 The problem is dx/dt = f + eta a, da/dt = -(df/dx)^T a, with a(T) the gradient of |x(T)|^2 / 2 (x(T).Q x(T) / 2 for
 `linear`). `linear` and `oscillator` are those of work_precision; for `control`, eta is -3, and plain sweeps diverge.
@@ -7,18 +7,21 @@ product with its Jacobian and a derivative of such a product count as one each, 
 speed of the machine. Each method is measured at several numbers of steps or tolerances. A row has its smallest count
 with an error of at most the first column: the maximum over x(T), relative to the largest component.
 
-odeadv takes costate="hermite" and sweeps=odeadv.Converge(rtol=1e-2) or 1e-4 (Newton's method: 1e-4), with the classical
-Runge-Kutta method, or with the fifth-order weights of Dormand and Prince as an `odeadv.RungeKutta`. Shooting begins
-with a(0) = 0, and solve_bvp with a constant state and a = 0 on 11 nodes; its Jacobian is by differences.
+odeadv takes costate="collocation" with sweeps=odeadv.Converge(rtol=1e-2) to 1e-8, or costate="hermite" with 1e-2 or
+1e-4 (Newton's method: 1e-4). The state is advanced by the classical Runge-Kutta method, or by an `odeadv.RungeKutta`
+with the weights of Dormand and Prince: of order 5, or of order 8 (DOP853, from SciPy). Shooting begins with a(0) = 0,
+and solve_bvp with a constant state and a = 0 on 11 nodes; its Jacobian is by differences.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from scipy.integrate import DOP853
 from torch import Tensor
 
 import odeadv
@@ -27,9 +30,10 @@ from . import orders, work_precision
 from ._peers import Adversarial, scipy_peers, shooting, shooting_peers, torchdiffeq_ivp
 from ._precision import Candidate, worked
 from ._timing import machine
+from .limits import Limit
 
 ACCURACIES = work_precision.ACCURACIES
-STEPS, DIGITS = (2, 4, 8, 16, 32, 64), (2, 4)
+STEPS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 DORMAND_PRINCE = odeadv.RungeKutta(
     "dormand-prince", 5, (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1),
     (
@@ -42,10 +46,15 @@ DORMAND_PRINCE = odeadv.RungeKutta(
     ),
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )  # fmt: skip
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sweeps, rk4": ("rk4", {}),
-    "sweeps, order 5": (DORMAND_PRINCE, {}),
-    "newton, rk4": ("rk4", {"method": "newton"}),
+ORDER_8 = odeadv.RungeKutta(
+    "dop853", 8, tuple(DOP853.C.tolist()), tuple(map(tuple, DOP853.A.tolist())), tuple(DOP853.B.tolist())
+)
+METHODS: dict[str, tuple[Any, str, str, Sequence[int]]] = {  # scheme, costate, method of `Converge`, digits of its rtol
+    "collocation, rk4": ("rk4", "collocation", "newton", (2, 4, 6, 8)),
+    "collocation, order 8": (ORDER_8, "collocation", "newton", (2, 4, 6, 8)),
+    "sweeps, rk4": ("rk4", "hermite", "anderson", (2, 4)),
+    "sweeps, order 5": (DORMAND_PRINCE, "hermite", "anderson", (2, 4)),
+    "newton, rk4": ("rk4", "hermite", "newton", (4,)),
 }
 
 
@@ -119,14 +128,15 @@ def _own(problem: Problem, quick: bool) -> list[Candidate]:
     """Return the solves of odeadv."""
     field, x0, span = problem.field, problem.peer.x0, problem.peer.edges
 
-    def solve(scheme: Any, steps: int, digits: int, options: dict[str, Any]) -> Any:
-        until = odeadv.Converge(rtol=10.0**-digits, **options)
-        return worked(odeadv.solve(field, x0, span, scheme=scheme, steps=steps, costate="hermite", sweeps=until))
+    def solve(name: str, steps: int, digits: int) -> Any:
+        scheme, costate, method, _ = METHODS[name]
+        until = odeadv.Converge(rtol=10.0**-digits, method=method)
+        return worked(odeadv.solve(field, x0, span, scheme=scheme, steps=steps, costate=costate, sweeps=until))
 
     return [
-        Candidate("odeadv", method, f"{n} steps, 1e-{k}", lambda s=scheme, n=n, k=k, o=options: solve(s, n, k, o))
-        for method, (scheme, options) in METHODS.items()
-        for k in ((2,) if quick else DIGITS[-1:] if options else DIGITS)
+        Candidate("odeadv", name, f"{n} steps, 1e-{k}", lambda name=name, n=n, k=k: solve(name, n, k))
+        for name, (*_, digits) in METHODS.items()
+        for k in ((2,) if quick else digits)
         for n in ((4, 8) if quick else STEPS)
     ]
 
@@ -169,6 +179,29 @@ def least(points: dict[str, Any], accuracy: float) -> tuple[int, str] | None:
     """Return the smallest count of ``points`` whose error is at most ``accuracy``, and its setting."""
     good = [(point[1], setting) for setting, point in points.items() if point and point[0] <= accuracy]
     return min(good, default=None)
+
+
+def limits(data: dict) -> list[Limit]:
+    """Return the evaluations divided by those of shooting and collocation, at the accuracy with the largest ratio."""
+    rows = []
+    for name, methods in data["problems"].items():
+        own = {method: points for method, points in methods.items() if method in METHODS}
+        for peer, most in (("torchdiffeq shooting", 1.0), ("scipy collocation", 2.0)):
+            peers = [points for method, points in methods.items() if method.startswith(peer)]
+            ratios = [
+                _fewest(own.values(), accuracy) / _fewest(peers, accuracy)
+                for accuracy in ACCURACIES
+                if math.isfinite(_fewest(peers, accuracy))
+            ]
+            if ratios:
+                rows.append(Limit(f"{name}: evaluations of odeadv / {peer}, largest ratio", max(ratios), most=most))
+    return rows
+
+
+def _fewest(methods: Iterable[dict[str, Any]], accuracy: float) -> float:
+    """Return the smallest count of several methods with an error of at most ``accuracy``; infinity if all fail."""
+    found = [least(points, accuracy) for points in methods]
+    return min((float(best[0]) for best in found if best), default=math.inf)
 
 
 def run(quick: bool = False) -> dict[str, object]:

@@ -6,6 +6,7 @@ them on the pushed trajectory until the costate stops changing. docs/theory.md e
 its options in a solve.
 """
 
+from odeadv.costate._collocation import collocated
 from odeadv.costate._converge import Recorder, coarser
 from odeadv.costate._record import record
 from odeadv.costate._recorded import Costate, RecordedCostate, SummedCostate
@@ -24,6 +25,7 @@ __all__ = [
     "Swept",
     "TotalLoss",
     "coarser",
+    "collocated",
     "record",
     "sweep",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from odeadv.costate._recorded import Costate, RecordedCostate
 from odeadv.costate._settings import Converge
 from odeadv.splitting import Grid
+from odeadv.splitting.interpolation import lagrange
 from odeadv.support.isolation import read_value
 from odeadv.support.krylov import gmres
 from odeadv.support.linearised import Linearised, gradient
@@ -273,13 +274,8 @@ def _between_nodes(coarse: Sequence[float], fine: Sequence[float]) -> Tensor:
             rows[i, i // 2] = 1.0
             continue
         first = min(max(i // 2 - count // 2 + 1, 0), len(coarse) - count)
-        near = range(first, first + count)
-        for j in near:
-            weight = 1.0
-            for k in near:
-                if k != j:
-                    weight *= (t - coarse[k]) / (coarse[j] - coarse[k])
-            rows[i, j] = weight
+        near = slice(first, first + count)
+        rows[i, near] = torch.tensor(lagrange(coarse[near], t), dtype=torch.float64)
     return rows
 
 
@@ -307,10 +303,10 @@ def attached(level: Level, rtol: float) -> RecordedCostate:
             )
         return found
 
-    return _like(recorded, _WithGradient.apply(image, solve))
+    return _like(recorded, WithGradient.apply(image, solve))
 
 
-class _WithGradient(torch.autograd.Function):
+class WithGradient(torch.autograd.Function):
     """The identity, whose gradient goes through ``solve``."""
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odeadv.fields.operator import Cost, Jump, Operator
 from odeadv.splitting import CostateKind, Grid
-from odeadv.splitting.interpolation import cubic, like_real, linear
+from odeadv.splitting.interpolation import cubic, gauss_points, lagrange, like_real, linear
 from odeadv.support.isolation import differentiating, graph_kept, inside_transform
 
 
@@ -50,7 +50,8 @@ class RecordedCostate:
     ``"linear"`` interpolates between two nodes (Theorem 3.2 uses its value at the midpoint). ``"hermite"`` is the cubic
     through two nodes with the slopes of Eq. 9. ``"exact"`` integrates Eq. 9 back from the later node along the recorded
     states, by the midpoint rule. It takes one vector-Jacobian product, and its local error is of third order. At the
-    nodes all three equal the recording.
+    nodes all three equal the recording. ``"collocation"`` is the polynomial that solves Eq. 7 and Eq. 9 together at the
+    Gauss points of each step.
 
     Attributes:
         grid: the times t_n of N steps.
@@ -60,6 +61,7 @@ class RecordedCostate:
         running: the running cost l(t, x), or None. With it Eq. 9 is da/dt = -(df/dx)^T a - dl/dx.
         leaving: costates a(t_n) after the loss at t_n, by n, if the field has losses at given times. ``nodes`` contains
             a(t_n) before this loss, which is dJ/dx(t_n) of the total loss J.
+        inner: for ``"collocation"``, the costates at the Gauss points of each step.
         work: number of evaluations of f and vector-Jacobian products of the recording.
         kind: evaluation between nodes.
         cost: counter of the vector-Jacobian products between nodes.
@@ -76,6 +78,7 @@ class RecordedCostate:
     cost: Cost = field(default_factory=Cost)
     running: Callable[[float | Tensor, Tensor], Tensor] | None = None
     leaving: Mapping[int, Tensor] = field(default_factory=dict)
+    inner: Sequence[Sequence[Tensor]] = ()
     work: int = 0
     memory: list[tuple[Operator, int, Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -157,6 +160,10 @@ class RecordedCostate:
             s: Any = (t - step.t0) / step.h
             if self.kind == "linear":
                 return linear(before, after, s)
+            if self.kind == "collocation":
+                weights = lagrange((0.0, *gauss_points(len(self.inner[n]))), s)
+                values = zip(weights, [before, *self.inner[n]], strict=True)
+                return _total(like_real(weight, value) * value for weight, value in values)
             if self.kind == "exact":
                 if not isinstance(s, Tensor):
                     return self._back(part, n, s)

@@ -18,6 +18,9 @@ class Converge:
     of directions that do not contract. Such a fixed point is a stationary point of the control problem but not a limit
     of sweeps. Near eta * I = 1 there is none, and iterates that grow out of proportion are reported as not converged.
 
+    With ``costate="collocation"`` Newton's method solves the problem without sweeps. Only ``rtol`` and ``most`` (the
+    largest number of Newton steps) then have an effect.
+
     Attributes:
         rtol: stop if the change of a sweep, relative to the costate, is below this; by default the two-thirds power of
             the dtype's rounding unit (4e-11 in float64, 2e-5 in float32).

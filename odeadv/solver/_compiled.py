@@ -67,7 +67,7 @@ def compile_solver(
         dt: step size, if it is not given in each call.
         scheme: see `odeadv.solve`.
         substep: see `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
-        costate: see `odeadv.solve`.
+        costate: see `odeadv.solve`; ``"collocation"`` cannot be compiled.
         sweeps: see `odeadv.solve`; a number.
         static: promise that the field uses the same tensors and Python values in every call, as `jax.jit` assumes. Each
             call then skips the search for changes, which takes 30 to 60 microseconds. New values that are written into
@@ -106,6 +106,8 @@ def compile_solver(
     if isinstance(dt, str):
         raise ValueError(f"dt: got {dt!r}, expected a number: a compiled solve has fixed steps")
     method = read_discretisation(field, scheme, substep, costate)
+    if method.costate == "collocation":
+        raise ValueError("costate: got 'collocation', which needs converging sweeps; use odeadv.solve")
     for name, chosen in method.substeps.items():
         if isinstance(chosen, DIRK) and isinstance(field.operators[name].solver, Newton):
             raise ValueError(

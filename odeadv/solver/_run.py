@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from odeadv.costate import Costate, RecordedCostate, Rule, SummedCostate, TotalLoss, coarser, record, sweep
+from odeadv.costate import Costate, RecordedCostate, Rule, SummedCostate, TotalLoss, coarser, collocated, record, sweep
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.fields.operator import Cost, clock_dtype, leading
 from odeadv.solver._saving import Dense, Within, solve_path
@@ -20,6 +20,8 @@ from odeadv.splitting import DIRK, Exact, Grid, Search, Status, Stepper, choose_
 from odeadv.splitting.method import AccuracyWarning
 from odeadv.support.deferred import all_finite, holds, is_deferring
 from odeadv.support.isolation import Recompute, inside_transform, without_effects
+
+MOST_ORDER = 16  # of collocation: methods of torchdiffeq, and exact flows, have the order infinity
 
 
 class SolveRun:
@@ -143,6 +145,8 @@ class SolveRun:
         if not len(self.first_grid) or self.status is not Status.SUCCESS:
             return None
         request, converge = self.request, self.request.recordings.converge
+        if request.discretisation.costate == "collocation":
+            return self._collocated()
         coarse: list[Grid] = []
         if converge is not None and request.times.grid is not None and not request.field.edges:
             assert isinstance(request.field, AdversarialField)
@@ -159,6 +163,21 @@ class SolveRun:
         if not swept.converged:
             self.status = Status.NOT_CONVERGED
         return swept.costate
+
+    def _collocated(self) -> Costate:
+        """Return the converged costate by collocation, of the order of the solve."""
+        request = self.request
+        field, grid, converge = request.field, request.times.grid, request.recordings.converge
+        assert isinstance(field, AdversarialField)
+        assert grid is not None
+        assert converge is not None
+        order = request.discretisation.order(field.driven_by(lambda t: request.x0))
+        stages = math.ceil(min(order, MOST_ORDER) / 2)
+        found = collocated(field, request.x0, grid, stages, converge, differentiate=request.differentiate)
+        self.stats.residuals += found.residuals
+        if not found.converged:
+            self.status = Status.NOT_CONVERGED
+        return found.costate
 
     def record(
         self, drive: Costate | None, grid: Grid | None = None, differentiate: bool | None = None

@@ -25,6 +25,10 @@ SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 StepSize = float | Sequence[float] | Tensor | Literal["adaptive"] | Adaptive
 Nodes = int | Sequence[float] | Tensor
 
+LARGEST = (
+    256  # numbers of a state, for collocation: matrices of twice this size times the points of a step are factored
+)
+
 
 @dataclass(frozen=True)
 class Times:
@@ -109,7 +113,9 @@ def read_request(
     times = read_times(field, t_span, dt, steps, rtol, atol, clip_last)
     if times.adaptive is not None and costate is None:
         discretisation = _smooth_costate(field, discretisation)
-    segments = _read_checkpoints(checkpoints, differentiate_costate, recordings)
+    converge = recordings.converge
+    newton = converge is not None and (converge.method == "newton" or discretisation.costate == "collocation")
+    segments = _read_checkpoints(checkpoints, differentiate_costate, newton)
     _check_estimate(field, discretisation, times)
     if within_span:
         _check_reach(discretisation)
@@ -117,7 +123,9 @@ def read_request(
     if isinstance(field, AdversarialField):
         _check_eta(field, x)
         _check_total_loss(field, times)
-    _check_readable(x, recordings, times, differentiate_costate)
+    _check_readable(x, times, converge is not None, newton or (converge is not None and differentiate_costate))
+    if discretisation.costate == "collocation":
+        _check_collocation(field, x, recordings, times)
     saved = _read_save_times(field, save_at, times.span)
     if time_dtype is not None:
         if not isinstance(time_dtype, torch.dtype) or not time_dtype.is_floating_point:
@@ -368,7 +376,27 @@ def _check_total_loss(field: AdversarialField, times: Times) -> None:
             )
 
 
-def _check_readable(x0: Tensor, recordings: Recordings, times: Times, differentiate: bool) -> None:
+def _check_collocation(field: VectorField, x0: Tensor, recordings: Recordings, times: Times) -> None:
+    """Check that the costate can be found by collocation.
+
+    Raises:
+        ValueError: without sweeps="converge", and for adaptive steps, fields with jumps or with losses at given times,
+            and large states.
+    """
+    if not isinstance(field, AdversarialField) or recordings.converge is None:
+        raise ValueError("costate: got 'collocation' without converging sweeps, expected sweeps='converge' with it")
+    if times.grid is None or field.jumps or field.at:
+        found = "adaptive steps" if times.grid is None else "a field with jumps" if field.jumps else "losses at times"
+        raise ValueError(f"costate: got 'collocation' for {found}, expected 'linear' or 'hermite'")
+    size = x0.numel() * (2 if x0.is_complex() else 1)
+    if size > LARGEST:
+        raise ValueError(
+            f"costate: got 'collocation' for a state of {size} numbers, expected at most {LARGEST}; take "
+            "costate='hermite'"
+        )
+
+
+def _check_readable(x0: Tensor, times: Times, converges: bool, by_autograd: bool) -> None:
     """Check that tensor values can be read, if adaptive steps or converging sweeps depend on values of states.
 
     Raises:
@@ -377,13 +405,13 @@ def _check_readable(x0: Tensor, recordings: Recordings, times: Times, differenti
     """
     if times.adaptive is not None:
         read_value(all_finite(x0), "dt: adaptive")
-    if recordings.converge is not None:
+    if converges:
         read_value(all_finite(x0), "sweeps: 'converge'")
-        if inside_transform() and (differentiate or recordings.converge.method == "newton"):
-            raise ValueError(
-                "sweeps: Newton's method, and gradients of 'converge' by differentiate_costate=True, work with "
-                "torch.autograd, not inside torch.func transforms"
-            )
+    if by_autograd and inside_transform():
+        raise ValueError(
+            "sweeps: Newton's method, and gradients of 'converge' by differentiate_costate=True, work with "
+            "torch.autograd, not inside torch.func transforms"
+        )
 
 
 def warn_of_coarse_clock(grid: Grid, dtype: torch.dtype) -> None:
@@ -447,14 +475,14 @@ def _read_save_times(
     return times
 
 
-def _read_checkpoints(checkpoints: int | None, differentiate: bool, recordings: Recordings) -> int | None:
+def _read_checkpoints(checkpoints: int | None, differentiate: bool, newton: bool) -> int | None:
     if checkpoints is None:
         return None
     if differentiate:
         raise ValueError(
             "checkpoints, differentiate_costate: a differentiated costate keeps the graph of every step; drop one"
         )
-    if recordings.converge is not None and recordings.converge.method == "newton":
+    if newton:
         raise ValueError("checkpoints, sweeps: Newton's method keeps the graph of a recording; drop one of the two")
     return integer("checkpoints", checkpoints)
 

@@ -13,7 +13,7 @@ from odeadv.splitting._order import measured_order
 from odeadv.support.checks import did_you_mean, shown
 
 #: How the costate is evaluated between nodes; see the argument ``costate`` of `odeadv.solve`.
-CostateKind = Literal["linear", "hermite", "exact"]
+CostateKind = Literal["linear", "hermite", "exact", "collocation"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,3 +39,16 @@ def cubic(before: Tensor, after: Tensor, slopes: Sequence[Tensor], s: Any, h: fl
     s = like_real(s, before)
     ends = linear(before, after, s * s * (3.0 - 2.0 * s))
     return torch.add(ends, s * (1.0 - s) ** 2 * slopes[0] - s * s * (1.0 - s) * slopes[1], alpha=h)
+
+
+def lagrange(points: Sequence[float], s: Any) -> list[Any]:
+    """Return the weights with which the polynomial through values at ``points`` takes its value at ``s``."""
+    return [math.prod((s - other) / (point - other) for other in points if other != point) for point in points]
+
+
+@lru_cache
+def gauss_points(count: int) -> tuple[float, ...]:
+    """Return the ``count`` Gauss points of the interval from 0 to 1 (Golub and Welsch 1969, Math. Comp. 23)."""
+    beside = torch.tensor([0.5 * k / math.sqrt(4 * k * k - 1) for k in range(1, count)], dtype=torch.float64)
+    matrix = torch.diag(beside, 1) + torch.diag(beside, -1) + 0.5 * torch.eye(count, dtype=torch.float64)
+    return tuple(torch.linalg.eigvalsh(matrix).tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ SchemeLike = str | Scheme | SubStep
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
 
 # The order of each costate evaluation. "exact" integrates Eq. 9 by one midpoint step with a local error of order three.
-COSTATE_ORDERS: Mapping[CostateKind, int] = {"linear": 2, "exact": 3, "hermite": 4}
+# "collocation" takes as many points per step as the other orders need.
+COSTATE_ORDERS: Mapping[CostateKind, float] = {"linear": 2, "exact": 3, "hermite": 4, "collocation": math.inf}
 
 
 class AccuracyWarning(UserWarning):
