@@ -26,7 +26,7 @@ def split() -> odeadv.SplitField:
 def test_the_error_follows_the_tolerance(scheme, span):
     exact = matrix_exp((B + C) * (span[1] - span[0])) @ X0
     errors, steps = [], []
-    for tolerance in (1e-3, 1e-5, 1e-7):
+    for tolerance in (1e-3, 1e-4, 1e-6):
         sol = odeadv.solve(
             split(), X0, span, scheme=scheme, substep="exact", dt="adaptive", rtol=tolerance, atol=tolerance
         )
@@ -42,7 +42,7 @@ def test_the_error_follows_the_tolerance(scheme, span):
 def test_palindromic_pairs_estimate_the_error_too(scheme):
     exact = matrix_exp((B + C) * 2.0) @ X0
     method = {"scheme": scheme, "substep": "exact"}
-    for tolerance in (1e-4, 1e-6):
+    for tolerance in (1e-3, 1e-5):
         settings = odeadv.Adaptive(rtol=tolerance, atol=tolerance, estimate="palindromic")
         sol = odeadv.solve(split(), X0, (0.0, 2.0), dt=settings, save_at="steps", **method)
         assert float((sol.xs[-1] - exact).norm()) < tolerance * sol.stats.steps
@@ -53,9 +53,6 @@ def test_palindromic_pairs_estimate_the_error_too(scheme):
         back = odeadv.solve(split(), sol.xs[n], (0.0, h), scheme=adjoint, steps=1, substep="exact").xs[-1]
         true = step - matrix_exp((B + C) * h) @ sol.xs[n]
         assert float((0.5 * (step - back) - true).norm()) < 0.2 * float(true.norm())
-
-
-EMBEDDED = [("averaged-lie", 1), ("extrapolated-strang4", 2), ("extrapolated-strang6", 4), ("extrapolated-strang8", 6)]
 
 
 def test_what_palindromic_pairs_need():
@@ -192,7 +189,7 @@ def test_the_order_of_a_field_that_is_not_split_is_that_of_its_substep():
 def test_every_recording_has_steps_of_its_own():
     field = odeadv.AdversarialField(lambda t, x: torch.sin(4 * x), lambda x: 0.5 * (x**2).sum(), eta=3.0)
     method = {"substep": "rk4", "scheme": "strang-symmetric", "costate": "hermite", "sweeps": 2}
-    exact = odeadv.solve(field, X0, (0.0, 2.0), steps=4000, **method).xs[-1]
+    exact = odeadv.solve(field, X0, (0.0, 2.0), steps=600, **method).xs[-1]
     found = odeadv.solve(field, X0, (0.0, 2.0), dt="adaptive", rtol=1e-6, atol=1e-8, **method).xs[-1]
     assert float((found - exact).norm() / exact.norm()) < 3e-4
 

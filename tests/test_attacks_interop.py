@@ -167,6 +167,7 @@ class TestTorchattacks:
 
     def test_square_agrees_in_robust_accuracy(self, trained: tuple[nn.Module, Tensor, Tensor]) -> None:
         model, images, labels = trained
+        images, labels = images[:200], labels[:200]
         theirs = torchattack("Square", model, eps=EPS, n_queries=200, n_restarts=1)(images, labels)
         ours = square(model, images, labels, eps=EPS, queries=201, generator=seeded())
         with torch.no_grad():
@@ -179,12 +180,13 @@ class TestTorchattacks:
         from pyautoattack.square import SquareAttack
 
         model, images, labels = trained
+        images, labels = images[:200], labels[:200]
         enlarged = functional.interpolate(images, scale_factor=2)  # a window has at least 3 pixels a side
         small = nn.Sequential(nn.AvgPool2d(2), model).eval()
-        shared: dict[str, Any] = {"norm": "L2", "eps": 2.0, "n_queries": 300, "p_init": 0.1, "seed": 0}
+        shared: dict[str, Any] = {"norm": "L2", "eps": 2.0, "n_queries": 120, "p_init": 0.1, "seed": 0}
         with torch.random.fork_rng(devices=[]):
             theirs = SquareAttack(small, **shared, device="cpu").perturb(enlarged, labels)
-        ours = square(small, enlarged, labels, eps=2.0, norm="l2", queries=300, generator=seeded())
+        ours = square(small, enlarged, labels, eps=2.0, norm="l2", queries=120, generator=seeded())
         with torch.no_grad():
             held = [(small(x).argmax(1) == labels).float().mean().item() for x in (ours, theirs, enlarged)]
         assert held[0] == pytest.approx(held[1], abs=0.05)
@@ -202,7 +204,7 @@ class TestAutoAttack:
     """The authors' code, as pyautoattack packages it, from the same starts."""
 
     RADII: ClassVar[dict[str, float]] = {"linf": EPS, "l2": 0.8}
-    EXAMPLES = 100  # all 400 agree as well, but take minutes
+    EXAMPLES = 40  # all 400 agree as well, but take minutes
     STARTS = 9  # one per target
 
     def given(
@@ -243,10 +245,10 @@ class TestAutoAttack:
         with torch.no_grad():
             assert torch.equal(model(ours).argmax(1) == labels, held)
         # If nothing fools the model, both return the point of highest loss, and any other review leads elsewhere.
-        as_printed = apgd(model, images, labels, variant="paper", **shared)
-        same, other = (differing(x, theirs)[held].float().mean().item() for x in (ours, as_printed))
-        assert same == 0
-        assert other > 0.05
+        assert not differing(ours, theirs)[held].any()
+        if steps < 100:  # with 100 steps the two variants review at nearly the same steps
+            as_printed = apgd(model, images, labels, variant="paper", **shared)
+            assert differing(as_printed, theirs)[held].float().mean() > 0.5
 
     @pytest.mark.parametrize(("norm", "steps"), [("linf", 20), ("l2", 20)])
     def test_apgd_t_example_by_example(
