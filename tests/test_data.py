@@ -882,12 +882,3 @@ class TestStream:
             assert len(read) == 256 * number
         assert labels.tolist() == [index % 1000 for index in read[256:]]
         assert len(set(read)) == 512
-
-
-def test_importing_loads_no_heavy_package() -> None:
-    import subprocess
-
-    heavy = ("sklearn", "PIL", "torchvision")
-    code = f"import sys, odeadv.data; print([name for name in {heavy!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

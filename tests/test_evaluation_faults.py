@@ -185,7 +185,7 @@ print(function_name(make()), *map(model_digest, (net, compiled, parallel)))
                 text=True,
                 check=True,
             ).stdout
-            for seed in ("1", "2", "3")
+            for seed in ("1", "2")  # two orders of the set of words
         }
         assert len(said) == 1
 

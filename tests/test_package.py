@@ -30,13 +30,28 @@ LAYERS = (
 )
 
 
-def test_import_is_light():
-    code = (
-        "import sys, odeadv; heavy = {'torchvision', 'torchdiffeq', 'matplotlib', 'sklearn', 'scipy', 'PIL', "
-        "'lightning_fabric', 'safetensors', 'yaml'} & "
-        "set(sys.modules); sys.exit(f'imported: {heavy}' if heavy else 0)"
+# What a user does in turn, and what it must not import yet.
+IMPORTS = {
+    "import odeadv": "torchvision torchdiffeq matplotlib sklearn scipy PIL lightning_fabric safetensors yaml "
+    "odeadv.audit odeadv.experiments odeadv.training",
+    "odeadv.data.load": "sklearn PIL torchvision",
+    "trace = odeadv.diagnostics.Trace(); trace.add(0, 1e6)": "matplotlib",
+    "trace.plot()": "matplotlib.pyplot",
+    "odeadv.training.train, odeadv.experiments.run, odeadv.audit.audit": "odeadv.cli",
+}
+
+
+def test_each_use_imports_what_it_needs():
+    """Every use in one new process, because a process takes seconds to import torch."""
+    code = "import sys\n" + "\n".join(
+        f"{use}\nfound = set({names.split()!r}) & set(sys.modules); assert not found, ({use!r}, found)"
+        for use, names in IMPORTS.items()
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"audit", "data", "evaluation", "experiments", "fields", "training"} <= set(dir(odeadv))
+    with pytest.raises(AttributeError, match="no attribute 'trainnig'"):
+        _ = odeadv.trainnig
 
 
 OPTIONAL = "filelock jaxtyping lightning_fabric matplotlib numpy safetensors scipy torchdiffeq torchvision tqdm yaml"
@@ -76,19 +91,6 @@ def test_solving_networks_and_attacks_need_torch_alone_and_errors_name_the_extra
         done.stderr
         == "odeadv: error: numpy: is not installed; expected the extra 'train': pip install 'odeadv[train]'\n"
     )
-
-
-def test_folders_are_imported_when_they_are_used():
-    code = (
-        "import sys, odeadv; names = {'audit', 'experiments', 'training'}; "
-        "assert names | {'data', 'evaluation', 'fields'} <= set(dir(odeadv)); "
-        "assert not {f'odeadv.{name}' for name in names} & set(sys.modules); "
-        "assert odeadv.training.train and odeadv.experiments.run and odeadv.audit.audit and odeadv.data.load"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'trainnig'"):
-        _ = odeadv.trainnig
 
 
 def sources() -> dict[str, Path]:
