@@ -1,14 +1,10 @@
-"""Runs: folders, locks, kill -9, two processes, the command line."""
+"""Runs: folders, locks, running again, the command line."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -39,7 +35,6 @@ from odeadv.support.plain import identity
 from odeadv.training import Layerwise, Pgd, TrainConfig, TrainingDiverged, Undefended, weights_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:eta. .* is for the mean over batches:UserWarning")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,12 +43,26 @@ def small(**changes) -> RunConfig:
     training = TrainConfig(
         **{"epochs": 2, "batch_size": 32, "milestones": (1,), "defence": Layerwise("lie", 5.0), **changes}
     )
-    return RunConfig(DataConfig("digits", 160, 40, 40), ModelConfig(depth=8, width=4), training)
+    return RunConfig(DataConfig("digits", 96, 20, 20), ModelConfig(depth=8, width=4), training)
 
 
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory) -> Path:
+    """Return the folder of a run of `small`, evaluated by table1. Tests only read it."""
+    runs = tmp_path_factory.mktemp("finished")
+    run(small(), digits, runs, protocols=("table1",), log=StringIO())
+    return runs / small().name
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """Return a copy of the finished run in the test's folder."""
+    return Path(shutil.copytree(finished, tmp_path / finished.name))
 
 
 class TestFolder:
@@ -79,19 +88,18 @@ class TestFolder:
         evaluated = experiments.load_records(tmp_path)[0]["evaluations"]
         assert set(evaluated) == {"last", "best"}
 
-    def test_a_finished_run_is_not_run_again_but_evaluated_further(self, digits, tmp_path, monkeypatch):
+    def test_a_finished_run_is_not_run_again_but_evaluated_further(self, digits, tmp_path, copied, monkeypatch):
         config = small()
-        run(config, digits, tmp_path, protocols=("table1",), log=StringIO())
         monkeypatch.setattr("odeadv.experiments._run.train", None)
-        before = (tmp_path / config.name / "record.json").read_bytes()
+        before = (copied / "record.json").read_bytes()
         log = StringIO()
         run(config, digits, tmp_path, protocols=("table1",), log=log)
         assert "already there" in log.getvalue()
-        assert (tmp_path / config.name / "record.json").read_bytes() == before
+        assert (copied / "record.json").read_bytes() == before
         record = run(config, digits, tmp_path, protocols=("table1", "table2"), log=StringIO())
         assert set(record["evaluations"]["last"]) == {"table1", "table2"}
 
-    def test_some_of_the_images_may_be_evaluated_and_the_last_weights_only(self, digits, tmp_path):
+    def test_some_of_the_images_may_be_evaluated_and_the_last_weights_only(self, digits, tmp_path, copied):
         config = small()
         some = Measurement("table1", 12, best=False)
         record = run(config, digits, tmp_path, protocols=("table1", some), log=StringIO())
@@ -101,15 +109,14 @@ class TestFolder:
         assert part["n"] == 12
         outcomes = [Evaluation.from_dict(each).clean_outcomes for each in (part, whole)]
         assert torch.equal(outcomes[0], outcomes[1][:12])
-        assert not list((tmp_path / config.name).glob("*.journal"))
+        assert not list(copied.glob("*.journal"))
         with pytest.raises(ValueError, match="images: got 0"):
             Measurement("table1", 0)
 
-    def test_the_weights_are_the_ones_evaluated(self, digits, tmp_path):
-        config = small()
-        record = run(config, digits, tmp_path, protocols=("table1",), log=StringIO())
-        net, _ = load_model(tmp_path / config.name / "last.safetensors")
-        subset, _ = config.data.take(digits)
+    def test_the_weights_are_the_ones_evaluated(self, digits, finished):
+        record = experiments.load_record(finished / "record.json")
+        net, _ = load_model(finished / "last.safetensors")
+        subset, _ = small().data.take(digits)
         images = data.to_float(subset.test_images)
         with torch.no_grad():
             accuracy = (net(images).argmax(1) == subset.test_labels).float().mean().item()
@@ -125,28 +132,26 @@ class TestFolder:
     def test_what_is_compared_when_a_run_goes_on_leaves_out_defaults(self):
         """If a later version adds a field whose default changes nothing, earlier runs can still be continued."""
         assert identity(small()) == {
-            "data": {"name": "digits", "train_images": 160, "test_images": 40, "validation_images": 40},
+            "data": {"name": "digits", "train_images": 96, "test_images": 20, "validation_images": 20},
             "model": {"depth": 8, "width": 4},
             "training": {
                 "defence": {"name": "layerwise", "eta": 5.0}, "epochs": 2, "batch_size": 32, "milestones": [1],
             },
         }  # fmt: skip
 
-    def test_other_data_in_a_runs_folder_are_refused(self, digits, tmp_path):
-        config = small()
-        run(config, digits, tmp_path, log=StringIO())
+    def test_other_data_in_a_runs_folder_are_refused(self, digits, tmp_path, copied):
         other = replace(digits, train_labels=digits.train_labels.flip(0))
         with pytest.raises(ValueError, match="other data"):
-            run(config, other, tmp_path, log=StringIO())
+            run(small(), other, tmp_path, log=StringIO())
 
     def test_two_processes_cannot_write_one_run(self, digits, tmp_path):
-        config = small()
+        config = small(epochs=1)
         with locked(tmp_path / config.name), pytest.raises(RunLockedError, match="another process is writing"):
             run(config, digits, tmp_path, log=StringIO())
         run(config, digits, tmp_path, log=StringIO())
 
     def test_a_failed_run_does_not_keep_others_from_running(self, digits, tmp_path):
-        one_step = replace(small(lr=1e30, batch_size=160, epochs=2))  # weights are lost between two epochs
+        one_step = replace(small(lr=1e30, batch_size=96, epochs=2))  # weights are lost between two epochs
         no_model = replace(small(), model=ModelConfig(depth=8, options={"nope": 1}))
         jobs = [
             Job(small(lr=1e30)), Job(small(lr=1e30, objective=Pgd(steps=1), defence=Undefended())), Job(one_step),
@@ -183,9 +188,8 @@ class TestFolder:
         assert shown.count("is run by another process, others first") == 1
         assert shown.index("seed 1] epoch 1/1") < shown.index("seed 0] epoch 1/1")
 
-    def test_a_folder_with_anything_in_it_can_be_listed(self, digits, tmp_path, capsys):
-        run(small(), digits, tmp_path, protocols=("table1",), log=StringIO())
-        path = tmp_path / small().name / "record.json"
+    def test_a_folder_with_anything_in_it_can_be_listed(self, tmp_path, copied, capsys):
+        path = copied / "record.json"
         record = json.loads(path.read_text())
         (measured,) = record["evaluations"]["last"].values()
         record["evaluations"]["last"]["worst"] = {**measured, "clean_accuracy": 0.5, "average": None}
@@ -252,7 +256,7 @@ def test_event_files_are_what_tensorboard_reads(tmp_path, digits):
 
 class TestAgain:
     def test_a_run_from_its_record_alone_is_the_same_to_the_bit(self, digits, tmp_path, capsys, monkeypatch):
-        config = small(objective=Pgd(steps=1))
+        config = small(epochs=1, objective=Pgd(steps=1))
         protocols = ("table1", Measurement("table2", 12, best=False))
         record = run(config, digits, tmp_path / "runs", protocols=protocols, log=StringIO())
         file = tmp_path / "runs" / config.name / "record.json"
@@ -261,7 +265,7 @@ class TestAgain:
         assert shown[:3] == [
             "training losses: the same to the bit",
             "weights: the same to the bit",
-            "table1, last weights, clean: 0 of 40 outcomes differ",
+            "table1, last weights, clean: 0 of 20 outcomes differ",
         ]
         assert "table2@12, last weights, ifgsm-20 at 8/255, worst so far: 0 of 12 outcomes differ" in shown
         assert not any(line.startswith("table2@12, best") or "not run again" in line for line in shown)
@@ -273,7 +277,9 @@ class TestAgain:
         assert cli.main(["rerun", str(file), "--runs", str(tmp_path / "again")]) == 2
         assert "is of other versions than those of now" in capsys.readouterr().err
 
-        other = run(small(objective=Pgd(steps=1), seed=1), digits, tmp_path, protocols=protocols[:1], log=StringIO())
+        other = run(
+            small(epochs=1, objective=Pgd(steps=1), seed=1), digits, tmp_path, protocols=protocols[:1], log=StringIO()
+        )
         found = experiments.agreement(record, {**other, "versions": {**other["versions"], "torch": "1.0"}})
         pairs = [(a["loss"], b["loss"]) for a, b in zip(record["epochs"], other["epochs"], strict=True)]
         assert found.losses == max(abs(a - b) / a for a, b in pairs) > 0
@@ -281,14 +287,15 @@ class TestAgain:
         assert found.not_run == ("table2@12, last weights",)
         mine, theirs = (r["evaluations"]["last"]["table1"]["clean_correct"] for r in (record, other))
         different, n = found.outcomes["table1, last weights, clean"]
-        assert n == 40
+        assert n == 20
         assert different >= abs(mine - theirs)
         assert "weights: different" in str(found)
         assert f"torch: {torch.__version__} then, 1.0 now" in str(found)
 
-    def test_what_is_no_longer_the_same_run_is_refused_before_it_is_trained(self, digits, tmp_path, monkeypatch):
-        config = small()
-        record = run(config, digits, tmp_path, log=StringIO())
+    def test_what_is_no_longer_the_same_run_is_refused_before_it_is_trained(
+        self, digits, tmp_path, finished, monkeypatch
+    ):
+        record = experiments.load_record(finished / "record.json")
         monkeypatch.setattr("odeadv.experiments._rerun.run", None)
         with pytest.raises(ValueError, match=r"^record: its key is 0123, but its configuration has"):
             experiments.rerun({**record, "key": "0123"}, digits, tmp_path / "again")
@@ -376,92 +383,6 @@ class TestFiles:
             load_model(tmp_path / "record.json")
 
 
-def train_in_a_process(runs: Path, *, processes: int = 1, extra: tuple[str, ...] = ()) -> subprocess.Popen:
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*python, "-m", "odeadv"]
-    else:
-        command = [*python, "-m", "odeadv"]
-    command += ["train", str(runs / "run.json"), "--runs", str(runs), "--accelerator", "cpu", *extra]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def written(config: RunConfig, runs: Path) -> str:
-    """Write the configuration into the folder ``runs``, and return the path of the file."""
-    runs.mkdir()
-    (runs / "run.json").write_text(json.dumps(config.to_dict()))
-    return str(runs / "run.json")
-
-
-def train_here(config: RunConfig, runs: Path) -> None:
-    """Train as the other processes do: with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert cli.main(["train", written(config, runs), "--runs", str(runs), "--accelerator", "cpu"]) == 0
-    finally:
-        torch.set_num_threads(threads)
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    return output
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
-    config = replace(small(epochs=3, objective=Pgd(steps=3)), model=ModelConfig(depth=8, width=4, noise=0.1))
-    whole, runs = tmp_path / "whole", tmp_path / "killed"
-    train_here(config, whole)
-    written(config, runs)
-    process = train_in_a_process(runs)
-    metrics = runs / config.name / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.02)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (runs / config.name / "record.json").exists(), "killed too late to prove anything"
-    assert list((runs / config.name / "checkpoints").glob("*.safetensors"))
-    assert "resumes at epoch" in finish(train_in_a_process(runs))
-    weights = [read_tensors(folder / config.name / "last.safetensors")[0] for folder in (whole, runs)]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    """The same global batch: LAD's mean, batch statistics and the attack's start belong to the whole batch."""
-    config = small(objective=Pgd(steps=2), defence=Layerwise("strang", 20.0), epochs=2)
-    one, two = tmp_path / "one", tmp_path / "two"
-    train_here(config, one)
-    written(config, two)
-    finish(train_in_a_process(two, processes=2))
-    records = [json.loads((runs / config.name / "record.json").read_text()) for runs in (one, two)]
-    curves = [[(epoch["loss"], epoch["accuracy"]) for epoch in record["epochs"]] for record in records]
-    assert [record["machine"]["processes"] for record in records] == [1, 2]
-    for (loss, accuracy), (other_loss, other_accuracy) in zip(*curves, strict=True):
-        assert loss == pytest.approx(other_loss, rel=2e-3)
-        assert accuracy == pytest.approx(other_accuracy, abs=0.02)
-
-
-@pytest.mark.slow
-def test_runs_go_to_ray(tmp_path):
-    pytest.importorskip("ray")
-    jobs = [Job(small(seed=seed), ("table1",)) for seed in range(2)] + [Job(small(lr=1e30))]
-    log = StringIO()
-    records, failures = launch(jobs, tmp_path, launcher="ray", log=log)
-    assert [record["key"] for record in records] == [job.config.key for job in jobs[:2]]
-    assert "lower lr" in failures[0].reason
-    local, _ = launch(jobs[:1], tmp_path / "local", log=StringIO())
-    there = read_tensors(tmp_path / jobs[0].config.name / "last.safetensors")[0]
-    here = read_tensors(tmp_path / "local" / jobs[0].config.name / "last.safetensors")[0]
-    assert all(torch.allclose(value, here[name], atol=1e-5) for name, value in there.items())
-    assert local[0]["key"] == records[0]["key"]
-
-
 class TestCommand:
     def test_train_evaluate_and_list(self, tmp_path, capsys):
         file = tmp_path / "run.json"
@@ -487,9 +408,9 @@ class TestCommand:
             (tmp_path / f"{epochs}.json").write_text(json.dumps(small(epochs=epochs).to_dict()))
         first, second = (tmp_path / small(epochs=epochs).name for epochs in (1, 2))
         assert cli.main(["train", str(tmp_path / "1.json"), *runs, "--checkpoint-every", "0"]) == 0
-        assert [path.name for path in (first / "checkpoints").iterdir()] == ["step-00000005.safetensors"]
+        assert [path.name for path in (first / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
         assert cli.main(["train", str(tmp_path / "2.json"), *runs, "--extend", str(first)]) == 0
-        assert "resumes at epoch 2/2, step 1/5" in capsys.readouterr().err
+        assert "resumes at epoch 2/2, step 1/3" in capsys.readouterr().err
         whole = tmp_path / "whole" / second.name
         run(small(), digits, whole.parent, log=StringIO())
         assert not (whole / "checkpoints").exists()
@@ -534,7 +455,7 @@ class TestCommand:
         )
         out = tmp_path / "e.json"
         arguments = ["evaluate", str(tmp_path / config.name), "--protocol", str(tmp_path / "mine.yaml")]
-        arguments += ["--images", "30", "--batch-size", "10", "--out", str(out)]
+        arguments += ["--images", "15", "--batch-size", "5", "--out", str(out)]
         shown = []
 
         class Stopping:
@@ -588,10 +509,10 @@ class TestCommand:
         for config in (lad, plain):
             run(config, digits, tmp_path, log=StringIO())
         first, second, out = str(tmp_path / lad.name), str(tmp_path / plain.name), tmp_path / "page"
-        assert cli.main(["diagnose", second, "--images", "8"]) == 0
+        assert cli.main(["diagnose", second, "--images", "2"]) == 0
         assert "so eta is 0; --eta measures another" in capsys.readouterr().err
         assert (tmp_path / plain.name / "diagnostics" / "diagnostics.md").exists()
-        options = ["--images", "8", "--attack", "8", "--out", str(out)]
+        options = ["--images", "2", "--attack", "8", "--out", str(out)]
         assert cli.main(["diagnose", first, "--other", second, *options]) == 0
         found = json.loads((out / "diagnostics.json").read_text())
         assert set(found["fields"]) == {lad.name, plain.name}
@@ -601,9 +522,9 @@ class TestCommand:
             assert measured["growth"]["size"] > 0
         page = (out / "diagnostics.md").read_text()
         assert page.startswith("# Dynamics: natural + LAD and natural, digits, ResNet-8 of width 4\n")
-        assert f"\n{lad.name} with eta 5 and {plain.name} with eta 5, on 8 test images.\n" in page
+        assert f"\n{lad.name} with eta 5 and {plain.name} with eta 5, on 2 test images.\n" in page
         assert f"{lad.name} | {plain.name} |" in page
-        assert cli.main(["diagnose", first, "--other", first, "--images", "8"]) == 2
+        assert cli.main(["diagnose", first, "--other", first, "--images", "2"]) == 2
         assert "other: expected another run" in capsys.readouterr().err
 
     def test_a_seed_and_an_objective_of_the_working_directory(self, tmp_path, capsys, monkeypatch):
@@ -692,7 +613,7 @@ class TestCommand:
 
 
 def test_eta_is_chosen_on_folds_of_the_training_set(digits, tmp_path):
-    config = replace(small(epochs=1), data=DataConfig("digits", 120, 30))
+    config = replace(small(epochs=1), data=DataConfig("digits", 96, 18))
     found = experiments.tune(
         config, digits, [0.0, 5.0], runs=tmp_path, folds=3, only=2, protocol="table1", log=StringIO()
     )
