@@ -5,7 +5,6 @@ import math
 import re
 import runpy
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,9 @@ from odeadv.experiments import (
     Row,
     RunConfig,
     _campaign,
+    _claims,
+    _figure2,
+    _report,
     configuration,
     configurations,
     load_records,
@@ -318,6 +320,19 @@ def test_records_that_contradict_each_other_are_refused():
         gather(table, PRESETS["bf16"], None, records)
 
 
+@pytest.fixture(scope="module")
+def committed() -> list[dict]:
+    return load_records(RESULTS / "runs")
+
+
+@pytest.fixture
+def _read_once(committed, monkeypatch):
+    """Give each page the committed records without reading the hundreds of files again."""
+    for module in (_report, _figure2, _claims):
+        monkeypatch.setattr(module, "load_records", lambda folder: committed)
+
+
+@pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
 def test_committed_pages_are_made_of_committed_records(page, tmp_path):
     name, dataset, preset = page.parent.name.rsplit("-", 2)
@@ -327,6 +342,7 @@ def test_committed_pages_are_made_of_committed_records(page, tmp_path):
     assert (page.parent / f"{name}.png").exists()
 
 
+@pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("page", sorted(RESULTS.glob("figure2-*/figure2.md")), ids=lambda page: page.parent.name)
 def test_committed_figures_are_made_of_committed_records(page, tmp_path):
     _, dataset, preset = page.parent.name.rsplit("-", 2)
@@ -368,11 +384,10 @@ def test_there_are_committed_pages():
     assert PAGES
 
 
-def test_committed_records_are_where_their_configuration_says():
+def test_committed_records_are_where_their_configuration_says(committed):
     files = sorted((RESULTS / "runs").glob("*.json"))
-    records = load_records(RESULTS / "runs")
-    assert len(files) == len(records) > 0
-    for file, found in zip(files, records, strict=True):
+    assert len(files) == len(committed) > 0
+    for file, found in zip(files, committed, strict=True):
         config = RunConfig.from_dict(found["config"])
         assert file.stem == config.name
         assert found["key"] == config.key
@@ -511,16 +526,13 @@ def test_examples_run_as_programs(number, capsys, monkeypatch):
     program = str(ROOT / "examples" / f"table{number}.py")
     arguments = [program, "--list", "--seeds", "0", "--preset", "bf16"]
     arguments += ["--dataset", "cifar100"] if number in (5, 7) else []
-    if number == 1:
-        command = [sys.executable, *arguments]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    else:  # as python does, without the time that a new process needs to import torch
-        monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.syspath_prepend(str(ROOT / "examples"))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(program, run_name="__main__")
-        assert not end.value.code
-        shown = capsys.readouterr().out
+    # As python does, without the time that a new process needs to import torch; .ci/run starts table1 as a process.
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(program, run_name="__main__")
+    assert not end.value.code
+    shown = capsys.readouterr().out
     assert len(shown.splitlines()) == len(rows_at(TABLES[f"table{number}"]))
 
 
@@ -615,6 +627,7 @@ class TestClaims:
         assert label in [found["rows"], *(other["rows"] for other in found["other_readings"])]
         assert found["difference"] <= last["difference"]
 
+    @pytest.mark.usefixtures("_read_once")
     def test_the_committed_page_is_made_of_committed_records(self, tmp_path):
         write_claims(RESULTS / "runs", tmp_path)
         for name in ("claims.md", "claims.json"):
