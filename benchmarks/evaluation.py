@@ -323,7 +323,7 @@ def targeted(net: nn.Module, x: Tensor, y: Tensor, steps: int, rounds: int) -> d
 
 
 def run(quick: bool = False) -> dict[str, object]:
-    many, few, long = (16, 8, 20) if quick else (256, 16, 1000)
+    many, few, long = (8, 4, 10) if quick else (256, 16, 1000)
     data = dataset()
     chosen = QUICK if quick else NETWORKS
     nets = {name: network.trained(data, FOLDER) for name, network in chosen.items()}

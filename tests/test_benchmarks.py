@@ -406,7 +406,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_resnet_in_jax_is_the_one_in_torch():
     pytest.importorskip("jax")
     generator = torch.Generator().manual_seed(0)
-    net = odeadv.models.preact_resnet(14, 4, generator=generator).double()
+    net = odeadv.models.preact_resnet(8, 4, generator=generator).double()
     images, labels = torch.rand(4, 3, 16, 16, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 5, 9])
     net(images)  # running statistics that are not 0 and 1
     net.eval().requires_grad_(False)

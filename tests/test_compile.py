@@ -1,7 +1,8 @@
 """Whole solves as one call: one graph for any number of steps, and the values and gradients of `solve`.
 
-The loops of small states are plain C++, those of others are compiled by Inductor. Inductor takes ten seconds, so most
-tests run its loops by torch's own interpreter (``backend="eager"``). The graphs are the same.
+The loops of small states are plain C++, those of others are compiled by Inductor. Inductor takes ten seconds, so the
+tests here run its loops by torch's own interpreter (``backend="eager"``). The graphs are the same.
+`test_compile_inductor.py` has the test of Inductor.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import odeadv
 from odeadv.fields import Piecewise
-from odeadv.solver import CompileWarning, _loop, _scalars
+from odeadv.solver import CompiledSolver, CompileWarning, _loop, _scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore::odeadv.AccuracyWarning")
 compiles = pytest.mark.skipif(not COMPILES, reason="compile_solver needs torch 2.13")
@@ -44,10 +45,11 @@ def adversarial(matrix: Tensor, eta: float | Tensor = 0.1) -> odeadv.Adversarial
 
 def assert_equals_solve(
     field: odeadv.VectorField, choices: dict, call: dict, learned: list[Tensor], **options: object
-) -> None:
-    """Check that a compiled solve has the states, costates and gradients of `solve`."""
+) -> CompiledSolver:
+    """Check that a compiled solve has the states, costates and gradients of `solve`; return the compiled solver."""
     x0 = X0.clone().requires_grad_()
-    found = odeadv.compile_solver(field, **choices, **options)(x0, (0.0, 1.0), **call)
+    solver = odeadv.compile_solver(field, **choices, **options)
+    found = solver(x0, (0.0, 1.0), **call)
     expected = odeadv.solve(field, x0, (0.0, 1.0), **choices, **call)
     assert torch.equal(found.ts, expected.ts)
     assert torch.allclose(found.xs, expected.xs, rtol=1e-12, atol=1e-13)
@@ -58,6 +60,20 @@ def assert_equals_solve(
     weights = torch.randn(expected.xs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = [torch.autograd.grad((sol.xs * weights).sum(), [x0, *learned]) for sol in (found, expected)]
     assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(*gradients, strict=True))
+    return solver
+
+
+def check_values_and_gradients(**lowering: object) -> None:
+    """Check a compiled solve over several spans, forward and backward."""
+    matrix = MATRIX.clone().requires_grad_()
+    solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (matrix @ x), scheme="midpoint", **lowering)
+    x0 = X0.clone().requires_grad_()
+    for span, steps in (((0.0, 1.0), 1), ((0.0, 2.0), 7), ((1.0, -1.0), 8)):
+        found = solver(x0, span, steps=steps)
+        expected = odeadv.solve(solver.field, x0, span, scheme="midpoint", steps=steps)
+        assert torch.allclose(found.xs, expected.xs, rtol=1e-13, atol=1e-14)
+        gradients = [torch.autograd.grad(sol.xs.square().sum(), (x0, matrix)) for sol in (found, expected)]
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +88,8 @@ def options(request: pytest.FixtureRequest) -> dict:
 
 @compiles
 class TestValues:
-    @pytest.mark.parametrize("lowering", [{}, {"options": {"cpp_wrapper": True}}], ids=["C++", "Inductor"])
-    def test_code_has_the_values_and_gradients_of_solve(self, lowering):
-        matrix = MATRIX.clone().requires_grad_()
-        solver = odeadv.compile_solver(lambda t, x: torch.cos(t) * (matrix @ x), scheme="midpoint", **lowering)
-        x0 = X0.clone().requires_grad_()
-        for span, steps in (((0.0, 1.0), 1), ((0.0, 2.0), 7), ((1.0, -1.0), 8)):
-            found = solver(x0, span, steps=steps)
-            expected = odeadv.solve(solver.field, x0, span, scheme="midpoint", steps=steps)
-            assert torch.allclose(found.xs, expected.xs, rtol=1e-13, atol=1e-14)
-            gradients = [torch.autograd.grad(sol.xs.square().sum(), (x0, matrix)) for sol in (found, expected)]
-            assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(*gradients, strict=True))
+    def test_code_has_the_values_and_gradients_of_solve(self):
+        check_values_and_gradients()
 
     def test_merged_flows_with_gradients(self, options):
         matrix = MATRIX.clone().requires_grad_()
@@ -107,9 +114,7 @@ class TestValues:
             a=lambda t, x: torch.sin(t) * torch.tanh(2.0 * matrix[:, 0] - x), b=odeadv.Operator.linear(matrix)
         )
         choices = {"scheme": "strang", "substep": {"a": "midpoint", "b": "exact"}}
-        assert_equals_solve(field, choices, {"dt": 0.25, "save_at": "steps"}, [matrix], backend="eager")
-        solver = odeadv.compile_solver(field, **choices, backend="eager")
-        solver(X0, (0.0, 1.0), dt=0.25)
+        solver = assert_equals_solve(field, choices, {"dt": 0.25, "save_at": "steps"}, [matrix], backend="eager")
         (steps,) = solver._compiled.values()
         loops, exponential = steps._bound.loops, torch.ops.aten.linalg_matrix_exp.default
         parts = (loops.step, loops.before, loops._fast)

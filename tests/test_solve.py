@@ -264,7 +264,7 @@ def test_order_of_substeps_on_a_plain_callable(method, order):
         sol = odeadv.solve(lambda t, x: torch.cos(t) * x, X0, (0.0, 1.0), substep=method, steps=steps)
         return float((sol.xs[-1] - exact).norm())
 
-    assert measured_order(error, (16, 32, 64, 128)) == pytest.approx(order, abs=0.15)
+    assert measured_order(error) == pytest.approx(order, abs=0.15)
 
 
 def test_an_adaptive_torchdiffeq_substep_in_a_split_field():
@@ -356,8 +356,9 @@ def test_steps_prepared_beforehand_are_the_same_steps(scheme, substep, dtype):
         x0 = torch.linspace(-1, 1, 3).to(dtype)
         return seen, odeadv.solve(field, x0, span, scheme=scheme, substep=substep, **arguments)
 
+    many = 300 if dtype is torch.float64 else 30  # one step in 256 is watched
     for span, arguments in (
-        ((0.1, 1.3), {"steps": 300}),
+        ((0.1, 1.3), {"steps": many}),
         ((1.0, 0.0), {"steps": 7, "save_at": "steps"}),
         ((0.0, 1.0), {"steps": 7, "save_at": [0.3, 0.5, 1.0]}),
         ((0.0, 1.0), {"dt": "adaptive", "rtol": 1e-3}),

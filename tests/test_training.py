@@ -1,5 +1,6 @@
 """Training: the losses it minimises, its reproducibility, and what it refuses."""
 
+import functools
 import io
 import re
 import sys
@@ -358,6 +359,12 @@ class TestEta:
             train(tiny_net(), tiny_data(), config(defence=LAD, epochs=1))
 
 
+@functools.cache
+def uninterrupted(accumulate: int):
+    """Return the network and the result of a run that was not stopped, for all tests of `TestResuming`."""
+    return TestResuming().run(accumulate=accumulate)
+
+
 class TestResuming:
     def run(self, folder=None, stop_at=(), every=0.0, **changes):
         """Train, stopping by an exception after the steps ``stop_at`` and going on in a new network each time."""
@@ -387,7 +394,7 @@ class TestResuming:
     @pytest.mark.parametrize("stop_at", [(1,), (2,), (3, 5), (1, 2, 3, 4, 5)])
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_an_interrupted_run_ends_with_the_same_bits(self, tmp_path, stop_at, accumulate):
-        whole, expected = self.run(accumulate=accumulate)
+        whole, expected = uninterrupted(accumulate)
         resumed, found = self.run(tmp_path, stop_at, accumulate=accumulate)
         for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
@@ -398,7 +405,7 @@ class TestResuming:
 
     @pytest.mark.parametrize("damage", ["truncated", "altered"])
     def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(self, tmp_path, damage):
-        whole, _ = self.run()
+        whole, _ = uninterrupted(1)
         with pytest.raises(KeyboardInterrupt):
             self.interrupted(tmp_path)
         older, newest = sorted(tmp_path.glob("*.safetensors"))
