@@ -416,7 +416,7 @@ def test_models_that_break_attacks_are_caught(make: Callable[[], nn.Module], lin
     assert not found.passed
     printed = " ".join(repr(found).split())  # lines are wrapped
     assert all(" ".join(check.meaning.split()) in printed for check in found.failures)
-    assert max(map(len, repr(found).splitlines())) <= 130
+    assert max(map(len, repr(found).splitlines())) <= 120
 
 
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [

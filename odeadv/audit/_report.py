@@ -171,7 +171,8 @@ class Audit:
         ]
         for check in self.checks:
             texts = (check.found, check.meaning) if check.status == "fail" else (check.found,)
-            first, *more = [row for text in texts for row in textwrap.wrap(text, 72, break_on_hyphens=False) or [""]]
+            # 66 characters after names of up to 35 and a verdict of 15 make lines of less than 120.
+            first, *more = [row for text in texts for row in textwrap.wrap(text, 66, break_on_hyphens=False) or [""]]
             lines.append(f"{check.status:<15}{check.name:<{width}}  {first}")
             lines += [f"{'':{17 + width}}{row}" for row in more]
         return "\n".join(lines)
