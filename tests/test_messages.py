@@ -7,7 +7,8 @@ import torch
 from helpers import conv_net, image_batch, seeded
 from torch import nn
 
-from odeadv import attacks, data, models
+from odeadv import attacks, data, evaluate, experiments, models, solve
+from odeadv.evaluation import AttackSpec
 from odeadv.training import Awp, Layerwise, Mart, Pgd, TrainConfig, TrainResult, train, weights_digest
 
 IMAGES, LABELS = image_batch(torch.float32)
@@ -55,6 +56,22 @@ def scheduled(**schedule):
             ValueError,
             "schedule: got cycle_momentum=True, expected False",
         ),
+        (
+            lambda: AttackSpec("autoattack", (0.1, 0.2)),
+            ValueError,
+            "eps: got 2 radii, expected one number for 'autoattack'",
+        ),
+        (
+            lambda: AttackSpec("square", 8 / 255, steps=3),
+            ValueError,
+            "steps: got 3, expected None, because 'square' does not take steps",
+        ),
+        (lambda: next(experiments.rehearse_all([], 1, None)), ValueError, "rehearse: got 1, expected 2 steps or more"),
+        (
+            lambda: solve(lambda t, x: -x, torch.ones(2), (0.0, 1.0), dt="adaptive", atol=torch.tensor([1e-3, -1.0])),
+            ValueError,
+            "atol: got ",
+        ),
         (lambda: TrainResult().plot(), ValueError, "epochs: got none, expected at least one to draw"),
     ],
 )
@@ -77,3 +94,27 @@ def test_equal_weights_have_equal_digests():
     net, same, other = (models.preact_resnet(8, 4, generator=seeded(seed)) for seed in (0, 0, 1))
     assert weights_digest(net.state_dict()) == weights_digest(same.state_dict())
     assert weights_digest(net.state_dict()) != weights_digest(other.state_dict())
+
+
+def test_weights_of_another_program_are_refused(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": torch.ones(2)}, tmp_path / "last.safetensors")
+    with pytest.raises(ValueError, match="was not written by odeadv"):
+        weights_digest(tmp_path / "last.safetensors")
+
+
+def test_a_model_that_cannot_be_copied_is_evaluated_as_it_is():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv_net(torch.float32)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def __deepcopy__(self, memo):
+            raise RuntimeError("one of a kind")
+
+    with pytest.warns(RuntimeWarning, match=r"cannot be copied \(RuntimeError: one of a kind\)"):
+        found = evaluate(Kept(), (IMAGES, LABELS), AttackSpec("fgsm", 8 / 255), fold=True)
+    assert found.n == len(LABELS)
