@@ -37,7 +37,8 @@ class Stats:
             states and costates at the nodes of recordings, and saved states. Tensors that autograd keeps within a step
             are not counted.
         rejected: with adaptive steps, number of trial steps that did not meet the tolerances.
-        residuals: with ``sweeps="converge"``, the relative change of each sweep, including sweeps on coarse grids.
+        residuals: with ``sweeps="converge"``, the relative change of each sweep, including sweeps on coarse grids; with
+            ``costate="collocation"``, of each Newton step.
     """
 
     steps: int = 0
