@@ -35,9 +35,8 @@ def controlled(f, x0, horizon):
         eta=-torque / PRICE,
         running=lambda t, x: 0.5 * x @ weight @ x,
     )
-    newton = odeadv.Converge(method="newton", rtol=1e-8)
     return odeadv.solve(
-        field, x0, (0.0, horizon), scheme="rk4", costate="hermite", steps=32, sweeps=newton, save_at="steps"
+        field, x0, (0.0, horizon), scheme="rk4", costate="collocation", steps=32, sweeps="converge", save_at="steps"
     )
 
 
