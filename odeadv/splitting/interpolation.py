@@ -49,6 +49,6 @@ def lagrange(points: Sequence[float], s: Any) -> list[Any]:
 @lru_cache
 def gauss_points(count: int) -> tuple[float, ...]:
     """Return the ``count`` Gauss points of the interval from 0 to 1 (Golub and Welsch 1969, Math. Comp. 23)."""
-    beside = torch.tensor([0.5 * k / math.sqrt(4 * k * k - 1) for k in range(1, count)], dtype=torch.float64)
-    matrix = torch.diag(beside, 1) + torch.diag(beside, -1) + 0.5 * torch.eye(count, dtype=torch.float64)
+    off_diagonal = torch.tensor([0.5 * k / math.sqrt(4 * k * k - 1) for k in range(1, count)], dtype=torch.float64)
+    matrix = torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1) + 0.5 * torch.eye(count, dtype=torch.float64)
     return tuple(torch.linalg.eigvalsh(matrix).tolist())
