@@ -145,6 +145,7 @@ def measure(case: Case, steps: int, rounds: int) -> dict[str, Any]:
         data["seconds of the first call of diffrax"] = first[2]
         data["compiled to diffrax"] = ratio(seconds, COMPILED, DIFFRAX)
         data["static to diffrax"] = ratio(seconds, STATIC, DIFFRAX)
+        data["eager to static"] = ratio(seconds, EAGER, STATIC)
     return data
 
 
@@ -191,9 +192,10 @@ def render(data: dict) -> str:
 def limits(data: dict) -> list[Limit]:
     rows = []
     for name, row in data["cases"].items():
-        rows.append(
-            Limit(f"{name}: time of eager / compiled", row["eager to compiled"], least=row["least"], form=".1f")
-        )
+        for kind in (COMPILED, STATIC):
+            if f"eager to {kind}" in row:
+                ahead = row[f"eager to {kind}"]
+                rows.append(Limit(f"{name}: time of eager / {kind}", ahead, least=row["least"], form=".1f"))
         for kind in (COMPILED, STATIC):
             if f"{kind} to diffrax" in row:
                 rows.append(Limit(f"{name}: time of {kind} / diffrax", row[f"{kind} to diffrax"], most=3))

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from scipy.integrate import DOP853
 from torch import Tensor
 
 import odeadv
@@ -46,12 +45,9 @@ DORMAND_PRINCE = odeadv.RungeKutta(
     ),
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )  # fmt: skip
-ORDER_8 = odeadv.RungeKutta(
-    "dop853", 8, tuple(DOP853.C.tolist()), tuple(map(tuple, DOP853.A.tolist())), tuple(DOP853.B.tolist())
-)
 METHODS: dict[str, tuple[Any, str, str, Sequence[int]]] = {  # scheme, costate, method of `Converge`, digits of its rtol
     "collocation, rk4": ("rk4", "collocation", "newton", (2, 4, 6, 8)),
-    "collocation, order 8": (ORDER_8, "collocation", "newton", (2, 4, 6, 8)),
+    "collocation, order 8": (work_precision.ORDER_8, "collocation", "newton", (2, 4, 6, 8)),
     "sweeps, rk4": ("rk4", "hermite", "anderson", (2, 4)),
     "sweeps, order 5": (DORMAND_PRINCE, "hermite", "anderson", (2, 4)),
     "newton, rk4": ("rk4", "hermite", "newton", (4,)),

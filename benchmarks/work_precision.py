@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from scipy.integrate import DOP853
 from torch import Tensor
 
 import odeadv
@@ -42,6 +43,9 @@ from ._timing import machine
 ACCURACIES = [10.0**-k for k in range(2, 9)]
 STEPS = (4, 8, 16, 32, 64)
 KINDS = ("linear", "hermite", "exact")
+ORDER_8 = odeadv.RungeKutta(
+    "dop853", 8, tuple(DOP853.C.tolist()), tuple(map(tuple, DOP853.A.tolist())), tuple(DOP853.B.tolist())
+)
 
 
 class Problem(NamedTuple):
@@ -195,6 +199,14 @@ def _converging(
                 ),
                 (4,) if quick else (*STEPS, 96),
             )
+    for name, scheme in (("rk4", "rk4"), ("order 8", ORDER_8)):
+        candidates += stepped(
+            f"{name}, collocation to 1e-8",
+            lambda n, scheme=scheme: odeadv.solve(
+                field, x0, span, scheme=scheme, steps=n, costate="collocation", sweeps=odeadv.Converge(rtol=1e-8)
+            ),
+            (4,) if quick else (1, 2, *STEPS),
+        )
     return candidates
 
 
@@ -203,6 +215,7 @@ CONVERGED_CURVES = (
     "strang, midpoint, linear, sweeps to 1e-8",
     "un-split rk4, hermite, newton to 1e-4",
     "un-split rk4, hermite, nested sweeps to 1e-4",
+    "order 8, collocation to 1e-8",
 )
 
 
