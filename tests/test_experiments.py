@@ -8,6 +8,7 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -626,6 +627,12 @@ class TestClaims:
         found = decide(claim, records)
         assert label in [found["rows"], *(other["rows"] for other in found["other_readings"])]
         assert found["difference"] <= last["difference"]
+
+    @pytest.mark.parametrize(("paper", "weaker"), [(0.7, (-0.3, 0.5)), (None, (-0.3, 0.5)), (-0.7, (0.1, 0.8))])
+    def test_the_weaker_reading_supports_the_claim_less_also_if_the_claim_is_negative(self, paper, weaker):
+        contrasts = [SimpleNamespace(mean=sum(ends) / 2, interval=ends) for ends in ((-0.3, 0.5), (0.1, 0.8))]
+        readings = [SimpleNamespace(paper=paper, contrast=contrast) for contrast in contrasts]
+        assert min(readings, key=_claims._support).contrast.interval == weaker
 
     @pytest.mark.usefixtures("_read_once")
     def test_the_committed_page_is_made_of_committed_records(self, tmp_path):

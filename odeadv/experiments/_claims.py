@@ -183,7 +183,7 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     readings |= {f"{label}, at the best epoch": decision for label, decision in at_best.items()}
     if not readings:
         return result
-    weaker = min(readings, key=lambda label: _pull(readings[label]))
+    weaker = min(readings, key=lambda label: _support(readings[label]))
     result |= _found(readings[weaker], results)
     result["rows"] = weaker
     result["other_readings"] = [
@@ -217,9 +217,13 @@ def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | N
     return Results(table, preset, claim.dataset, {name: kept for name, kept in runs.items() if kept}, results.missing)
 
 
-def _pull(decision: Decision) -> float:
-    """Return the lower end of the interval of a difference, or the difference itself without an interval."""
-    return decision.contrast.mean if decision.contrast.interval is None else decision.contrast.interval[0]
+def _support(decision: Decision) -> float:
+    """Return the end of the interval that supports the claim least, or the difference itself without an interval.
+
+    If the paper's difference is negative, the sign is changed, so a larger number always supports the claim more.
+    """
+    sign = -1.0 if decision.paper is not None and decision.paper < 0.0 else 1.0
+    return min(sign * end for end in decision.contrast.interval or (decision.contrast.mean,))
 
 
 def _numbers(decision: Decision) -> dict[str, Any]:
