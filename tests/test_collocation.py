@@ -78,6 +78,65 @@ def test_a_second_beginning_finds_what_the_first_one_does_not():
     assert max(sol.stats.residuals[-3:]) < 1e-4 < sol.stats.residuals[5]
 
 
+@pytest.mark.parametrize("eta", [-0.2, 0.2])
+def test_a_second_beginning_if_the_loss_is_flat_at_the_first_one(eta):
+    """x(T) = sin 1 + 4 eta x(T)^3; at x0 = 0 the loss has neither a gradient nor a second derivative."""
+    field = odeadv.AdversarialField(lambda t, x: torch.cos(t) + 0.0 * x, lambda x: (x**4).sum(), eta)
+    problem = {"t_span": (0.0, 1.0), "steps": 8, "scheme": "rk4", "costate": "collocation", "sweeps": "converge"}
+    end = odeadv.solve(field, torch.zeros(1, dtype=torch.float64), **problem).xs[-1].item()
+    assert end - 4.0 * eta * end**3 == pytest.approx(math.sin(1.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("eta", [2.0, 4.0, 8.0])
+def test_a_conjugate_point_at_a_node_is_no_obstacle(eta):
+    """The Riccati equation has a pole there. The boundary-value problem is regular: x(1) = x0 + eta x(1)."""
+    field = odeadv.AdversarialField(lambda t, x: 0.0 * x, lambda x: 0.5 * (x**2).sum(), eta)
+    sol = odeadv.solve(field, Y0, steps=8, scheme="rk4", **{**METHOD, "t_span": (0.0, 1.0)})
+    assert torch.allclose(sol.xs[-1], Y0 / (1.0 - eta), rtol=1e-12)
+
+
+@pytest.mark.parametrize("h", [0.1, 0.0999, 0.2])  # f = -20 x; at 0.1 one point per step is singular forward in time
+def test_a_fast_decay_takes_one_set_of_jacobians(h):
+    field = odeadv.AdversarialField(lambda t, x: -20.0 * x, lambda x: 0.5 * (x**2).sum(), eta=0.5)
+    sol = odeadv.solve(field, Y0, dt=h, scheme="implicit-midpoint", **{**METHOD, "t_span": (0.0, 10 * h)})
+    states = torch.stack(list(sol.costate.states))
+    ratio = (1.0 - 10.0 * h) / (1.0 + 10.0 * h)
+    assert len(sol.stats.residuals) <= 2
+    assert torch.allclose(states[:9], Y0 * ratio ** torch.arange(9.0, dtype=torch.float64)[:, None], atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [32, 128])
+def test_a_costate_of_zero_is_found_to_rounding(steps):
+    """The loss is smallest at the end of the trajectory of f alone. The costate is the error of the steps there."""
+    target = math.exp(-1.0)
+    field = odeadv.AdversarialField(lambda t, x: -x, lambda x: 0.5 * ((x - target) ** 2).sum(), eta=0.5)
+    one = torch.ones(2, dtype=torch.float64)
+    sol = odeadv.solve(field, one, steps=steps, scheme="rk4", **{**METHOD, "t_span": (0.0, 1.0)})
+    assert len(sol.stats.residuals) <= 3
+    assert float(sol.costate(1.0).abs().max()) < 1e-8
+
+
+def test_errors_that_grow_in_the_solve_are_said():
+    """The optimal state decays, but the open-loop solve of dx/dt = 10 x + eta a amplifies errors by exp(30)."""
+    field = odeadv.AdversarialField(lambda t, x: 10.0 * x, None, -1.0, running=lambda t, x: 0.5 * (x**2).sum())
+    with pytest.warns(odeadv.AccuracyWarning, match="^costate: got a final state that differs"):
+        sol = odeadv.solve(field, Y0, steps=32, scheme="rk4", **{**METHOD, "t_span": (0.0, 3.0)})
+    assert float(sol.costate.states[-1].abs().max()) < 1e-3 < float(sol.xs[-1].abs().max())
+
+
+def test_autocast_does_not_reach_the_linear_systems():
+    field = odeadv.AdversarialField(lambda t, x: torch.tanh(x), lambda x: 0.5 * (x**2).sum(), eta=0.2)
+    problem = {**METHOD, "x0": torch.ones(4), "steps": 8, "scheme": "rk4"}
+    plain = odeadv.solve(field, **problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sol = odeadv.solve(field, **problem)
+    assert sol.stats.residuals == plain.stats.residuals
+    field = odeadv.AdversarialField(lambda t, x: torch.tanh(x @ torch.eye(4)), lambda x: 0.5 * (x**2).sum(), eta=0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # f keeps autocast
+        sol = odeadv.solve(field, **{**problem, "sweeps": odeadv.Converge(rtol=1e-2)})
+    assert 0.0 < float((sol.xs[-1] - plain.xs[-1]).abs().max()) < 0.05
+
+
 def test_beyond_eta_I_of_one_and_at_one():
     beyond = odeadv.solve(scalar_field(1.7 / INTEGRAL), X0, steps=16, scheme="rk4", **METHOD)
     assert torch.allclose(beyond.xs[-1], X0 * math.exp(LAM * T) / (1 - 1.7), rtol=1e-5)
@@ -171,6 +230,10 @@ def test_no_gradient_passes_through_the_costate_by_default():
         ({"x0": torch.zeros(257)}, r"^costate: got 'collocation' for a state of 257 numbers, expected at most 256"),
         (
             {"field": odeadv.AdversarialField(lambda t, x: x, lambda x: torch.zeros(()), 0.1)},
+            r"^loss: does not depend on the state",
+        ),
+        (
+            {"field": odeadv.AdversarialField(lambda t, x: x, None, 0.1, running=lambda t, x: 2.0 * t)},
             r"^loss: does not depend on the state",
         ),
     ],

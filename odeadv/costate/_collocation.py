@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -50,31 +51,37 @@ def collocated(
 
     Newton's method begins with the constant state x0. If it fails, it begins again with the trajectory of f alone. It
     keeps the Jacobians as long as this reduces the change tenfold per step, so a linear problem takes one set of
-    Jacobians. A step that leads to a larger change is halved.
+    Jacobians. A step that leads to a larger change is halved. If there are several solutions, Newton's method may find
+    another one than sweeps do.
 
     Args:
         field: the field, with ``f``, the read-out and the losses.
-        x0: initial state of n numbers. The work for linear systems grows as n to the power 3.
+        x0: initial state of n numbers. All samples of a batch count: they are solved as one state. The work for linear
+            systems grows as n to the power 3.
         grid: the steps.
         stages: number of Gauss points per step.
         settings: tolerance, and the largest number of Newton steps.
         differentiate: True gives the costate its gradient, by the implicit function theorem.
+
+    Raises:
+        ValueError: if no loss and no running cost depends on the state by differentiable operations.
     """
     rtol = settings.rtol or torch.finfo(x0.dtype).eps ** (2.0 / 3.0)
     with differentiating(field.modules, x0.device):
         equations = _Equations(field, x0, grid, stages)
-        path, residuals, converged = _newton(equations, equations.constant(), settings.most, rtol)
-        if not converged:
-            equations.push, eta = torch.zeros_like(equations.push), equations.push
-            free, first, _ = _newton(equations, equations.constant(), settings.most, FREE)
-            equations.push = eta
-            path, again, converged = _newton(equations, free, settings.most, rtol)
-            residuals += first + again
-        if differentiate and converged:
-            # The residual is zero here, but its gradient is not. The Jacobians must be those at the solution.
-            residual = equations.residual(path, differentiate=True)
-            path = path.moved(equations.linearised().step(residual))
-            path = _Path(*(WithGradient.apply(part, lambda g: g) for part in path))
+        # Linear systems in 16 bits are too inaccurate for Newton's method. The functions of the field keep autocast.
+        with torch.autocast(x0.device.type, enabled=False):
+            path, residuals, converged = _newton(equations, equations.constant(), settings.most, rtol)
+            if not converged:
+                undriven = equations.undriven()
+                free, first, _ = _newton(undriven, undriven.constant(), settings.most, FREE)
+                path, again, converged = _newton(equations, free, settings.most, rtol)
+                residuals += first + again
+            if differentiate and converged:
+                # The residual is zero here, but its gradient is not. The Jacobians must be those at the solution.
+                residual = equations.residual(path, differentiate=True)
+                path = path.moved(equations.linearised().step(residual))
+                path = _Path(*(WithGradient.apply(part, lambda g: g) for part in path))
     return Swept(equations.costate(path, differentiate), tuple(residuals), converged)
 
 
@@ -89,7 +96,7 @@ def _newton(equations: _Equations, path: _Path, most: int, rtol: float) -> tuple
         kept = system is not None
         if system is not None:
             again = system.step(residual)
-            new = equations.size(path, again)
+            new = equations.size(path, again, system.rounding / rtol)
             if not new < size and not new <= rtol:
                 fraction *= 0.5
                 if fraction < SHORTEST:
@@ -102,11 +109,13 @@ def _newton(equations: _Equations, path: _Path, most: int, rtol: float) -> tuple
         else:
             first, system = system is None, equations.linearised()
             step = system.step(residual)
-            size = equations.size(path, step)
+            size = equations.size(path, step, system.rounding / rtol)
             if first:
-                # As for sweeps: a costate that is larger than without a drive by half of all digits is a blow-up.
-                free = path.moved(system.step(residual, driven=False))
-                largest = equations.costates(free).norm().item() * torch.finfo(path.nodes.dtype).eps ** -0.5
+                # As for sweeps: a costate that is larger than without a drive by half of all digits is a blow-up. This
+                # cannot be decided if the loss is flat along the linearised trajectory without a drive.
+                free = path.moved(system.undriven().step(residual))
+                blow_up = torch.finfo(path.nodes.dtype).eps ** -0.5
+                largest = equations.costates(free).norm().item() * blow_up or math.inf
         if not math.isfinite(size):
             break
         residuals.append(size)
@@ -121,6 +130,9 @@ class _Equations:
 
     def __init__(self, field: AdversarialField, x0: Tensor, grid: Grid, stages: int) -> None:
         self.field, self.x0, self.grid, self.stages = field, x0, grid, stages
+        self.driven = True
+        kind = x0.device.type
+        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.cost = Cost()
         self.start = _vector(x0)
         self.n = self.start.numel()
@@ -152,40 +164,33 @@ class _Equations:
         """Return the costates at the nodes of ``path``."""
         return path.nodes[:, self.n :]
 
-    def size(self, path: _Path, step: _Path) -> float:
-        """Return the size of ``step`` relative to its end: the larger one of those of x and a at the nodes."""
+    def undriven(self) -> _Equations:
+        """Return the equations of the trajectory of f alone and of its costate."""
+        other = copy.copy(self)
+        other.push, other.driven = torch.zeros_like(self.push), False
+        return other
+
+    def size(self, path: _Path, step: _Path, least: float) -> float:
+        """Return the size of ``step`` relative to its end: the larger one of those of x and a at the nodes.
+
+        The costate counts as at least ``least`` times the state. Near 0 it is a difference of almost equal numbers, and
+        its rounding errors do not become small relative to it. Without a drive only the state counts.
+        """
         end, tiny = path.nodes + step.nodes, torch.finfo(path.nodes.dtype).tiny
-        parts = ((step.nodes[:, : self.n], end[:, : self.n]), (step.nodes[:, self.n :], end[:, self.n :]))
-        return max(float(change.norm() / value.norm().clamp_min(tiny)) for change, value in parts)
+        x, a = end[:, : self.n].norm(), end[:, self.n :].norm()
+        scales = torch.stack([x, torch.maximum(a, least * x)]).clamp_min(tiny)
+        changes = torch.stack([step.nodes[:, : self.n].norm(), step.nodes[:, self.n :].norm()])
+        parts = changes / scales
+        return float(parts.max() if self.driven else parts[0])  # unlike Python's max, NaN if one part is NaN
 
     def residual(self, path: _Path, differentiate: bool = False) -> _Path:
         """Return the residuals: of the ends of the span and of continuity at nodes, and of the equations inside steps.
 
         The first row of ``nodes`` has the residuals of both ends, x(t_0) - x0 and a(t_N) - dL/dx(t_N).
         """
-        self.xs, self.values, self.pulled = list[Tensor](), list[Tensor](), list[Tensor]()
-        points = gauss_points(self.stages)
-        for step, zs in zip(self.grid, path.inner.detach(), strict=True):
-            operator = self.field.f.on(step.t0, step.t1)
-            assert not isinstance(operator, Jump)
-            for c, z in zip(points, zs, strict=True):
-                x, a = z[: self.n].clone().requires_grad_(), z[self.n :]
-                t, state = step.time(c), self._state(x)
-                value = _vector(operator.velocity(t, state, self.cost)) + 0.0 * x  # so that it has a graph
-                energy = value @ a
-                if self.field.running is not None:
-                    energy = energy + self.field.running_cost(t, state)
-                self.xs.append(x)
-                self.values.append(value)
-                self.pulled.append(_gradient(energy, x) + 0.0 * x)
-                self.cost.vjps += 1
-        self.last = path.nodes[-1, : self.n].detach().clone().requires_grad_()
-        loss = self.field.evaluate(self._state(self.last))[1]
-        if not loss.requires_grad and self.field.running is None:
-            raise ValueError(
-                "loss: does not depend on the state by differentiable operations; expected a function of x"
-            )
-        self.end = _gradient(loss + 0.0 * self.last.sum(), self.last) + 0.0 * self.last
+        enabled, dtype = self.autocast
+        with torch.autocast(self.x0.device.type, dtype, enabled=enabled):
+            self._evaluate(path)
         values, pulled, end, start, push = (
             torch.stack(self.values), torch.stack(self.pulled), self.end, self.start, self.push
         )  # fmt: skip
@@ -198,6 +203,34 @@ class _Equations:
         ends = first * path.nodes[:-1] + torch.einsum("j,kja->ka", rest, path.inner)
         both = torch.cat([path.nodes[0, : self.n] - start, path.nodes[-1, self.n :] - end])
         return _Path(torch.cat([both[None], path.nodes[1:] - ends]), path.inner - path.nodes[:-1, None] - moved)
+
+    def _evaluate(self, path: _Path) -> None:
+        """Evaluate f, (df/dx)^T a + dl/dx and the gradient of the loss along ``path``, and keep their graphs."""
+        self.xs, self.values, self.pulled = list[Tensor](), list[Tensor](), list[Tensor]()
+        points, depends = gauss_points(self.stages), False
+        for step, zs in zip(self.grid, path.inner.detach(), strict=True):
+            operator = self.field.f.on(step.t0, step.t1)
+            assert not isinstance(operator, Jump)
+            for c, z in zip(points, zs, strict=True):
+                x, a = z[: self.n].clone().requires_grad_(), z[self.n :]
+                t, state = step.time(c), self._state(x)
+                value = _vector(operator.velocity(t, state, self.cost)) + 0.0 * x  # so that it has a graph
+                energy = (value * a).sum()
+                if self.field.running is not None:
+                    running = self.field.running_cost(t, state)
+                    depends |= running.requires_grad
+                    energy = energy + running
+                self.xs.append(x)
+                self.values.append(value)
+                self.pulled.append(_gradient(energy, x) + 0.0 * x)
+                self.cost.vjps += 1
+        self.last = path.nodes[-1, : self.n].detach().clone().requires_grad_()
+        loss = self.field.evaluate(self._state(self.last))[1]
+        if not (loss.requires_grad or depends):
+            raise ValueError(
+                "loss: does not depend on the state by differentiable operations; expected a function of x"
+            )
+        self.end = _gradient(loss + 0.0 * self.last.sum(), self.last) + 0.0 * self.last
 
     def linearised(self) -> _System:
         """Return the linear system of Newton's method at the last evaluation."""
@@ -228,50 +261,67 @@ class _Equations:
 class _System:
     """The linear system of a Newton step. Its matrices are constants, so gradients pass through residuals only.
 
-    The values inside of a step are eliminated. The rest, dz_{n+1} = S_n dz_n + c_n with conditions at both ends, is
-    solved by da_n = P_n dx_n + q_n, from the last node to the first (the Riccati equation of linear-quadratic control).
+    From the first step to the last, the unknowns of a step are eliminated: its first node, then its Gauss points. An LU
+    factorisation exchanges rows among all equations that contain them. The n equations that are left are conditions on
+    the next node, as x(t_0) = x0 is for the first one. Equations inside a step, or a Riccati equation between nodes,
+    are not solved on their own: they can be singular for a regular problem (f = -2 x / h at one point per step, or a
+    conjugate point at a node).
+
+    Attributes:
+        rounding: rounding errors of the costate, relative to the state.
     """
 
     def __init__(self, equations: _Equations, jacobians: Tensor, hessian: Tensor) -> None:
+        self.given = equations, jacobians, hessian
         steps, stages, m, _ = jacobians.shape
-        self.n, self.hessian, self.shape = equations.n, hessian, (steps, stages, m)
-        inside = torch.einsum("k,ij,kjab->kiajb", equations.h, equations.integrals, jacobians)
-        whole = torch.eye(stages * m).to(inside) - inside.reshape(steps, stages * m, stages * m)
-        self.factors = torch.linalg.lu_factor_ex(whole)[:2]
-        self.first, self.rest = equations.extrapolation
-        self.response = self._inside(equations.eye.repeat(stages, 1).expand(steps, -1, -1))
-        self.over = self.first * equations.eye + torch.einsum("j,kjab->kab", self.rest, self.response)
+        n, eye, h = equations.n, equations.eye, equations.h
+        first, rest = equations.extrapolation
+        inside = torch.einsum("k,ij,kjab->kiajb", h, equations.integrals, jacobians).reshape(steps, stages * m, -1)
+        whole = torch.eye(stages * m).to(inside) - inside
+        continuity = -torch.cat([first * eye, torch.kron(rest[None], eye)], 1)
+        self.unknowns = m + stages * m
+        known = eye[:n]  # the equations for the first node of a step: d(x_0) is given
+        next_node = torch.cat([eye.new_zeros(n + stages * m, m), eye])
+        self.steps = list[tuple[Tensor, Tensor, Tensor]]()
+        for inner in whole:
+            rows = [torch.nn.functional.pad(known, (0, stages * m)), torch.cat([-eye.repeat(stages, 1), inner], 1)]
+            lu, pivots = torch.linalg.lu_factor_ex(torch.cat([*rows, continuity]))[:2]
+            order = torch.lu_unpack(lu, pivots, unpack_data=False)[0].argmax(0)
+            after, known = self._down(lu, next_node[order])
+            self.steps.append((lu, order, after))
+        self.last = torch.cat([known, torch.cat([-hessian, eye[:n, :n]], 1)])
+        curvature = hessian.norm() + (h.abs() * jacobians[:, :, n:, :n].flatten(2).norm(dim=2).mean(1)).sum()
+        self.rounding = 10.0 * torch.finfo(eye.dtype).eps * float(curvature)
 
-    def _inside(self, right: Tensor) -> Tensor:
-        """Solve the equations inside of the steps for the right-hand sides ``right``, (N, s * 2 n, any)."""
-        found: Tensor = torch.linalg.lu_solve(*self.factors, right).unflatten(1, self.shape[1:])
-        return found
+    def undriven(self) -> _System:
+        """Return the system for a state that the costate does not drive."""
+        equations, jacobians, hessian = self.given
+        jacobians = jacobians.clone()
+        jacobians[:, :, : equations.n, equations.n :] = 0.0
+        return _System(equations, jacobians, hessian)
 
-    def step(self, residual: _Path, driven: bool = True) -> _Path:
-        """Return the Newton step for ``residual``; without ``driven``, for a state that the costate does not drive."""
-        inner = self._inside(-residual.inner.flatten(1)[..., None])[..., 0]
-        jumps = torch.einsum("j,kja->ka", self.rest, inner) - residual.nodes[1:]
-        nodes = self._at_nodes(jumps, residual.nodes[0], driven)
-        return _Path(nodes, inner + torch.einsum("kjab,kb->kja", self.response, nodes[:-1]))
+    def step(self, residual: _Path) -> _Path:
+        """Return the Newton step for ``residual``."""
+        n = self.last.shape[0] // 2
+        known, passed = -residual.nodes[0, :n], list[Tensor]()
+        for (lu, order, _), inner, jump in zip(self.steps, residual.inner.flatten(1), residual.nodes[1:], strict=True):
+            done, left = self._down(lu, torch.cat([known, -inner, -jump])[order, None])
+            known = left[:, 0]
+            passed.insert(0, done[:, 0])
+        node = torch.linalg.solve_ex(self.last, torch.cat([known, -residual.nodes[0, n:]]))[0]
+        nodes, inners = [node], list[Tensor]()
+        for (lu, _, after), done in zip(reversed(self.steps), passed, strict=True):
+            upper, right = lu[: self.unknowns], (done - after @ node)[:, None]
+            node, inner = torch.linalg.solve_triangular(upper, right, upper=True)[:, 0].tensor_split([2 * n])
+            nodes.insert(0, node)
+            inners.insert(0, inner)
+        return _Path(torch.stack(nodes), torch.stack(inners).reshape(residual.inner.shape))
 
-    def _at_nodes(self, jumps: Tensor, ends: Tensor, driven: bool) -> Tensor:
-        """Return dz_n with dz_{n+1} = S_n dz_n + ``jumps``[n], dx_0 = -``ends``[:n], da_N = P_N dx_N - ``ends``[n:]."""
-        n = self.n
-        affine = [(self.hessian, -ends[n:])]
-        for over, jump in zip(self.over.flip(0), jumps.flip(0), strict=True):
-            p, q = affine[0]
-            pushed = over[:n, n:] if driven else torch.zeros_like(p)
-            right = torch.cat([p @ over[:n, :n] - over[n:, :n], (p @ jump[:n] + q - jump[n:])[:, None]], 1)
-            found = torch.linalg.solve_ex(over[n:, n:] - p @ pushed, right)[0]
-            affine.insert(0, (found[:, :n], found[:, n]))
-        nodes: list[Tensor] = []
-        dx = -ends[:n]
-        for (p, q), over, jump in zip(affine, [*self.over, None], [*jumps, None], strict=True):
-            da = p @ dx + q
-            nodes.append(torch.cat([dx, da]))
-            if over is not None and jump is not None:
-                dx = over[:n, :n] @ dx + jump[:n] + (over[:n, n:] @ da if driven else 0.0)
-        return torch.stack(nodes)
+    def _down(self, lu: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Eliminate downwards, and return the right-hand sides of the unknowns and of the equations that are left."""
+        lower, below = lu[: self.unknowns], lu[self.unknowns :]
+        done = torch.linalg.solve_triangular(lower, right[: self.unknowns], upper=False, unitriangular=True)
+        return done, right[self.unknowns :] - below @ done
 
 
 def _gradient(y: Tensor, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from odeadv.support.deferred import all_finite, holds, is_deferring
 from odeadv.support.isolation import Recompute, inside_transform, without_effects
 
 MOST_ORDER = 16  # of collocation: methods of torchdiffeq, and exact flows, have the order infinity
+APART = 0.5  # of the largest state: two steps of order two differ from collocation by a third
 
 
 class SolveRun:
@@ -68,6 +69,8 @@ class SolveRun:
         status = self.outcome(loss, *self._unchecked(final, xs, saved))
         if status is Status.SUCCESS:
             self._warn_if_still(final, grid, field)
+            if request.discretisation.costate == "collocation" and isinstance(costate, RecordedCostate):
+                _warn_if_apart(final.detach(), costate.states)
         if request.narrow is not None and isinstance(saved, Tensor):
             saved = saved.to(request.narrow)
         return Solution(
@@ -318,6 +321,20 @@ class SolveRun:
                 AccuracyWarning,
                 stacklevel=4,
             )
+
+
+def _warn_if_apart(final: Tensor, collocated_states: Sequence[Tensor]) -> None:
+    """Warn if the solve ends away from the collocated state, relative to the largest collocated state."""
+    largest = max(x.detach().norm().item() for x in collocated_states)
+    apart = (final - collocated_states[-1].detach()).norm().item()
+    if apart > APART * largest > 0.0:
+        warnings.warn(
+            f"costate: got a final state that differs from the collocated one by {apart / largest:.3g} of the largest "
+            f"state, expected at most {APART:g}: errors grow along the span, or the sub-step is unstable; take shorter "
+            "steps or a shorter span, or use the collocated states, sol.costate.states",
+            AccuracyWarning,
+            stacklevel=4,
+        )
 
 
 def _parts(costate: Costate | None) -> Sequence[RecordedCostate]:

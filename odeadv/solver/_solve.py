@@ -85,9 +85,9 @@ def solve(
         costate: evaluation of a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9
             integrated back from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). Or
             ``"collocation"``, with ``sweeps="converge"``: state and costate are one boundary-value problem, solved by
-            Gauss collocation of the order of the scheme, for states of up to 256 numbers. The default is part of the
-            scheme, or linear. With adaptive steps the default is cubic, unless f is advanced by its exact flow or by an
-            implicit method.
+            Gauss collocation of the order of the scheme. The state may have up to 256 numbers, with all samples of a
+            batch. The default is part of the scheme, or linear. With adaptive steps the default is cubic, unless f is
+            advanced by its exact flow or by an implicit method.
         sweeps: number of recordings, each on the trajectory that the previous recording drives (Picard iteration); 1 is
             the paper's two-stage method. ``"converge"`` (or a `Converge`) repeats the recording, with Anderson
             acceleration, until the costate belongs to the trajectory that it drives.
@@ -113,7 +113,7 @@ def solve(
         AccuracyWarning: if a sub-step or the costate has a lower order than the scheme, or a user's scheme does not
             have its declared order. Also if a scheme is given for a field with one operator, or a scheme runs an
             irreversible operator backward. Also if steps are so small that f is evaluated at wrong times, or that the
-            state does not change.
+            state does not change. Also if the solve with a collocated costate ends away from the collocated states.
 
     Example:
         >>> field = odeadv.AdversarialField(lambda t, x: -0.5 * x, lambda x: 0.5 * (x**2).sum(), eta=0.1)

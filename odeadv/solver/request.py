@@ -25,9 +25,8 @@ SaveAt = Literal["steps"] | Sequence[float] | Tensor | None
 StepSize = float | Sequence[float] | Tensor | Literal["adaptive"] | Adaptive
 Nodes = int | Sequence[float] | Tensor
 
-LARGEST = (
-    256  # numbers of a state, for collocation: matrices of twice this size times the points of a step are factored
-)
+# Numbers of a state, for collocation. Matrices of twice this size times the points of a step are factored.
+LARGEST = 256
 
 
 @dataclass(frozen=True)
