@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import COMPILES
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import odeadv
 from odeadv.fields import Piecewise
@@ -107,6 +108,16 @@ class TestValues:
         assert_equals_solve(
             adversarial(matrix, eta), choices, {"dt": 0.25, "save_at": "steps"}, [matrix, eta], **options
         )
+
+    def test_slopes_of_a_costate_for_f_by_elements(self, options):
+        rate = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        field = odeadv.AdversarialField(
+            lambda t, x: torch.cat([torch.stack([x[1], x[0] - x[0] ** 3 - rate * x[1]]), torch.cos(t) * x[2:]]),
+            lambda x: (x**2).sum(),
+            eta=0.1,
+        )
+        assert_equals_solve(field, {"scheme": "rk4", "costate": "hermite"}, {"steps": 3}, [rate], **options)
+        checkpoint(lambda x: 2.0 * x, rate, use_reentrant=False).backward()  # torch.func has left no state behind
 
     def test_exponentials_of_matrices_are_computed_before_the_loop(self):
         matrix = MATRIX.clone().requires_grad_()

@@ -444,8 +444,11 @@ def _flat(function: Callable[..., Any], examples: Tensors) -> torch.fx.GraphModu
     """Return ``function`` as a graph of plain operations, without derivatives, modules and writes in place."""
     from torch.fx.experimental.proxy_tensor import make_fx  # brings sympy
 
+    # Derivatives first: inside of functionalize, torch 2.14 cannot take an element of a tensor that torch.func follows
+    # ("wrapper == nullptr INTERNAL ASSERT FAILED"), and leaves the process without saved-tensor hooks.
     with torch.no_grad():
-        return make_fx(torch.func.functionalize(function), tracing_mode="fake")(*examples)
+        flat = make_fx(function, tracing_mode="fake")(*examples)
+        return make_fx(torch.func.functionalize(flat), tracing_mode="fake")(*examples)
 
 
 def _lowering(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
