@@ -646,7 +646,8 @@ class TestClaims:
         assert decide(claim, made_up(table, preset="cpu", seeds=(0, 1, 2, 3)))["seeds"] == [0, 1, 2, 3]
         found = decide(claim, made_up(table, preset="cpu", seeds=(0, 1, 2, 3, 4, 5)))
         assert found["seeds"] == [3, 4, 5]
-        assert found["why"] == ""
+        assert found["why"] == "3 of 7 seeds so far"
+        assert decide(claim, made_up(table, preset="cpu", seeds=range(3, 10)))["why"] == ""
         assert decide(claim, made_up(TABLES["table2"]))["word"] == "not tested"
         assert decide(claim, made_up(table, preset="cpu", seeds=(0,)))["why"] == "one seed"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from odeadv.experiments._campaign import STAGES
 from odeadv.experiments._presets import PRESETS
 from odeadv.experiments._records import load_records
 from odeadv.experiments._tables import TABLES
@@ -186,10 +187,25 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     weaker = min(readings, key=lambda label: _support(readings[label]))
     result |= _found(readings[weaker], results)
     result["rows"] = weaker
+    planned, done = _planned(claim), set(result["seeds"])
+    if done < planned:
+        result["why"] = "; ".join(filter(None, [result["why"], f"{len(done)} of {len(planned)} seeds so far"]))
     result["other_readings"] = [
         {"rows": label} | _numbers(decision) for label, decision in readings.items() if label != weaker
     ]
     return result
+
+
+def _planned(claim: Claim) -> set[int]:
+    """Return the seeds for which the campaign plans both rows of ``claim``."""
+    stages = [stage for stage in STAGES.values() if (stage.table, stage.preset) == (claim.table, claim.preset)]
+    rows = [TABLES[claim.table].row(claim.row).name, TABLES[claim.table].row(claim.other).name]
+    return {
+        seed
+        for stage in stages
+        for seed in stage.seeds
+        if all(row in (stage.rows or TABLES[stage.table].methods) and (row, seed) not in stage.without for row in rows)
+    }
 
 
 def _readings(results: Results, pairs: Sequence[tuple[str, str] | None]) -> dict[str, Decision]:
