@@ -124,6 +124,11 @@ def test_errors_that_grow_in_the_solve_are_said():
     assert float(sol.costate.states[-1].abs().max()) < 1e-3 < float(sol.xs[-1].abs().max())
 
 
+def test_newton_steps_are_not_called_sweeps():
+    with pytest.raises(odeadv.SolveError, match=r"the iteration for the costate did not converge .* iterations\)"):
+        odeadv.solve(bent(), Y0, steps=4, scheme="rk4", **{**METHOD, "sweeps": odeadv.Converge(most=2)})
+
+
 def test_autocast_does_not_reach_the_linear_systems():
     field = odeadv.AdversarialField(lambda t, x: torch.tanh(x), lambda x: 0.5 * (x**2).sum(), eta=0.2)
     problem = {**METHOD, "x0": torch.ones(4), "steps": 8, "scheme": "rk4"}

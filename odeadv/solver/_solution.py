@@ -57,8 +57,9 @@ HINTS = {
     Status.NON_FINITE: "take more steps (or a smaller eta), or pass throw=False to get the solution as it is",
     Status.NEWTON_FAILED: "take more steps, another sub-step, or more iterations (odeadv.Operator(f, "
     "solve=odeadv.Newton(most=...))); throw=False returns the solution as it is",
-    Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 a fixed point does not exist: take "
-    "another eta, or more memory for the acceleration (odeadv.Converge(memory=20)); throw=False returns the last sweep",
+    Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 a solution does not exist: take "
+    "another eta, more steps, or more memory for the acceleration (odeadv.Converge(memory=20)); throw=False returns "
+    "the last iterate",
     Status.STEP_TOO_SMALL: "loosen rtol or atol, or look for a singularity there; throw=False returns the part solved",
     Status.TOO_MANY_STEPS: "loosen rtol or atol, or allow more (odeadv.Adaptive(most=...)); throw=False returns the "
     "part solved",
@@ -76,9 +77,8 @@ class SolveError(RuntimeError):
         stats = solution.stats
         cost = f"scheme {solution.scheme!r}, {stats.steps} steps to t = {solution.ts[-1].item():g}"
         if stats.residuals:
-            cost += (
-                f", residuals {stats.residuals[0]:.2g} to {stats.residuals[-1]:.2g} in {len(stats.residuals)} sweeps"
-            )
+            first, last = stats.residuals[0], stats.residuals[-1]
+            cost += f", residuals {first:.2g} to {last:.2g} in {len(stats.residuals)} iterations"
         super().__init__(f"solve: {solution.status.message} ({cost}); {HINTS[solution.status]}")
         self.solution = solution
 
