@@ -220,8 +220,11 @@ class TestTargetedAutoPGD:
     def test_refuses(self, change: dict[str, Any], message: str) -> None:
         images, labels = batch(wavy())
         given: dict[str, Any] = {"net": wavy(), "eps": 0.1} | change
-        with pytest.raises(ValueError, match=f"^{message}"):
-            apgd_t(given.pop("net"), images, labels % 3, **given)
+        net = given.pop("net")
+        wrong = (net(images).argmax(1) + 1) % 3  # then no image is attacked, but the arguments are refused all the same
+        for truth in (labels % 3, wrong):
+            with pytest.raises(ValueError, match=f"^{message}"):
+                apgd_t(net, images, truth, **given)
 
     def test_three_classes_with_the_margin(self) -> None:
         net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()

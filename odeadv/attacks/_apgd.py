@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odeadv.attacks._losses import check_classes_of_dlr
 from odeadv.attacks._setting import Best, Setting, setting
 from odeadv.attacks._start import GivenStart
 from odeadv.attacks.balls import Ball, Norm
@@ -157,6 +158,8 @@ def apgd_t(
         best = Best(attack.images)
         attack.reseed()
         scores = attack.loss.evaluate(attack.images)
+        if loss == "dlr":
+            check_classes_of_dlr(scores.logits, 4)  # also if no image is attacked, because all are wrong already
         wrong = attack.loss.fooled(scores)
         # A clean image is returned only if the model gets it wrong. Its loss has no target, so it cannot be compared.
         best.offer(attack.images, torch.full_like(scores.losses, -torch.inf), wrong)

@@ -91,6 +91,12 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return others.amax(dim=1) - logits.gather(1, own)[:, 0]
 
 
+def check_classes_of_dlr(logits: Tensor, needed: int) -> None:
+    """Raise ValueError if ``logits`` have fewer classes than ``needed``."""
+    if logits.shape[1] < needed:
+        raise ValueError(f"loss: 'dlr' got {logits.shape[1]} classes, expected at least {needed}; use 'margin'")
+
+
 def _dlr(logits: Tensor, truth: Truth) -> Tensor:
     """Return the difference of logits ratio, (n,). Source: Croce and Hein 2020, Eq. 6 and 7.
 
@@ -99,8 +105,7 @@ def _dlr(logits: Tensor, truth: Truth) -> Tensor:
     ``(z_t - z_y) / (z_pi1 - (z_pi3 + z_pi4) / 2)``.
     """
     needed = 3 if truth.target is None else 4
-    if logits.shape[1] < needed:
-        raise ValueError(f"loss: 'dlr' got {logits.shape[1]} classes, expected at least {needed}; use 'margin'")
+    check_classes_of_dlr(logits, needed)
     top = logits.topk(needed, dim=1).values
     # 1e-12 comes from the authors' code; with it equal logits give 0 and not NaN.
     if truth.target is None:
