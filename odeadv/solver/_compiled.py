@@ -70,9 +70,9 @@ def compile_solver(
         costate: see `odeadv.solve`; ``"collocation"`` cannot be compiled.
         sweeps: see `odeadv.solve`; a number.
         static: promise that the field uses the same tensors and Python values in every call, as `jax.jit` assumes. Each
-            call then skips the search for changes, which takes most of the time of a short solve. New values that are written into
-            these tensors, as optimisers do, are seen. If a tensor or a Python value is replaced, or a module changes
-            its mode, the solver does not see it and goes on with the old one.
+            call then skips the search for changes, which takes most of the time of a short solve. New values that are
+            written into these tensors, as optimisers do, are seen. If a tensor or a Python value is replaced, or a
+            module changes its mode, the solver does not see it and goes on with the old one.
         options: for `torch.compile`, such as ``backend="aot_eager"``; it then compiles small states too.
 
     Returns:
