@@ -161,7 +161,7 @@ def apgd_t(
         if loss == "dlr":
             check_classes_of_dlr(scores.logits, 4)  # also if no image is attacked, because all are wrong already
         wrong = attack.loss.fooled(scores)
-        # A clean image is returned only if the model gets it wrong. Its loss has no target, so it cannot be compared.
+        # A clean image is returned only if the model gets it wrong. Its loss lacks a target, so it cannot be compared.
         best.offer(attack.images, torch.full_like(scores.losses, -torch.inf), wrong)
         ranked = scores.logits.argsort(dim=1, descending=True)
         for rank in range(1, min(targets, ranked.shape[1] - 1) + 1):

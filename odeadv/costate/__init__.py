@@ -1,9 +1,10 @@
 """The costate a(t) = dL/dx(t), recorded along a trajectory: its values at the nodes and between them.
 
 `odeadv.solve` does all of this for an `odeadv.AdversarialField`, and ``solution.costate(t)`` gives the result. Use the
-names below if you need a costate without a solve: `record` makes one forward and one backward pass, and `sweep` repeats
-them on the pushed trajectory until the costate stops changing. docs/theory.md explains the costate, and docs/solver.md
-its options in a solve.
+names below if you need a costate without a solve. `record` makes one forward and one backward pass. `sweep` repeats
+them on the pushed trajectory until the costate stops changing.
+
+The costate is explained in docs/theory.md, its options in a solve in docs/solver.md.
 """
 
 from odeadv.costate._collocation import collocated

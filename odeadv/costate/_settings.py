@@ -29,8 +29,8 @@ class Converge:
         method: ``"anderson"``, or ``"newton"``: Newton's method, whose linear systems GMRES solves by products with the
             linearised sweep. It squares the error in each step, needs no memory of directions, and shortens steps that
             go too far. It keeps the graph of a recording, and f must allow to be differentiated twice.
-        nested: begin on coarser grids (every second node, down to 4 steps) and continue on each finer one from what the
-            coarser one found, so that few sweeps remain on the given steps. By default with ``"newton"``, and with
+        nested: begin on coarser grids (every second node, down to 4 steps). Each finer grid continues from what the
+            coarser one found, so few sweeps remain on the given steps. By default with ``"newton"``, and with
             methods of order three or more, whose coarse solutions are close enough. If coarse grids do not help, the
             iteration begins again on the given steps. Fields with pieces or with losses at given times, odd numbers of
             steps and adaptive steps lack coarser grids.

@@ -38,7 +38,7 @@ class CostateResidual(Result):
             (``scheme="strang-midpoint"``).
         arithmetic_length: ||(a_n + a_{n+1}) / 2|| over the norm of the reference. By the paper's bound it is above 1.
         geometric_length: norm of the geometric mean over the norm of the reference.
-        undefined: share of elements with a sign that changes over the layer. For these, Eq. 23 has no real solution.
+        undefined: share of elements with a sign that changes over the layer. For these, Eq. 23 lacks a real solution.
     """
 
     layers: list[int]

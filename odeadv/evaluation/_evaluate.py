@@ -122,10 +122,15 @@ def evaluate(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if an argument is out of range or has the wrong shape, or the protocol is unknown. Also if the
-            model cannot be attacked in a meaningful way: logits or gradients are not finite; a forward pass changes
-            buffers or parameters; two forward passes differ (unless ``stochastic``); logits with and without gradients
-            differ; the logits of an image depend on its batch by more than rounding; the model does not take the
-            images' dtype; or the logits of the first images change during the evaluation.
+            model cannot be attacked in a meaningful way, as in each of these cases:
+
+            - logits or gradients are not finite;
+            - a forward pass changes buffers or parameters;
+            - two forward passes differ (unless ``stochastic``);
+            - logits with and without gradients differ;
+            - the logits of an image depend on its batch by more than rounding;
+            - the model does not take the images' dtype;
+            - the logits of the first images change during the evaluation.
         ImportError: if the protocol has AutoAttack and pyautoattack is not installed.
 
     Warns:

@@ -60,8 +60,8 @@ class AttackSpec:
         eps: radius of the ball, in pixel units of [0, 1]. A list, an array or a tensor gives one radius per example,
             in the order of the data.
         alpha: size of one step, in the same units, or one size per example. None means the default of the attack, or
-            that the attack has no step size.
-        steps: number of steps. None means the default of the attack, or that the attack has no steps.
+            that the attack does not have a step size.
+        steps: number of steps. None means the default of the attack, or that the attack is not iterative.
         score: ``"last"`` scores the final images of the attack, on every example. ``"worst"`` counts an example only
             if the clean image and every image that the attack tried are classified correctly. This is stricter, and
             much cheaper, because an example is dropped as soon as it is fooled. AutoAttack always uses ``"worst"``.

@@ -20,8 +20,12 @@ WIDTH = 100  # characters per line of a sentence
 def summary(table: Table, preset: Preset, dataset: str | None, records: Path) -> str:
     """Return the result of a table as lines of text, for a terminal.
 
-    The lines are: the mean accuracies of all rows; the primary differences with 95 % intervals; one sentence with the
-    differences that the runs resolve; and one sentence with what runs of this size cannot show.
+    The lines are, in this order:
+
+    - the mean accuracies of all rows;
+    - the primary differences with 95 % intervals;
+    - one sentence with the differences that the runs resolve;
+    - one sentence with what runs of this size cannot show.
 
     Args:
         table: table to show.

@@ -157,8 +157,8 @@ class Table:
     def compared(self, row: Row) -> list[Row]:
         """Return the rows to compare with ``row``: its `baseline` and the rows that differ from it in one part.
 
-        The other rows are: the rows with one part fewer (noise, an ablation, the defence); the row with plain LAD if
-        ``row`` has another form of LAD; and the undefended row with as many passes if ``row`` is a form of LAD.
+        Rows with one part fewer (noise, an ablation, the defence) are always compared. If ``row`` has another form of
+        LAD, the row with plain LAD is too. If ``row`` is a form of LAD, the undefended row with as many passes is too.
         """
         base, parts = self.baseline(row), row.method.split("+")
         less = ["+".join(parts[:k] + parts[k + 1 :]) for k in range(1, len(parts))]

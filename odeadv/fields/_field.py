@@ -165,11 +165,11 @@ class AdversarialField(VectorField):
         loss: ``loss(output)`` returns a scalar tensor. Its argument is the final state, or ``readout`` of the final
             state. Give None if the total loss consists of ``running`` or ``at`` only.
         eta: factor of the costate, any finite number, or a tensor. A 0-d tensor may require a gradient, so that eta is
-            learned. The axes of any other tensor are the leading axes of the state: shape ``(batch,)`` is one eta per
-            sample, and ``(1, d)`` is one eta per component of a state of shape ``(batch, d)``. eta > 0 raises the loss
-            if time runs forward. It lowers the loss if time runs backward, because the right-hand side is then
-            subtracted. eta multiplies the gradient of ``loss`` without normalisation: if the loss is a mean over a
-            batch, keep eta / batch_size constant.
+            learned. The axes of any other tensor are the leading axes of the state. Shape ``(batch,)`` is one eta per
+            sample. Shape ``(1, d)`` is one eta per component of a state of shape ``(batch, d)``. A positive eta raises
+            the loss if time runs forward. It lowers the loss if time runs backward, because the right-hand side is then
+            subtracted. The gradient of ``loss`` is multiplied by eta without normalisation. If the loss is a mean over
+            a batch, keep eta / batch_size constant.
         readout: map from the final state to the output (the logits of a network); by default the identity.
         running: ``running(t, x)`` returns a scalar tensor, a cost per unit of time. Its integral over the span is added
             to the loss, and the costate equation gets a source term, da/dt = -(df/dx)^T a - d(running)/dx. The integral

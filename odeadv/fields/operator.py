@@ -125,7 +125,7 @@ def watched(name: str, function: Callable[[], Tensor], x: Tensor) -> Tensor:
         else:
             same = torch.equal(now, before)
             written = not same and bool(((now != before) & ~(now.isnan() & before.isnan())).any())
-    except RuntimeError:  # fake tensors have no values
+    except RuntimeError:  # values of fake tensors cannot be read
         written = False
     if written:
         raise ValueError(

@@ -79,8 +79,8 @@ def solve(
             torchdiffeq), a `SubStep` such as `RungeKutta`, `DIRK`, `Nested` or `TorchDiffEq`, or a dict of operator
             name to sub-step. The default is Euler's method for an `AdversarialField`. Without a scheme, it is also
             Euler's method for a network, a `Residual` block or another `Piecewise` field. For all other fields it is
-            the cheapest of Euler, midpoint and RK4 that has the order of the scheme (midpoint if no scheme is given,
-            and RK4 with a warning above order four). So an `AdversarialField` with eta = 0 is bit-identical to
+            the cheapest of Euler, midpoint and RK4 that has the order of the scheme. (It is midpoint if no scheme is
+            given, and RK4 with a warning above order four.) So an `AdversarialField` with eta = 0 is bit-identical to
             ``solve(f, ..., scheme="euler")``.
         costate: evaluation of a(t) between recorded nodes: ``"linear"`` (Theorem 3.2, order 2), ``"exact"`` (Eq. 9
             integrated back from the next node, order 3) or ``"hermite"`` (cubic with slopes from Eq. 9, order 4). Or

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-_SIZE = 3  # size of the state: up to order 9, commutators of random 3x3 matrices have no accidental identities
+_SIZE = 3  # size of the state: up to order 9, accidental identities do not hold for commutators of random 3x3 matrices
 _FLOOR = 1e-13  # smaller errors are due to coefficients that are rounded to float64
 _HALVINGS = 8  # the smallest step is 2**-8, which is small enough for the leading error of a first-order scheme
 

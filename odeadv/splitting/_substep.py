@@ -296,7 +296,7 @@ class Exact:
         """See `SubStep.advance`.
 
         Raises:
-            ValueError: if the operator has no flow, or if a gradient is needed and the flow cuts the autograd graph.
+            ValueError: if the operator lacks a flow, or if a gradient is needed and the flow cuts the autograd graph.
         """
         if isinstance(operator, Forcing):
             return _quadrature(operator, (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), clock, h, x, cost)

@@ -1,7 +1,7 @@
 """Training objectives: natural, PGD, TRADES, MART, and adversarial weight perturbation of these.
 
-In formulas, x are the images, x' the attacked images, and y the labels. f(x) are the logits of the undefended network,
-and p_k is the probability of class k. L is the mean cross-entropy, and L_LAD is the loss of the defended pass.
+In formulas, x are the images, x' the attacked images, and y the labels. The undefended network has the logits f(x) and
+the probability p_k of class k. L is the mean cross-entropy, and L_LAD is the loss of the defended pass.
 """
 
 from __future__ import annotations
