@@ -621,12 +621,17 @@ class TestClaims:
         records = made_up(TABLES[claim.table], preset=claim.preset, seeds=(10, 11, 12))
         last = decide(claim, records)
         assert last["other_readings"] == []
+        assert "1 of 2 readings so far" in last["why"]
         for made in records:
             made["evaluations"]["best"] = made["evaluations"]["last"]
         label = "{} minus {}, at the best epoch".format(*(TABLES[claim.table].row(name).label for name in claim.best))
         found = decide(claim, records)
         assert label in [found["rows"], *(other["rows"] for other in found["other_readings"])]
         assert found["difference"] <= last["difference"]
+        assert "readings" not in found["why"]
+        records = [made for made in records if made["method"] in ("pgd", "pgd+lad", "pgd+lad-sm")]
+        del records[0]["evaluations"]["best"]  # a run of another row, or one seed less: the reading stays
+        assert label in [found["rows"], *(other["rows"] for other in decide(claim, records)["other_readings"])]
 
     @pytest.mark.parametrize(("paper", "weaker"), [(0.7, (-0.3, 0.5)), (None, (-0.3, 0.5)), (-0.7, (0.1, 0.8))])
     def test_the_weaker_reading_supports_the_claim_less_also_if_the_claim_is_negative(self, paper, weaker):
@@ -650,6 +655,13 @@ class TestClaims:
         assert decide(claim, made_up(table, preset="cpu", seeds=range(3, 10)))["why"] == ""
         assert decide(claim, made_up(TABLES["table2"]))["word"] == "not tested"
         assert decide(claim, made_up(table, preset="cpu", seeds=(0,)))["why"] == "one seed"
+
+    def test_a_table_of_mixed_data_is_an_error_and_not_an_untested_claim(self):
+        claim = next(claim for claim in CLAIMS if claim.row == "natural+lad" and claim.other == "natural")
+        records = made_up(TABLES["ablations"], preset="cpu", seeds=(3, 4))
+        records[0]["data"] = records[0]["data"] | {"fingerprint": "other"}
+        with pytest.raises(ValueError, match="run on different data"):
+            decide(claim, records)
 
     @pytest.mark.parametrize(("sign", "word"), [(1, "confirmed"), (-1, "undecided")])
     def test_the_shape_over_eta(self, sign, word):

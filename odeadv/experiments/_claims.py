@@ -14,7 +14,7 @@ from odeadv.experiments._tables import TABLES
 from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import markdown_table
 
-from ._results import Decision, Results, gather
+from ._results import Decision, NoRunsError, Results, gather
 
 SCHEMA = "odeadv.claims/2"
 
@@ -158,11 +158,29 @@ CLAIMS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """The results of a table, and the same without the seeds that made the hypotheses."""
+
+    every: Results
+    new: Results
+
+    def of(self, claim: Claim) -> Results:
+        """Return the results that decide ``claim``: those of new seeds if its rows have at least two in common."""
+        names = [claim.row, claim.other] if claim.row else [row.name for row in self.every.rows]
+        common = set.intersection(*(set(self.new.runs.get(name, {})) for name in names))
+        return self.every if len(common) < 2 else self.new
+
+
 def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the decision of the records on ``claim``, as plain data.
 
     The hypotheses come from the seeds of the pilots. These seeds are left out if there are at least two others.
     """
+    return _decide(claim, _gather(claim, records))
+
+
+def _decide(claim: Claim, gathered: _Gathered | None) -> dict[str, Any]:
     nothing: dict[str, Any] = {
         "word": "not tested",
         "why": "these rows have not been run",
@@ -172,15 +190,13 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     table = TABLES[claim.table]
     rows = f"{table.row(claim.row).label} minus {table.row(claim.other).label}" if claim.row else "best eta minus none"
     result: dict[str, Any] = {"claim": claim.text, "source": claim.source, "rows": rows, "page": claim.page, **nothing}
-    results = _gathered(claim, records)
-    if results is None:
+    if gathered is None:
         return {**result, "page": None}
+    results = gathered.of(claim)
     if not claim.row:
         return result | _shape(results)
     readings = _readings(results, ((claim.row, claim.other), claim.again))
-    runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
-    has_best = all(results.table.protocol in run["evaluations"].get("best", {}) for run in runs)
-    at_best = _readings(replace(results, weights="best"), (claim.best,)) if claim.best and has_best else {}
+    at_best = _readings(_at_best(results), (claim.best,)) if claim.best else {}
     readings |= {f"{label}, at the best epoch": decision for label, decision in at_best.items()}
     if not readings:
         return result
@@ -188,8 +204,13 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     result |= _found(readings[weaker], results)
     result["rows"] = weaker
     planned, done = _planned(claim), set(result["seeds"])
-    if done < planned:
-        result["why"] = "; ".join(filter(None, [result["why"], f"{len(done)} of {len(planned)} seeds so far"]))
+    expected = 1 + (claim.again is not None) + (claim.best is not None)
+    reasons = [
+        result["why"],
+        f"{len(done)} of {len(planned)} seeds so far" if done < planned else "",
+        f"{len(readings)} of {expected} readings so far" if len(readings) < expected else "",
+    ]
+    result["why"] = "; ".join(filter(None, reasons))
     result["other_readings"] = [
         {"rows": label} | _numbers(decision) for label, decision in readings.items() if label != weaker
     ]
@@ -210,27 +231,35 @@ def _planned(claim: Claim) -> set[int]:
 
 def _readings(results: Results, pairs: Sequence[tuple[str, str] | None]) -> dict[str, Decision]:
     """Return the decisions on the ``pairs`` of rows that have runs, keyed by a text that names the comparison."""
+    if not results.runs:
+        return {}
     found = {(decision.row.name, decision.other.name): decision for decision in results.decisions()}
     chosen = [found[pair] for pair in pairs if pair in found]
     return {f"{decision.row.label} minus {decision.other.label}": decision for decision in chosen}
 
 
-def _gathered(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | None:
-    table, preset = TABLES[claim.table], PRESETS[claim.preset]
-    try:
-        results = gather(table, preset, claim.dataset, records)
-    except ValueError:  # the records do not belong to this table
-        return None
-    names = [claim.row, claim.other] if claim.row else [row.name for row in results.rows]
-    common = set.intersection(*(set(results.runs.get(name, {})) for name in names))
-    new = {seed for seed in common if seed >= preset.confirms_from}
-    if len(new) < 2:
-        return results
+def _at_best(results: Results) -> Results:
+    """Return the results at the weights of the best epoch, of the runs that have been evaluated there."""
+    protocol = results.table.protocol
     runs = {
-        name: {seed: run for seed, run in by_seed.items() if seed >= preset.confirms_from}
+        name: {seed: run for seed, run in by_seed.items() if protocol in run["evaluations"].get("best", {})}
         for name, by_seed in results.runs.items()
     }
-    return Results(table, preset, claim.dataset, {name: kept for name, kept in runs.items() if kept}, results.missing)
+    return replace(results, runs={name: kept for name, kept in runs.items() if kept}, weights="best")
+
+
+def _gather(claim: Claim, records: Sequence[Mapping[str, Any]]) -> _Gathered | None:
+    """Return the results of the table of ``claim``; None if no record belongs to it."""
+    table, preset = TABLES[claim.table], PRESETS[claim.preset]
+    try:
+        every = gather(table, preset, claim.dataset, records)
+    except NoRunsError:
+        return None
+    runs = {
+        name: {seed: run for seed, run in by_seed.items() if seed >= preset.confirms_from}
+        for name, by_seed in every.runs.items()
+    }
+    return _Gathered(every, replace(every, runs={name: kept for name, kept in runs.items() if kept}))
 
 
 def _support(decision: Decision) -> float:
@@ -290,7 +319,10 @@ def write_claims(records: Path, out: Path) -> str:
         NotADirectoryError: if the folder does not exist.
     """
     loaded = load_records(records)
-    claims = [decide(claim, loaded) for claim in CLAIMS]
+    # Several claims share a table. Its runs are read once.
+    tables = {(claim.table, claim.preset, claim.dataset): claim for claim in CLAIMS}
+    gathered = {key: _gather(claim, loaded) for key, claim in tables.items()}
+    claims = [_decide(claim, gathered[claim.table, claim.preset, claim.dataset]) for claim in CLAIMS]
     for claim in claims:
         if claim["page"] is not None and not (records.parent / claim["page"]).is_file():
             claim["page"] = None  # the page of this table has not been written yet

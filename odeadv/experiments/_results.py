@@ -282,11 +282,16 @@ class Results:
         return Difference(values) if values else None
 
 
+class NoRunsError(ValueError):
+    """No record belongs to the table."""
+
+
 def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[Record]) -> Results:
     """Return the results of ``table`` at ``preset`` on ``dataset``: the ``records`` whose keys match its runs.
 
     Raises:
-        ValueError: if no record matches, two records have the same key, or the records were run on different data.
+        NoRunsError: if no record matches. It is a ValueError.
+        ValueError: if two records have the same key, or the records were run on different data.
     """
     dataset = dataset or preset.dataset
     by_key = {record["key"]: record for record in records}
@@ -306,7 +311,7 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
         else:
             runs.setdefault(row.name, {})[config.training.seed] = record
     if not runs:
-        raise ValueError(
+        raise NoRunsError(
             f"records: none of the {len(records)} given belongs to {table.name} at preset {preset.name} on {dataset} "
             f"(with protocol {table.protocol}); a record belongs where its configuration is one of those that "
             f"`odeadv table {table.name} --list` names"
