@@ -71,7 +71,7 @@ def test_protocols_are_those_of_the_paper() -> None:
             for spec in PROTOCOLS[name].attacks
         ]
 
-    assert list(PROTOCOLS) == ["table1", "table2", "eps4", "table6", "autoattack"]
+    assert list(PROTOCOLS) == ["table1", "table2", "eps4", "table6", "eps4-steps", "autoattack"]
     assert rows("table1") == [
         ("fgsm", 0.5, 0.5, 1),
         ("fgsm", 1, 1, 1),
@@ -397,9 +397,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"protocol": "tabel2"},
         ValueError,
-        "protocol: got 'tabel2', .* table1, table2, eps4, table6, autoattack; did you mean 'table2'?",
+        "protocol: got 'tabel2', .* table1, table2, eps4, table6, eps4-steps, autoattack; did you mean 'table2'?",
     ),
-    ({"protocol": "aa"}, ValueError, "protocol: got 'aa', expected one of table1, table2, eps4, table6, autoattack$"),
+    ({"protocol": "aa"}, ValueError, "protocol: got 'aa', expected one of .* eps4, table6, eps4-steps, autoattack$"),
     (
         {"protocol": 2},
         TypeError,

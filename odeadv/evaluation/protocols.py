@@ -314,6 +314,10 @@ def _fgsm_and_ifgsm_20(name: str, *, eps: tuple[float, ...], alpha: float) -> Pr
     return Protocol(name, fgsm + tuple(AttackSpec("ifgsm", radius, alpha, 20) for radius in eps))
 
 
+def _ifgsm_of_more_steps(name: str, *, eps: float, alpha: float) -> Protocol:
+    return Protocol(name, tuple(AttackSpec("ifgsm", eps, alpha, steps) for steps in (20, 100, 1000)))
+
+
 #: The protocols of the paper and AutoAttack, by name.
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
@@ -322,14 +326,16 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             _fgsm_and_ifgsm_20("table1", eps=(0.5 / 255, 1 / 255), alpha=0.5 / 255),
             _fgsm_and_ifgsm_20("table2", eps=(8 / 255, 12 / 255), alpha=2 / 255),
             _fgsm_and_ifgsm_20("eps4", eps=(4 / 255, 6 / 255), alpha=1 / 255),
-            Protocol("table6", tuple(AttackSpec("ifgsm", 8 / 255, 2 / 255, steps) for steps in (20, 100, 1000))),
+            _ifgsm_of_more_steps("table6", eps=8 / 255, alpha=2 / 255),
+            _ifgsm_of_more_steps("eps4-steps", eps=4 / 255, alpha=1 / 255),
             Protocol("autoattack", (AttackSpec(AUTOATTACK, 8 / 255),)),
         )
     }
 )
 """The paper's protocols by table number; Tables 3, 4, 5 and 7 also use ``"table2"``.
 
-``"eps4"`` is ``"table2"`` with half its radii and step size. ``"autoattack"`` is AutoAttack at 8/255.
+``"eps4"`` and ``"eps4-steps"`` are ``"table2"`` and ``"table6"`` with half their radii and step sizes. ``"autoattack"``
+is AutoAttack at 8/255.
 """
 
 

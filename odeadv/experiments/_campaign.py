@@ -93,6 +93,12 @@ STAGES = {
             says="Table 1 on a residual MLP",
         ),
         CampaignStage(
+            "noise", "mechanism-noise", "overfit", (20, 21, 22), says="Table 4 on a ConvNet: noise with LAD-SM",
+        ),
+        CampaignStage(
+            "steps", "mechanism-steps", "mlp", (20, 21, 22), best=False, says="Table 6: attacks of up to 1000 steps",
+        ),
+        CampaignStage(
             "1-conv", "mechanism-natural-conv", "overfit", tuple(range(10, 18)), best=False,
             says="Table 1 on a ConvNet",
         ),

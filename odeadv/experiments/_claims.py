@@ -152,9 +152,28 @@ CLAIMS = (
         )
         for name, row in (("LAD", "trades+lad"), ("LAD-SM", "trades+lad-sm"))
     ),
-    Claim("LAD-SM adds to noise", "Tables 4 and 7", "table4", "cpu", "pgd+lad-sm+noise", "pgd+noise"),
+    *(
+        Claim(text, "Tables 4 and 7", "mechanism-noise", "overfit", *pair, best=pair)
+        for text, pair in (
+            (
+                "LAD-SM adds to noise in PGD training of a ConvNet",
+                ("pgd+lad-sm+noise@0.1:wd0.02", "pgd+noise:wd0.02"),
+            ),
+            (
+                "Noise adds to LAD-SM in PGD training of a ConvNet",
+                ("pgd+lad-sm+noise@0.1:wd0.02", "pgd+lad-sm@0.1:wd0.02"),
+            ),
+        )
+    ),
     Claim("A range of eta helps, and too large an eta harms", "Table 5", "mechanism-eta", "mlp"),
-    Claim("LAD keeps its gain under stronger attacks", "Table 6", "table6", "cpu", "trades+lad", "trades"),
+    *(
+        Claim(
+            f"{name} improves PGD training of a residual MLP under attacks of more steps", "Table 6",
+            "mechanism-steps", "mlp", f"{row}{_DECAY}", f"pgd{_DECAY}",
+        )
+        for name, row in (("LAD", "pgd+lad"), ("LAD-SM", "pgd+lad-sm"))
+    ),
+    Claim("LAD improves TRADES under attacks of more steps", "Table 6", "table6", "cpu", "trades+lad", "trades"),
 )  # fmt: skip
 
 

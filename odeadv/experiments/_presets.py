@@ -176,7 +176,7 @@ _MLP = Size(
     augment="none", lr=0.05, weight_decay=5e-4, eps_255=4.0,
 )  # fmt: skip
 
-_OVERFIT = replace(_MLP, depth=8, width=16, model="preact_resnet", options={}, lr=0.1)
+_OVERFIT = replace(_MLP, depth=8, width=16, model="preact_resnet", options={}, lr=0.1, passes=10)
 
 #: The sizes at which tables run, by name: one `Preset` each.
 PRESETS = {

@@ -224,6 +224,7 @@ _HALF = (
     Column("ifgsm_6", "ifgsm", 6, 20),
 )
 _STRONG = tuple(Column(f"ifgsm{steps}_8", "ifgsm", 8, steps) for steps in (20, 100, 1000))
+_STRONG_HALF = tuple(Column(f"ifgsm{steps}_4", "ifgsm", 4, steps) for steps in (20, 100, 1000))
 _ETAS = (1, 10, 100, 1000, 10000)
 _DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # tables also have the weight decay of the preset, and 2e-2, the best of the pilot
 _FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 30.0)
@@ -351,6 +352,27 @@ TABLES = {
                 ("pgd+lad-sm@0.1:wd0.02", "pgd+lad-sm+random@0.1:wd0.02"),
                 ("pgd+lad@0.1:wd0.02", "pgd+lad+input@1.5:wd0.02"),
             ),
+        ),
+        Table(
+            "mechanism-noise", "What noise adds to LAD in PGD training of a ConvNet", "eps4", _HALF,
+            (
+                Row("pgd"),
+                *(
+                    Row(method, 0.1 if "lad" in method else 1.0, weight_decay=2e-2)
+                    for method in ("pgd", "pgd+noise", "pgd+lad-sm", "pgd+lad-sm+noise")
+                ),
+            ),
+            datasets=("cifar10",), autoattack_255=4.0, like="table4",
+            primary=(
+                ("pgd+lad-sm+noise@0.1:wd0.02", "pgd+noise:wd0.02"),
+                ("pgd+lad-sm+noise@0.1:wd0.02", "pgd+lad-sm@0.1:wd0.02"),
+            ),
+        ),
+        Table(
+            "mechanism-steps", "PGD training with LAD under attacks of more steps", "eps4-steps", _STRONG_HALF,
+            (Row("pgd"), *(Row(method, weight_decay=2e-2) for method in ("pgd", "pgd+lad", "pgd+lad-sm"))),
+            datasets=("cifar10",), average=False, autoattack_255=4.0, like="table6",
+            primary=(("pgd+lad:wd0.02", "pgd:wd0.02"), ("pgd+lad-sm:wd0.02", "pgd:wd0.02")),
         ),
         Table(
             "mechanism-eta", "What the strength of LAD does to PGD training", "eps4", _HALF,
