@@ -93,6 +93,10 @@ STAGES = {
             says="Table 1 on a residual MLP",
         ),
         CampaignStage(
+            "1-eta", "mechanism-natural-eta", "overfit", tuple(range(10, 14)), best=False,
+            says="natural training of a ConvNet at a small weight decay: does a larger eta help?",
+        ),
+        CampaignStage(
             "noise", "mechanism-noise", "overfit", (20, 21, 22), says="Table 4 on a ConvNet: noise with LAD-SM",
         ),
         CampaignStage(

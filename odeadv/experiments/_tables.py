@@ -228,6 +228,7 @@ _STRONG_HALF = tuple(Column(f"ifgsm{steps}_4", "ifgsm", 4, steps) for steps in (
 _ETAS = (1, 10, 100, 1000, 10000)
 _DECAYS = (5e-3, 1e-2, 3e-2, 5e-2)  # tables also have the weight decay of the preset, and 2e-2, the best of the pilot
 _FACTORS = (0.001, 0.01, 0.1, 1.0, 10.0, 30.0)
+_NATURAL_FACTORS = (0.03, 0.1, 0.3, 1.0)
 
 
 def _natural_contrasts(decay: str, factor: float) -> tuple[tuple[str, str], ...]:
@@ -425,6 +426,14 @@ TABLES = {
             primary=(
                 *_natural_contrasts(":wd0.02", 0.1), *_natural_contrasts("", 0.03),
                 ("natural+lad@0.1:wd0.02", "natural+lad+input@1.5:wd0.02"),
+            ),
+        ),
+        Table(
+            "mechanism-natural-eta", "What the strength of LAD does to natural training of a ConvNet", "table1", _SMALL,
+            (Row("natural"), *(Row(f"natural+{m}", f) for m in ("lad", "lad-sm") for f in _NATURAL_FACTORS)),
+            datasets=("cifar10",), autoattack_255=1.0,
+            primary=tuple(
+                (Row(f"natural+{m}", f).name, "natural") for m in ("lad", "lad-sm") for f in _NATURAL_FACTORS
             ),
         ),
     )
