@@ -99,7 +99,7 @@ class L2Ball:
 
     Attributes:
         images: (n, ...), the clean images, values in [0, 1], any floating dtype.
-        eps: radius >= 0, in pixel units of [0, 1] (one pixel from black to white has length 1); a number, or a
+        eps: radius >= 0, in pixel units of [0, 1] (one pixel from black to white has length 1). A number, or a
             float64 tensor (n, 1, ...) with one radius per image.
     """
 

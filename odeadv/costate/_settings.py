@@ -22,8 +22,8 @@ class Converge:
     largest number of Newton steps) then have an effect.
 
     Attributes:
-        rtol: stop if the change of a sweep, relative to the costate, is below this; by default the two-thirds power of
-            the dtype's rounding unit (4e-11 in float64, 2e-5 in float32).
+        rtol: stop if the change of a sweep, relative to the costate, is below this. The default is the two-thirds power
+            of the dtype's rounding unit (4e-11 in float64, 2e-5 in float32).
         most: largest number of recordings (on each grid, and for each beginning on it).
         memory: number of sweeps that Anderson acceleration combines; 0 for plain sweeps (Picard iteration).
         method: ``"anderson"``, or ``"newton"``: Newton's method, whose linear systems GMRES solves by products with the

@@ -25,8 +25,8 @@ class McNemar:
         only_a: number b of examples that only the first model gets right.
         only_b: number c of examples that only the second model gets right.
         neither: number of examples that both models get wrong.
-        p_value: two-sided p-value: the probability of a split at least as uneven as b to c, if each of the b + c
-            examples were a toss of a fair coin.
+        p_value: two-sided p-value. Suppose that each of the b + c examples is a toss of a fair coin. The p-value is the
+            probability of a split at least as uneven as b to c.
     """
 
     n: int

@@ -67,9 +67,9 @@ class AttackSpec:
             much cheaper, because an example is dropped as soon as it is fooled. AutoAttack always uses ``"worst"``.
         options: further keyword arguments of the attack (``restarts``, ``loss``, ``norm``, ...); for AutoAttack
             ``norm``, ``version`` and, with version ``"custom"``, ``attacks``. ``target`` may be a name
-            (``"least-likely"``), one class per example of the data (a list, an array or a tensor), or a function that
-            maps labels to targets, both (n,) int64. A targeted attack is scored like every other attack: an example
-            counts as robust if the label is still predicted.
+            (``"least-likely"``) or one class per example of the data (a list, an array or a tensor). It may also be a
+            function that maps labels to targets, both (n,) int64. A targeted attack is scored like every other attack:
+            an example counts as robust if the label is still predicted.
 
     Raises:
         TypeError: if a value is of the wrong type.

@@ -257,9 +257,9 @@ class AdversarialField(VectorField):
 
         Args:
             transform: ``transform(nodes)`` maps the N + 1 recorded costates a(t_n) of N steps to N + 1 tensors of the
-                same shapes, dtypes and devices. a(t_n) has the shape of the state at t_n. ``transform`` runs without
-                gradients, unless the costate is differentiated. The global random state is restored afterwards, so
-                draw random numbers from a separate generator.
+                same shapes, dtypes and devices. The shape of a(t_n) is that of the state at t_n. ``transform`` runs
+                without gradients, unless the costate is differentiated. The global random state is restored afterwards,
+                so draw random numbers from a separate generator.
 
         Raises:
             TypeError: if ``transform`` is not callable.

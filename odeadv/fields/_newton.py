@@ -42,10 +42,10 @@ class Newton:
     Attributes:
         jacobian: ``"dense"`` makes the Jacobian by reverse mode and factors it. ``"krylov"`` computes only products
             with the Jacobian and solves by GMRES. The default is dense up to 512 unknowns.
-        samples: the axis, or a tuple of axes, of samples that do not depend on one another: 0 for a batch, -1 for a
-            reaction at each point of a line. Each sample then has a separate, small Jacobian. The number of products
-            that all these Jacobians need is the number of unknowns per sample. The independence is tested on the first
-            sample.
+        samples: the axis, or a tuple of axes, of samples that do not depend on one another. Give 0 for a batch, and -1
+            for a reaction at each point of a line. Each sample then has a separate, small Jacobian. The number of
+            products that all these Jacobians need is the number of unknowns per sample. The independence is tested on
+            the first sample.
         precondition: ``precondition(t, c, y, r)`` returns an approximation of (1 - c df/dx)^-1 r that is linear in
             ``r`` and has the shape of the state. GMRES uses it.
         rtol: the error of y to reach in each sample, relative to its largest entry; by default 2e-12 in float64 and

@@ -152,7 +152,7 @@ class Operator:
 
     Args:
         f: ``f(t, x)`` with a 0-d tensor ``t`` and the state ``x``. It returns a tensor of the shape of ``x``, and must
-            not write to ``t`` or ``x``. f is optional if ``flow`` or a callable ``solve`` is given.
+            not write to ``t`` or ``x``. Without ``f``, give ``flow`` or a callable ``solve``.
         flow: ``flow(t, dt, x)`` returns the exact solution of dx/dt = f at ``t + dt`` that is ``x`` at time ``t``.
             ``t`` and ``dt`` are 0-d tensors, and ``dt`` may be negative.
         solve: ``solve(t, c, b)`` returns the solution y of y - c f(t, y) = b, with 0-d tensors ``t`` and ``c``. Give it

@@ -235,8 +235,8 @@ def _common_newton(operators: Sequence[Operator]) -> Newton:
 class Piecewise(Operator):
     """Different operators on consecutive intervals of time, such as a residual network with one block per unit of time.
 
-    The interval that contains the step determines the piece. The evaluation time does not, so rounding of the time has
-    no effect: an evaluation at the end of an interval still uses the piece of this interval. Each step must lie within
+    The interval that contains the step determines the piece. The evaluation time does not, so rounding of the time does
+    not matter. An evaluation at the end of an interval still uses the piece of this interval. Each step must lie within
     one interval. A `Jump` is one step over its whole interval.
 
     Args:

@@ -122,7 +122,7 @@ class Averaged(nn.Module):
         net: any module from images to logits.
         passes: number of forward passes.
         generator: a seed (None means 0) or a CPU generator. With a seed, every call draws the same noise, and all
-            images of the batch share it, so the logits are a function of the image that an attack can use. (Relative
+            images of the batch share it. The logits are then a function of the image that an attack can use. (Relative
             noise is relative to the sum of each image.) A module without `Noise` is then run by ``torch.func.vmap``. If
             vmap cannot run it, it is run image by image, which is slow. With a generator, every call draws new noise
             for every image. A generator in the same state repeats the same sequence of calls.

@@ -52,7 +52,7 @@ def compile_solver(
     """Return a solver for ``field`` with fixed steps, whose whole solve is one compiled call.
 
     The first call compiles, which takes about a second for states of up to 16 elements and some ten seconds for
-    others; make the solver once and call it often. The steps are a loop in C++, so the time to compile does not grow
+    others. Make the solver once and call it often. The steps are a loop in C++, so the time to compile does not grow
     with their number. Another ``t_span``, ``dt`` or number of steps uses the same code. Another shape or dtype is
     compiled anew, and, for states of more than 16 elements, so are solves that save states between the ends. The
     result is that of `odeadv.solve` up to rounding. Gradients of ``x0``, and of parameters and other tensors that the
@@ -71,8 +71,8 @@ def compile_solver(
         sweeps: see `odeadv.solve`; a number.
         static: promise that the field uses the same tensors and Python values in every call, as `jax.jit` assumes. Each
             call then skips the search for changes, which takes most of the time of a short solve. New values that are
-            written into these tensors, as optimisers do, are seen. If a tensor or a Python value is replaced, or a
-            module changes its mode, the solver does not see it and goes on with the old one.
+            written into these tensors, as optimisers do, are seen. The solver does not see that a tensor or a Python
+            value is replaced, or that a module changes its mode. It then continues with the old one.
         options: for `torch.compile`, such as ``backend="aot_eager"``; it then compiles small states too.
 
     Returns:

@@ -41,7 +41,7 @@ class Adaptive:
         rtol: relative tolerance of a step: a number, or a tensor that broadcasts with the state.
         atol: absolute tolerance of a step: a number, or a tensor that broadcasts with the state.
         norm: ``"batch"`` takes the root mean square within each sample, then the largest over the samples (the leading
-            axis), so that slow samples do not hide a fast sample. For states with fewer than two axes it is ``"rms"``.
+            axis). So slow samples do not hide a fast sample. For states with fewer than two axes it is ``"rms"``.
             ``"rms"`` is the root mean square over the whole state, and ``"max"`` is the largest entry. Or give a
             function from a real, nonnegative tensor of the shape of the state to a 0-d tensor.
         first: size of the first trial step; by default a hundredth of the span.

@@ -82,8 +82,8 @@ class Scheme:
             state. The result of the step is the sum of factor times result over all tables.
 
     Raises:
-        ValueError: if both stages and a mixture are given, or neither of them; if some operators have names and others
-            have numbers; or if a frozen stage lacks its start.
+        ValueError: if both stages and a mixture are given, or neither of them. Also if some operators have names and
+            others have numbers, or if a frozen stage lacks its start.
 
     Example:
         >>> S = odeadv.Stage
