@@ -7,6 +7,7 @@ import torch
 
 import odeadv
 from odeadv import cli, evaluate, models
+from odeadv.data.checks import check_pixels
 from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainResult, plot_curves, train
 
 X0 = torch.ones(2)
@@ -60,6 +61,7 @@ def test_arguments_in_the_wrong_order():
 STAGE = odeadv.Stage
 OF_OTHERS = odeadv.Scheme("mine", (STAGE("a", 1.0), STAGE("b", 1.0)), order=1, source="test")
 LINEAR, IMAGES, LABELS = torch.nn.Linear(2, 2), torch.rand(4, 2), torch.arange(4) % 2
+PICTURES, ONE_HOT = torch.rand(4, 3, 8, 8), torch.nn.functional.one_hot(LABELS, 2)
 
 MISTAKES = [
     (
@@ -83,6 +85,15 @@ MISTAKES = [
         lambda: train(models.residual_mlp(1, 4, image_size=8), (IMAGES, LABELS), TrainConfig()),
         r"^data: got tuple, .*TensorDataset\(images, labels\)",
     ),
+    (lambda: odeadv.solve(X0, decay, (0.0, 1.0), steps=1), "^field: got Tensor, .*the first argument"),
+    (lambda: evaluate(LINEAR, (PICTURES, ONE_HOT)), r"^labels: got shape \(4, 2\), .*argmax\(1\).* one-hot rows$"),
+    (lambda: evaluate(LINEAR, (PICTURES, ONE_HOT.float())), r"^labels: got dtype torch.float32, .*argmax\(1\)"),
+    (lambda: evaluate(LINEAR, (PICTURES, LABELS.float())), r"^labels: got dtype torch.float32, .*\.long\(\)$"),
+    (
+        lambda: models.residual_mlp(1, 4, image_size=8).field(PICTURES, ONE_HOT, 1.0),
+        r"^labels: got shape \(4, 2\), .*argmax\(1\).* one-hot rows$",
+    ),
+    (lambda: check_pixels("validation images", PICTURES), "^validation images: got dtype .*test_images of a data set$"),
     (lambda: TrainConfig(objective=Pgd), r"^objective: .*expected an instance of Objective, such as Pgd\(\)$"),
     (lambda: TrainConfig(optimizer="adam"), "^optimizer: got 'adam', .*such as {'name': 'adam'}$"),
 ]
@@ -92,6 +103,10 @@ MISTAKES = [
 def test_a_mistake_is_answered_with_what_to_write(mistake, told):
     with pytest.raises((TypeError, ValueError), match=told):
         mistake()
+
+
+def test_a_scheme_of_your_own_needs_no_source():
+    assert str(odeadv.Scheme("mine", (STAGE("a", 1.0), STAGE("b", 1.0)), order=1)).startswith("mine: order 1\n")
 
 
 def test_operators_and_results_say_what_they_are():

@@ -14,7 +14,10 @@ def check_pixels(argument: str, images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"{argument}: got {type(images).__name__}, expected a uint8 tensor (n, height, width, 3)")
     if images.dtype != torch.uint8:
-        raise TypeError(f"{argument}: got dtype {images.dtype}, expected torch.uint8 pixels from 0 to 255")
+        raise TypeError(
+            f"{argument}: got dtype {images.dtype}, expected torch.uint8 pixels from 0 to 255, (n, height, width, 3), "
+            "such as the test_images of a data set"
+        )
     if images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"{argument}: got shape {tuple(images.shape)}, expected (n, height, width, 3)")
 

@@ -353,7 +353,7 @@ def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
     if not callable(field):
         raise TypeError(
             f"field: got {type(field).__name__}, expected a callable f(t, x), an Operator, a SplitField or an "
-            "AdversarialField"
+            "AdversarialField; the field is the first argument, before the state"
         )
     return VectorField({"f": field})
 

@@ -268,7 +268,10 @@ def check_targets(labels: Any, inputs: Any, num_classes: int | None) -> None:
             "give a loss"
         )
     if labels.shape != (count,):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({count},), one class number per input")
+        remedy = "; labels.argmax(1) makes them of one-hot rows" if labels.ndim == 2 else ""
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected ({count},), one class number per input{remedy}"
+        )
     # On a GPU the comparison would wait for the device in every step. It is done there only if it can be read later.
     if num_classes is not None and (labels.device.type == "cpu" or is_deferring()):
         low, high = labels.min(), labels.max()

@@ -199,6 +199,9 @@ class Solution:
     def plot(self, most: int = 8) -> Figure:
         """Draw the saved states over time, and below them the costate at the same times.
 
+        ``save_at="steps"`` in the call of `odeadv.solve` saves all states. By default only the two ends are saved, and
+        the curves between them are straight lines.
+
         A state with few components is drawn as curves. If the last axis has more than ``most`` points, the state is
         drawn as an image over time and points. A state with two axes in space is drawn as images at up to four of the
         saved times. Of all other axes the first entry is drawn, and of complex states the real part.

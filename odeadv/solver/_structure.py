@@ -99,6 +99,8 @@ def read_structure(field: Any, x0: Any, dt: Any, rtol: Any, atol: Any) -> tuple[
     Raises:
         TypeError, ValueError: if an argument does not fit the structure. The message names the argument.
     """
+    if not callable(field):
+        as_field(field)  # raises. Field and state may be swapped, and then x0 below would be called as a state.
     given = as_field(field).problem.x0 if x0 is None else x0
     state = given() if callable(given) and not isinstance(given, Tensor) else given
     if is_structure(state):

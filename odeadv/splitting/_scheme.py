@@ -76,7 +76,7 @@ class Scheme:
             holds the tables of both kinds of schemes.
         order: order of the composition with exact sub-flows. Sub-steps of lower order lower the order of the result.
             `measure_order` measures the order.
-        source: reference of the scheme.
+        source: reference of the scheme; it is only shown.
         costate: the costate evaluation, if it is part of the definition of the scheme.
         mixture: for averaged and extrapolated schemes, pairs of a factor and a table. Each table starts from the same
             state. The result of the step is the sum of factor times result over all tables.
@@ -95,7 +95,7 @@ class Scheme:
     name: str
     stages: Composition
     order: int
-    source: str
+    source: str = ""
     costate: CostateKind | None = None
     mixture: tuple[tuple[float, Composition], ...] = ()
 
@@ -226,7 +226,8 @@ class Scheme:
         """
         names = None if field is None else list(field.operators) if isinstance(field, VectorField) else list(field)
         scheme = self if names is None else self.numbered(names)
-        rows = [f"{self.name}: order {self.order}{', symmetric' if self.symmetric else ''} ({self.source})"]
+        source = f" ({self.source})" if self.source else ""
+        rows = [f"{self.name}: order {self.order}{', symmetric' if self.symmetric else ''}{source}"]
         width = max(8, *(len(name) for name in names or map(str, self._keys())))
         for factor, stages in scheme.compositions:
             rows += [f"{factor:+.10g} times" if self.mixture else "", f"{'operator':<{width}}        weight   clock"]

@@ -117,7 +117,9 @@ def class_indices(name: str, labels: object, n: int) -> Tensor:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, expected an int64 tensor ({n},)")
     if labels.dtype != torch.int64:
-        raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices")
+        remedy = ".argmax(1) makes them of one-hot rows" if labels.ndim == 2 else "convert with .long()"
+        raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices; {remedy}")
     if labels.shape != (n,):
-        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one per image")
+        remedy = "; .argmax(1) makes them of one-hot rows" if labels.ndim == 2 else ""
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected ({n},), one per image{remedy}")
     return labels
