@@ -16,23 +16,23 @@ import torch
 from . import limits
 from ._compare import report
 
-NAMES = (
-    "overhead",
-    "compiled",
-    "orders",
-    "gradients",
-    "adaptive",
-    "work_precision",
-    "converged",
-    "fisher_kpp",
-    "stiff",
-    "recording",
-    "training_step",
-    "own_network",
-    "schemes_training",
-    "evaluation",
-    "agreement",
-)
+NAMES = {  # with their headings on the pages
+    "overhead": "Overhead of a step",
+    "compiled": "Compiled solves",
+    "orders": "Orders of convergence",
+    "gradients": "Gradients against differences",
+    "adaptive": "Errors of adaptive solves",
+    "work_precision": "Work and precision",
+    "converged": "Evaluations of a converged costate",
+    "fisher_kpp": "Fisher-KPP equation",
+    "stiff": "Stiff problems",
+    "recording": "Cost of a recording",
+    "training_step": "Training steps of ResNet-56",
+    "own_network": "Training steps of a wrapped network",
+    "schemes_training": "Schemes as training methods",
+    "evaluation": "Time of a robust evaluation",
+    "agreement": "Agreement with other attacks",
+}
 RESULTS, QUICK = Path("docs/results/benchmarks"), Path("build/benchmarks")
 
 parser = argparse.ArgumentParser(
@@ -88,18 +88,21 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
 
 def page(out: Path) -> str:
     """Return the page of all results in ``out``."""
-    parts = ["# Benchmarks", "", "Made by `python -m benchmarks` from the JSON files in this folder."]
-    parts += ["How close the figures are to their floors: [limits.md](limits.md)."]
+    parts = ["# Benchmarks", "", "How fast odeadv is, and how accurate, compared with other packages."]
+    parts += ["[How close to the limit](limits.md) compares the figures with their floors and targets."]
+    parts += ["Made by `python -m benchmarks` from the JSON files in this folder."]
     for name, data in results(out).items():
         benchmark = module(name)
         if benchmark is None:
             continue
         about = (benchmark.__doc__ or "").strip()
-        parts += ["", f"## {name}", "", about, "", benchmark.render(data)]
+        parts += ["", f"## {NAMES[name]}", "", about, "", benchmark.render(data)]
         if hasattr(benchmark, "plot"):
-            parts += ["", f"![{name}]({name}.png)"]
+            parts += ["", f"![{NAMES[name]}]({name}.png)"]
         machine = ", ".join(f"{key} {value}" for key, value in data["machine"].items())
-        parts += ["", f"Machine: {machine}." + (f" Took {data['took']:.0f} s." if "took" in data else "")]
+        took = f" Took {data['took']:.0f} s." if "took" in data else ""
+        parts += ["", "<details>", "<summary>Run this again</summary>", ""]
+        parts += ["```sh", f"python -m benchmarks {name}", "```", "", f"Machine: {machine}.{took}", "", "</details>"]
         if data.get("quick"):
             parts += ["", "**A quick run, at sizes that measure nothing.**"]
     return "\n".join(parts) + "\n"
@@ -112,7 +115,7 @@ def render(out: Path, names: list[str]) -> str:
         benchmark = module(name)
         if name in found and hasattr(benchmark, "plot"):
             benchmark.plot(found[name], out / f"{name}.png")
-    write(out / "limits.md", limits.render(found, module))
+    write(out / "limits.md", limits.render(found, module, NAMES))
     text = page(out)
     write(out / "README.md", text)
     return text

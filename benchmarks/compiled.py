@@ -178,14 +178,16 @@ def render(data: dict) -> str:
     steps = {row["steps"] for row in data["cases"].values()}
     lines += [
         "",
-        f"{', '.join(map(str, steps))} steps per call; medians with quartiles. Seconds of first calls, which compile, "
-        "and of the next call with ten times the steps:",
+        f"{', '.join(map(str, steps))} steps per call; medians with quartiles.",
+        "",
+        "| problem | first call, which compiles, s | next call, ten times the steps, s | first call of diffrax, s |",
+        "| --- | --- | --- | --- |",
     ]
     for name, row in data["cases"].items():
         peer = row.get("seconds of the first call of diffrax")
-        cold = "" if peer is None else f"; diffrax {peer:.2g}"
+        cold = "" if peer is None else f"{peer:.2g}"
         ten = row["seconds of a call with ten times the steps"]
-        lines.append(f"{name} {row['seconds of the first call']:.2g}, then {ten:.2g}{cold}.")
+        lines.append(f"| {name} | {row['seconds of the first call']:.2g} | {ten:.2g} | {cold} |")
     return "\n".join(lines)
 
 

@@ -215,7 +215,7 @@ def render(data: dict) -> str:
     parts = []
     for name, methods in data["problems"].items():
         parts += [
-            f"### {name}, evaluations of the converged costate",
+            f"### Evaluations to reach an accuracy: {name}",
             "",
             f"| error at most | {' | '.join(methods)} |",
             f"|{' --- |' * (1 + len(methods))}",

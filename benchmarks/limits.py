@@ -49,21 +49,28 @@ def line(limit: Limit) -> str:
     return f"| {limit.figure} | {shown(limit.measured, limit.form)} | {floor} | {aim} | {met} |"
 
 
-def render(results: Mapping[str, Mapping[str, Any]], module: Callable[[str], ModuleType | None]) -> str:
-    """Return the page for ``results``, keyed by name; ``module`` returns the benchmark with a name."""
+def render(
+    results: Mapping[str, Mapping[str, Any]], module: Callable[[str], ModuleType | None], titles: Mapping[str, str]
+) -> str:
+    """Return the page for ``results``; ``module`` returns the benchmark with a name, ``titles`` has its heading."""
     parts = [
         "# How close to the limit",
         "",
-        "Made by `python -m benchmarks` from the JSON files in this folder and nothing else.",
-    ]
-    parts += [
-        "Medians with quartiles if a figure was measured more than once. The floor is what the arithmetic alone",
-        "takes, counted or measured (additions, flows, convolutions); if more is better it is a ceiling.",
+        "Measured figures next to their floors and their targets. The floor is what the arithmetic alone takes,",
+        "counted or measured (additions, flows, convolutions); if more is better it is a ceiling.",
+        "Medians with quartiles if a figure was measured more than once. Made by `python -m benchmarks` from the",
+        "JSON files in this folder and nothing else.",
     ]
     for name, data in results.items():
         benchmark = module(name)
         if hasattr(benchmark, "limits"):
-            parts += ["", f"## {name}", "", "| figure | measured | floor | aimed at | met |", f"|{' --- |' * 5}"]
+            parts += [
+                "",
+                f"## {titles[name]}",
+                "",
+                "| figure | measured | floor | aimed at | met |",
+                f"|{' --- |' * 5}",
+            ]
             parts += [line(limit) for limit in benchmark.limits(data)]
             if data.get("quick"):
                 parts += ["", "**A quick run, at sizes that measure nothing.**"]

@@ -454,7 +454,7 @@ def render(data: dict) -> str:
     parts = []
     for name, problem in data["problems"].items():
         points = problem["points"]
-        parts += [f"### {name}", "", table(points, problem["fastest"]), *cold_table(points)]
+        parts += [f"### Time to reach an accuracy: {name}", "", table(points, problem["fastest"]), *cold_table(points)]
         counts = {}
         for point in points.values():
             counts[point["solver"]] = counts.get(point["solver"], 0) + 1

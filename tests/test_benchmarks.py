@@ -396,7 +396,7 @@ def test_limits_say_whether_they_are_met():
 def test_the_committed_page_is_that_of_its_json():
     folder = ROOT / "docs" / "results" / "benchmarks"
     assert (folder / "README.md").read_text(encoding="utf-8") == command.page(folder)
-    rows = limits.render(command.results(folder), command.module)
+    rows = limits.render(command.results(folder), command.module, command.NAMES)
     assert (folder / "limits.md").read_text(encoding="utf-8") == rows
 
 
