@@ -117,6 +117,23 @@ def shorten(app: object, doctree: nodes.document) -> None:
         node.children = [nodes.Text(short)]
 
 
+def mark_cells(app: object, doctree: nodes.document) -> None:
+    """Give classes to parts of tables for site.css: numbers stay on one line, long texts get a wide column."""
+    for group in doctree.findall(nodes.tgroup):
+        for cell in group.findall(nodes.entry):
+            text = cell.astext()
+            if group["cols"] > 3 and len(text) > 20:
+                cell["classes"].append("wide" if len(text) > 60 else "middling")
+            paragraph = cell.children[0] if len(cell.children) == 1 else None
+            if isinstance(paragraph, nodes.paragraph) and re.match(r"[-+±≤≥]? ?\d", text) and len(text) < 32:
+                words = [*paragraph.children]
+                if len(words) == 1 and isinstance(words[0], nodes.Text):  # "1.2 ± 0.1" and "1.2 [1.1, 1.3]"
+                    parts = re.split(r" (?=[(\[])", text, maxsplit=1)
+                    inlines = [nodes.inline(part, part, classes=["number"]) for part in parts]
+                    paragraph.children = []
+                    paragraph += [inlines[0], *(node for part in inlines[1:] for node in (nodes.Text(" "), part))]
+
+
 def signature(app: object, what: str, name: str, obj: Any, options: object, shown: str, returned: str) -> Any:
     """Show 8/255 as a fraction and what a default factory makes; show no signature that says nothing."""
     if not shown:
@@ -164,6 +181,7 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-skip-member", skip)
     app.connect("doctree-read", shorten)
+    app.connect("doctree-read", mark_cells)
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"

@@ -126,7 +126,8 @@ def _page(full: str) -> str:
         shown = f"It is ``{text}``." if len(text) < 120 else ""
         if isinstance(value, Mapping):
             shown = f"The keys are {', '.join(f'``{key}``' for key in value)}."
-        return f"{head}.. py:data:: {full}\n\n   {_comment(full)}\n\n   {shown}\n"
+        module, _, name = full.rpartition(".")  # the index then says "in module"
+        return f"{head}.. py:currentmodule:: {module}\n\n.. py:data:: {name}\n\n   {_comment(full)}\n\n   {shown}\n"
     options = [":members:"]
     if value.__bases__ != (object,):
         options.append(":show-inheritance:")

@@ -45,7 +45,10 @@ class Result:
         """
         axes = new_figure(6.0, 3.6).subplots() if axes is None else axes
         self._draw(axes, label)
-        if any(not str(name).startswith("_") for name in axes.get_legend_handles_labels()[1]):
+        names = [name for name in axes.get_legend_handles_labels()[1] if not str(name).startswith("_")]
+        if len(names) > 3:  # below the panel, because a long legend covers the curves
+            axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+        elif names:
             axes.legend(fontsize="small", frameon=False)
         figure = axes.get_figure()
         assert figure is not None
@@ -67,5 +70,10 @@ def style(axes: Axes, *, x: str, y: str, title: str = "", log: bool = False) -> 
     if title:
         axes.set_title(title)
     drawn = [float(value) for line in axes.get_lines() for value in line.get_ydata()]  # type: ignore[union-attr, arg-type]
-    if log and any(value > 0.0 for value in drawn):
-        axes.set_yscale("log")
+    positive = [value for value in drawn if 0.0 < value < math.inf]
+    if log and positive:  # ticks of a logarithmic axis are unreadable if all values are alike
+        axes.set_yscale("log" if max(positive) > 3.0 * min(positive) else "linear")
+    if x == "t (layer)":
+        places = [float(value) for line in axes.get_lines() for value in line.get_xdata()]  # type: ignore[union-attr, arg-type]
+        if all(math.isnan(place) or place.is_integer() for place in places):
+            axes.xaxis.get_major_locator().set_params(integer=True)

@@ -29,7 +29,8 @@ def plot(results: Results, path: Path) -> None:
     if results.table.average:
         labels["avg"] = "average"
     contrasts, curves = len(results.decisions()), _is_curve(results)
-    figure = Figure(figsize=(9.0, 4.2 if curves else 1.6 + 0.5 * contrasts), layout="constrained")
+    lines = math.ceil(len(labels) / 3)
+    figure = Figure(figsize=(8.0, 1.3 + 2.6 * lines if curves else 1.8 + 0.5 * contrasts), layout="constrained")
     FigureCanvasAgg(figure)
     if curves:
         _over_eta(results, figure, labels)
@@ -37,6 +38,11 @@ def plot(results: Results, path: Path) -> None:
         _forest(results, figure)
     # The file does not contain a date or a version, so equal records give equal files.
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def has_picture(results: Results) -> bool:
+    """Return True if there is something to draw: a curve over eta, or a primary contrast whose rows have been run."""
+    return _is_curve(results) or bool(results.decisions())
 
 
 def _is_curve(results: Results) -> bool:
@@ -59,7 +65,7 @@ def plot_over_fitting(results: Results, path: Path) -> None:
     panels = regimes(results)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(6.4, 1.5 + 3.2 * columns), 0.8 + 2.7 * lines), layout="constrained")  # the legend fits
+    figure = Figure(figsize=(max(6.4, 1.5 + 2.6 * columns), 0.8 + 2.7 * lines), layout="constrained")  # the legend fits
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     for axes, rows in zip(grid, panels, strict=False):
@@ -73,16 +79,14 @@ def plot_over_fitting(results: Results, path: Path) -> None:
         count = len(results.runs[rows[0].name])
         axes.set_title(f"{rows[0].label}, {count} seed{'s' if count > 1 else ''}", fontsize="small")
         axes.set_xlabel("epoch")
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize="small")
+        axes.label_outer()
+    _shared_legend(figure, "outside upper center", columns=3)
     figure.supylabel("robust accuracy, %")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def _short(row: Row) -> str:
-    """Return the label of ``row`` without its weight decay."""
+    """Return the label of ``row`` without its eta and weight decay."""
     return row.label.split(",")[0]
 
 
@@ -112,24 +116,23 @@ def _forest(results: Results, figure: Figure) -> None:
         axes.errorbar(contrast.mean, y, xerr=half, fmt="o", color="C0", capsize=3, label="here" if not y else None)
         if decision.paper is not None:
             axes.plot(decision.paper, y, "|", color="C3", ms=16, mew=2, label="_paper" if y else "paper")
-    if not found:
-        axes.text(0.5, 0.5, "no two rows of a primary contrast have been run", ha="center", transform=axes.transAxes)
-        return
     axes.axvline(0.0, color="0.6", lw=0.8)
     names = [f"{decision.row.label}\nminus {decision.other.label}" for decision in found]
     axes.set_yticks(range(len(found)), names, fontsize="small")
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel("mean accuracy under the attacks, difference in points with 95 % interval")
-    axes.set_title(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
-    axes.legend(fontsize="small")
+    axes.set_xlabel("mean accuracy under the attacks,\ndifference in points with 95 % interval")
+    figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
+    figure.legend(loc="outside lower right", ncols=2, fontsize="small")  # in the panel it would cover an interval
 
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
     """Draw one panel per column: accuracy minus the accuracy of the undefended row, over eta, here and in the paper."""
-    panels = figure.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
+    columns = min(3, len(labels))
+    lines = math.ceil(len(labels) / columns)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     defended = [row for row in results.table.rows if results.table.baseline(row) is not None]
     there, here = (preset.eta(defended[0], results.dataset) for preset in (PRESETS["paper"], results.preset))
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+    for axes, (key, label) in zip(grid, labels.items(), strict=False):
         for i, method in enumerate(dict.fromkeys(row.method for row in defended)):
             rows = sorted((row for row in defended if row.method == method), key=lambda row: row.factor)
             _curve(results, axes, rows, key, f"C{i}")
@@ -137,9 +140,20 @@ def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> No
         axes.set_xscale("log")
         axes.set_title(label, fontsize="medium")
         axes.set_xlabel("eta" if here == there else f"the paper's eta; here times {here / there:g}")
-    panels[0].set_ylabel("accuracy minus that without a defence, points")
-    panels[-1].legend(fontsize="small")
-    figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}")
+        axes.label_outer()
+    for axes in figure.axes[len(labels) :]:
+        axes.set_axis_off()
+    figure.supylabel("accuracy minus that without a defence, points", fontsize="medium")
+    _shared_legend(figure, "outside lower center", columns=4)
+    figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
+
+
+def _shared_legend(figure: Figure, place: str, columns: int) -> None:
+    """Draw one legend for all panels, outside of them."""
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc=place, ncols=columns, fontsize="small")
 
 
 def _curve(results: Results, axes: Axes, rows: list[Row], key: str, color: str) -> None:
@@ -158,6 +172,6 @@ def _curve(results: Results, axes: Axes, rows: list[Row], key: str, color: str) 
             there.append((eta, figures[0][key] - figures[1][key]))
     if here:
         x, y, error = zip(*here, strict=True)
-        axes.errorbar(x, y, yerr=error, fmt="o-", capsize=2, color=color, label=f"{rows[-1].method}, here")
+        axes.errorbar(x, y, yerr=error, fmt="o-", capsize=2, color=color, label=f"{_short(rows[-1])}, here")
     if there:
-        axes.plot(*zip(*there, strict=True), "o:", mfc="none", color=color, label=f"{rows[-1].method}, paper")
+        axes.plot(*zip(*there, strict=True), "o:", mfc="none", color=color, label=f"{_short(rows[-1])}, paper")

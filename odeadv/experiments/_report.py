@@ -12,7 +12,7 @@ from torch import Tensor
 
 from odeadv.evaluation import Evaluation
 from odeadv.experiments._config import RunConfig, parse_method, passes
-from odeadv.experiments._plots import plot, plot_over_fitting, regimes
+from odeadv.experiments._plots import has_picture, plot, plot_over_fitting, regimes
 from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
 from odeadv.experiments._records import Record, load_records
 from odeadv.experiments._results import Difference, Results, gather
@@ -39,8 +39,9 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
     results = gather(table, preset, dataset, load_records(records))
     markdown = render(results)
     write_text(out / f"{table.name}.md", markdown)
-    with replacing(out / f"{table.name}.png") as path:
-        plot(results, path)
+    if has_picture(results):
+        with replacing(out / f"{table.name}.png") as path:
+            plot(results, path)
     if regimes(results):
         with replacing(out / f"{table.name}-epochs.png") as path:
             plot_over_fitting(results, path)
