@@ -58,7 +58,7 @@ class CampaignStage:
 
 _NEW_ROWS = ("natural+lad+input", "natural+lad-symmetric")
 
-#: The stages of the campaign, by name: one `Stage` each.
+#: The stages of the campaign, by name: one `CampaignStage` each.
 STAGES = {
     stage.name: stage
     for stage in (
