@@ -140,11 +140,11 @@ def signature(app: object, what: str, name: str, obj: Any, options: object, show
         return None
     if shown == "(*args, **kwargs)":
         return "", returned
-    shown = re.sub(r"\d\.\d{12,}", lambda number: str(Fraction(number[0]).limit_denominator(1000)), shown)
     for field in dataclasses.fields(obj) if what == "class" and dataclasses.is_dataclass(obj) else ():
         if field.init and field.default_factory is not dataclasses.MISSING:
             made = re.sub(r"<[\w.]*?(\w+) object at 0x\w+>", r"\1()", repr(field.default_factory()))
             shown = shown.replace("<factory>", made, 1)
+    shown = re.sub(r"\d\.\d{12,}", lambda number: str(Fraction(number[0]).limit_denominator(1000)), shown)
     shown = shown.replace("PosixPath(", "Path(")
     return shown, returned
 
