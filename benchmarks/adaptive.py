@@ -107,7 +107,7 @@ def render(data: dict) -> str:
 
 
 def plot(data: dict, path: Path) -> None:
-    figure, axes = panels(1, 1, width=6.0)
+    figure, axes = panels(1, 1, width=6.6)
     axis = axes[0, 0]
     names = list(dict.fromkeys(row["problem"] for row in data["table"]))
     for marker, method in zip("os", dict.fromkeys(row["method"] for row in data["table"]), strict=False):
@@ -121,5 +121,5 @@ def plot(data: dict, path: Path) -> None:
     axis.loglog(ends, ends, color="0.6", linewidth=0.8, linestyle="--")
     axis.set_xlabel("rtol = atol")
     axis.set_ylabel("error of x(T), relative to 1 + |x|")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     save(figure, path)

@@ -163,7 +163,7 @@ def render(data: dict) -> str:
 
 
 def plot(data: dict, path: Path) -> None:
-    figure, axes = panels(1, 2, width=5.6)
+    figure, axes = panels(1, 2, width=4.4, height=4.2)
     dts = [END / n for n in data["steps"]]
     rows = {(row["scheme"], row["f"], row["costate"]): row for row in data["table"]}
     drawn = [error for key in SHOWN for errors in rows[key]["errors"].values() for error in errors]
@@ -183,5 +183,5 @@ def plot(data: dict, path: Path) -> None:
         axis.set_title(f"a(t) {a}", fontsize=10)
         axis.set_ylim(*limits)
     axes[0, 0].set_ylabel("error of x(T)")
-    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     save(figure, path)

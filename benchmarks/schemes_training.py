@@ -129,5 +129,5 @@ def plot(data: dict, path: Path) -> None:
     axis.set_xlabel("time of a step / natural")
     axis.set_ylabel("accuracy under IFGSM-20, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=8)
     save(figure, path)

@@ -172,12 +172,21 @@ def link_back(app: Any, pagename: str, templatename: str, context: dict[str, Any
         context["body"] = re.sub(wrong, r"\1#\2.\3", context["body"])
 
 
+def soften(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
+    """Let names such as ``experiments.first_process`` break after the module in titles and in links to neighbours."""
+    if pagename.startswith("api/objects/"):
+        context["body"] = re.sub(r"(<h1>\w+\.)", r"\1<wbr/>", context["body"], count=1)
+    for neighbour in filter(None, (context.get("prev"), context.get("next"))):
+        neighbour["title"] = re.sub(r"^(\w+\.)(?=\w+$)", r"\1<wbr/>", neighbour["title"])
+
+
 def setup(app: Any) -> None:
     """Connect the functions above; Sphinx calls this."""
     app.add_directive("odeadv-schemes", Schemes)
     app.add_directive("odeadv-help", Help)
     app.connect("missing-reference", elsewhere)
     app.connect("html-page-context", link_back)
+    app.connect("html-page-context", soften)
     app.connect("autodoc-process-docstring", join)
     app.connect("autodoc-process-docstring", plain)
     app.connect("autodoc-process-signature", signature)
