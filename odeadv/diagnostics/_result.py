@@ -76,4 +76,4 @@ def style(axes: Axes, *, x: str, y: str, title: str = "", log: bool = False) -> 
     if x == "t (layer)":
         places = [float(value) for line in axes.get_lines() for value in line.get_xdata()]  # type: ignore[union-attr, arg-type]
         if all(math.isnan(place) or place.is_integer() for place in places):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from odeadv.experiments._presets import PRESETS
 from odeadv.support.extras import extra
@@ -148,7 +148,9 @@ def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> No
     figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
 
 
-def _shared_legend(figure: Figure, place: str, columns: int) -> None:
+def _shared_legend(
+    figure: Figure, place: Literal["outside upper center", "outside lower center"], columns: int
+) -> None:
     """Draw one legend for all panels, outside of them."""
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
