@@ -113,7 +113,8 @@ def test_the_claims_are_those_of_the_page():
 
 
 @pytest.mark.parametrize("page", ["index.md", "solver.md"])
-def test_each_program_of_a_page_runs_alone(page):
+def test_each_program_of_a_page_runs_alone(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a program may save a picture
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
     assert programs
     for program in programs:
