@@ -8,7 +8,7 @@ import torch
 import odeadv
 from odeadv import cli, evaluate, models
 from odeadv.data.checks import check_pixels
-from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainResult, plot_curves, train
+from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainingDiverged, TrainResult, plot_curves, train
 
 X0 = torch.ones(2)
 
@@ -103,6 +103,15 @@ MISTAKES = [
 def test_a_mistake_is_answered_with_what_to_write(mistake, told):
     with pytest.raises((TypeError, ValueError), match=told):
         mistake()
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_a_training_that_diverges_names_pixels_that_are_not_scaled(scale):
+    data = torch.utils.data.TensorDataset(scale * torch.rand(16, 3, 8, 8), torch.arange(16) % 10)
+    config = TrainConfig(epochs=4, batch_size=8, milestones=(), augment="none", lr=1e8)
+    with pytest.raises(TrainingDiverged, match=r"lower lr \(1e\+08\)") as raised:
+        train(models.residual_mlp(1, 4, image_size=8), data, config, progress=False)
+    assert ("the inputs reach 25" in str(raised.value)) == (scale > 1)
 
 
 def test_a_scheme_of_your_own_needs_no_source():

@@ -46,6 +46,9 @@ AGREE_EVERY = 20
 #: Number of batches from which eta is chosen. Their mean differs by a few percent from the mean of an epoch.
 CALIBRATION_BATCHES = 8
 
+#: If a diverged batch has larger inputs, the message names them. Normalised images are smaller, raw pixels are larger.
+LARGE_INPUT = 10.0
+
 
 class TrainingDiverged(RuntimeError):
     """The loss or a state became NaN, infinite or absurdly large."""
@@ -485,6 +488,8 @@ class TrainingRun:
                 worst = max(range(len(relative)), key=lambda n: (not math.isfinite(relative[n]), relative[n]))
                 text += f"the perturbation ||eta a_n|| / ||x_n||{when} is largest at layer {worst} "
                 text += f"({relative[worst]:.3g}); "
+        if images is not None and images.is_floating_point() and (largest := float(images.abs().max())) > LARGE_INPUT:
+            text += f"the inputs reach {largest:.3g}: scale images to [0, 1]; "
         text += f"lower lr ({self.config.base_lr:g})"
         text += f" or eta ({eta:g} at batch size {self.config.batch_size})" if eta else ""
         if self.checkpoints is not None and self.checkpoints.paths():
