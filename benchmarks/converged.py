@@ -2,15 +2,15 @@
 
 The problem is dx/dt = f + eta a, da/dt = -(df/dx)^T a, with a(T) the gradient of |x(T)|^2 / 2 (x(T).Q x(T) / 2 for
 `linear`). `linear` and `oscillator` are those of work_precision; for `control`, eta is -3, and plain sweeps diverge.
-There is no stiff problem: its costate grows too fast forward in time to be found by shooting. An evaluation of f, a
-product with its Jacobian and a derivative of such a product count as one each, so the numbers do not depend on the
+Stiff problems are left out: their costates grow too fast forward in time to be found by shooting. An evaluation of f, a
+product with its Jacobian and a derivative of such a product count as one each. So the numbers do not depend on the
 speed of the machine. Each method is measured at several numbers of steps or tolerances. A row has its smallest count
-with an error of at most the first column: the maximum over x(T), relative to the largest component.
+with an error of at most the first column. The error is the maximum over x(T), relative to the largest component.
 
 odeadv takes costate="collocation" with sweeps=odeadv.Converge(rtol=1e-2) to 1e-8, or costate="hermite" with 1e-2 or
-1e-4 (Newton's method: 1e-4). The state is advanced by the classical Runge-Kutta method, or by an `odeadv.RungeKutta`
-with the weights of Dormand and Prince: of order 5, or of order 8 (DOP853, from SciPy). Shooting begins with a(0) = 0,
-and solve_bvp with a constant state and a = 0 on 11 nodes; its Jacobian is by differences.
+1e-4 (Newton's method: 1e-4). The state is advanced by the classical Runge-Kutta method, or by an `odeadv.RungeKutta`.
+The latter has the weights of Dormand and Prince, of order 5 or of order 8 (DOP853, from SciPy). Shooting begins with
+a(0) = 0, and solve_bvp with a constant state and a = 0 on 11 nodes; its Jacobian is by differences.
 """
 
 from __future__ import annotations

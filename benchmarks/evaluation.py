@@ -3,7 +3,7 @@
 The protocol of Table 2: clean, FGSM and IFGSM-20 at 8/255 and 12/255, on the same images in batches of 128. The peers
 are given an eager NCHW model, as their users do; the ResNet-56 is compared with torchattacks only. Outcomes are
 compared example by example with the outcomes of plain `evaluate`. One gradient of a batch is timed separately, because
-an evaluation of a compiled model includes the seconds of compiling, which pay only with many images. The floor of an
+an evaluation of a compiled model includes the time to compile. This time pays only with many images. The floor of an
 evaluation is the time of the convolutions of its gradients, in the same precision. IFGSM-1000, worst so far and by its
 last iterate, is compared with torchattacks, which runs every step on every image. The networks are a naturally trained
 ResNet-20 and one trained on one-step adversarial examples from random starts. APGD-T (nine targets, 100
@@ -361,10 +361,10 @@ def render(data: dict) -> str:
     for name, part in data["table2"].items():
         network = data["networks"][name]
         lines += [
-            f"{name}: {network['epochs']} epochs on {network['images']} images of {data['data']}; accuracy "
+            f"{name}: {network['epochs']} epochs on {network['images']} images of {data['data']}. Accuracy: "
             f"{', '.join(f'{value:.1f}' for value in part['accuracy in %'])} % (clean, FGSM, IFGSM-{part['steps']}) on "
-            f"{part['images']} images; {part['forward passes an image']:g} forward passes and "
-            f"{part['gradients an image']:g} gradients an image.",
+            f"{part['images']} images. Cost: {part['forward passes an image']:g} forward passes and "
+            f"{part['gradients an image']:g} gradients per image.",
             "",
             f"| | seconds (quartiles) | times faster than {part['fastest peer']} | differ: clean, FGSM, IFGSM |",
             "| --- | --- | --- | --- |",
@@ -387,7 +387,7 @@ def render(data: dict) -> str:
             lines.append(f"| {way} | {shown(figure, '.0f')} | {times} |")
         lines.append("")
     lines += [
-        "| IFGSM of ResNet-20 | images | steps | score | clean, % | robust, % | gradients an image | seconds | "
+        "| IFGSM of ResNet-20 | images | steps | score | clean, % | robust, % | gradients per image | seconds | "
         "times faster than torchattacks |",
         f"|{' --- |' * 9}",
     ]
@@ -418,7 +418,7 @@ def _rendered_targeted(row: dict) -> list[str]:
     ]
     for name, figure in row["seconds"].items():
         lines.append(f"| {name} | {100 * row['accuracy'][name]:.1f} | {shown(figure)} |")
-    lines += ["", f"Clean {100 * row['clean accuracy']:.1f} %; {row['gradients an image']:.1f} gradients an image."]
+    lines += ["", f"Clean {100 * row['clean accuracy']:.1f} %; {row['gradients an image']:.1f} gradients per image."]
     if row["outcomes that differ"] is not None:
         lines[-1] += f" {row['outcomes that differ']} outcomes differ; both draw their own starts."
     return lines

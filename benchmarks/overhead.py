@@ -96,19 +96,19 @@ def run(quick: bool = False) -> dict[str, object]:
 
 def render(data: dict) -> str:
     rows = data["microseconds a step above the field"]
-    lines = ["| solver | microseconds a step above the field (quartiles) |", "| --- | --- |"]
+    lines = ["| solver | microseconds per step above the field (quartiles) |", "| --- | --- |"]
     return "\n".join(lines + [f"| {name} | {shown(value, '.1f')} |" for name, value in rows.items()])
 
 
 def limits(data: dict) -> list[Limit]:
     rows = data["microseconds a step above the field"]
     return [
-        Limit("Euler, microseconds a step above the field", rows["odeadv, Euler"], rows[ONE], most=10, form=".1f"),
+        Limit("Euler, microseconds per step above the field", rows["odeadv, Euler"], rows[ONE], most=10, form=".1f"),
         Limit(
-            "midpoint, microseconds a step above the field", rows["odeadv, midpoint"], rows[TWO], most=10, form=".1f"
+            "midpoint, microseconds per step above the field", rows["odeadv, midpoint"], rows[TWO], most=10, form=".1f"
         ),
         Limit(
-            "Strang of two operators, three evaluations, microseconds a step above the field",
+            "Strang of two operators, three evaluations, microseconds per step above the field",
             rows[STRANG],
             rows[THREE],
             most=10,

@@ -58,8 +58,9 @@ class Contraction(Result):
 
     heading: ClassVar[str] = "Contraction of the sweeps"
     reading: ClassVar[str] = (
-        "Far below 1, two stages are close to the true equation; above 1, plain sweeps diverge. eta I comes from the "
-        "Hessian of the loss, which does not see the kinks of a ReLU. If the measured contraction is larger, trust it."
+        "Far below 1, two stages are close to the true equation; above 1, plain sweeps diverge. The value of eta I "
+        "comes from the Hessian of the loss, which does not see the kinks of a ReLU. If the measured contraction is "
+        "larger, trust it."
     )
 
     def summary(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from odeadv.experiments._tables import TABLES
 from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import markdown_table
 
-from ._results import Decision, NoRunsError, Results, gather
+from ._results import Decision, NoRunsError, Results, gather, ranges
 
 SCHEMA = "odeadv.claims/2"
 
@@ -360,16 +360,17 @@ def render_claims(data: Mapping[str, Any]) -> str:
         said = f"**{claim['word']}**" + (f" ({claim['why']})" if claim["why"] else "")
         link = text if claim["page"] is None else f"[{text}]({claim['page']})"
         shown = "" if paper is None else f"{paper:+.2f}"
-        rows.append([link, claim["source"], shown, _number(claim), _ranges(claim["seeds"]), said])
-        notes.append(f"- **{text}**: {claim['rows']}" + ("." if s is None else f"; s is {100 * s:.2g} %."))
+        rows.append([link, claim["source"], shown, _number(claim), ranges(claim["seeds"]), said])
+        notes.append(f"- **{text}**: {claim['rows']}." + ("" if s is None else f" Strength: s = {100 * s:.2g} %."))
         if others := claim.get("other_readings"):
             notes[-1] += " The other reading: " if len(others) == 1 else " The other readings: "
             notes[-1] += "; ".join(f"{other['rows']}: {_number(other)}" for other in others) + "."
     lines = [
         "# The claims of the paper, one by one",
         "",
-        "*Paper* and *here* are differences of the mean accuracy under the attacks of the table (last iterates, last "
-        "weights), in percentage points, here with the 95 % interval. [The rules](rules.md) define the words. They "
+        "*Paper* and *here* are differences of the mean accuracy under the attacks of the table, in percentage points, "
+        "here with the 95 % interval. They are of last iterates and last weights. [The rules](rules.md) define the "
+        "words. They "
         "also say what was changed after results were seen. Each claim links to its page, which has the runs. All runs "
         "of a page share one training subset and one test subset of CIFAR-10, and the networks are small.",
         "",
@@ -393,10 +394,3 @@ def _number(found: Mapping[str, Any]) -> str:
         return ""
     interval = found.get("interval")
     return f"{found['difference']:+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
-
-
-def _ranges(seeds: Sequence[int]) -> str:
-    """Return the seeds as text: ``"3 to 9"`` for three or more consecutive seeds, otherwise a list."""
-    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
-        return f"{seeds[0]} to {seeds[-1]}"
-    return ", ".join(map(str, seeds))

@@ -8,7 +8,7 @@ from typing import Any
 from odeadv.diagnostics import Trace
 from odeadv.experiments._presets import Preset
 from odeadv.experiments._records import load_records
-from odeadv.experiments._report import differences
+from odeadv.experiments._report import protocol
 from odeadv.experiments._results import Results, gather
 from odeadv.experiments._tables import TABLES, paper_tables
 from odeadv.support.extras import extra
@@ -52,11 +52,12 @@ def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]])
     lines = [
         f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}, preset {results.preset.name}",
         "",
-        f"**{differences(results)}**",
+        *protocol(results),
         "",
-        "||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, norms over the whole batch tensor, on the last batch of every epoch "
-        "(attacked images, batch statistics, loss averaged over the batch). The paper's, for CIFAR-100: it starts near "
-        f"{paper['start']:.0e}, falls, stays above {paper['minimum_above']:.0e}, and is lowest near the end.",
+        "The ratio is ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, with norms over the whole batch tensor. It is taken on the "
+        "last batch of every epoch (attacked images, batch statistics, loss averaged over the batch). In the paper's "
+        f"figure, for CIFAR-100, it starts near {paper['start']:.0e}, falls, stays above "
+        f"{paper['minimum_above']:.0e}, and is lowest near the end.",
         "",
         "| run | first epoch | lowest | its epoch | last epoch | always above 1e5 | lowest in the last quarter |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -15,10 +15,17 @@ from odeadv.experiments._config import RunConfig, parse_method, passes
 from odeadv.experiments._plots import has_picture, plot, plot_over_fitting, regimes
 from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
 from odeadv.experiments._records import Record, load_records
-from odeadv.experiments._results import Difference, Results, gather
+from odeadv.experiments._results import Difference, Results, gather, ranges
 from odeadv.experiments._tables import Column, Row, Table
 from odeadv.support import plain
 from odeadv.support.files import replacing, write_text
+
+# The paper does not say these.
+_CHOICES = (
+    "the last, smaller batch of an epoch is left out",
+    "attacks run in evaluation mode",
+    "noise has standard deviation 0.1",
+)
 
 
 def write_report(table: Table, preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
@@ -58,13 +65,15 @@ def render(results: Results) -> str:
         f"# {table.title}, {results.dataset}, preset {results.preset.name}",
         "",
         *([f"**Not a test of the paper's claim: {reason}.**", ""] if reason else []),
-        f"**{differences(results)}** All runs share one training subset and one test subset.",
+        *protocol(results),
+        "",
+        "All runs share one training subset and one test subset.",
         "",
         f"![Differences of the rows with 95 % intervals, and the paper's]({table.name}.png)",
         "",
-        "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255)"
-        + ("; Avg is the mean of the robust accuracies" if table.average else "")
-        + ". Measured: mean ± sample standard deviation over the seeds.",
+        "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255). "
+        + ("Avg is the mean of the robust accuracies. " if table.average else "")
+        + "Rows with *here* are means ± sample standard deviations over the seeds.",
         "",
         *_results(results, keys, labels),
         *_claims(results),
@@ -123,10 +132,9 @@ def _claims(results: Results) -> list[str]:
         "",
         "## Claims",
         "",
-        "Differences of the mean accuracy under the attacks in percentage points, with 95 % intervals from one "
-        "residual that is pooled over all rows and seeds, never below the sampling error of the test images; "
-        "p adjusted by Holm. "
-        "[The rules](../rules.md) define the words.",
+        "Differences of the mean accuracy under the attacks, in percentage points, with 95 % intervals. The standard "
+        "error comes from one residual that is pooled over all rows and seeds. It is never below the sampling error of "
+        "the test images. p is adjusted by Holm's method. [The rules](../rules.md) define the words.",
         "",
         *_header(["Difference", "paper", "here", "p", "seeds", "word"]),
         *lines,
@@ -149,8 +157,8 @@ def _over_fitting(results: Results) -> list[str]:
         "",
         "## Over-fitting",
         "",
-        "Robust accuracy in %: of the training images under the attack of the training, and of validation images under "
-        "IFGSM-10 of the same radius. Validation images are neither trained nor tested on. A defence can be tested if "
+        "Robust accuracy in %. Training images are under the attack of the training, validation images under IFGSM-10 "
+        "of the same radius. Validation images are neither trained nor tested on. A defence can be tested if "
         "the undefended row has a wide gap between the two, and loses after its best epoch.",
         "",
         f"![Robust accuracy over the epochs]({results.table.name}-epochs.png)",
@@ -178,8 +186,8 @@ def _columns(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
         return []
     return [
         "",
-        "Each row minus the undefended one, and minus the rows that differ from it in one part: percentage points with "
-        "95 % intervals as above, without an adjustment for looking at many of them.",
+        "Each row minus the undefended one, and minus the rows that differ from it in one part. The differences are in "
+        "percentage points with 95 % intervals as above. They are not adjusted for looking at many of them.",
         "",
         *_header(["Difference", "Column", "paper", "here", "seeds"]),
         *lines,
@@ -189,8 +197,8 @@ def _columns(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
 def _stricter(results: Results) -> list[str]:
     lines = [
         "",
-        "A stricter count, not comparable with the one above: an example is lost as soon as the clean image or any "
-        "iterate is misclassified. The paper does not give it.",
+        "This count is stricter and cannot be compared with the one above. An example is lost as soon as the clean "
+        "image or any iterate is misclassified. The paper does not give it.",
         "",
         *_header(["Method", *(column.label for column in results.table.columns)]),
     ]
@@ -231,9 +239,9 @@ def _autoattack(results: Results) -> list[str]:
         lines.append(_line([*cells, "" if difference is None else str(difference)]))
     return [
         "",
-        f"The strongest of four attacks, one of them without gradients (Croce and Hein 2020; version standard of "
-        f"pyautoattack), at {table.autoattack_255:g}/255 on the first test images, with the other figures for the same "
-        "images. It counts an example as lost once anything breaks it, so compare it with the worst so far. "
+        "The strongest of four attacks, one of them without gradients (Croce and Hein 2020; version standard of "
+        f"pyautoattack). The radius is {table.autoattack_255:g}/255. All figures are of the first test images. "
+        "AutoAttack counts an example as lost once anything breaks it, so compare it with the worst so far. "
         "Differences to the undefended row are in percentage points and paired, as above. The paper does not give it.",
         "",
         *_header(["Method", "", "images", "Acc", *labels, f"AutoAttack {table.autoattack_255:g}", "difference"]),
@@ -282,8 +290,9 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
         return []
     return [
         "",
-        "As the first table, for the weights of the epoch with the highest accuracy on validation images that are "
-        "neither trained nor tested on (for adversarial objectives under IFGSM-10 at the radius of the training).",
+        "As the first table, for the weights of the best epoch. This is the epoch with the highest accuracy on "
+        "validation images, which are neither trained nor tested on. For adversarial objectives it is the accuracy "
+        "under IFGSM-10 at the radius of the training.",
         "",
         *_header(["Method", "", "epochs", *labels]),
         *lines,
@@ -292,12 +301,12 @@ def _best(results: Results, keys: Sequence[str], labels: Sequence[str]) -> list[
 
 def _runs(results: Results) -> list[str]:
     """Return one line per run, then the data sets, the versions and the rows without a run."""
-    head = ["Run", "eta", "training loss", "training accuracy", "Eq. 16 ratio, first and last epoch", "passes a step"]
+    head = ["Run", "eta", "training loss", "training accuracy", "Eq. 16 ratio, first and last epoch", "passes per step"]
     lines = [
         "",
-        "Training figures of the last epoch are those of the passes trained on (attacked images, perturbed states). "
-        "Passes a step: forward, backward to activations and weight gradients count 1 each. Wall times are as the runs "
-        "happened to go, not a benchmark.",
+        "Training figures of the last epoch are those of the passes that are trained on (attacked images, perturbed "
+        "states). Passes per step: forward, backward to activations and weight gradients count 1 each. Wall times are "
+        "those of these runs, not a benchmark.",
         "",
         *_header([*head, "training, s", "evaluation, s", "threads"]),
     ]
@@ -335,7 +344,11 @@ def _runs(results: Results) -> list[str]:
         what = "a block to damp" if model == "preact_resnet" else "noise and a block to damp"
         lines += ["", f"Not at this size, because the network lacks {what}: {', '.join(without)}."]
     if results.missing:
-        lines += ["", f"Not run: {', '.join(results.missing)}."]
+        seeds: dict[str, list[int]] = {}
+        for name in results.missing:
+            row_name, _, seed = name.rpartition(" seed ")
+            seeds.setdefault(row_name, []).append(int(seed))
+        lines += ["", "Not run:", "", *(f"- `{name}`, {_seeds(missing)}" for name, missing in seeds.items())]
     return lines
 
 
@@ -343,8 +356,23 @@ def _size(results: Results, row: Row) -> Size:
     return results.preset.sizes[row.method.split("+")[0]]
 
 
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) != 1 else ''} {ranges(seeds)}"
+
+
 def differences(results: Results) -> str:
     """Return a sentence that lists how these runs differ from the paper's protocol."""
+    head, items = _protocol(results)
+    return f"{head}: {'; '.join(items)}."
+
+
+def protocol(results: Results) -> list[str]:
+    """Return the lines of a page that list how these runs differ from the paper's protocol."""
+    head, items = _protocol(results)
+    return [f"**{head}:**", "", *(f"- {item}" for item in items)]
+
+
+def _protocol(results: Results) -> tuple[str, Sequence[str]]:
     table, dataset = results.table, results.dataset
     parts = [] if table.paper(dataset) else [f"the paper does not have this table for {dataset}"]
     papers = {
@@ -371,11 +399,8 @@ def differences(results: Results) -> str:
         counts = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
         parts.append(f"{counts} instead of {len(PRESETS['paper'].seeds)} seeds")
     if not parts:
-        return (
-            "The paper's protocol; where it is silent: the last, smaller batch of an epoch is left out, attacks run in "
-            "evaluation mode, noise has standard deviation 0.1."
-        )
-    return f"Not the paper's protocol: {'; '.join(parts)}."
+        return "The paper's protocol, with these choices of ours", _CHOICES
+    return "Not the paper's protocol", parts
 
 
 def _who(names: Sequence[str], labels: Sequence[str], defended: Sequence[str]) -> str:
@@ -412,7 +437,7 @@ def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
     if here.model.label != paper.model.label:
         parts.append(f"{here.model.label} instead of ResNet-{paper.model.depth}")
     mine, theirs = plain.to_dict(here.training), plain.to_dict(paper.training)
-    for name, label in (("epochs", "epochs"), ("batch_size", "images a batch"), ("precision", "training")):
+    for name, label in (("epochs", "epochs"), ("batch_size", "images per batch"), ("precision", "training")):
         if mine[name] != theirs[name]:
             parts.append(f"{mine[name]} instead of {theirs[name]} {label}")
     for name in ("lr", "momentum", "weight_decay"):

@@ -352,3 +352,10 @@ def _attack(evaluation: Mapping[str, Any], column: Column) -> Mapping[str, Any]:
             found: Mapping[str, Any] = attack
             return found
     raise ValueError(f"records: an evaluation by {evaluation.get('protocol')} lacks {column.label}")
+
+
+def ranges(seeds: Sequence[int]) -> str:
+    """Return the seeds as text: ``"3 to 9"`` for three or more consecutive seeds, otherwise a list."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
