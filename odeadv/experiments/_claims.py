@@ -379,7 +379,8 @@ def render_claims(data: Mapping[str, Any]) -> str:
         "## Which rows were compared?",
         "",
         "s is the strength of the defence in the middle of the training: the relative rise of the loss that the "
-        "perturbation makes. If a claim has two readings, the weaker one is in the table and the other one is here.",
+        "perturbation makes, to first order. If a claim has two readings, the weaker one is in the table and the other "
+        "one is here.",
         "",
         *notes,
         "",

@@ -61,7 +61,7 @@ def _accuracies(results: Results) -> list[str]:
         rows.append([row.label, str(len(values)), *(f"{mean:.1f}" for mean in means), shown])
     lines = _aligned([head, *rows])
     if any(row[-1] for row in rows):
-        lines.append("s: the relative rise of the loss that the push makes, in the middle of training")
+        lines.append("s: the relative rise of the loss that the push makes, to first order, in the middle of training")
     return lines
 
 
