@@ -230,7 +230,9 @@ def test_only_runs_of_the_table_and_preset_count():
     others = made_up(TABLES["table1"]) + made_up(table, preset="paper")
     results = gather(table, PRESETS["bf16"], None, records + others)
     assert {name: sorted(runs) for name, runs in results.runs.items()} == {"pgd": [0, 1], "pgd+lad": [0, 1]}
-    assert "Not run:\n\n- `pgd+lad-sm`, seed 0\n- `pgd+lad-midpoint`, seed 0\n" in render(results)
+    assert "Not run:\n\n- `pgd+lad-sm`, seeds 0 to 2\n- `pgd+lad-midpoint`, seeds 0 to 2\n- `pgd`, seed 2\n" in render(
+        results
+    )
     assert "Not at this size, because the network lacks a block to damp: PGD + In-ResNet, PGD + lambda-In" in render(
         results
     )
@@ -573,7 +575,7 @@ class TestAutoAttack:
     def test_section_has_all_figures_of_the_same_images(self):
         text = render(gather(TABLES["table2"], PRESETS["cpu"], "cifar10", self.records()))
         section = text.split("<summary>AutoAttack</summary>")[1].split("</details>")[0]
-        assert "at 8/255 on the first test images" in section
+        assert "The radius is 8/255. All figures are of the first test images." in section
         header = "| Method |  | images | Acc | IFGSM-20 8 | IFGSM-20 8, worst so far | AutoAttack 8 | difference |"
         assert header in section
         # For the first two images. IFGSM leaves the second one right in one seed of PGD, but its clean image is wrong.
