@@ -346,8 +346,8 @@ def _runs(results: Results) -> list[str]:
     if results.missing:
         seeds: dict[str, list[int]] = {}
         for name in results.missing:
-            row_name, _, seed = name.rpartition(" seed ")
-            seeds.setdefault(row_name, []).append(int(seed))
+            row_name, _, number = name.rpartition(" seed ")
+            seeds.setdefault(row_name, []).append(int(number))
         lines += ["", "Not run:", "", *(f"- `{name}`, {_seeds(missing)}" for name, missing in seeds.items())]
     return lines
 
