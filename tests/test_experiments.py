@@ -106,9 +106,7 @@ def test_every_table_has_a_page_at_every_preset(name, tmp_path):
             text = render(gather(table, size, dataset, records))
             theirs = preset == "paper" and bool(table.paper(dataset))
             assert (
-                "\n**The paper's protocol, with these choices of ours:**"
-                if theirs
-                else "\n**Not the paper's protocol:**"
+                "\n**The paper's protocol, with these choices of ours: " if theirs else "\n**Not the paper's protocol: "
             ) in text
             assert "Not run" not in text
             assert ("Not at this size" in text) == (rows_at(table, preset) != list(table.rows))
@@ -243,7 +241,11 @@ def test_only_runs_of_the_table_and_preset_count():
 def test_what_differs_from_the_paper_stands_in_the_first_lines(monkeypatch):
     table = TABLES["table2"]
     text = render(gather(table, PRESETS["bf16"], None, made_up(table, seeds=(0,))))
-    text = text.partition("\n**Not the paper's protocol:**\n\n")[2].partition("\n\n")[0]
+    first = next(line for line in text.splitlines() if line.startswith("**Not the paper's protocol: "))
+    text = text.partition("<summary>All differences from the paper's protocol</summary>\n\n")[2].partition("\n\n")[0]
+    assert first.split(": ", 1)[1].split("; and ")[0].split("; ") == [
+        line[2:].partition(" (")[0] for line in text.splitlines()[:3]
+    ]
     for part in (
         "ResNet-8 of width 16 instead of ResNet-56", "40 instead of 160 epochs", "bf16 instead of fp32",
         "7 instead of 10 attack steps", "2 training images", "1 instead of 3 seeds",

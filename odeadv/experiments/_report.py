@@ -20,6 +20,7 @@ from odeadv.experiments._tables import Column, Row, Table
 from odeadv.support import plain
 from odeadv.support.files import replacing, write_text
 
+_SHOWN = 3  # differences in the first line of a page, so that the picture stays near the top
 # The paper does not say these.
 _CHOICES = (
     "the last, smaller batch of an epoch is left out",
@@ -367,9 +368,14 @@ def differences(results: Results) -> str:
 
 
 def protocol(results: Results) -> list[str]:
-    """Return the lines of a page that list how these runs differ from the paper's protocol."""
+    """Return the lines of a page that say how these runs differ from the paper's protocol: in short, and in full."""
     head, items = _protocol(results)
-    return [f"**{head}:**", "", *(f"- {item}" for item in items)]
+    more = len(items) - _SHOWN
+    if more < 1:
+        return [f"**{head}: {'; '.join(items)}.**"]
+    first = "; ".join(item.partition(" (")[0] for item in items[:_SHOWN])  # without the rows that it is about
+    short = f"**{head}: {first}; and {more} more.**"
+    return [short, *_folded("All differences from the paper's protocol", ["", *(f"- {item}" for item in items)])]
 
 
 def _protocol(results: Results) -> tuple[str, Sequence[str]]:
