@@ -122,7 +122,7 @@ def mark_cells(app: object, doctree: nodes.document) -> None:
     for group in doctree.findall(nodes.tgroup):
         for cell in group.findall(nodes.entry):
             text = cell.astext()
-            if group["cols"] > 3 and len(text) > 20:
+            if group["cols"] > 2 and len(text) > 20:
                 cell["classes"].append("wide" if len(text) > 60 else "middling")
             paragraph = cell.children[0] if len(cell.children) == 1 else None
             if isinstance(paragraph, nodes.paragraph) and re.match(r"[-+±≤≥]? ?\d", text) and len(text) < 32:
@@ -173,9 +173,11 @@ def link_back(app: Any, pagename: str, templatename: str, context: dict[str, Any
 
 
 def soften(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
-    """Let names such as ``experiments.first_process`` break after the module in titles and in links to neighbours."""
+    """Let names such as ``experiments.first_process`` break after the module, and link pictures to their full size."""
     if pagename.startswith("api/objects/"):
         context["body"] = re.sub(r"(<h1>\w+\.)", r"\1<wbr/>", context["body"], count=1)
+    picture = r'<p><img ([^>]*?src="([^"]+\.png)"[^>]*)></p>'
+    context["body"] = re.sub(picture, r'<p><a class="picture" href="\2"><img \1></a></p>', context.get("body", ""))
     for neighbour in filter(None, (context.get("prev"), context.get("next"))):
         neighbour["title"] = re.sub(r"^(\w+\.)(?=\w+$)", r"\1<wbr/>", neighbour["title"])
 

@@ -77,3 +77,5 @@ def style(axes: Axes, *, x: str, y: str, title: str = "", log: bool = False) -> 
         places = [float(value) for line in axes.get_lines() for value in line.get_xdata()]  # type: ignore[union-attr, arg-type]
         if all(math.isnan(place) or place.is_integer() for place in places):
             axes.locator_params(axis="x", integer=True)
+            if len({*places}) == 1:
+                axes.set_xticks(places[:1])
