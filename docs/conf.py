@@ -122,7 +122,7 @@ def mark_cells(app: object, doctree: nodes.document) -> None:
     for group in doctree.findall(nodes.tgroup):
         for cell in group.findall(nodes.entry):
             text = cell.astext()
-            if group["cols"] > 2 and len(text) > 20:
+            if group["cols"] > 1 and len(text) > 11:
                 cell["classes"].append("wide" if len(text) > 60 else "middling")
             paragraph = cell.children[0] if len(cell.children) == 1 else None
             if isinstance(paragraph, nodes.paragraph) and re.match(r"[-+±≤≥]? ?\d", text) and len(text) < 32:

@@ -346,7 +346,7 @@ def test_committed_pages_are_made_of_committed_records(page, tmp_path):
     assert name == page.stem
     text = write_report(TABLES[name], PRESETS[preset], dataset, RESULTS / "runs", tmp_path)
     assert page.read_text(encoding="utf-8") == text
-    assert (page.parent / f"{name}.png").exists()
+    assert (page.parent / f"{name}.png").exists() == (tmp_path / f"{name}.png").exists()
 
 
 @pytest.mark.usefixtures("_read_once")

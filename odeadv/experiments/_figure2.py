@@ -52,7 +52,11 @@ def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]])
     lines = [
         f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}, preset {results.preset.name}",
         "",
+        "Does the ratio of Eq. 16 fall in training, and how far, compared with the paper's Figure 2?",
+        "",
         *protocol(results),
+        "",
+        "![The ratio of Eq. 16 over the epochs](figure2.png)",
         "",
         "The ratio is ||x(0) + f(x(0), 0)|| / ||dL/dx(0)||, with norms over the whole batch tensor. It is taken on the "
         "last batch of every epoch (attacked images, batch statistics, loss averaged over the batch). In the paper's "

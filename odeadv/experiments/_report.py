@@ -32,7 +32,8 @@ _CHOICES = (
 def write_report(table: Table, preset: Preset, dataset: str | None, records: Path, out: Path) -> str:
     """Make ``out/TABLE.md`` and its figures from the records in a folder, and return the Markdown.
 
-    The figures are ``TABLE.png``, and ``TABLE-epochs.png`` if validation images were attacked in every epoch.
+    The figures are ``TABLE.png``, if both rows of a primary contrast or three values of eta have been run, and
+    ``TABLE-epochs.png``, if validation images were attacked in every epoch.
 
     Args:
         table: table to report.
@@ -50,6 +51,8 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
     if has_picture(results):
         with replacing(out / f"{table.name}.png") as path:
             plot(results, path)
+    else:
+        (out / f"{table.name}.png").unlink(missing_ok=True)  # of an earlier report
     if regimes(results):
         with replacing(out / f"{table.name}-epochs.png") as path:
             plot_over_fitting(results, path)
@@ -66,12 +69,13 @@ def render(results: Results) -> str:
         f"# {table.title}, {results.dataset}, preset {results.preset.name}",
         "",
         *([f"**Not a test of the paper's claim: {reason}.**", ""] if reason else []),
+        "How robust are networks that were trained by each method? Which differences between the methods are seen?",
+        "",
         *protocol(results),
         "",
         "All runs share one training subset and one test subset.",
         "",
-        f"![Differences of the rows with 95 % intervals, and the paper's]({table.name}.png)",
-        "",
+        *([f"![Differences of the rows with 95 % intervals]({table.name}.png)", ""] if has_picture(results) else []),
         "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255). "
         + ("Avg is the mean of the robust accuracies. " if table.average else "")
         + "Rows with *here* are means ± sample standard deviations over the seeds.",
