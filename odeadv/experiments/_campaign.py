@@ -97,7 +97,8 @@ STAGES = {
             says="natural training of a ConvNet at a small weight decay: does a larger eta help?",
         ),
         CampaignStage(
-            "noise", "mechanism-noise", "overfit", (20, 21, 22), says="Table 4 on a ConvNet: noise with LAD-SM",
+            "noise", "mechanism-noise", "overfit", (10, 11, 12, 13), TABLES["mechanism-noise"].methods[1:],
+            says="Table 4 on a ConvNet: noise with LAD-SM",
         ),
         CampaignStage(
             "steps", "mechanism-steps", "mlp", (20, 21, 22), best=False, says="Table 6: attacks of up to 1000 steps",
