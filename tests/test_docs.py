@@ -139,3 +139,10 @@ def test_links_between_pages_lead_somewhere(page):
             for title in re.findall(r"^#+ (.*)", target, re.M)
         }
         assert not part or part in titles, f"{file}#{part}"
+
+
+def test_pages_have_no_marks_of_a_merge():
+    """A line of ``====`` that a merge leaves makes a heading of the line above it."""
+    for path in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
+        marked = re.findall(r"^(?:<{4,}|={4,}|>{4,}|\|{4,}).*", path.read_text(encoding="utf-8"), re.M)
+        assert not marked, f"{path.relative_to(DOCS.parent)}: {marked}"
