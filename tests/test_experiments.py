@@ -108,7 +108,7 @@ def test_every_table_has_a_page_at_every_preset(name, tmp_path):
             assert (
                 "\n**The paper's protocol, with these choices of ours: " if theirs else "\n**Not the paper's protocol: "
             ) in text
-            assert "Not run" not in text
+            assert "Without a record" not in text
             assert ("Not at this size" in text) == (rows_at(table, preset) != list(table.rows))
             for row in rows_at(table, preset):
                 assert re.search(rf"^\| {re.escape(row.label)} \| here(, eta [0-9.]+)?, 3 seeds \|", text, re.MULTILINE)
@@ -228,8 +228,9 @@ def test_only_runs_of_the_table_and_preset_count():
     others = made_up(TABLES["table1"]) + made_up(table, preset="paper")
     results = gather(table, PRESETS["bf16"], None, records + others)
     assert {name: sorted(runs) for name, runs in results.runs.items()} == {"pgd": [0, 1], "pgd+lad": [0, 1]}
-    assert "Not run:\n\n- `pgd+lad-sm`, seeds 0 to 2\n- `pgd+lad-midpoint`, seeds 0 to 2\n- `pgd`, seed 2\n" in render(
-        results
+    assert (
+        "not run or diverged:\n\n- `pgd+lad-sm`, seeds 0 to 2\n- `pgd+lad-midpoint`, seeds 0 to 2\n- `pgd`, seed 2\n"
+        in render(results)
     )
     assert "Not at this size, because the network lacks a block to damp: PGD + In-ResNet, PGD + lambda-In" in render(
         results
@@ -661,6 +662,26 @@ class TestClaims:
         assert decide(claim, made_up(table, preset="cpu", seeds=range(3, 10)))["why"] == ""
         assert decide(claim, made_up(TABLES["table2"]))["word"] == "not tested"
         assert decide(claim, made_up(table, preset="cpu", seeds=(0,)))["why"] == "one seed"
+
+    def test_a_page_decides_on_new_seeds_too(self):
+        """Seeds that made the hypothesis do not count beside new ones, on a table's page or on that of claims."""
+        claim = next(claim for claim in CLAIMS if claim.row == "natural+lad" and claim.other == "natural")
+        table, preset = TABLES[claim.table], PRESETS[claim.preset]
+        for seeds, used in (((0, 1, 2, 3), (0, 1, 2, 3)), ((0, 1, 2, 3, 4), (3, 4))):
+            records = made_up(table, preset="cpu", seeds=seeds)
+            decided = gather(table, preset, "cifar10", records).decided()
+            assert {decision.seeds for decision in decided} == {used}
+            assert decide(claim, records)["seeds"] == list(used)
+
+    def test_a_reading_that_lacks_seeds_is_unfinished_even_if_it_is_the_stronger_one(self):
+        claim = next(claim for claim in CLAIMS if claim.again)
+        records = made_up(TABLES[claim.table], preset=claim.preset, seeds=range(10, 20))
+        assert decide(claim, records)["why"] == ""
+        for names in ((claim.row, claim.other), claim.again):
+            table = TABLES[claim.table]
+            lacking = gather(table, PRESETS[claim.preset], "cifar10", records).runs[names[0]][19]["key"]
+            kept = [made for made in records if made["key"] != lacking]
+            assert decide(claim, kept)["why"] == "9 of 10 seeds so far"
 
     def test_a_table_of_mixed_data_is_an_error_and_not_an_untested_claim(self):
         claim = next(claim for claim in CLAIMS if claim.row == "natural+lad" and claim.other == "natural")

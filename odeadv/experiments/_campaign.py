@@ -111,6 +111,19 @@ STAGES = {
 }  # fmt: skip
 
 
+def planned(table: str, preset: str, row: str) -> set[int] | None:
+    """Return the seeds for which the campaign plans ``row``; None if no stage runs ``table`` at ``preset``."""
+    stages = [stage for stage in STAGES.values() if (stage.table, stage.preset) == (table, preset)]
+    if not stages:
+        return None
+    return {
+        seed
+        for stage in stages
+        for seed in stage.seeds
+        if row in (stage.rows or TABLES[table].methods) and (row, seed) not in stage.without
+    }
+
+
 def run_stage(
     stage: CampaignStage, runs: Path, folder: Path, records: Path, seeds: Sequence[int] | None = None
 ) -> list[Failure]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from odeadv.experiments._campaign import STAGES
+from odeadv.experiments._campaign import planned
 from odeadv.experiments._presets import PRESETS
 from odeadv.experiments._records import load_records
 from odeadv.experiments._tables import TABLES
@@ -16,7 +16,7 @@ from odeadv.support.pages import markdown_table
 
 from ._results import Decision, NoRunsError, Results, gather, ranges
 
-SCHEMA = "odeadv.claims/2"
+SCHEMA = "odeadv.claims/3"
 
 
 @dataclass(frozen=True)
@@ -173,22 +173,7 @@ CLAIMS = (
         )
         for name, row in (("LAD", "pgd+lad"), ("LAD-SM", "pgd+lad-sm"))
     ),
-    Claim("LAD improves TRADES under attacks of more steps", "Table 6", "table6", "cpu", "trades+lad", "trades"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """The results of a table, and the same without the seeds that made the hypotheses."""
-
-    every: Results
-    new: Results
-
-    def of(self, claim: Claim) -> Results:
-        """Return the results that decide ``claim``: those of new seeds if its rows have at least two in common."""
-        names = [claim.row, claim.other] if claim.row else [row.name for row in self.every.rows]
-        common = set.intersection(*(set(self.new.runs.get(name, {})) for name in names))
-        return self.every if len(common) < 2 else self.new
 
 
 def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -199,7 +184,7 @@ def decide(claim: Claim, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     return _decide(claim, _gather(claim, records))
 
 
-def _decide(claim: Claim, gathered: _Gathered | None) -> dict[str, Any]:
+def _decide(claim: Claim, results: Results | None) -> dict[str, Any]:
     nothing: dict[str, Any] = {
         "word": "not tested",
         "why": "these rows have not been run",
@@ -209,9 +194,8 @@ def _decide(claim: Claim, gathered: _Gathered | None) -> dict[str, Any]:
     table = TABLES[claim.table]
     rows = f"{table.row(claim.row).label} minus {table.row(claim.other).label}" if claim.row else "best eta minus none"
     result: dict[str, Any] = {"claim": claim.text, "source": claim.source, "rows": rows, "page": claim.page, **nothing}
-    if gathered is None:
+    if results is None:
         return {**result, "page": None}
-    results = gathered.of(claim)
     if not claim.row:
         return result | _shape(results)
     readings = _readings(results, ((claim.row, claim.other), claim.again))
@@ -220,39 +204,33 @@ def _decide(claim: Claim, gathered: _Gathered | None) -> dict[str, Any]:
     if not readings:
         return result
     weaker = min(readings, key=lambda label: _support(readings[label]))
-    result |= _found(readings[weaker], results)
+    result |= _found(readings[weaker])
     result["rows"] = weaker
-    planned, done = _planned(claim), set(result["seeds"])
-    expected = 1 + (claim.again is not None) + (claim.best is not None)
-    reasons = [
-        result["why"],
-        f"{len(done)} of {len(planned)} seeds so far" if done < planned else "",
-        f"{len(readings)} of {expected} readings so far" if len(readings) < expected else "",
-    ]
-    result["why"] = "; ".join(filter(None, reasons))
+    result["why"] = "; ".join(filter(None, [result["why"], _unfinished(claim, readings)]))
     result["other_readings"] = [
         {"rows": label} | _numbers(decision) for label, decision in readings.items() if label != weaker
     ]
     return result
 
 
-def _planned(claim: Claim) -> set[int]:
-    """Return the seeds for which the campaign plans both rows of ``claim``."""
-    stages = [stage for stage in STAGES.values() if (stage.table, stage.preset) == (claim.table, claim.preset)]
-    rows = [TABLES[claim.table].row(claim.row).name, TABLES[claim.table].row(claim.other).name]
-    return {
-        seed
-        for stage in stages
-        for seed in stage.seeds
-        if all(row in (stage.rows or TABLES[stage.table].methods) and (row, seed) not in stage.without for row in rows)
-    }
+def _unfinished(claim: Claim, readings: Mapping[str, Decision]) -> str:
+    """Return how many seeds or readings of ``claim`` there are so far; empty if all runs have been made."""
+    expected = 1 + (claim.again is not None) + (claim.best is not None)
+    if len(readings) < expected:
+        return f"{len(readings)} of {expected} readings so far"
+    for decision in readings.values():
+        rows, done = (decision.row.name, decision.other.name), set(decision.seeds)
+        seeds = set.intersection(*(planned(claim.table, claim.preset, row) or set() for row in rows))
+        if done < seeds:
+            return f"{len(done)} of {len(seeds)} seeds so far"
+    return ""
 
 
 def _readings(results: Results, pairs: Sequence[tuple[str, str] | None]) -> dict[str, Decision]:
     """Return the decisions on the ``pairs`` of rows that have runs, keyed by a text that names the comparison."""
     if not results.runs:
         return {}
-    found = {(decision.row.name, decision.other.name): decision for decision in results.decisions()}
+    found = {(decision.row.name, decision.other.name): decision for decision in results.decided()}
     chosen = [found[pair] for pair in pairs if pair in found]
     return {f"{decision.row.label} minus {decision.other.label}": decision for decision in chosen}
 
@@ -267,18 +245,12 @@ def _at_best(results: Results) -> Results:
     return replace(results, runs={name: kept for name, kept in runs.items() if kept}, weights="best")
 
 
-def _gather(claim: Claim, records: Sequence[Mapping[str, Any]]) -> _Gathered | None:
+def _gather(claim: Claim, records: Sequence[Mapping[str, Any]]) -> Results | None:
     """Return the results of the table of ``claim``; None if no record belongs to it."""
-    table, preset = TABLES[claim.table], PRESETS[claim.preset]
     try:
-        every = gather(table, preset, claim.dataset, records)
+        return gather(TABLES[claim.table], PRESETS[claim.preset], claim.dataset, records)
     except NoRunsError:
         return None
-    runs = {
-        name: {seed: run for seed, run in by_seed.items() if seed >= preset.confirms_from}
-        for name, by_seed in every.runs.items()
-    }
-    return _Gathered(every, replace(every, runs={name: kept for name, kept in runs.items() if kept}))
 
 
 def _support(decision: Decision) -> float:
@@ -295,11 +267,13 @@ def _numbers(decision: Decision) -> dict[str, Any]:
     return {"difference": decision.contrast.mean, "interval": None if interval is None else list(interval)}
 
 
-def _found(decision: Decision, results: Results) -> dict[str, Any]:
+def _found(decision: Decision) -> dict[str, Any]:
+    alone = decision.alone.interval
     return _numbers(decision) | {
+        "alone": None if alone is None else list(alone),
         "paper": decision.paper,
         "p": decision.p,
-        "strength": results.strength(decision.row),
+        "strength": decision.strength,
         "seeds": list(decision.seeds),
         "word": decision.word,
         "why": decision.why,
@@ -308,10 +282,9 @@ def _found(decision: Decision, results: Results) -> dict[str, Any]:
 
 def _shape(results: Results) -> dict[str, Any]:
     """Decide the claim about the shape over eta, by the rule of stage 4 in docs/results/rules.md."""
-    found = results.decisions()
-    seeds = sorted({seed for decision in found for seed in decision.seeds})
-    if not found or len(seeds) < 2:
-        return {"seeds": seeds, "why": "fewer than two seeds"}
+    found = [decision for decision in results.decided() if len(decision.seeds) > 1]
+    if not found:
+        return {"why": "fewer than two seeds"}
     why = results.over_fitting()[1]
     best = max(found, key=lambda decision: decision.contrast.mean)
     largest = max(decision.row.factor for decision in found)
@@ -319,10 +292,7 @@ def _shape(results: Results) -> dict[str, Any]:
     seen = [f for f in found if f.p is not None and f.p < 0.05 and f.contrast.mean > 0]
     within = all(f.contrast.interval is not None and max(map(abs, f.contrast.interval)) <= 1.0 for f in found)
     said = "confirmed" if seen and harmed else "absent" if not seen and within else "undecided"
-    return _numbers(best) | {
-        "p": best.p,
-        "strength": results.strength(best.row),
-        "seeds": seeds,
+    return _found(best) | {
         "word": "not tested" if why else said,
         "why": why or f"the best of {len(found)} is {best.row.label}",
     }
@@ -362,6 +332,8 @@ def render_claims(data: Mapping[str, Any]) -> str:
         shown = "" if paper is None else f"{paper:+.2f}"
         rows.append([link, claim["source"], shown, _number(claim), ranges(claim["seeds"]), said])
         notes.append(f"- **{text}**: {claim['rows']}." + ("" if s is None else f" Strength: s = {100 * s:.2g} %."))
+        if alone := claim.get("alone"):
+            notes[-1] += f" By the seeds of these rows alone: [{alone[0]:+.2f}, {alone[1]:+.2f}]."
         if others := claim.get("other_readings"):
             notes[-1] += " The other reading: " if len(others) == 1 else " The other readings: "
             notes[-1] += "; ".join(f"{other['rows']}: {_number(other)}" for other in others) + "."
@@ -369,18 +341,20 @@ def render_claims(data: Mapping[str, Any]) -> str:
         "# The claims of the paper, one by one",
         "",
         "*Paper* and *here* are differences of the mean accuracy under the attacks of the table, in percentage points, "
-        "here with the 95 % interval. They are of last iterates and last weights. [The rules](rules.md) define the "
-        "words. They "
-        "also say what was changed after results were seen. Each claim links to its page, which has the runs. All runs "
-        "of a page share one training subset and one test subset of CIFAR-10, and the networks are small.",
+        "here with the 95 % interval. They are of last iterates, and of last weights unless the list below says the "
+        "best epoch. [The rules](rules.md) define the words. They also say what was changed after results were seen. "
+        "Each claim links to its page, which has the runs. All runs of a page share one training subset and one test "
+        "subset of CIFAR-10, and the networks are small.",
         "",
         *markdown_table(["Claim", "Source", "Paper", "Here", "Seeds", "Word"], rows),
         "",
         "## Which rows were compared?",
         "",
         "s is the strength of the defence in the middle of the training: the relative rise of the loss that the "
-        "perturbation makes, to first order. If a claim has two readings, the weaker one is in the table and the other "
-        "one is here.",
+        "perturbation makes, to first order. The intervals in the table pool one error over all rows of a page, as the "
+        "rules say. The second interval here is Student's, of the differences of these two rows seed by seed. It does "
+        "not assume that all rows vary alike, but has fewer degrees of freedom. If a claim has two readings, the "
+        "weaker one is in the table and the other one is here.",
         "",
         *notes,
         "",

@@ -28,7 +28,7 @@ def plot(results: Results, path: Path) -> None:
     labels = {"acc": "clean", **{column.key: column.label for column in results.table.columns}}
     if results.table.average:
         labels["avg"] = "average"
-    contrasts, curves = len(results.decisions()), _is_curve(results)
+    contrasts, curves = len(results.decided()), _is_curve(results)
     lines = math.ceil(len(labels) / 3)
     figure = Figure(figsize=(8.0, 1.3 + 2.6 * lines if curves else 1.8 + 0.5 * contrasts), layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,7 +42,7 @@ def plot(results: Results, path: Path) -> None:
 
 def has_picture(results: Results) -> bool:
     """Return True if there is something to draw: a curve over eta, or a primary contrast whose rows have been run."""
-    return _is_curve(results) or bool(results.decisions())
+    return _is_curve(results) or bool(results.decided())
 
 
 def _is_curve(results: Results) -> bool:
@@ -109,7 +109,7 @@ def regimes(results: Results) -> list[Sequence[Row]]:
 def _forest(results: Results, figure: Figure) -> None:
     """Draw the primary contrasts with their intervals. Ticks mark the differences in the paper."""
     axes = figure.add_subplot()
-    found = results.decisions()
+    found = results.decided()
     for y, decision in enumerate(found):
         contrast = decision.contrast
         half = 0.0 if contrast.half is None else contrast.half

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def _results(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
 
 def _claims(results: Results) -> list[str]:
     """Return the primary contrasts, each with its word from the rules."""
-    found = results.decisions()
+    found = results.decided()
     if not found:
         return []
     lines = []
@@ -353,7 +354,12 @@ def _runs(results: Results) -> list[str]:
         for name in results.missing:
             row_name, _, number = name.rpartition(" seed ")
             seeds.setdefault(row_name, []).append(int(number))
-        lines += ["", "Not run:", "", *(f"- `{name}`, {_seeds(missing)}" for name, missing in seeds.items())]
+        lines += [
+            "",
+            "Without a record, because they were not run or diverged:",
+            "",
+            *(f"- `{name}`, {_seeds(missing)}" for name, missing in seeds.items()),
+        ]
     return lines
 
 
@@ -377,7 +383,7 @@ def protocol(results: Results) -> list[str]:
     more = len(items) - _SHOWN
     if more < 1:
         return [f"**{head}: {'; '.join(items)}.**"]
-    first = "; ".join(item.partition(" (")[0] for item in items[:_SHOWN])  # without the rows that it is about
+    first = "; ".join(re.sub(r" \([^()]*\)$", "", item) for item in items[:_SHOWN])  # without the names of rows
     short = f"**{head}: {first}; and {more} more.**"
     return [short, *_folded("All differences from the paper's protocol", ["", *(f"- {item}" for item in items)])]
 

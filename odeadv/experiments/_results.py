@@ -6,10 +6,11 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from odeadv.evaluation import Evaluation
+from odeadv.experiments._campaign import planned
 from odeadv.experiments._config import RunConfig, parse_method
 from odeadv.experiments._presets import PRESETS, Preset, configurations
 from odeadv.experiments._records import Record, RecordWarning
@@ -64,6 +65,8 @@ class Decision:
         seeds: the seeds that both rows have.
         word: the word that the rules give.
         why: the reason for "not tested", or a restriction of the word.
+        strength: strength of the defence of ``row``, see `Results.strength`.
+        alone: the difference by the seeds of these two rows alone, without the pooled error.
     """
 
     row: Row
@@ -73,7 +76,9 @@ class Decision:
     p: float | None
     seeds: tuple[int, ...]
     word: str
-    why: str = ""
+    why: str
+    strength: float | None
+    alone: Difference
 
 
 @dataclass(frozen=True)
@@ -209,8 +214,26 @@ class Results:
                 seed >= self.preset.confirms_from for seed in seeds
             ):
                 why = "on the seeds that made the hypothesis"
-            result.append(Decision(row, other, contrast, paper, p, seeds, said, why))
+            alone = Difference(tuple(self._primary_of(row, s) - self._primary_of(other, s) for s in seeds))
+            result.append(Decision(row, other, contrast, paper, p, seeds, said, why, self.strength(row), alone))
         return result
+
+    def decided(self) -> list[Decision]:
+        """Return `decisions`, each without the seeds that made the hypotheses if both rows have at least two others."""
+        first = self.preset.confirms_from
+        runs = {
+            name: {seed: run for seed, run in by_seed.items() if seed >= first} for name, by_seed in self.runs.items()
+        }
+        new = replace(self, runs={name: kept for name, kept in runs.items() if kept})
+        better = {
+            (found.row, found.other): found
+            for found in (new.decisions() if new.runs and new.runs != self.runs else ())
+            if len(found.seeds) > 1
+        }
+        return [better.get((found.row, found.other), found) for found in self.decisions()]
+
+    def _primary_of(self, row: Row, seed: int) -> float:
+        return self.primary(self.runs[row.name][seed])
 
     def not_tested(self, row: Row) -> str:
         """Return the reason why these runs cannot test ``row``; empty if they can.
@@ -306,7 +329,9 @@ def gather(table: Table, preset: Preset, dataset: str | None, records: Sequence[
         record = by_key.get(config.key)
         there = record is not None and table.protocol in record["evaluations"].get("last", {})
         if record is None or not there or not _is_usable(record, config, table):
-            if config.training.seed in preset.seeds:
+            # The campaign runs some rows of a table on fewer seeds, or on others, than those of the preset.
+            ours = planned(table.name, preset.name, row.name) if dataset == "cifar10" else None
+            if config.training.seed in (preset.seeds if ours is None else ours):
                 missing.append(f"{row.name} seed {config.training.seed}")
         else:
             runs.setdefault(row.name, {})[config.training.seed] = record

@@ -37,7 +37,7 @@ def summary(table: Table, preset: Preset, dataset: str | None, records: Path) ->
         ValueError: if none of the records belongs to this table.
     """
     results = gather(table, preset, dataset, load_records(records))
-    decisions = results.decisions()
+    decisions = results.decided()
     lines = [f"{table.title}, {results.dataset}: accuracy in %, mean over the seeds", "", *_accuracies(results)]
     if decisions:
         lines += ["", "Mean accuracy under the attacks, difference in points with 95 % interval", ""]

@@ -291,8 +291,7 @@ TABLES = {
             autoattack_255=1.0, like="table1",
             primary=(
                 ("natural+lad", "natural"), ("natural+lad-sm", "natural"), ("natural+lad-sm", "natural+lad"),
-                ("natural+lad-sm", "natural+lad-sm+random"), ("natural+lad", "natural+lad+input"),
-                ("natural+lad", "natural+matched"),
+                ("natural+lad-sm", "natural+lad-sm+random"), ("natural+lad", "natural+matched"),
             ),
         ),
         Table(
