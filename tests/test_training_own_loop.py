@@ -143,13 +143,27 @@ def test_the_loggers_of_the_page_fit(monkeypatch):
 
 def test_the_lightning_module_of_the_page_returns_the_loss(monkeypatch):
     """Lightning is not a dependency: a module replaces its base class."""
-    monkeypatch.setitem(sys.modules, "lightning", types.SimpleNamespace(LightningModule=nn.Module))
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+
+    class Module(nn.Module):
+        def log(self, name, value):
+            logged.append(name)
+
+    class Trainer:
+        def __init__(self, max_epochs):
+            self.epochs = max_epochs
+
+        def fit(self, module, loader):
+            optimizer = module.configure_optimizers()
+            for number, each in enumerate(loader):
+                optimizer.zero_grad()
+                module.training_step(each, number).backward()
+                optimizer.step()
+
+    logged: list[str] = []
+    monkeypatch.setitem(sys.modules, "lightning", types.SimpleNamespace(LightningModule=Module, Trainer=Trainer))
+    page = (Path(__file__).parents[1] / "docs" / "tutorials" / "own_loop.md").read_text(encoding="utf-8")
     (program,) = (each for each in re.findall(r"```py\n(.*?)```", page, re.S) if "import lightning" in each)
-    scope: dict[str, object] = {}
-    exec(program, scope)
     net, (images, labels) = resnet(), batch()
-    module = scope["Defended"](net)
-    module.training_step((images, labels), 0).backward()
-    module.configure_optimizers().step()
+    exec(program, {"net": net, "images": images, "labels": labels})
+    assert set(logged) == {"loss"}
     assert all(p.grad is not None for p in net.parameters())

@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from odeadv.support.extras import extra
 from odeadv.support.pages import finite, new_figure
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def style(axes: Axes, *, x: str, y: str, title: str = "", log: bool = False) -> 
     if x == "t (layer)":
         places = [float(value) for line in axes.get_lines() for value in line.get_xdata()]  # type: ignore[union-attr, arg-type]
         if all(math.isnan(place) or place.is_integer() for place in places):
-            axes.locator_params(axis="x", integer=True)
+            with extra("plot"):
+                from matplotlib.ticker import MaxNLocator
+            # A second result may be drawn in the same axes, and then the ticks of the first one are replaced.
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if len({*places}) == 1:
                 axes.set_xticks(places[:1])
