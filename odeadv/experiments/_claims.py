@@ -352,9 +352,9 @@ def render_claims(data: Mapping[str, Any]) -> str:
         "",
         "s is the strength of the defence in the middle of the training: the relative rise of the loss that the "
         "perturbation makes, to first order. The intervals in the table pool one error over all rows of a page, as the "
-        "rules say. The second interval here is Student's, of the differences of these two rows seed by seed. It does "
-        "not assume that all rows vary alike, but has fewer degrees of freedom. If a claim has two readings, the "
-        "weaker one is in the table and the other one is here.",
+        "rules say. The second interval here is Student's t interval of the differences of these two rows, seed by "
+        "seed. It does not assume that all rows vary alike, but has fewer degrees of freedom. If a claim has two "
+        "readings, the weaker one is in the table and the other one is here.",
         "",
         *notes,
         "",
