@@ -110,6 +110,10 @@ class TestFolder:
         outcomes = [Evaluation.from_dict(each).clean_outcomes for each in (part, whole)]
         assert torch.equal(outcomes[0], outcomes[1][:12])
         assert not list(copied.glob("*.journal"))
+        last = part
+        record = run(config, digits, tmp_path, protocols=(Measurement("table1", 12),), log=StringIO())
+        assert set(record["evaluations"]["best"]) == {"table1", "table1@12"}  # what was left out can be asked for later
+        assert record["evaluations"]["last"]["table1@12"] == last
         with pytest.raises(ValueError, match="images: got 0"):
             Measurement("table1", 0)
 
@@ -515,15 +519,15 @@ class TestCommand:
         options = ["--images", "2", "--attack", "8", "--out", str(out)]
         assert cli.main(["diagnose", first, "--other", second, *options]) == 0
         found = json.loads((out / "diagnostics.json").read_text())
-        assert set(found["fields"]) == {lad.name, plain.name}
+        assert list(found["fields"]) == ["natural + LAD", "natural"]
         for measured in found["fields"].values():
             assert measured["contraction"]["eta"] == 5.0  # of the run that was trained with one
             assert measured["growth"]["linear"] is False
             assert measured["growth"]["size"] > 0
         page = (out / "diagnostics.md").read_text()
-        assert page.startswith("# Dynamics: natural + LAD and natural, digits, ResNet-8 of width 4\n")
+        assert page.startswith("# Dynamics: natural + LAD and natural, ResNet-8 of width 4, digits\n")
         assert f"\n{lad.name} with eta 5 and {plain.name} with eta 5, on 2 test images.\n" in page
-        assert f"{lad.name} | {plain.name} |" in page
+        assert "| quantity | natural + LAD | natural |" in page
         assert cli.main(["diagnose", first, "--other", first, "--images", "2"]) == 2
         assert "other: expected another run" in capsys.readouterr().err
 

@@ -15,7 +15,8 @@ from odeadv.experiments._tables import TABLES
 from odeadv.support.files import write_json
 
 from ._launch import Failure, Job, launch
-from ._run import Measurement
+from ._records import load_record
+from ._run import Measurement, measurements
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def run_stage(
     """Run the missing runs of ``stage``, seed by seed, and copy the records when a seed is finished.
 
     If the stage is stopped, call this function again. It skips runs that have a record and resumes a run from its
-    checkpoint.
+    checkpoint. A record that lacks an evaluation of the stage is left as it is, and its run is reported as failed.
 
     Args:
         stage: one of `STAGES`.
@@ -150,11 +151,16 @@ def run_stage(
         raise ValueError(f"seeds: got {unknown}, expected some of {list(stage.seeds)}")
     failed: list[Failure] = []
     for seed in chosen:
-        jobs = [
-            job
-            for job in stage.jobs
-            if job.config.training.seed == seed and not (records / f"{job.config.name}.json").exists()
-        ]
+        jobs = []
+        for job in stage.jobs:
+            path = records / f"{job.config.name}.json"
+            if job.config.training.seed != seed:
+                continue
+            if not path.exists():
+                jobs.append(job)
+            elif lacking := [each.key for each in measurements(job.protocols) if not each.made(load_record(path))]:
+                reason = f"{path}: lacks the evaluation {', '.join(lacking)}; move the file away to run it again"
+                failed.append(Failure(job, reason))
         print(f"stage {stage.name}, seed {seed}: {len(jobs)} runs", file=sys.stderr, flush=True)
         found, failures = launch(jobs, runs, folder)
         failed += failures

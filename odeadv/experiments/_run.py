@@ -65,6 +65,17 @@ class Measurement:
         name = self.protocol if isinstance(self.protocol, str) else self.protocol.name
         return name if self.images is None else f"{name}@{self.images}"
 
+    def made(self, record: Record) -> bool:
+        """Whether ``record`` has this measurement, of the best epoch too if that is asked for and there is one."""
+        evaluations = record["evaluations"]
+        also = ["best"] if self.best and record["best_epoch"] else []
+        return all(self.key in evaluations.get(which, {}) for which in ("last", *also))
+
+
+def measurements(protocols: Sequence[str | Measurement]) -> list[Measurement]:
+    """Return ``protocols`` with a `Measurement` for every name of a protocol."""
+    return [each if isinstance(each, Measurement) else Measurement(each) for each in protocols]
+
 
 def run(
     config: RunConfig,
@@ -118,7 +129,7 @@ def run(
     """
     config = _starting_from(config, init)
     folder = runs / config.name
-    wanted = [each if isinstance(each, Measurement) else Measurement(each) for each in protocols]
+    wanted = measurements(protocols)
     for measurement in wanted:
         require_packages(resolve_protocol(measurement.protocol))
     if data.name != config.data.name:
@@ -130,8 +141,7 @@ def run(
     log = (log or sys.stderr) if fabric.is_global_zero else _nowhere()
     with locked(folder) if fabric.is_global_zero else contextlib.nullcontext():
         record = _record(folder, config, subset)
-        done = (record or {}).get("evaluations", {}).get("last", {})
-        missing = [measurement for measurement in wanted if measurement.key not in done]
+        missing = [measurement for measurement in wanted if record is None or not measurement.made(record)]
         if record is not None and fabric.is_global_zero:  # a killed process may have left checkpoints
             _drop_checkpoints(folder, keep_checkpoint)
         if record is not None and not missing:
@@ -280,6 +290,8 @@ def _evaluate(
     key = measurement.key
     for which in ("last", "best"):
         file = folder / f"{which}.safetensors"
+        if key in record["evaluations"].get(which, {}):
+            continue
         if which == "best" and not (file.exists() and measurement.best):
             continue
         net, _ = load_model(file)
