@@ -613,6 +613,23 @@ def test_diagnose(tmp_path):
     assert all(f"]({name}.png)" in page for name in names)
 
 
+def test_a_diagnosis_is_written_again_from_its_json(tmp_path):
+    """Also where a field lacks a diagnostic: the energy of eta = 0 is not defined."""
+    first = diagnostics.diagnose({"net": linear(0.1), "plain": linear(0.0)}, tmp_path / "a", title="T", about="A.")
+    again = diagnostics.Diagnosis.from_dict(
+        json.loads((tmp_path / "a" / "diagnostics.json").read_text()), tmp_path / "b"
+    )
+    again.write()
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {path.name for path in (tmp_path / "b").iterdir()}
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert again.page == tmp_path / "b" / "diagnostics.md"
+    assert (again.title, again.about) == (first.title, first.about)
+    for damaged in ({}, {**first.to_dict(), "fields": {"net": {"unknown": {}}}}, {**first.to_dict(), "fields": []}):
+        with pytest.raises(ValueError, match=r"^data: got no diagnosis .* expected what Diagnosis.to_dict returns"):
+            diagnostics.Diagnosis.from_dict(damaged, tmp_path)
+
+
 def test_diagnose_a_field_without_a_loss(tmp_path):
     result = diagnostics.diagnose(lambda t, x: A @ x, tmp_path, X0, (0.0, 1.0), steps=4)
     assert list(result.results[""]) == ["lipschitz", "growth"]

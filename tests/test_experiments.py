@@ -7,13 +7,17 @@ import runpy
 import statistics
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from odeadv import cli, data
+from odeadv.diagnostics import Diagnosis
 from odeadv.evaluation import AttackResult, Evaluation
 from odeadv.experiments import (
     CLAIMS,
@@ -26,6 +30,7 @@ from odeadv.experiments import (
     _campaign,
     _claims,
     _figure2,
+    _plots,
     _report,
     configuration,
     configurations,
@@ -43,6 +48,7 @@ from odeadv.experiments._config import passes
 from odeadv.experiments._report import render
 from odeadv.experiments._results import gather
 from odeadv.models._network import FieldNetwork
+from odeadv.support.files import write_json
 from odeadv.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +251,7 @@ def test_what_differs_from_the_paper_stands_in_the_first_lines(monkeypatch):
     first = next(line for line in text.splitlines() if line.startswith("**Not the paper's protocol: "))
     text = text.partition("<summary>All differences from the paper's protocol</summary>\n\n")[2].partition("\n\n")[0]
     assert first.split(": ", 1)[1].split("; and ")[0].split("; ") == [
-        line[2:].partition(" (")[0] for line in text.splitlines()[:3]
+        line[2:].partition(" (")[0] for line in text.splitlines()[:4]
     ]
     for part in (
         "ResNet-8 of width 16 instead of ResNet-56", "40 instead of 160 epochs", "bf16 instead of fp32",
@@ -284,6 +290,25 @@ def test_a_tuned_eta_makes_a_table():
         for _, config in configurations(table, preset, seeds=(0,))
     ]
     assert "eta 200 instead of 50 (PGD + LAD" in render(gather(table, preset, None, records))
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("mechanism-natural-eta", "overfit"), ("mechanism-eta", "mlp"), ("table5", "cpu")]
+)
+def test_numbers_at_the_axes_of_eta_do_not_overlap(name, preset):
+    table = TABLES[name]
+    dataset = table.datasets[0]
+    results = gather(table, PRESETS[preset], dataset, made_up(table, preset=preset, dataset=dataset))
+    figure = Figure(figsize=(8.0, 6.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    _plots._over_eta(results, figure, {"acc": "clean", **{c.key: c.label for c in table.columns}})
+    canvas.draw()
+    for axes in figure.axes[: 1 + len(table.columns)]:  # the last place of the grid may be empty
+        labels = [label for label in axes.get_xticklabels(which="both") if label.get_text() and label.get_visible()]
+        if labels and labels[0].get_rotation() == 0.0:
+            boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+            assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), [label.get_text() for label in labels]
+        assert len(labels) <= 13
 
 
 def test_a_table_over_eta_shows_both_values_and_curves():
@@ -350,11 +375,39 @@ def test_committed_pages_are_made_of_committed_records(page, tmp_path):
     assert (page.parent / f"{name}.png").exists() == (tmp_path / f"{name}.png").exists()
 
 
+def test_the_same_runs_give_one_word_for_a_difference():
+    """Two tables that share runs pool their errors over other rows, so one of them must leave the word to the other."""
+    words: dict[tuple[str, ...], set[str]] = {}
+    for page in PAGES:
+        name, dataset, preset = page.parent.name.rsplit("-", 2)
+        claims = (
+            page.read_text(encoding="utf-8").partition("\n## Claims\n")[2].partition("\n#")[0].partition("<details>")[0]
+        )
+        for line in claims.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) == 6 and cells[0] not in ("Difference", "---") and "decided [" not in cells[5]:
+                words.setdefault((cells[0], dataset, preset, TABLES[name].protocol), set()).add(cells[5])
+    assert len(words) > 30
+    assert {key: found for key, found in words.items() if len(found) > 1} == {}
+
+
 @pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("page", sorted(RESULTS.glob("figure2-*/figure2.md")), ids=lambda page: page.parent.name)
 def test_committed_figures_are_made_of_committed_records(page, tmp_path):
     _, dataset, preset = page.parent.name.rsplit("-", 2)
     assert page.read_text(encoding="utf-8") == write_figure2(PRESETS[preset], dataset, RESULTS / "runs", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(RESULTS.glob("diagnostics-*/*")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_committed_dynamics_are_made_of_their_json(folder, tmp_path):
+    data = json.loads((folder / "diagnostics.json").read_text(encoding="utf-8"))
+    Diagnosis.from_dict(data, tmp_path).write()
+    assert (tmp_path / "diagnostics.md").read_text(encoding="utf-8") == (folder / "diagnostics.md").read_text(
+        encoding="utf-8"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
 
 
 def test_a_record_that_cannot_be_used_leaves_the_others_in_the_table():
@@ -606,14 +659,26 @@ class TestAutoAttack:
 
 
 def test_a_stage_goes_on_from_records_and_starts_no_run_that_has_one(tmp_path, monkeypatch):
-    stage = STAGES["2b"]
-    names = [job.config.name for job in stage.jobs]
-    (tmp_path / f"{names[0]}.json").write_text("{}")
+    stage = replace(STAGES["2b"], seeds=(10, 11, 12))
+    jobs = stage.jobs
+    table = TABLES[stage.table]
+    whole, part = (record(job.config, table.protocol, table.columns, lambda _: 0.5) for job in jobs[:2])
+    for made in (whole, part):
+        made["evaluations"]["best"] = made["evaluations"]["last"]
+        made["best_epoch"] = 1
+    part["evaluations"]["best"] = {"another": part["evaluations"]["last"][table.protocol]}
+    paths = [tmp_path / f"{job.config.name}.json" for job in jobs]
+    for path, made in zip(paths, (whole, part), strict=False):
+        write_json(path, made)
+    before = [path.read_bytes() for path in paths[:2]]
     started = []
     monkeypatch.setattr(_campaign, "launch", lambda jobs, *_: (started.extend(jobs), ([{}] * len(jobs), []))[1])
-    assert run_stage(stage, tmp_path / "runs", tmp_path, tmp_path) == []
-    assert [job.config.name for job in started] == names[1:]
-    assert {path.stem for path in tmp_path.glob("*.json")} == set(names)
+    (failure,) = run_stage(stage, tmp_path / "runs", tmp_path, tmp_path)
+    assert failure.job == jobs[1]
+    assert failure.reason == f"{paths[1]}: lacks the evaluation {table.protocol}; move the file away to run it again"
+    assert started == [jobs[2]]
+    assert [path.read_bytes() for path in paths[:2]] == before
+    assert set(tmp_path.glob("*.json")) == set(paths)
 
 
 class TestClaims:

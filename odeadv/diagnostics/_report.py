@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from odeadv._version import __version__
-from odeadv.diagnostics._contraction import contraction_of
-from odeadv.diagnostics._costate import costate_residual_of
-from odeadv.diagnostics._energy import energy_of, hamiltonian_of
-from odeadv.diagnostics._growth import growth_of, lipschitz_of
-from odeadv.diagnostics._perturbation import perturbation_of
+from odeadv.diagnostics._contraction import Contraction, contraction_of
+from odeadv.diagnostics._costate import CostateResidual, costate_residual_of
+from odeadv.diagnostics._energy import Energy, Hamiltonian, energy_of, hamiltonian_of
+from odeadv.diagnostics._growth import Growth, Lipschitz, growth_of, lipschitz_of
+from odeadv.diagnostics._perturbation import Perturbation, perturbation_of
 from odeadv.diagnostics._result import Result
-from odeadv.diagnostics._second_order import second_order_of
+from odeadv.diagnostics._second_order import SecondOrder, second_order_of
 from odeadv.diagnostics._trajectory import AnyField, posed, walk
 from odeadv.fields import AdversarialField, VectorField
 from odeadv.solver import SolveError
@@ -27,6 +28,17 @@ from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import finite, markdown_table, new_figure, save_figure
 
 SCHEMES = ("lie", "strang", "strang-midpoint", "strang-symmetric")
+
+_RESULTS: Mapping[str, type[Result]] = {
+    "perturbation": Perturbation,
+    "second_order": SecondOrder,
+    "costate_residual": CostateResidual,
+    "contraction": Contraction,
+    "hamiltonian": Hamiltonian,
+    "energy": Energy,
+    "lipschitz": Lipschitz,
+    "growth": Growth,
+}
 
 
 @dataclass(frozen=True)
@@ -38,16 +50,52 @@ class Diagnosis:
         results: results by the name of the field, then by the name of the diagnostic.
         failures: reasons of failed diagnostics, by the name of the field, then by the name of the diagnostic.
         page: path of the Markdown file.
+        about: the paragraph under the title.
     """
 
     title: str
     results: dict[str, dict[str, Result]]
     failures: dict[str, dict[str, str]] = _field(default_factory=dict)
     page: Path = Path()
+    about: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all results as plain data that JSON can hold."""
-        return {"title": self.title, "odeadv": __version__, "fields": finite(self.results), "failures": self.failures}
+        return {
+            "title": self.title,
+            "about": self.about,
+            "odeadv": __version__,
+            "fields": finite(self.results),
+            "failures": self.failures,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: str | os.PathLike[str]) -> Diagnosis:
+        """Return the diagnosis whose `to_dict` is ``data``; its page is in ``folder``.
+
+        Example:
+            Draw the pictures of a finished diagnosis again::
+
+                data = json.loads(Path("diagnostics/diagnostics.json").read_text())
+                odeadv.diagnostics.Diagnosis.from_dict(data, "diagnostics").write()
+
+        Raises:
+            ValueError: if ``data`` is not a diagnosis, or has a diagnostic that this version does not know.
+        """
+        try:
+            results = {
+                field: {name: _RESULTS[name](**_with_nan(values)) for name, values in measured.items()}
+                for field, measured in data["fields"].items()
+            }
+            return cls(data["title"], results, data["failures"], Path(folder) / "diagnostics.md", data["about"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"data: got no diagnosis ({error}), expected what Diagnosis.to_dict returns") from error
+
+    def write(self) -> None:
+        """Write the page, ``diagnostics.json`` and the pictures into the folder of `page`, each file atomically."""
+        pictures = _draw(self.results, self.page.parent)
+        write_json(self.page.parent / "diagnostics.json", self.to_dict())
+        write_text(self.page, _page(self, pictures))
 
 
 def diagnose(
@@ -104,11 +152,9 @@ def diagnose(
     for name, one in fields.items():
         whole = posed(one, x0, t_span, dt, steps)
         results[name], failures[name] = _measure(whole, substep, starts.get(name), most)
-    out = Path(folder)
-    diagnosis = Diagnosis(title, results, {name: why for name, why in failures.items() if why}, out / "diagnostics.md")
-    pictures = _draw(results, out)
-    write_json(out / "diagnostics.json", diagnosis.to_dict())
-    write_text(diagnosis.page, _page(diagnosis, about, pictures))
+    failed = {name: why for name, why in failures.items() if why}
+    diagnosis = Diagnosis(title, results, failed, Path(folder) / "diagnostics.md", about)
+    diagnosis.write()
     return diagnosis
 
 
@@ -168,9 +214,18 @@ def _draw(results: Mapping[str, Mapping[str, Result]], folder: Path) -> dict[str
     return pictures
 
 
-def _page(diagnosis: Diagnosis, about: str, pictures: Mapping[str, str]) -> str:
+def _with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with NaN in the places where JSON holds null."""
+
+    def restored(value: Any) -> Any:
+        return math.nan if value is None else [restored(item) for item in value] if isinstance(value, list) else value
+
+    return {name: restored(value) for name, value in values.items()}
+
+
+def _page(diagnosis: Diagnosis, pictures: Mapping[str, str]) -> str:
     lines = [f"# {diagnosis.title}", ""]
-    lines += [about, ""] if about else []
+    lines += [diagnosis.about, ""] if diagnosis.about else []
     lines += [
         f"Made by odeadv {__version__}. All numbers are in `diagnostics.json`; norms are 2-norms over the batch.",
         "",
@@ -193,4 +248,4 @@ def _page(diagnosis: Diagnosis, about: str, pictures: Mapping[str, str]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None or math.isnan(value) else f"{value:.4g}"

@@ -97,7 +97,8 @@ class SecondOrder(Result):
         axes.plot(self.ts, self.antisymmetric_share, marker=".", label=label or "second order: antisymmetric term")
         if not label:
             axes.plot(self.ts, self.perturbation_share, marker=".", label="first order: $\\eta a$ relative to $f$")
-        style(axes, x="t (layer)", y="share", title="Terms of Theorem 3.3 relative to the rest", log=True)
+        share = "antisymmetric term, share of $J f + f_t$" if label else "share"  # labelled fields show one term each
+        style(axes, x="t (layer)", y=share, title="Terms of Theorem 3.3 relative to the rest", log=True)
 
 
 def second_order(

@@ -62,7 +62,7 @@ def _natural_claims(network: str, table: str, preset: str, factor: str, again: s
     questions = (
         (f"LAD makes natural training of {network} more robust", "Table 1", "lad", ""),
         (f"LAD-SM makes natural training of {network} more robust", "Table 1", "lad-sm", ""),
-        (f"LAD is better than LAD-SM for natural training of {network}", "Table 1", "lad-sm", "+lad@{}"),
+        (f"LAD-SM is less robust than LAD after natural training of {network}", "Table 1", "lad-sm", "+lad@{}"),
         (f"The direction of the costate helps natural training of {network}", "implied", "lad-sm", "+lad-sm+random@{}"),
         (f"The gain of {network} in natural training is not bought by more compute", "implied", "lad", "+matched"),
     )
@@ -82,7 +82,7 @@ CLAIMS = (
         for text, source, row, other in (
             ("LAD makes natural training of a ResNet more robust", "Table 1", "lad", ""),
             ("LAD-SM makes natural training of a ResNet more robust", "Table 1", "lad-sm", ""),
-            ("LAD is better than LAD-SM for natural training of a ResNet", "Table 1", "lad-sm", "+lad"),
+            ("LAD-SM is less robust than LAD after natural training of a ResNet", "Table 1", "lad-sm", "+lad"),
             ("The gain of a ResNet in natural training is not bought by more compute", "implied", "lad", "+matched"),
         )
     ),
@@ -330,31 +330,36 @@ def render_claims(data: Mapping[str, Any]) -> str:
         said = f"**{claim['word']}**" + (f" ({claim['why']})" if claim["why"] else "")
         link = text if claim["page"] is None else f"[{text}]({claim['page']})"
         shown = "" if paper is None else f"{paper:+.2f}"
-        rows.append([link, claim["source"], shown, _number(claim), ranges(claim["seeds"]), said])
-        notes.append(f"- **{text}**: {claim['rows']}." + ("" if s is None else f" Strength: s = {100 * s:.2g} %."))
+        here = _number(claim)
         if alone := claim.get("alone"):
-            notes[-1] += f" By the seeds of these rows alone: [{alone[0]:+.2f}, {alone[1]:+.2f}]."
+            here += f" ({alone[0]:+.2f} to {alone[1]:+.2f})"
+        rows.append([link, claim["source"], shown, here, ranges(claim["seeds"]), said])
+        notes.append(f"- **{text}**: {claim['rows']}." + ("" if s is None else f" Strength: s = {100 * s:.2g} %."))
         if others := claim.get("other_readings"):
             notes[-1] += " The other reading: " if len(others) == 1 else " The other readings: "
             notes[-1] += "; ".join(f"{other['rows']}: {_number(other)}" for other in others) + "."
     lines = [
         "# The claims of the paper, one by one",
         "",
-        "*Paper* and *here* are differences of the mean accuracy under the attacks of the table, in percentage points, "
-        "here with the 95 % interval. They are of last iterates, and of last weights unless the list below says the "
-        "best epoch. [The rules](rules.md) define the words. They also say what was changed after results were seen. "
-        "Each claim links to its page, which has the runs. All runs of a page share one training subset and one test "
-        "subset of CIFAR-10, and the networks are small.",
+        "*Paper* and *here* are differences of the mean accuracy under the attacks of the table, in percentage points. "
+        "They are of last iterates, and of last weights unless the list below says the best epoch.",
+        "",
+        "*Here* has two 95 % intervals. The one in square brackets pools one error over all rows of a page; by "
+        "[the rules](rules.md) it decides the word. The one in round brackets is Student's t interval of the "
+        "differences of these two rows, seed by seed. It does not assume that all rows vary alike, but has fewer "
+        "degrees of freedom. If only one of the two contains 0, the word depends on the choice of the error.",
+        "",
+        "The rules also say what was changed after results were seen. Each claim links to its page, which has the "
+        "runs. All runs of a page share one training subset and one test subset of CIFAR-10, and the networks are "
+        "small.",
         "",
         *markdown_table(["Claim", "Source", "Paper", "Here", "Seeds", "Word"], rows),
         "",
         "## Which rows were compared?",
         "",
         "s is the strength of the defence in the middle of the training: the relative rise of the loss that the "
-        "perturbation makes, to first order. The intervals in the table pool one error over all rows of a page, as the "
-        "rules say. The second interval here is Student's t interval of the differences of these two rows, seed by "
-        "seed. It does not assume that all rows vary alike, but has fewer degrees of freedom. If a claim has two "
-        "readings, the weaker one is in the table and the other one is here.",
+        'perturbation makes, to first order. "eta x 0.1" is a tenth of the preset\'s eta. If a claim has two readings, '
+        "the weaker one is in the table and the other one is here.",
         "",
         *notes,
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,11 @@ class DataConfig:
             raise ValueError(f"validation_images: got {self.validation_images}, expected at least 0")
         if self.folds < 0 or self.folds == 1 or not 0 <= self.fold <= max(0, self.folds - 1):
             raise ValueError(f"folds, fold: got {self.folds} and {self.fold}, expected at least 2, and fold below it")
+
+    @property
+    def label(self) -> str:
+        """The data set on the pages, such as "CIFAR-10"."""
+        return re.sub("^cifar", "CIFAR-", self.name)
 
     def take(self, data: ImageDataset) -> tuple[ImageDataset, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return the subset of ``data`` for training and testing, and the validation images (None if there are none).

@@ -50,7 +50,7 @@ def write_figure2(preset: Preset, dataset: str | None, records: Path, out: Path)
 def _page(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
     paper = paper_tables()["figure2"]
     lines = [
-        f"# Figure 2: the Eq. 16 ratio in PGD training, {results.dataset}, preset {results.preset.name}",
+        f"# Figure 2: the Eq. 16 ratio in PGD training, {results.setting}",
         "",
         "Does the ratio of Eq. 16 fall in training, and how far, compared with the paper's Figure 2?",
         "",
@@ -91,6 +91,6 @@ def _plot(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]],
             if epoch["ratio"]:
                 trace.add(epoch["epoch"], epoch["ratio"])
         trace.plot(axes, label=f"{label}, seed {seed}")
-    axes.set_title(f"Eq. 16 in PGD training, {results.dataset}, preset {results.preset.name}")
+    axes.set_title(f"Eq. 16 in PGD training, {results.setting}")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -166,7 +166,7 @@ def diagnose_run(
     test = run_images(loaded[0][1], folder, images)
     device = next(nets[0].parameters()).device
     inputs, labels = to_float(test.test_images).to(device), test.test_labels.to(device)
-    names = [config.name for config in configs] if other is not None else [""]
+    names = _names(configs)
     fields = {name: net.field(inputs, labels, value) for name, net, value in zip(names, nets, etas, strict=True)}
     starts = None
     if attack_255 is not None:
@@ -176,12 +176,20 @@ def diagnose_run(
     return out, etas
 
 
+def _names(configs: Sequence[RunConfig]) -> list[str]:
+    """Return a short name of each network for legends: its method, or its run if both have the same method."""
+    labels = [Row(method_of(config)).label for config in configs]
+    if len(configs) == 1:
+        return [""]
+    return labels if len({*labels}) > 1 else [config.name for config in configs]
+
+
 def _headline(configs: Sequence[RunConfig], etas: Sequence[float], images: int) -> tuple[str, str]:
     """Return the title of the page of a diagnosis, for readers, and the line below it, which names the runs."""
     methods = " and ".join(dict.fromkeys(Row(method_of(config)).label for config in configs))
     networks = " and ".join(dict.fromkeys(config.model.label for config in configs))
     runs = " and ".join(f"{config.name} with eta {eta:g}" for config, eta in zip(configs, etas, strict=True))
-    return f"Dynamics: {methods}, {configs[0].data.name}, {networks}", f"{runs}, on {images} test images."
+    return f"Dynamics: {methods}, {networks}, {configs[0].data.label}", f"{runs}, on {images} test images."
 
 
 def _common_substep(configs: Sequence[RunConfig], nets: Sequence[Any]) -> Any:

@@ -121,31 +121,36 @@ def _forest(results: Results, figure: Figure) -> None:
     axes.set_yticks(range(len(found)), names, fontsize="small")
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlabel("mean accuracy under the attacks,\ndifference in points with 95 % interval")
-    figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
+    figure.suptitle(f"{results.table.title}, {results.setting}", fontsize="medium")
     figure.legend(loc="outside lower right", ncols=2, fontsize="small")  # in the panel it would cover an interval
 
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
     """Draw one panel per column: accuracy minus the accuracy of the undefended row, over eta, here and in the paper."""
+    from matplotlib.ticker import NullFormatter
+
     columns = min(3, len(labels))
     lines = math.ceil(len(labels) / columns)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     defended = [row for row in results.table.rows if results.table.baseline(row) is not None]
     there, here = (preset.eta(defended[0], results.dataset) for preset in (PRESETS["paper"], results.preset))
+    etas = sorted({results.preset.eta(row, results.dataset) for row in defended})
     for axes, (key, label) in zip(grid, labels.items(), strict=False):
         for i, method in enumerate(dict.fromkeys(row.method for row in defended)):
             rows = sorted((row for row in defended if row.method == method), key=lambda row: row.factor)
             _curve(results, axes, rows, key, f"C{i}")
         axes.axhline(0.0, color="0.6", lw=0.8)
         axes.set_xscale("log")
+        axes.set_xticks(etas, [f"{eta:g}" for eta in etas], rotation=45 if len(etas) > 4 else 0)
+        axes.xaxis.set_minor_formatter(NullFormatter())  # its labels would cover those of the ticks
         axes.set_title(label, fontsize="medium")
-        axes.set_xlabel("eta" if here == there else f"the paper's eta; here times {here / there:g}")
+        axes.set_xlabel("eta" if here == there else f"eta; the paper's times {here / there:.3g}")
         axes.label_outer()
     for axes in figure.axes[len(labels) :]:
         axes.set_axis_off()
     figure.supylabel("accuracy minus that without a defence, points", fontsize="medium")
     _shared_legend(figure, "outside lower center", columns=4)
-    figure.suptitle(f"{results.table.title}, {results.dataset}, preset {results.preset.name}", fontsize="medium")
+    figure.suptitle(f"{results.table.title}, {results.setting}", fontsize="medium")
 
 
 def _shared_legend(
@@ -164,7 +169,7 @@ def _curve(results: Results, axes: Axes, rows: list[Row], key: str, color: str) 
     for row in rows:
         base = results.table.baseline(row)
         assert base is not None
-        eta = PRESETS["paper"].eta(row, results.dataset)
+        eta = results.preset.eta(row, results.dataset)  # the paper's points are at the eta that was scaled like this
         difference = results.difference(row, base, key) if row.name in results.runs else None
         if difference is not None:
             spread = statistics.stdev(difference.values) if len(difference.values) > 1 else 0.0

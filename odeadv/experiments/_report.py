@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from odeadv.evaluation import Evaluation
+from odeadv.experiments._claims import CLAIMS, Claim
 from odeadv.experiments._config import RunConfig, parse_method, passes
 from odeadv.experiments._plots import has_picture, plot, plot_over_fitting, regimes
 from odeadv.experiments._presets import PRESETS, Preset, Size, configurations
 from odeadv.experiments._records import Record, load_records
-from odeadv.experiments._results import Difference, Results, gather, ranges
-from odeadv.experiments._tables import Column, Row, Table
+from odeadv.experiments._results import Decision, Difference, Results, gather, ranges
+from odeadv.experiments._tables import TABLES, Column, Row, Table
 from odeadv.support import plain
 from odeadv.support.files import replacing, write_text
 
-_SHOWN = 3  # differences in the first line of a page, so that the picture stays near the top
+_SHOWN = 4  # differences in the first line of a page, so that the picture stays near the top
 # The paper does not say these.
 _CHOICES = (
     "the last, smaller batch of an epoch is left out",
@@ -67,15 +69,16 @@ def render(results: Results) -> str:
     labels = ["Acc", *(column.label for column in table.columns), *(["Avg"] if table.average else [])]
     reason = _cannot_test(results)
     lines = [
-        f"# {table.title}, {results.dataset}, preset {results.preset.name}",
+        f"# {table.title}, {results.setting}",
         "",
         *([f"**Not a test of the paper's claim: {reason}.**", ""] if reason else []),
         "How robust are networks that were trained by each method? Which differences between the methods are seen?",
         "",
         *protocol(results),
         "",
-        "All runs share one training subset and one test subset.",
+        f"The preset is `{results.preset.name}`. All runs share one training subset and one test subset.",
         "",
+        *_outcome(results),
         *([f"![Differences of the rows with 95 % intervals]({table.name}.png)", ""] if has_picture(results) else []),
         "Accuracy in %, of the clean test images and of the last iterates of the attacks (eps in 1/255). "
         + ("Avg is the mean of the robust accuracies. " if table.average else "")
@@ -91,6 +94,34 @@ def render(results: Results) -> str:
         *_folded("Runs", _runs(results)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _outcome(results: Results) -> list[str]:
+    """Return one sentence that counts the words of the primary contrasts; an empty list if there is none."""
+    words = Counter(decision.word for decision in results.decided() if _elsewhere(results, decision) is None)
+    if not words:
+        return []
+    counts = ", ".join(f"{number} *{word}*" for word, number in words.most_common())
+    return [f"Of the differences that the paper states or implies: {counts} ([claims](#claims)).", ""]
+
+
+def _elsewhere(results: Results, decision: Decision) -> Claim | None:
+    """Return the claim of another table that the same runs decide, under the same attacks; None if there is none.
+
+    The other table pools its error over other rows, so it may give another word. A difference has one word only.
+    """
+    for claim in CLAIMS:
+        table = TABLES[claim.table]
+        same = (claim.preset, claim.dataset, table.protocol) == (
+            results.preset.name, results.dataset, results.table.protocol,
+        )  # fmt: skip
+        if same and table.name != results.table.name and _pair(decision) in ((claim.row, claim.other), claim.again):
+            return claim
+    return None
+
+
+def _pair(decision: Decision) -> tuple[str, str]:
+    return decision.row.name, decision.other.name
 
 
 def _cannot_test(results: Results) -> str:
@@ -130,8 +161,12 @@ def _claims(results: Results) -> list[str]:
     lines = []
     for decision in found:
         paper = "positive" if decision.paper is None else f"{decision.paper:+.2f}"
-        p = "" if decision.p is None else f"{decision.p:.2g}"
+        p = "" if decision.p is None else "< 0.001" if decision.p < 0.001 else f"{decision.p:.2g}"
         said = f"{decision.word} ({decision.why})" if decision.why else decision.word
+        if decision.word == "not tested":
+            p = ""
+        if (claim := _elsewhere(results, decision)) is not None:
+            p, said = "", f"decided [by all rows of these runs](../{claim.page}#claims)"
         label = f"{decision.row.label} minus {decision.other.label}"
         lines.append(_line([label, paper, str(decision.contrast), p, str(len(decision.seeds)), said]))
     return [
@@ -186,6 +221,8 @@ def _columns(results: Results, keys: Sequence[str], labels: Sequence[str]) -> li
                 continue
             there = paper.get(row.name, {}).get(key), paper.get(other.name, {}).get(key)
             claimed = "" if there[0] is None or there[1] is None else f"{there[0] - there[1]:+.2f}"
+            if key == "avg" and claimed:  # the mean of the columns, not of the rounded averages that the paper prints
+                claimed = f"{results.table.paper_difference(row, other, results.dataset):+.2f}"
             seeds = results.runs[row.name].keys() & results.runs.get(other.name, {}).keys()
             lines.append(_line([f"{row.label} minus {other.label}", label, claimed, str(contrast), str(len(seeds))]))
     if not lines:
@@ -390,7 +427,7 @@ def protocol(results: Results) -> list[str]:
 
 def _protocol(results: Results) -> tuple[str, Sequence[str]]:
     table, dataset = results.table, results.dataset
-    parts = [] if table.paper(dataset) else [f"the paper does not have this table for {dataset}"]
+    parts = []
     papers = {
         row.name: config
         for row, config in configurations(table, PRESETS["paper"], dataset=dataset, seeds=(0,))
@@ -414,6 +451,8 @@ def _protocol(results: Results) -> tuple[str, Sequence[str]]:
     if seeds[0] < len(PRESETS["paper"].seeds):
         counts = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
         parts.append(f"{counts} instead of {len(PRESETS['paper'].seeds)} seeds")
+    if not table.paper(dataset):
+        parts.append("no such table in the paper")
     if not parts:
         return "The paper's protocol, with these choices of ours", _CHOICES
     return "Not the paper's protocol", parts
@@ -449,10 +488,19 @@ def _eta_deviation(here: RunConfig, paper: RunConfig, *, as_factor: bool) -> lis
 
 
 def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
+    """Return the differences from the paper's run, those that change the task most first."""
     parts = []
+    mine, theirs = plain.to_dict(here.training), plain.to_dict(paper.training)
+    steps, radii = ([o["objective"].get(key) for o in (mine, theirs)] for key in ("steps", "eps"))
     if here.model.label != paper.model.label:
         parts.append(f"{here.model.label} instead of ResNet-{paper.model.depth}")
-    mine, theirs = plain.to_dict(here.training), plain.to_dict(paper.training)
+    if here.data.train_images or here.data.validation_images:
+        aside = f" and {here.data.validation_images} to validate" if here.data.validation_images else ""
+        parts.append(f"{run['data']['train_images']} training images{aside}")
+    if here.data.image_size:
+        parts.append(f"images of {here.data.image_size} x {here.data.image_size} pixels")
+    if radii[0] != radii[1]:
+        parts.append(f"eps {255 * radii[0]:g}/255 instead of {255 * radii[1]:g}/255 in training")
     for name, label in (("epochs", "epochs"), ("batch_size", "images per batch"), ("precision", "training")):
         if mine[name] != theirs[name]:
             parts.append(f"{mine[name]} instead of {theirs[name]} {label}")
@@ -461,21 +509,12 @@ def _deviations(here: RunConfig, paper: RunConfig, run: Record) -> list[str]:
             parts.append(f"{name} {mine[name]:g} instead of {theirs[name]:g}")
     if [m / mine["epochs"] for m in mine["milestones"]] != [m / theirs["epochs"] for m in theirs["milestones"]]:
         parts.append(f"learning rate drops after {', '.join(map(str, mine['milestones']))} epochs")
-    if mine["objective"] != theirs["objective"]:
-        steps, radii = ([o["objective"].get(key) for o in (mine, theirs)] for key in ("steps", "eps"))
-        if steps[0] != steps[1]:
-            parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
-        if radii[0] != radii[1]:
-            parts.append(f"eps {255 * radii[0]:g}/255 instead of {255 * radii[1]:g}/255 in training")
+    if steps[0] != steps[1]:
+        parts.append(f"{steps[0]} instead of {steps[1]} attack steps in training")
     if mine["augment"] != theirs["augment"]:
         parts.append("no augmentation" if mine["augment"] == "none" else f"augmentation by {mine['augment']}")
-    if here.data.image_size:
-        parts.append(f"images of {here.data.image_size} x {here.data.image_size} pixels")
     if here.model.passes != paper.model.passes:
         parts.append(f"{here.model.passes} instead of {paper.model.passes} noisy passes averaged")
-    if here.data.train_images or here.data.validation_images:
-        aside = f" and {here.data.validation_images} to validate" if here.data.validation_images else ""
-        parts.append(f"{run['data']['train_images']} training images{aside}")
     if here.data.test_images:
         parts.append(f"{run['data']['test_images']} test images")
     return parts

@@ -102,6 +102,13 @@ class Results:
     _images: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
+    def setting(self) -> str:
+        """The network of most runs and the data set, for titles: ``"ResNet-8 of width 16, CIFAR-10"``."""
+        runs = [run for by_seed in self.runs.values() for run in by_seed.values()]
+        configs = [RunConfig.from_dict(run["config"], imports=False) for run in runs]
+        return f"{statistics.mode(config.model.label for config in configs)}, {configs[0].data.label}"
+
+    @property
     def rows(self) -> list[Row]:
         """The rows that have at least one run, in the order of the table."""
         return [row for row in self.table.rows if row.name in self.runs]
