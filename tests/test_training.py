@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odeadv import attacks
 from odeadv.data import Batches, ImageDataset, to_float
-from odeadv.models import ode_net, preact_resnet
+from odeadv.models import from_blocks, ode_net, preact_resnet
 from odeadv.splitting import Grid, schemes
 from odeadv.support.plain import from_dict, key, to_dict
 from odeadv.training import (
@@ -721,6 +721,17 @@ class TestPenalty:
         assert not torch.allclose(plain.stem.conv.weight.grad, nets[0].stem.conv.weight.grad, rtol=1e-3)
         for (name, a), b in zip(nets[0].named_buffers(), plain.buffers(), strict=True):
             assert torch.allclose(a, b), name  # statistics are updated once
+
+    def test_the_recording_draws_the_masks_of_the_plain_pass(self):
+        blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5)) for _ in range(2)]
+        net = from_blocks(nn.Linear(4, 6), blocks, nn.Linear(6, 3)).double().train()
+        images, labels = torch.rand(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+        torch.manual_seed(3)
+        expected, state = self.by_hand(net, images, labels, 2.0), torch.get_rng_state()
+        torch.manual_seed(3)
+        passed = Penalty(eta=2.0)(net, images, labels)
+        assert passed.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+        assert torch.equal(torch.get_rng_state(), state)  # the recording leaves none behind
 
     def test_lad_is_the_penalty_to_first_order(self):
         """The reason for this control: the two gradients agree up to O(eta^2)."""
