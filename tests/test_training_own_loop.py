@@ -89,6 +89,43 @@ def test_statistics_move_once_and_the_mode_is_kept():
     assert counts == {1}
 
 
+@pytest.mark.parametrize(
+    "defence",
+    [
+        Undefended(),
+        Penalty(eta=0.0),
+        Layerwise("lie", eta=0.0),
+        Layerwise("strang", eta=0.0),
+        *(Layerwise("lie", eta=0.0, perturbation=kind) for kind in ("random", "shuffled", "input")),
+    ],
+    ids=str,
+)
+def test_without_eta_a_step_with_dropout_is_the_plain_one(defence):
+    """The same masks, loss, gradients and random state afterwards, from the same seed, in training mode."""
+    x, y = torch.rand(8, 4, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+
+    def step(loss_of):
+        torch.manual_seed(3)
+        layers = [nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)) for _ in range(2)]
+        net = models.from_blocks(nn.Linear(4, 6), layers, nn.Linear(6, 3)).train()
+        loss = loss_of(net)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in net.parameters()), torch.get_rng_state()]
+
+    plain, defended = step(lambda net: F.cross_entropy(net(x), y)), step(lambda net: defence(net, x, y).loss)
+    assert all(torch.equal(a, b) for a, b in zip(plain, defended, strict=True))
+
+
+def test_a_pushed_step_draws_nothing_unless_its_directions_are_random():
+    net, (images, labels) = resnet(), batch()
+    before = torch.get_rng_state()
+    for kind in ("costate", "input"):
+        Layerwise("lie", eta=ETA, perturbation=kind)(net, images, labels)
+        assert torch.equal(torch.get_rng_state(), before)
+    Layerwise("lie", eta=ETA, perturbation="random")(net, images, labels)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_parts_of_a_batch_add_up_with_their_share():
     net, (images, labels) = resnet().eval(), batch()
     lad = Layerwise("strang", eta=ETA)

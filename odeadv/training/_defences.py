@@ -113,20 +113,23 @@ class Layerwise(Defence, name="layerwise"):
                 is the network's loss (mean cross-entropy, unless the network has another).
             share: size of this batch divided by the size of the global batch; eta belongs to the mean loss over the
                 global batch.
-            draws: random numbers of the step; by default they come from torch's global random state.
+            draws: random numbers of the step; by default they come from torch's global random state. Only ``"random"``
+                and ``"shuffled"`` use them, with eta above 0.
 
         Raises:
             ValueError: if ``strength`` is set: `train` chooses eta from it; in your own loop set eta by `with_eta`.
         """
         _check_chosen(self)
-        drawn = Draws.fresh(len(images)) if draws is None else draws
         scheme = schemes.get(self.scheme)
         if self.perturbation == "input":
             scheme = scheme.adjoint()
         eta = self.eta * share
         field = _field(net, images, labels, eta, loss)
         losses = watch_loss(field)
-        if self.perturbation != "costate":
+        if self.perturbation != "costate" and eta != 0.0:
+            # Draw a seed only if it is used: torch's global random state also gives the masks of dropout.
+            fresh = draws is None and self.perturbation != "input"
+            drawn = Draws.fresh(len(images)) if fresh else draws
             field = field.transformed(lambda nodes: _instead(self.perturbation, nodes, drawn))
         recordings = {"ascent": self.ascent} if self.ascent is not None else {"sweeps": self.sweeps}
         solution = solve(field, scheme=scheme, **recordings, **net.solve_options)
@@ -168,10 +171,11 @@ def _check_chosen(defence: Layerwise | Penalty) -> None:
         )
 
 
-def _instead(perturbation: PerturbationKind, nodes: Sequence[Tensor], draws: Draws) -> list[Tensor]:
+def _instead(perturbation: PerturbationKind, nodes: Sequence[Tensor], draws: Draws | None) -> list[Tensor]:
     """Return tensors that replace the costates a_0, ..., a_N as the drive, each shaped like its state."""
     if perturbation == "input":
         return [nodes[0], *(torch.zeros_like(node) for node in nodes[1:])]
+    assert draws is not None
     if perturbation == "shuffled":
         order = draws.permutation(len(nodes[0]), nodes[0].device)
         return [node[order] for node in nodes]
