@@ -1,5 +1,6 @@
 """Mistakes of the first hour, and the messages that answer them."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,37 @@ MISTAKES = [
 def test_a_mistake_is_answered_with_what_to_write(mistake, told):
     with pytest.raises((TypeError, ValueError), match=told):
         mistake()
+
+
+def steep(t, x):
+    return -1e9 * x**3
+
+
+DIFFUSION = odeadv.Operator.diagonal(torch.full((2,), -1e9), reversible=False)
+KNOWN = odeadv.Operator(steep, flow=lambda t, dt, x: x / (1 + 2e9 * dt * x**2).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments", "told"),
+    [
+        (odeadv.SplitField(a=DIFFUSION, b=KNOWN), {}, r"of operators 'a' and 'b': substep='exact'; take more steps; "),
+        (odeadv.SplitField(a=DIFFUSION, b=decay), {}, r"of operator 'a': substep={'a': 'exact'}; take more steps; "),
+        (
+            odeadv.SplitField(a=odeadv.Operator.linear(-torch.eye(2)), b=KNOWN, c=decay),
+            {"substep": {"a": "exact"}},
+            r"of operator 'b': substep={'b': 'exact'}; take more steps; ",
+        ),
+        (KNOWN, {}, r"of operator 'f': substep='exact'; take more steps; "),
+        (steep, {}, r"; take more steps; if the equation is stiff, use an implicit sub-step: substep='sdirk2'; throw="),
+        (odeadv.AdversarialField(steep, torch.sum, 1.0), {}, r"; take more steps or a smaller eta; if the .*'sdirk2'"),
+        (odeadv.AdversarialField(steep, torch.sum, 0.0), {}, r"; take more steps; if the equation is stiff, "),
+    ],
+)
+def test_a_state_that_is_not_finite_is_answered_with_the_methods_that_fit(field, arguments, told):
+    with pytest.raises(odeadv.SolveError, match=told) as raised:
+        odeadv.solve(field, X0, (0.0, 1.0), steps=20, **arguments)
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    assert ("eta" in str(raised.value)) == (getattr(field, "eta", 0.0) > 0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 255.0])

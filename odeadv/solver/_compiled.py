@@ -15,7 +15,7 @@ from odeadv.costate import RecordedCostate
 from odeadv.fields import AdversarialField, Forcing, Newton, Operator, VectorField, as_field
 from odeadv.fields.operator import Cost, VectorFunction
 from odeadv.solver._loop import Steps, Tensors, time_step
-from odeadv.solver._run import status_of
+from odeadv.solver._run import remedy, status_of
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver._solve import solve
 from odeadv.solver.request import Request, SaveAt, read_initial_state, read_request
@@ -168,7 +168,7 @@ class CompiledSolver:
             if solution.status is not Status.SUCCESS:
                 read_initial_state(self.field, x)  # the state of a repeated call is looked at only now
         if throw and solution.status is not Status.SUCCESS:
-            raise SolveError(solution)
+            raise SolveError(solution, remedy(plan.request, solution.status))
         return solution
 
     def _plan(self, x0: Tensor | None, t_span: Any, save_at: SaveAt, size: dict[str, Any]) -> tuple[_Plan, Tensor]:

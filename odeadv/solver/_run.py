@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from odeadv.costate import Costate, RecordedCostate, Rule, SummedCostate, TotalLoss, coarser, collocated, record, sweep
-from odeadv.fields import AdversarialField, VectorField
+from odeadv.fields import AdversarialField, Forcing, VectorField
 from odeadv.fields.operator import Cost, clock_dtype, leading
+from odeadv.fields.terms import Unrecorded
 from odeadv.solver._saving import Dense, Within, solve_path
 from odeadv.solver._solution import Solution, SolveError, Stats
 from odeadv.solver.request import Request, warn_of_coarse_clock
@@ -140,7 +141,8 @@ class SolveRun:
                 scheme=request.discretisation.name,
                 order=request.discretisation.order(request.field),
                 costate=costate,
-            )
+            ),
+            remedy(request, status),
         )
 
     def recorded_costate(self) -> Costate | None:
@@ -335,6 +337,24 @@ def _warn_if_apart(final: Tensor, collocated_states: Sequence[Tensor]) -> None:
             AccuracyWarning,
             stacklevel=4,
         )
+
+
+def remedy(request: Request, status: Status) -> str | None:
+    """Return what to try if a state is not finite: the methods that fit the operators. None for another ``status``."""
+    if status is not Status.NON_FINITE:
+        return None
+    field, substeps = request.field, request.discretisation.substeps
+    own = {name: term for name, term in field.operators.items() if not isinstance(term, Forcing | Unrecorded)}
+    flows = [name for name, term in own.items() if "flow" in term.abilities and not isinstance(substeps[name], Exact)]
+    pushed = isinstance(field, AdversarialField) and not field.idle
+    advice = ["take more steps or a smaller eta" if pushed else "take more steps"]
+    if flows:
+        choice = "'exact'" if len(flows) == len(own) else "{" + ", ".join(f"{name!r}: 'exact'" for name in flows) + "}"
+        known = f"operators {' and '.join(map(repr, flows))}" if len(flows) > 1 else f"operator {flows[0]!r}"
+        advice.insert(0, f"use the exact flow of {known}: substep={choice}")
+    elif not field.edges and not all(isinstance(substeps[name], DIRK | Exact) for name in own):
+        advice.append("if the equation is stiff, use an implicit sub-step: substep='sdirk2'")
+    return "; ".join([*advice, "throw=False returns the solution as it is"])
 
 
 def _parts(costate: Costate | None) -> Sequence[RecordedCostate]:

@@ -54,7 +54,7 @@ class Stats:
 
 
 HINTS = {
-    Status.NON_FINITE: "take more steps (or a smaller eta), or pass throw=False to get the solution as it is",
+    Status.NON_FINITE: "take more steps or a smaller eta; throw=False returns the solution as it is",
     Status.NEWTON_FAILED: "take more steps, another sub-step, or more iterations (odeadv.Operator(f, "
     "solve=odeadv.Newton(most=...))); throw=False returns the solution as it is",
     Status.NOT_CONVERGED: "plain sweeps diverge if eta * I is 1 or more, and at 1 a solution does not exist: take "
@@ -69,21 +69,25 @@ HINTS = {
 class SolveError(RuntimeError):
     """Raised if a solve does not succeed.
 
+    Args:
+        solution: see below.
+        remedy: what to try, for the message; by default the usual remedy for the status of ``solution``.
+
     Attributes:
         solution: the solution up to the failure.
     """
 
-    def __init__(self, solution: Solution) -> None:
+    def __init__(self, solution: Solution, remedy: str | None = None) -> None:
         stats = solution.stats
         cost = f"scheme {solution.scheme!r}, {stats.steps} steps to t = {solution.ts[-1].item():g}"
         if stats.residuals:
             first, last = stats.residuals[0], stats.residuals[-1]
             cost += f", residuals {first:.2g} to {last:.2g} in {len(stats.residuals)} iterations"
-        super().__init__(f"solve: {solution.status.message} ({cost}); {HINTS[solution.status]}")
-        self.solution = solution
+        super().__init__(f"solve: {solution.status.message} ({cost}); {remedy or HINTS[solution.status]}")
+        self.solution, self._remedy = solution, remedy
 
-    def __reduce__(self) -> tuple[type[SolveError], tuple[Solution]]:
-        return SolveError, (self.solution,)
+    def __reduce__(self) -> tuple[type[SolveError], tuple[Solution, str | None]]:
+        return SolveError, (self.solution, self._remedy)
 
 
 class Solution:

@@ -10,7 +10,7 @@ from torch import Tensor
 from odeadv.costate import Converge
 from odeadv.fields import AdversarialField, Operator, VectorField
 from odeadv.fields.operator import VectorFunction
-from odeadv.solver._run import SolveRun
+from odeadv.solver._run import SolveRun, remedy
 from odeadv.solver._solution import Solution, SolveError
 from odeadv.solver._structure import State, read_structure
 from odeadv.solver.request import Nodes, SaveAt, StepSize, read_request
@@ -152,7 +152,7 @@ def solve(
         if flat is not None:
             solution = flat.restored(solution)
     if throw and solution.status not in (Status.SUCCESS, Status.UNKNOWN):
-        raise SolveError(solution)
+        raise SolveError(solution, remedy(request, solution.status))
     return solution
 
 
