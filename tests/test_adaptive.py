@@ -259,3 +259,12 @@ def test_a_smallest_step_above_the_first_trial_is_no_failure_where_larger_steps_
     assert far.status is odeadv.Status.SUCCESS
     with pytest.raises(odeadv.SolveError, match="below the smallest"):
         odeadv.solve(lambda t, x: x**2, X0, (0.0, 2.0), scheme="rk4", dt=odeadv.Adaptive(smallest=1e-3))
+
+
+def test_adaptive_steps_of_a_splitting_may_contain_an_adaptive_method():
+    """They control the error of the splitting, which torchdiffeq does not see."""
+    field = odeadv.SplitField(a=lambda t, x: -x, b=lambda t, x: x.flip(0))
+    x0 = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    sol = odeadv.solve(field, x0, (0.0, 1.0), scheme="strang", substep="dopri5", dt="adaptive", rtol=1e-3, atol=1e-3)
+    matrix = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    torch.testing.assert_close(sol.xs[-1], torch.linalg.matrix_exp(matrix) @ x0, rtol=1e-2, atol=1e-2)

@@ -155,6 +155,25 @@ class TestSteepModels:
         with pytest.raises(ValueError, match=r"^model: the logits of an image depend on the other .* is not rounding"):
             evaluate(net, self.DATA, IFGSM)
 
+    def test_an_adaptive_solver_is_refused_by_its_name_and_fixed_steps_are_not(self) -> None:
+        torchdiffeq = pytest.importorskip("torchdiffeq")
+
+        class NeuralOde(nn.Module):
+            def __init__(self, **options: object) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.conv, self.head, self.options = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3 * 256, 4), options
+
+            def forward(self, x: Tensor) -> Tensor:
+                times = torch.tensor([0.0, 1.0])
+                path = torchdiffeq.odeint(lambda t, y: 3 * torch.tanh(self.conv(y)), x, times, **self.options)
+                return self.head(path[-1].flatten(1))
+
+        with pytest.raises(ValueError, match=r"adaptive ODE solver, which chooses one step size for the whole batch"):
+            evaluate(NeuralOde(rtol=1e-2, atol=1e-2).eval(), self.DATA, IFGSM)
+        for options in ({"rtol": 1e-6, "atol": 1e-6}, {"method": "rk4", "options": {"step_size": 0.25}}):
+            evaluated(NeuralOde(**options).eval(), self.DATA, IFGSM)
+
     def test_the_way_past_is_recorded(self) -> None:
         net = Steep(of_the_batch=1.0).eval()
         result = evaluated(net, self.DATA, IFGSM, accept="batch dependence")

@@ -70,7 +70,23 @@ MISTAKES = [
         r"^f: takes \(input\), .* net\.field\(inputs, targets, eta\)",
     ),
     (lambda: odeadv.solve(lambda Y, t: -Y, X0, (0.0, 1.0), steps=1), r"^f: takes \(Y, t\), .*the state comes last"),
-    (lambda: odeadv.solve(decay, X0, (0.0, 1.0), scheme="dopri5"), r"^dt: neither .* or dt='adaptive'"),
+    (lambda: odeadv.solve(decay, X0, (0.0, 1.0)), r"^dt: neither .* or dt='adaptive'"),
+    *(
+        (
+            lambda steps=steps: odeadv.solve(decay, X0, (0.0, 1.0), scheme="dopri5", **steps),
+            rf"^dt: got {got} with 'torchdiffeq:dopri5', .* expected steps=1, .*TorchDiffEq\('dopri5', rtol=",
+        )
+        for steps, got in (({}, "no steps"), ({"dt": "adaptive", "rtol": 1e-6}, "'adaptive'"))
+    ),
+    (
+        lambda: odeadv.solve(odeadv.SplitField(a=decay, b=decay), X0, (0.0, 1.0), scheme="dopri5", dt="adaptive"),
+        "^dt: got 'adaptive' with 'torchdiffeq:dopri5'",
+    ),
+    (
+        lambda: odeadv.solve(decay, X0, (0.0, 1.0), scheme="tsit5", steps=1),
+        r"^scheme: got 'tsit5', expected one of lie, .* a sub-step: euler, .* torchdiffeq \(dopri8, ",
+    ),
+    (lambda: odeadv.solve(decay, X0, (0.0, 1.0), scheme="rk44", steps=1), r"^scheme: .*did you mean .*'rk4'"),
     (lambda: odeadv.solve(decay, X0.numpy(), (0.0, 1.0), steps=1), r"^x0: got ndarray.*torch\.as_tensor\(x0\)"),
     (lambda: odeadv.solve(decay, [1.0, 2.0], (0.0, 1.0), steps=1), r"^x0\[0\]: got float.*torch\.tensor\(x0\)"),
     (lambda: odeadv.solve(decay, X0, (0.0, 1.0), substep="rk44", steps=1), r"did you mean 'rk4' or 'sdirk4'\?$"),

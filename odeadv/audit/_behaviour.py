@@ -100,7 +100,8 @@ def same_answer_twice(subject: Subject) -> Finding:
 @check(
     "same answer in any batch",
     "The logits of an image depend on the other images, its place or the size of its batch. Neither the accuracy nor "
-    "an attack is then about single images: use running statistics, not those of the batch.",
+    "an attack is then about single images: use running statistics, not those of the batch, and fixed steps of an ODE "
+    "solver, not one step size that it chooses for the batch.",
     attacks=False,
     repeatable=True,
 )

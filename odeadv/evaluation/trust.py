@@ -218,8 +218,9 @@ def refuse_batches(difference: float | None) -> None:
         raise ValueError(
             "model: the logits of an image depend on the other images in its batch, its place or the batch size (by "
             f"{difference:.2g}, which is not rounding), so outcomes are not those of the images; expected logits that "
-            "depend on the image only: use running statistics in eval mode, not those of the batch, or give "
-            "accept='batch dependence', which the result records"
+            "depend on the image only. If the model uses statistics of the batch, let it use running statistics in "
+            "eval mode. If it has an adaptive ODE solver, which chooses one step size for the whole batch, take fixed "
+            "steps or smaller tolerances. accept='batch dependence' evaluates it as it is, and the result records it"
         )
 
 

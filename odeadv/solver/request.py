@@ -15,7 +15,7 @@ from torch import Tensor
 from odeadv.costate import Converge, Recordings
 from odeadv.fields import AdversarialField, MovingSpan, Operator, VectorField, as_field
 from odeadv.fields.operator import NARROW, VectorFunction, clock_dtype
-from odeadv.splitting import DIRK, Adaptive, CostateKind, Exact, Grid, make_grid
+from odeadv.splitting import DIRK, Adaptive, CostateKind, Exact, Grid, TorchDiffEq, make_grid
 from odeadv.splitting.method import AccuracyWarning, Discretisation, SchemeLike, SubSteps, read_discretisation
 from odeadv.support.checks import integer, number, shown
 from odeadv.support.deferred import all_finite, holds
@@ -109,6 +109,7 @@ def read_request(
     discretisation = read_discretisation(field, scheme, substep, costate)
     recordings = _read_recordings(field, sweeps, ascent)
     t_span, dt, moving = _read_moving_span(field, t_span, dt)
+    _check_own_steps(field, discretisation, dt, steps)
     times = read_times(field, t_span, dt, steps, rtol, atol, clip_last)
     if times.adaptive is not None and costate is None:
         discretisation = _smooth_costate(field, discretisation)
@@ -297,6 +298,27 @@ def _adaptive_times(field: VectorField, span: tuple[float, float], dt: Any, rtol
         return Times(span, adaptive=dt)
     given = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
     return Times(span, adaptive=Adaptive(**given))
+
+
+def _check_own_steps(field: VectorField, discretisation: Discretisation, dt: Any, steps: Any) -> None:
+    """Check that a method that chooses its own steps is not asked for adaptive steps around them.
+
+    A step and its two halves then differ by the tolerances of the method only, so their difference says nothing.
+
+    Raises:
+        ValueError: if the whole field is advanced by an adaptive method, and its steps are adaptive or not given.
+    """
+    method, *others = discretisation.substeps.values()
+    whole = not others or (discretisation.scheme is None and not isinstance(field, AdversarialField))
+    if not whole or field.edges or not isinstance(method, TorchDiffEq) or not method.adaptive:
+        return
+    given = [value for value in (dt, steps, field.problem.dt, field.problem.steps) if value is not None]
+    if not given or isinstance(given[0], str | Adaptive):
+        got = shown(given[0]) if given else "no steps"
+        raise ValueError(
+            f"dt: got {got} with {method.name!r}, which chooses its own steps; expected steps=1, and the tolerances in "
+            f"substep=odeadv.TorchDiffEq({method.method!r}, rtol=..., atol=...)"
+        )
 
 
 def _check_estimate(field: VectorField, discretisation: Discretisation, times: Times) -> None:

@@ -319,7 +319,7 @@ class TorchDiffEq:
 
     Attributes:
         method: torchdiffeq's name of the method. ``"scipy_solver"`` raises an error if a gradient is needed.
-        rtol, atol: relative and absolute tolerance of adaptive methods.
+        rtol, atol: relative and absolute tolerance of adaptive methods. The defaults are for float64.
         options: options of `torchdiffeq.odeint`. Times in ``"step_t"`` are fractions of the stage, from 0 to 1.
         order: order of the method, for warnings and for the step control. By default it is torchdiffeq's number for
             fixed-step methods, and infinity for adaptive methods, because their error depends on the tolerances.
@@ -355,6 +355,11 @@ class TorchDiffEq:
         return f"torchdiffeq:{self.method}"
 
     @property
+    def adaptive(self) -> bool:
+        """True if torchdiffeq chooses the steps of the method."""
+        return _is_adaptive(self.method)
+
+    @property
     def needs(self) -> frozenset[str]:
         """The function ``"f"``, see `SubStep`."""
         return frozenset(("f",))
@@ -373,7 +378,7 @@ class TorchDiffEq:
             return h * operator.velocity(clock.at(float(s.detach())), y, cost)
 
         span = torch.tensor([0.0, 1.0], dtype=as_time(0.0, x).dtype, device=x.device)
-        options = ({"step_t": span[1:]} if _is_adaptive(self.method) else {}) | dict(self.options)
+        options = ({"step_t": span[1:]} if self.adaptive else {}) | dict(self.options)
         # torchdiffeq keeps its first step size in the autograd graph, through this norm only. The gradient of the step
         # size would be wrong, because the times that f receives here are not in the graph. So the norm is detached.
         norm = self.options.get("norm", _root_mean_square)
@@ -471,6 +476,18 @@ def substep_names() -> tuple[str, ...]:
     return tuple(_NAMED)
 
 
+def all_names() -> tuple[str, ...]:
+    """Return the names of all sub-steps and of the methods of torchdiffeq, if it is installed."""
+    return (*_NAMED, *_torchdiffeq_methods())
+
+
+def shown_names() -> str:
+    """Return the names of all sub-steps as text for a message."""
+    methods = _torchdiffeq_methods()
+    missing = "not installed: pip install 'odeadv[torchdiffeq]'"
+    return f"{', '.join(_NAMED)}, or a method of torchdiffeq ({', '.join(methods) or missing})"
+
+
 def is_named(substep: SubStep) -> bool:
     """Return True if ``substep`` is one of the predefined sub-steps of `substep_names`."""
     return _NAMED.get(substep.name) is substep
@@ -507,13 +524,10 @@ def get_substep(substep: str | SubStep) -> SubStep:
             return TorchDiffEq(key.removeprefix("torchdiffeq:"))
         if key in _NAMED:
             return _NAMED[key]
-        methods = _torchdiffeq_methods()
-        if key in methods:
+        if key in _torchdiffeq_methods():
             return TorchDiffEq(key)
-        missing = "not installed: pip install 'odeadv[torchdiffeq]'"
-        known = f"{', '.join(_NAMED)}, or a method of torchdiffeq ({', '.join(methods) or missing})"
-        near = did_you_mean(key, [*_NAMED, *methods], most=2)
-        raise ValueError(f"substep: got {substep!r}, expected one of {known}{near}")
+        near = did_you_mean(key, all_names(), most=2)
+        raise ValueError(f"substep: got {substep!r}, expected one of {shown_names()}{near}")
     if not is_substep(substep):
         raise TypeError(
             f"substep: got {type(substep).__name__}, expected a name, a sub-step such as odeadv.TorchDiffEq('dopri5'), "

@@ -14,9 +14,18 @@ from odeadv.splitting import schemes
 from odeadv.splitting._nested import Nested
 from odeadv.splitting._scheme import CostateKind, Scheme
 from odeadv.splitting._stepper import Stepper
-from odeadv.splitting._substep import SubStep, cheapest_of_order, get_substep, is_named, is_substep, substep_names
+from odeadv.splitting._substep import (
+    SubStep,
+    all_names,
+    cheapest_of_order,
+    get_substep,
+    is_named,
+    is_substep,
+    shown_names,
+    substep_names,
+)
 from odeadv.splitting._tableau import Tableau
-from odeadv.support.checks import choice
+from odeadv.support.checks import choice, did_you_mean
 
 SchemeLike = str | Scheme | SubStep
 SubSteps = str | SubStep | Mapping[str, str | SubStep]
@@ -104,6 +113,12 @@ def read_discretisation(
         substep = get_substep(scheme)
         name, table = substep.name, None
     else:
+        if isinstance(scheme, str) and not schemes.knows(scheme):
+            known = [*schemes.names(), *all_names()]
+            raise ValueError(
+                f"scheme: got {scheme!r}, expected one of {', '.join(schemes.names())}; or, to advance the whole field "
+                f"without splitting, a sub-step: {shown_names()}{did_you_mean(scheme, known, most=3)}"
+            )
         table = schemes.get("strang" if scheme is None else scheme, max(2, count))  # type: ignore[arg-type]
         name = table.name
     if table is None:
