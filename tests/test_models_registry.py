@@ -109,6 +109,7 @@ def test_another_loss_drives_and_is_reported(make):
 
 def test_the_page_runs():
     page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    assert "### What about a U-Net?\n" in page  # messages name it
     scope: dict[str, object] = {}
     for program in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(program, scope)

@@ -5,11 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import odeadv
-from odeadv import cli, evaluate, models
+from odeadv import attacks, cli, evaluate, models
 from odeadv.data.checks import check_pixels
-from odeadv.training import EpochResult, Layerwise, Pgd, TrainConfig, TrainingDiverged, TrainResult, plot_curves, train
+from odeadv.training import (
+    EpochResult,
+    Layerwise,
+    Penalty,
+    Pgd,
+    TrainConfig,
+    TrainingDiverged,
+    TrainResult,
+    Undefended,
+    plot_curves,
+    train,
+)
 
 X0 = torch.ones(2)
 
@@ -61,7 +73,10 @@ def test_arguments_in_the_wrong_order():
 
 STAGE = odeadv.Stage
 OF_OTHERS = odeadv.Scheme("mine", (STAGE("a", 1.0), STAGE("b", 1.0)), order=1, source="test")
-LINEAR, IMAGES, LABELS = torch.nn.Linear(2, 2), torch.rand(4, 2), torch.arange(4) % 2
+LINEAR, IMAGES, LABELS = nn.Linear(2, 2), torch.rand(4, 2), torch.arange(4) % 2
+WRAPPED, SUM = models.from_blocks(nn.Conv2d(3, 4, 3), [nn.Identity()], nn.Flatten()), nn.MSELoss(reduction="sum")
+AVERAGED, PARALLEL = torch.optim.swa_utils.AveragedModel(WRAPPED), nn.DataParallel(WRAPPED)
+PIXELS = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
 PICTURES, ONE_HOT = torch.rand(4, 3, 8, 8), torch.nn.functional.one_hot(LABELS, 2)
 
 MISTAKES = [
@@ -105,7 +120,46 @@ MISTAKES = [
     (lambda: odeadv.solve(X0, decay, (0.0, 1.0), steps=1), "^field: got Tensor, .*the first argument"),
     (lambda: evaluate(LINEAR, (PICTURES, ONE_HOT)), r"^labels: got shape \(4, 2\), .*argmax\(1\).* one-hot rows$"),
     (lambda: evaluate(LINEAR, (PICTURES, ONE_HOT.float())), r"^labels: got dtype torch.float32, .*argmax\(1\)"),
-    (lambda: evaluate(LINEAR, (PICTURES, LABELS.float())), r"^labels: got dtype torch.float32, .*\.long\(\)$"),
+    (lambda: evaluate(LINEAR, (PICTURES, LABELS.float())), r"^labels: .*\.long\(\); targets of a regression are not"),
+    (
+        lambda: attacks.pgd(LINEAR, IMAGES, torch.rand(4, 1), eps=0.1),
+        r"^labels: .*targets of a regression are not supp",
+    ),
+    (
+        lambda: attacks.pgd(LINEAR, IMAGES, torch.rand(4), eps=0.1),
+        r"^labels: .*targets of a regression are not supported",
+    ),
+    (lambda: attacks.pgd(LINEAR, PIXELS, LABELS, eps=0.1), r"^images: got dtype torch.uint8, .*odeadv\.data\.to_float"),
+    *(
+        (
+            lambda net=net: Layerwise("lie", 1.0)(net, PIXELS, LABELS),
+            r"^images: got torch.uint8, .*odeadv\.data\.to_float",
+        )
+        for net in (models.residual_mlp(1, 4, image_size=8), models.preact_resnet(8, 4), WRAPPED)
+    ),
+    (lambda: Layerwise("lie", 1.0)(AVERAGED, IMAGES, LABELS), r"^net: got AveragedModel, .*inside of it, net\.module$"),
+    (
+        lambda: train(AVERAGED, (IMAGES, LABELS), TrainConfig()),
+        r"^net: got AveragedModel, .*inside of it, net\.module$",
+    ),
+    (lambda: Penalty()(PARALLEL, IMAGES, LABELS), r"^net: got DataParallel, .*the network inside of it, net\.module$"),
+    (
+        lambda: Penalty()(nn.DataParallel(LINEAR), IMAGES, LABELS),
+        r"^net: got DataParallel, .*odeadv\.models\.from_module",
+    ),
+    (
+        lambda: models.from_blocks(nn.LSTM(2, 2), [LINEAR], LINEAR).field(IMAGES, LABELS),
+        r"^stem: returned tuple, expected a tensor; pack .*docs/models\.md, 'What about a U-Net\?'",
+    ),
+    (
+        lambda: models.from_blocks(LINEAR, [LINEAR], LINEAR, loss=SUM),
+        "^loss: got MSELoss with reduction='sum', .*'mean'",
+    ),
+    (
+        lambda: models.from_module(nn.Sequential(LINEAR), ["0"], loss=SUM),
+        "^loss: got MSELoss with reduction='sum'",
+    ),
+    (lambda: Undefended()(WRAPPED, IMAGES, LABELS, loss=nn.CrossEntropyLoss(reduction="none")), "^loss: .*'none', exp"),
     (
         lambda: models.residual_mlp(1, 4, image_size=8).field(PICTURES, ONE_HOT, 1.0),
         r"^labels: got shape \(4, 2\), .*argmax\(1\).* one-hot rows$",

@@ -68,7 +68,7 @@ def test_targets_that_are_not_class_numbers(kind):
     plain = Undefended()(net, images, targets, loss=loss)
     assert torch.allclose(plain.loss, value(net(images), targets), rtol=1e-12)
     assert Penalty(eta=1e-3)(net, images, targets, loss=loss).loss > plain.loss
-    with pytest.raises(TypeError, match=r"^loss: got str, expected a callable loss\(output, labels\)"):
+    with pytest.raises(TypeError, match=r"^loss: got str, expected a callable loss\(output, targets\)"):
         Layerwise("lie", eta=ETA)(net, images, targets, loss="mse")
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from odeadv.support.checks import class_indices, number, shown
+from odeadv.support.checks import TO_FLOAT, class_indices, number, shown
 from odeadv.support.deferred import holds
 from odeadv.support.isolation import version
 
@@ -77,7 +77,9 @@ def check_images(images: object) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a torch.Tensor")
     if not images.is_floating_point():
-        raise TypeError(f"images: got dtype {images.dtype}, expected a floating dtype with values in [0, 1]")
+        raise TypeError(
+            f"images: got dtype {images.dtype}, expected a floating dtype with values in [0, 1]; {TO_FLOAT}"
+        )
     if images.ndim < 2 or images.numel() == 0:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected (n, channels, height, width), not empty")
     lowest, highest = torch.aminmax(images.detach())

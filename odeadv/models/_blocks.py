@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from odeadv.fields import Jump, Loss, Operator, Piecewise, Residual
 from odeadv.models._network import FieldNetwork, TargetLoss, check_targets, mean_cross_entropy
+from odeadv.support.checks import TO_FLOAT, check_loss
 from odeadv.support.isolation import check_unmodified, version, without_effects
+
+#: What to do with a network whose skip connections go around blocks, for messages.
+PACK = "pack several tensors, such as the skips of a U-Net, into one (docs/models.md, 'What about a U-Net?')"
 
 
 def from_blocks(
@@ -29,7 +33,8 @@ def from_blocks(
     Args:
         stem: module from inputs of any kind (images, tokens, vectors) to the first state, floating or complex.
         blocks: modules from state to state, in the order of the network. A block must not write to its input. For a
-            layer that needs more arguments see `bind`.
+            layer that needs more arguments see `bind`. The state is one tensor. For a U-Net, whose skips go around
+            blocks, docs/models.md shows how to pack several tensors into one.
         head: module from the last state to the output.
         loss: ``loss(output, targets)`` returns a scalar tensor, for example ``torch.nn.functional.mse_loss``. The
             default is the mean cross-entropy of logits (n, classes) with class numbers (n,) or probabilities
@@ -94,8 +99,8 @@ class BlockNetwork(FieldNetwork):
                 raise TypeError(f"{name}: got {type(part).__name__}, expected a torch.nn.Module")
         if len(parts) == 2:
             raise ValueError("blocks: got none, expected at least one")
-        if loss is not None and not callable(loss):
-            raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(output, targets)")
+        if loss is not None:
+            check_loss(loss)
         self.stem, self.blocks, self.head, self.loss = stem, nn.ModuleList(blocks), head, loss
         self.names = tuple(
             f"block {n} ({type(block).__name__})" if names is None else names[n] for n, block in enumerate(blocks)
@@ -174,9 +179,14 @@ class BlockNetwork(FieldNetwork):
         device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))
         jumps = []
         with torch.no_grad(), without_effects([self], device):
-            x = self.stem(inputs)
+            try:
+                x = self.stem(inputs)
+            except RuntimeError as error:
+                if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
+                    raise TypeError(f"images: got torch.uint8, which the stem refuses ({error}); {TO_FLOAT}") from error
+                raise
             if not isinstance(x, Tensor):
-                raise TypeError(f"stem: returned {type(x).__name__}, expected a tensor")
+                raise TypeError(f"stem: returned {type(x).__name__}, expected a tensor; {PACK}")
             if not (x.is_floating_point() or x.is_complex()):
                 raise TypeError(f"stem: returned {x.dtype}, expected a floating or complex state")
             for block, name in zip(self.blocks, self.names, strict=True):
@@ -187,7 +197,7 @@ class BlockNetwork(FieldNetwork):
                 if not isinstance(x, Tensor):
                     raise TypeError(
                         f"blocks: {name} returned {type(x).__name__}, expected a tensor; wrap it in a module that "
-                        "returns the state alone"
+                        f"returns the state alone, or {PACK}"
                     )
                 jumps.append((x.shape, x.dtype) != (state.shape, state.dtype))
             output = self.readout(inputs)(x)

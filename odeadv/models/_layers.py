@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odeadv.support.checks import TO_FLOAT
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -48,10 +50,10 @@ class Stem(nn.Module):
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
+        if not images.is_floating_point():
+            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; {TO_FLOAT}")
         if images.ndim != 4 or images.shape[1] != self.conv.in_channels:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected {self._expected}")
-        if not images.is_floating_point():
-            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
         """Return the first state x_0 of ``images``."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeadv.fields import Operator, Piecewise
-from odeadv.support.checks import integer
+from odeadv.support.checks import TO_FLOAT, integer
 
 from ._layers import CIFAR10_MEAN, CIFAR10_STD, initialise
 from ._network import FieldNetwork
@@ -50,12 +50,12 @@ class FlatStem(nn.Module):
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
+        if not images.is_floating_point():
+            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; {TO_FLOAT}")
         shape = (self.mean.shape[1], self.image_size, self.image_size)
         if tuple(images.shape[1:]) != shape:
             expected = f"(n, {', '.join(map(str, shape))})"
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected {expected}")
-        if not images.is_floating_point():
-            raise TypeError(f"images: got {images.dtype}, expected floating-point images in [0, 1]; divide by 255")
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Return the first state x_0 of ``images``."""

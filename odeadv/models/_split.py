@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from odeadv.models._blocks import BlockNetwork
+from odeadv.models._blocks import PACK, BlockNetwork
 from odeadv.models._network import TargetLoss
 from odeadv.support.checks import did_you_mean
 
@@ -181,11 +181,11 @@ def _crossing(nodes: Sequence[fx.Node], result: fx.Node, at: int, side: str, lay
         return found[0]
     shown = " and ".join(repr(_title(node)) for node in reversed(found)) or "none"
     owner = layer.rpartition(".")[0]
-    advice = f"such as {owner!r}" if owner else "or split the network with odeadv.models.from_blocks"
+    example = f", such as {owner!r}" if owner else ""
     raise ValueError(
         f"layers: {len(found)} tensors cross the cut {side} {layer!r} ({shown}), expected one, the state; name a layer "
-        f"that contains the skip, {advice}. An argument that all layers share, such as a mask, can be fixed with "
-        "odeadv.models.bind and from_blocks"
+        f"that contains the skip{example}; or {PACK}. An argument that all layers share, such as a mask, "
+        "can be fixed with odeadv.models.bind and from_blocks"
     )
 
 

@@ -107,6 +107,27 @@ def did_you_mean(word: object, known: Iterable[object], *, most: int = 1) -> str
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def check_loss(loss: object) -> None:
+    """Check that ``loss`` is a function ``loss(output, targets)``. A loss of `torch.nn` must average over the batch.
+
+    Raises:
+        TypeError: if ``loss`` is not callable.
+        ValueError: if its attribute ``reduction`` is ``"sum"`` or ``"none"``.
+    """
+    if not callable(loss):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(output, targets)")
+    reduction = getattr(loss, "reduction", None)
+    if reduction in ("sum", "none"):
+        raise ValueError(
+            f"loss: got {type(loss).__name__} with reduction={reduction!r}, expected reduction='mean', because eta "
+            "belongs to the mean over the batch"
+        )
+
+
+#: What converts integer pixels to images in [0, 1], for messages.
+TO_FLOAT = "divide by 255; odeadv.data.to_float(images) does it for uint8 pixels (n, height, width, 3)"
+
+
 def class_indices(name: str, labels: object, n: int) -> Tensor:
     """Return ``labels`` if they are an int64 tensor with one class index for each of ``n`` images.
 
@@ -117,7 +138,12 @@ def class_indices(name: str, labels: object, n: int) -> Tensor:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: got {type(labels).__name__}, expected an int64 tensor ({n},)")
     if labels.dtype != torch.int64:
-        remedy = ".argmax(1) makes them of one-hot rows" if labels.ndim == 2 else "convert with .long()"
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            remedy = ".argmax(1) makes them of one-hot rows"
+        elif labels.is_floating_point():
+            remedy = "convert class numbers with .long(); targets of a regression are not supported"
+        else:
+            remedy = "convert with .long()"
         raise TypeError(f"{name}: got dtype {labels.dtype}, expected torch.int64 class indices; {remedy}")
     if labels.shape != (n,):
         remedy = "; .argmax(1) makes them of one-hot rows" if labels.ndim == 2 else ""

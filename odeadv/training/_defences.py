@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odeadv.fields import AdversarialField
 from odeadv.models import Network, TargetLoss
 from odeadv.solver import solve
 from odeadv.splitting import schemes
-from odeadv.support.checks import choice, integer, number
+from odeadv.support.checks import check_loss, choice, integer, number
 from odeadv.support.isolation import RandomState
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
@@ -145,15 +145,22 @@ class Layerwise(Defence, name="layerwise"):
 def _field(net: Network, images: Tensor, labels: Tensor, eta: float, loss: TargetLoss | None) -> AdversarialField:
     """Return the field of ``net``, with ``loss`` instead of the network's loss if ``loss`` is given."""
     if not hasattr(net, "field"):
-        raise TypeError(
-            f"net: got {type(net).__name__}, expected a network with a field; make one of it with "
-            "odeadv.models.from_module(net, layers=[...])"
-        )
+        raise TypeError(without_field(net))
     if loss is None:
         return net.field(images, labels, eta)
-    if not callable(loss):
-        raise TypeError(f"loss: got {type(loss).__name__}, expected a callable loss(output, labels)")
+    check_loss(loss)
     return net.field(images, labels, eta, loss=lambda output: loss(output, labels))
+
+
+def without_field(net: object) -> str:
+    """Return the message for a network without a field. Wrappers such as DataParallel hide that of their module."""
+    inner = getattr(net, "module", None)
+    remedy = "make one of it with odeadv.models.from_module(net, layers=[...])"
+    if callable(getattr(inner, "field", None)):
+        remedy = "give the network inside of it, net.module"
+        if isinstance(net, nn.parallel.DistributedDataParallel):
+            remedy += ", and average the gradients of the processes yourself, or use odeadv.training.train"
+    return f"net: got {type(net).__name__}, expected a network with a field; {remedy}"
 
 
 def _check_strength(defence: Layerwise | Penalty) -> None:

@@ -28,6 +28,7 @@ from odeadv.support.progress import ProgressLine
 from odeadv.training._checkpoint import SCHEMA as CHECKPOINT_SCHEMA
 from odeadv.training._checkpoint import Checkpoints, architecture, without
 from odeadv.training._config import TrainConfig
+from odeadv.training._defences import without_field
 from odeadv.training._distributed import check_precision, make_fabric
 from odeadv.training._loop import Source, TrainingPlan, TrainingRun
 from odeadv.training._results import EpochResult, TrainResult
@@ -248,10 +249,7 @@ def _fingerprint(data: TrainingData) -> str:
 
 def _module(net: Network) -> FieldNetwork:
     if not isinstance(net, nn.Module) or not callable(getattr(net, "field", None)):
-        raise TypeError(
-            f"net: got {type(net).__name__}, expected a network with field(images, labels, eta); make one of it with "
-            "odeadv.models.from_module(net, layers=[...])"
-        )
+        raise TypeError(without_field(net))
     dtypes = {parameter.dtype for parameter in net.parameters() if parameter.requires_grad}
     if not dtypes:
         raise ValueError("net: lacks a parameter with requires_grad, expected some to train")
