@@ -20,7 +20,7 @@ from sphinx.domains.python import PyObject
 import odeadv
 from odeadv.cli import main
 
-sys.path.insert(0, str(Path(__file__).parent))  # programs.py and reference.py
+sys.path.insert(0, str(Path(__file__).parent))  # docstrings.py, programs.py, reference.py
 from reference import restructured
 
 project = "odeadv"
@@ -30,7 +30,7 @@ release = version = odeadv.__version__
 
 extensions = [
     "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax",
-    "sphinx_copybutton", "sphinx-mathjax-offline", "programs", "reference",
+    "sphinx_copybutton", "sphinx-mathjax-offline", "docstrings", "programs", "reference",
 ]  # fmt: skip
 exclude_patterns = ["_build", "_pictures"]
 html_theme = "furo"
@@ -142,7 +142,9 @@ def signature(app: object, what: str, name: str, obj: Any, options: object, show
         return "", returned
     for field in dataclasses.fields(obj) if what == "class" and dataclasses.is_dataclass(obj) else ():
         if field.init and field.default_factory is not dataclasses.MISSING:
-            made = re.sub(r"<[\w.]*?(\w+) object at 0x\w+>", r"\1()", repr(field.default_factory()))
+            made = re.sub(r"<[\w.]*?(\w+) object at 0x\w+>", r"\1()", repr(default := field.default_factory()))
+            if dataclasses.is_dataclass(default):  # its own page has its defaults
+                made = f"{type(default).__name__}({'' if default == type(default)() else '...'})"
             shown = shown.replace("<factory>", made, 1)
     shown = re.sub(r"\d\.\d{12,}", lambda number: str(Fraction(number[0]).limit_denominator(1000)), shown)
     shown = shown.replace("PosixPath(", "Path(")

@@ -93,6 +93,13 @@ def _module(package: str) -> Any:
     )
 
 
+def attributes(value: type) -> list[str]:
+    """Return the names in the section of attributes of a docstring."""
+    section = re.search(r"^Attributes:\n((?: .*\n|\n)+)", f"{inspect.getdoc(value)}\n", re.MULTILINE)
+    heads = re.findall(r"^    (\w[\w, ]*):", section[1], re.MULTILINE) if section else []
+    return [name for head in heads for name in head.split(", ")]
+
+
 def _get(full: str) -> object:
     module, _, name = full.rpartition(".")
     return getattr(_module(module.rpartition(".")[2]), name)
@@ -123,12 +130,19 @@ def _page(full: str) -> str:
         return f"{head}.. autofunction:: {full}\n"
     if not inspect.isclass(value):
         text = re.sub(r"[a-z_.]+[.](?=[A-Z])", "", str(value))  # types without their modules
-        shown = f"It is ``{text}``." if len(text) < 120 else ""
+        shown = [f"It is ``{text}``."]
         if isinstance(value, Mapping):
-            shown = f"The keys are {', '.join(f'``{key}``' for key in value)}."
+            says = {key: getattr(one, "says", "") or getattr(one, "title", "") for key, one in value.items()}
+            shown = [f"- ``{key}``{f': {restructured(text)}' if text else ''}" for key, text in says.items()]
+        elif isinstance(value, tuple) and not isinstance(value[0], str):
+            shown = [f"{number}. {restructured(one.text)}" for number, one in enumerate(value, 1)]
         module, _, name = full.rpartition(".")  # the index then says "in module"
-        return f"{head}.. py:currentmodule:: {module}\n\n.. py:data:: {name}\n\n   {_comment(full)}\n\n   {shown}\n"
+        body = "\n   ".join([_comment(full), "", *shown])
+        return f"{head}.. py:currentmodule:: {module}\n\n.. py:data:: {name}\n\n   {body}\n"
     options = [":members:"]
+    fields = [name for name in attributes(value) if not inspect.isroutine(getattr(value, name, None))]
+    if fields:  # the docstring of the class describes them
+        options.append(f":exclude-members: {', '.join(fields)}")
     if value.__bases__ != (object,):
         options.append(":show-inheritance:")
     if "__call__" in vars(value):

@@ -1,6 +1,7 @@
 """The reference has every public name once, and every page is reached. CI builds the pages."""
 
 import doctest
+import enum
 import importlib
 import inspect
 import operator
@@ -22,6 +23,7 @@ PACKAGES = sorted({info.name for info in pkgutil.iter_modules(odeadv.__path__) i
 
 
 reference = runpy.run_path(str(DOCS / "reference.py"))
+docstrings = runpy.run_path(str(DOCS / "docstrings.py"))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -72,15 +74,6 @@ def test_examples_run(name):
         assert not found.failed, f"the example of {name} does not print what it shows"
 
 
-def _described(text: str) -> list[str]:
-    """Return the names before the colons of the sections of parameters; a line without a colon as it is."""
-    found = []
-    for section in re.findall(r"^(?:Args|Attributes):\n((?: .*\n|\n)+)", f"{inspect.cleandoc(text)}\n", re.M):
-        for line in re.findall(r"^    (\S.*)", section, re.M):
-            found += re.split(", ", line.partition(":")[0].replace("*", ""))
-    return found
-
-
 @pytest.mark.parametrize("package", ["odeadv", "schemes", *PACKAGES])
 def test_described_parameters_exist(package):
     """A line that is indented wrongly would show as a parameter with a strange name."""
@@ -94,7 +87,80 @@ def test_described_parameters_exist(package):
         if inspect.isclass(value):
             known |= {*re.findall(r"self\.(\w+)", inspect.getsource(value))}
             known |= {name for base in value.__mro__ for name in getattr(base, "__annotations__", {})}
-        assert {*_described(inspect.getdoc(value) or "")} <= known, full
+        assert {*docstrings["texts"](docstrings["completed"](value))} <= known, full
+
+
+def _callables(full):
+    """Yield the callables of a page that have a docstring, with their names and the classes of methods."""
+    value = reference["_get"](full)
+    if inspect.isroutine(value) or (inspect.isclass(value) and not issubclass(value, enum.Enum)):
+        yield full, value, None
+    for name in vars(value) if inspect.isclass(value) else ():
+        member = getattr(value, name)
+        if (name == "__call__" or name[0] != "_") and inspect.isroutine(member) and inspect.getdoc(member):
+            yield f"{full}.{name}", member, value
+
+
+@pytest.mark.parametrize("package", reference["PACKAGES"])
+def test_every_parameter_has_a_text_on_its_page(package):
+    """The build completes the docstrings, see docs/docstrings.py. A method may name a parameter in its sentences."""
+    without, unread = {}, []
+    for full in reference["objects"](package):
+        for name, value, owner in _callables(full):
+            lines = docstrings["completed"](value, owner)
+            texts = docstrings["texts"](lines)
+            named = {*re.findall(r"``(\w+)", "\n".join(lines))} if owner else set()
+            lost = {*docstrings["arguments"](value)} - {*texts} - named
+            if lost and "args" not in lost:  # a class whose page shows no signature
+                without[name] = lost
+            unread += [f"{name}: {text[0]}" for text in texts.values() if re.match("as for|see `|$", text[0])]
+    assert not without
+    assert not unread
+
+
+def test_phrases_of_docstrings_are_replaced():
+    def model():
+        """Return a model. The arguments are described in `solve`."""
+
+    def steps(dt):
+        """Return a model.
+
+        Args:
+            dt: as for `odeadv.solve`. It is a number.
+        """
+
+    def lost(speed):
+        """Return a model.
+
+        Args:
+            speed: as for `odeadv.solve`.
+        """
+
+    completed, texts = docstrings["completed"], docstrings["texts"]
+    assert completed(model) == ["Return a model."]
+    text = texts(completed(steps))["dt"]
+    assert text[:-1] == texts(completed(odeadv.solve))["dt"]
+    assert text[-1].strip() == "It is a number."
+    with pytest.raises(LookupError, match="no text for speed"):
+        completed(lost)
+    networks = completed(odeadv.models.resnet56)
+    assert texts(networks)["noise"] == texts(completed(odeadv.models.PreActResNet))["noise"]
+    here, there = (completed(owner.advance, owner) for owner in (odeadv.RungeKutta, odeadv.SubStep))
+    assert here[0] == there[0]
+    assert texts(here) == texts(there) != {}
+
+
+@pytest.mark.parametrize("name", ["training.Layerwise", "training.Penalty", "SubStep"])
+def test_fields_are_described_once(name):
+    fields = reference["attributes"](operator.attrgetter(name)(odeadv))
+    assert f":exclude-members: {', '.join(fields)}" in reference["_page"](f"odeadv.{name}")
+
+
+def test_pages_of_constants_show_values_or_names():
+    page = reference["_page"]
+    assert "('pgd', 'pgd+lad', 'pgd+lad-sm')" in page("odeadv.experiments.METHODS")
+    assert all(f"- ``{name}``: " in page("odeadv.experiments.PRESETS") for name in odeadv.experiments.PRESETS)
+    assert page("odeadv.experiments.CLAIMS").count("\n   1") >= 1
 
 
 def test_commands(capsys):

@@ -131,7 +131,8 @@ def apgd_t(
         steps: as for `apgd`.
         targets: number of target classes. If it exceeds the number of wrong classes, all wrong classes are tried.
         norm: as for `fgsm`.
-        loss: as for `fgsm`, without ``"kl"``. ``"dlr"`` needs at least four classes; with fewer, take ``"margin"``.
+        loss: as for `fgsm`. ``"kl"`` is not possible. ``"dlr"`` needs at least four classes; with fewer, take
+            ``"margin"``.
         start: as for `ifgsm`.
         restarts: number of runs per target.
         rho: as for `apgd`.

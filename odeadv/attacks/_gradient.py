@@ -195,7 +195,7 @@ def pgd(
             returned, or the one of highest loss if none does. Fooled examples are left out of later runs, unless some
             part of the model is in training mode (examples may then depend on each other). If there are several runs,
             each costs one more forward pass.
-        keep: as for `ifgsm`; with ``"worst"`` the choice is among all iterates of all runs.
+        keep: as for `ifgsm`. With ``"worst"`` the choice is among all iterates of all runs.
         eot: as for `fgsm`.
         mode: as for `fgsm`.
         tally: as for `fgsm`.

@@ -54,7 +54,7 @@ def square(
     Algorithms 1 to 3.
 
     Args:
-        model: as for `fgsm`, but it need not be differentiable.
+        model: as for `fgsm`. It need not be differentiable.
         images: (n, channels, height, width), floating, values in [0, 1].
         labels: as for `fgsm`.
         eps: as for `fgsm`.
@@ -67,7 +67,7 @@ def square(
         p: the share of the pixels in the first squares, in (0, 1]; AutoAttack uses 0.8 in both norms.
         eot: number of forward passes over which logits and losses are averaged.
         mode: as for `fgsm`.
-        tally: as for `fgsm`; ``tally.queries`` has the number of queries of each example.
+        tally: as for `fgsm`. ``tally.queries`` has the number of queries of each example.
 
     Returns:
         The attacked images, with the properties that `fgsm` states. For each example this is the first query that

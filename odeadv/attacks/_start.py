@@ -40,7 +40,7 @@ class Gaussian:
         number("std", self.std, least=0)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return ``images + std * noise``, before any projection."""
+        """Return ``images + std * noise``, before any projection. The noise is drawn from ``generator``."""
         return images + self.std * _draw(torch.randn, images.shape, images, generator)
 
 

@@ -28,10 +28,10 @@ def worst_of(
     The strongest version is the first that fools ``model``, or the version of highest loss if none fools it.
 
     Args:
-        model: as for `fgsm`; it need not be differentiable.
+        model: as for `fgsm`. It need not be differentiable.
         candidates: attacked images, each (n, ...), all of one shape, floating, values in [0, 1].
         labels: (n,), int64 class indices.
-        loss: ranks the images that do not fool the model; as for `fgsm`, without ``"kl"``.
+        loss: as for `fgsm`. It ranks the images that do not fool the model. ``"kl"`` is not possible.
         target: (n,), int64 classes to be reached; None if any wrong class counts.
         mode: as for `fgsm`.
 
@@ -85,15 +85,15 @@ def transfer(
     Machine Learning".
 
     Args:
-        model: the model that is evaluated; as for `fgsm`, but it need not be differentiable.
+        model: as for `fgsm`. This is the model that is evaluated. It need not be differentiable.
         images: as for `fgsm`.
         labels: as for `fgsm`.
         surrogates: the models that are attacked.
         attack: called as ``attack(surrogate, images, labels)``, e.g. ``functools.partial(ifgsm, eps=8/255,
             alpha=2/255, steps=20)``.
         loss: as for `worst_of`.
-        target: as for `worst_of`; give it to ``attack`` as well.
-        mode: mode of ``model``, as for `fgsm`.
+        target: as for `worst_of`. Give it to ``attack`` as well.
+        mode: as for `fgsm`. It applies to ``model`` only.
 
     Returns:
         (n, ...), chosen by `worst_of` among one attacked version per surrogate.

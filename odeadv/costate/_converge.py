@@ -237,7 +237,12 @@ def _without_sweep(level: Level, sweep: Linearised, v: Tensor) -> Tensor:
 
 
 def coarser(grid: Grid, least: int) -> list[Grid]:
-    """Return the grids with every second node of the next one, the coarsest of at least ``least`` steps first."""
+    """Return the grids with every second node of the next one, the coarsest of at least ``least`` steps first.
+
+    Args:
+        grid: the finest grid, which is not returned.
+        least: the smallest number of steps of a grid.
+    """
     grids: list[Grid] = []
     while len(grid) % 2 == 0 and len(grid) >= 2 * least:
         grid = Grid(grid.times[::2], grid.h and 2.0 * grid.h)

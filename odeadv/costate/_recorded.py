@@ -35,7 +35,7 @@ class Costate(Protocol):
         ...
 
     def extrapolated(self, t: float) -> Tensor:
-        """Return a(t), also for times outside the span."""
+        """Return a(t), also for a time ``t`` outside the span."""
         ...
 
     def on(self, t0: float, t1: float) -> Callable[[float], Tensor]:

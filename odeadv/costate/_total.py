@@ -37,7 +37,13 @@ class TotalLoss:
 
     @staticmethod
     def on(grid: Grid, field: AdversarialField, rule: Rule) -> TotalLoss:
-        """Return the total loss on ``grid``. The times of the field's losses are nodes."""
+        """Return the total loss on ``grid``. The times of the field's losses are nodes.
+
+        Args:
+            grid: the steps of the solve.
+            field: the field, with its losses and its running cost.
+            rule: rule for the integral of the running cost.
+        """
         return TotalLoss(field, rule, {grid.snap(t): loss for t, loss in field.at.items()})
 
     def at(self, t: float, x: Tensor) -> list[Tensor]:
@@ -68,7 +74,8 @@ class TotalLoss:
     ) -> Tensor:
         """Return J without the loss of the final state. ``states`` are the states at the nodes of ``grid``.
 
-        With ``segments`` the graph of the running cost is not kept, and the backward pass evaluates it again.
+        ``stepper`` computes the slopes for Simpson's rule. With ``segments`` the graph of the running cost is not
+        kept, and the backward pass evaluates it again.
         """
         over = self.over if segments is None else partial(segments, self.over)
         terms = self.at(grid.times[0], states[0])

@@ -268,6 +268,12 @@ def as_model_input(images: Tensor, *, device: torch.device, dtype: torch.dtype, 
 
     Floating images keep dtype and shape. With ``channels_last``, 4-D results are channels-last in memory. All other
     results are contiguous.
+
+    Args:
+        images: uint8 images (n, height, width, channels), or floating images or inputs of any shape.
+        device: device of the result.
+        dtype: floating dtype of the result for uint8 images.
+        channels_last: True for channels-last memory, which convolutions on GPUs prefer.
     """
     images = images.to(device)
     if images.dtype == torch.uint8:

@@ -110,11 +110,11 @@ def contraction(
     Args:
         field: an `AdversarialField`. If eta = 0, the factor is 0, and ``reach`` is computed for the unperturbed
             trajectory.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         scheme: scheme of the trajectories of the sweeps.
         rtol: relative accuracy of the eigenvalue at which the iteration stops.
         most: largest number of iterations.

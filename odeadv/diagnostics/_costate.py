@@ -88,11 +88,11 @@ def costate_residual(
 
     Args:
         field: an `AdversarialField`. Its eta is not used.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
 
     Raises:
         TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.

@@ -99,14 +99,14 @@ def hamiltonian(
 
     Args:
         field: an `AdversarialField`.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         solution: a solution of ``field`` with ``save_at="steps"``; by default the function solves the field.
         scheme: scheme of the perturbed trajectory.
-        sweeps: see `odeadv.solve`.
+        sweeps: as for `odeadv.solve`.
 
     Raises:
         TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.
@@ -221,13 +221,13 @@ def energy(
 
     Args:
         field: an `AdversarialField` with an eta different from 0.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         schemes: the schemes to compare.
-        sweeps: see `odeadv.solve`.
+        sweeps: as for `odeadv.solve`.
 
     Raises:
         TypeError, ValueError: if an argument does not fit, before the solve starts. The message names the argument.

@@ -81,11 +81,11 @@ def lipschitz(
 
     Args:
         field: any field. For an `AdversarialField` the perturbation is left out.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         rtol: relative accuracy of the eigenvalue of J^T J at which the iteration stops.
         most: largest number of iterations per layer.
         generator: source of the random starting directions; by default a generator with seed 0.
@@ -186,15 +186,15 @@ def growth(
 
     Args:
         field: any field. For an `AdversarialField` the perturbation is left out.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         direction: direction of an infinitesimal difference of the initial states. A Jacobian-vector product through the
             solve propagates it. If neither ``direction`` nor ``start`` is given, the direction is random.
         start: a second initial state, such as ``net.stem(attacked_images)``. The field is solved from both states.
-        scheme: see `odeadv.solve`. It is used for a field with several operators only.
+        scheme: as for `odeadv.solve`. It is used for a field with several operators only.
         generator: source of the random direction; by default a generator with seed 0.
 
     Raises:

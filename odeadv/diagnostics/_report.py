@@ -122,11 +122,11 @@ def diagnose(
         field: a field, such as ``net.field(images, labels, eta)``. Or a dict of several fields by name, which share the
             pictures: for example a network with the defence and a network without it, on the same images.
         folder: folder of the files; it is created if it does not exist.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         start: a second initial state, such as ``net.stem(attacked_images)``, for all fields or by name. Growth follows
             its difference from the initial state; by default it follows a random direction.
         most: largest number of iterations of each power method. The page reports which of them have not converged.

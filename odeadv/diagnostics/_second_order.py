@@ -119,11 +119,11 @@ def second_order(
 
     Args:
         field: an `AdversarialField`.
-        x0: see `odeadv.solve`.
-        t_span: see `odeadv.solve`.
-        dt: see `odeadv.solve`.
-        steps: see `odeadv.solve`.
-        substep: see `odeadv.solve`; for a network give ``**net.solve_options``.
+        x0: as for `odeadv.solve`.
+        t_span: as for `odeadv.solve`.
+        dt: as for `odeadv.solve`.
+        steps: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         scheme: scheme of the perturbed trajectory; by default the trajectory is unperturbed.
         sweeps: recordings of the perturbed trajectory, see `odeadv.solve`.
 

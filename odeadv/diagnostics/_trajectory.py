@@ -162,7 +162,7 @@ def walk(
 
     Args:
         field: the field, see `posed`.
-        substep: see `odeadv.solve`.
+        substep: as for `odeadv.solve`.
         scheme: scheme of the perturbed trajectory; None for the unperturbed trajectory.
         sweeps: recordings for the perturbed trajectory, see `odeadv.solve`.
 

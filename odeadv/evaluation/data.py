@@ -43,7 +43,7 @@ class Examples:
         device: device of the model.
         dtype: dtype of the model.
         channels_last: True to lay 4-D images out channels-last in memory.
-        release: see `CheckedData`.
+        release: as for `CheckedData`.
     """
 
     images: Tensor
@@ -217,6 +217,9 @@ class ImageFolder:
 
 def saved_images(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the attacked images that `evaluate` saved, by the name of the attack; (n, ...) in the order of the data.
+
+    Args:
+        folder: the folder that `evaluate` got as ``save``.
 
     Raises:
         FileNotFoundError: if the folder does not contain such files.

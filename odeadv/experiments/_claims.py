@@ -303,6 +303,10 @@ def write_claims(records: Path, out: Path) -> str:
 
     A claim links to the page of its table if the page exists next to the folder of records.
 
+    Args:
+        records: folder of records, see `load_records`.
+        out: folder for ``claims.json`` and ``claims.md``.
+
     Raises:
         ValueError: if a JSON file is not a record of a run.
         NotADirectoryError: if the folder does not exist.

@@ -124,6 +124,10 @@ class ModelConfig:
     def build(self, data: ImageDataset, generator: torch.Generator | None = None) -> FieldNetwork:
         """Build the network for the images of ``data``.
 
+        Args:
+            data: the data set: number of classes, mean and standard deviation of its pixels.
+            generator: source of the initial weights; by default the global random state.
+
         Raises:
             TypeError, ValueError: if the model is unknown or does not take an argument.
         """
@@ -182,7 +186,7 @@ class RunConfig:
 
         Args:
             data: the plain data.
-            imports: see `odeadv.experiments.load_config`.
+            imports: as for `odeadv.experiments.load_config`.
 
         Raises:
             TypeError, ValueError: if a key is unknown, or its value has a wrong type or is out of range. The message
@@ -245,7 +249,7 @@ class Method:
         return self.scheme is not None or self.penalty
 
     def defence(self, eta: float) -> Defence:
-        """Return the defence with this eta."""
+        """Return the defence with the factor ``eta`` of the costate."""
         if self.penalty:
             return Penalty(eta)
         if self.scheme is None:
@@ -255,7 +259,14 @@ class Method:
     def training_objective(
         self, steps: int, eps: float, alpha: float, trades_start: Literal["free", "clamped"] = "free"
     ) -> Objective:
-        """Return the objective with its training attack; for ``trades_start`` see `Trades`."""
+        """Return the objective with its training attack.
+
+        Args:
+            steps: number of steps of the attack.
+            eps: radius of the L-infinity ball, in pixel units of [0, 1].
+            alpha: length of a step of the attack.
+            trades_start: the attribute ``start`` of `Trades`.
+        """
         if self.objective == "natural":
             return Natural()
         if self.objective == "pgd":
@@ -277,6 +288,9 @@ def parse_method(name: str) -> Method:
     - ``penalty``: the explicit gradient penalty instead of LAD.
     - ``noise``: noise in training.
     - ``matched``: no defence, but more epochs, so that the run takes as many passes as with LAD.
+
+    Args:
+        name: the parts joined by "+", such as ``"pgd+lad-sm"``.
 
     Raises:
         ValueError: if a part is unknown, two parts set the same attribute, or the parts contradict each other.
@@ -323,6 +337,9 @@ def method_of(config: RunConfig) -> str:
     """Return the name of the method of ``config``.
 
     Objectives, defences and schemes that `parse_method` does not know appear by their registered names.
+
+    Args:
+        config: configuration of a run.
     """
     model, training = config.model, config.training
     name = type(training.objective).name

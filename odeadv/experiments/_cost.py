@@ -35,6 +35,9 @@ def training_passes(config: RunConfig) -> int:
 
     One image forward, backward to activations, or to weight gradients counts 1 each. `hours` converts image passes
     into time: in natural training a machine makes three passes per image.
+
+    Args:
+        config: configuration of the run.
     """
     training = config.training
     images = config.data.train_images or TRAIN_IMAGES.get(config.data.name, 0)
@@ -58,6 +61,10 @@ def hours(passes: float, rate: float) -> float:
     """Return the hours that ``passes`` take on a device with ``rate`` images per second in natural training.
 
     Natural training makes three passes per image.
+
+    Args:
+        passes: number of image passes, from `training_passes` or `evaluation_passes`.
+        rate: speed of the device, in images per second of natural training.
     """
     return passes / (3 * rate) / 3600
 
@@ -87,7 +94,11 @@ class TableCost:
 
 
 def table_costs(preset: Preset) -> list[TableCost]:
-    """Return the cost of all tables and ablations at ``preset``, for each data set of each table."""
+    """Return the cost of all tables and ablations at ``preset``, for each data set of each table.
+
+    Args:
+        preset: size of the runs.
+    """
     trained: set[str] = set()
     evaluated: set[tuple[str, str]] = set()
     found = []
@@ -227,6 +238,11 @@ def rehearse_all(
     configs: Sequence[RunConfig], steps: int, folder: Path | None
 ) -> Iterator[tuple[RunConfig, Rehearsal | Exception]]:
     """Rehearse runs on one data set, one after the other. If a run fails, its error is yielded.
+
+    Args:
+        configs: configurations, all with the data set of the first one.
+        steps: number of training steps per run. The first step is not timed.
+        folder: folder of the data set, see `odeadv.data.load`; None means the default folder.
 
     Raises:
         ValueError: if ``steps`` is below 2.

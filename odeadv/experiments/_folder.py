@@ -34,6 +34,9 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     clean and the average robust accuracy per protocol. If a run cannot be read, its entry has ``"name"``, ``"state"``
     (``"unreadable"``) and ``"error"``.
 
+    Args:
+        folder: the folder that contains one folder per run.
+
     Raises:
         NotADirectoryError: if the folder does not exist.
     """
@@ -71,6 +74,9 @@ def _listed(folder: Path) -> dict[str, Any]:
 
 def plot_run(folder: Path) -> Path:
     """Draw the training of a run, finished or not, as ``training.png`` in its folder; see `TrainResult.plot`.
+
+    Args:
+        folder: the folder of the run, with ``record.json`` or ``metrics.jsonl``.
 
     Returns:
         The path of the picture.

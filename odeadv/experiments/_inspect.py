@@ -51,7 +51,7 @@ def evaluate_run(
         images: number of test images, balanced over the classes; all if None.
         out: JSON file for the result. A journal next to it keeps finished work. If the evaluation is stopped, the same
             call resumes from the journal.
-        progress: see `odeadv.evaluate`.
+        progress: as for `odeadv.evaluate`.
         options: further keyword arguments of `odeadv.evaluate`, such as ``batch_size``.
 
     Raises:

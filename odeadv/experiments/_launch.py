@@ -210,9 +210,9 @@ def make_table(
         folder: folder with the data sets.
         best: True to evaluate the weights of the best epoch in addition to the last weights.
         autoattack: number of test images for AutoAttack; None for a table without AutoAttack.
-        launcher: see `launch`.
-        cpus: see `launch`.
-        gpus: see `launch`.
+        launcher: as for `launch`.
+        cpus: as for `launch`.
+        gpus: as for `launch`.
 
     Returns:
         The failures, and True if this process is the first process. Only the first process writes the records.

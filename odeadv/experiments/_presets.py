@@ -22,7 +22,7 @@ class Size:
         depth, width: depth and width of the network. Only a ``"preact_resnet"`` uses the depth.
         epochs: one number, or one per data set. The learning rate is divided by 10 at 1/2 and 3/4 of the epochs.
         train_images, test_images: one number, or one per data set; see `DataConfig`.
-        validation_images: see `DataConfig`.
+        validation_images: as for `DataConfig`.
         precision: precision of training.
         eta: one value per data set, for batches of ``batch_size`` and the mean loss of a batch.
         attack_steps: number of steps of the training attack.
@@ -30,10 +30,10 @@ class Size:
         batch_size: images per step. If it changes, keep eta / batch_size constant.
         model: name of the network.
         options: further arguments of the network.
-        image_size: see `DataConfig`.
-        augment, lr, weight_decay: see `odeadv.training.TrainConfig`.
+        image_size: as for `DataConfig`.
+        augment, lr, weight_decay: as for `odeadv.training.TrainConfig`.
         eps_255: radius of the training attack in units of 1/255. The step size is a quarter of the radius.
-        trades_start: see `odeadv.training.Trades`.
+        trades_start: the attribute ``start`` of `odeadv.training.Trades`.
     """
 
     depth: int
@@ -229,6 +229,12 @@ def _passes(row: Row, size: Size, dataset: str) -> int:
 def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
     """Return the configuration of the run of ``row`` at ``size`` on ``dataset``.
 
+    Args:
+        row: a row of a table; its method and its changes decide what is trained.
+        size: size of the run: network, number of images, epochs, eta.
+        dataset: name of the data set, a key of ``size.eta``.
+        seed: seed of the run: initial weights, order of the images, attacks.
+
     Raises:
         ValueError: if ``size`` lacks an eta for ``dataset``, or the method of ``row`` is unknown.
     """
@@ -271,7 +277,14 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
 
 
 def with_eta(preset: Preset, table: Table, dataset: str, eta: float) -> Preset:
-    """Return ``preset`` with another eta, such as a tuned one, for the objectives of ``table`` on ``dataset``."""
+    """Return ``preset`` with another eta, such as a tuned one, for the objectives of ``table`` on ``dataset``.
+
+    Args:
+        preset: the preset to change; it stays as it is.
+        table: only objectives of its rows get the new eta.
+        dataset: only this data set gets the new eta.
+        eta: factor of the costate for a loss averaged over the batch, see `Layerwise`.
+    """
     objectives = {row.method.split("+")[0] for row in table.rows}
     sizes = {
         name: replace(size, eta={**size.eta, dataset: float(eta)}) if name in objectives else size
@@ -282,6 +295,11 @@ def with_eta(preset: Preset, table: Table, dataset: str, eta: float) -> Preset:
 
 def with_images(preset: Preset, train: int, test: int | None = None) -> Preset:
     """Return ``preset`` with another number of training images, and of test images if ``test`` is given.
+
+    Args:
+        preset: the preset to change; it stays as it is.
+        train: number of training images.
+        test: number of test images; None keeps the number of the preset.
 
     Raises:
         ValueError, TypeError: if a number is not a positive integer.

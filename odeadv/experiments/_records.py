@@ -62,6 +62,9 @@ class RecordWarning(UserWarning):
 def load_record(path: Path) -> Record:
     """Read the record in ``path``.
 
+    Args:
+        path: a JSON file, the ``record.json`` of a finished run or a copy of it.
+
     Raises:
         ValueError: if the file is not a record of a run. The message names the file and the missing or wrong part.
         OSError: if the file cannot be read.
@@ -90,6 +93,9 @@ def load_record(path: Path) -> Record:
 
 def load_records(folder: Path) -> list[Record]:
     """Read the records in ``folder``: ``*.json`` and ``*/record.json``, in the order of their paths.
+
+    Args:
+        folder: the folder of all runs, or a folder of copied records.
 
     Raises:
         NotADirectoryError: if the folder does not exist.

@@ -63,7 +63,11 @@ def write_report(table: Table, preset: Preset, dataset: str | None, records: Pat
 
 
 def render(results: Results) -> str:
-    """Return the page as Markdown: title, differences from the paper, figure, table, then the details."""
+    """Return the page as Markdown: title, differences from the paper, figure, table, then the details.
+
+    Args:
+        results: the runs of one table, read from their records.
+    """
     table = results.table
     keys = ["acc", *(column.key for column in table.columns), *(["avg"] if table.average else [])]
     labels = ["Acc", *(column.label for column in table.columns), *(["Avg"] if table.average else [])]

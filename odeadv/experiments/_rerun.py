@@ -120,7 +120,12 @@ def rerun(
 
 
 def agreement(first: Record, second: Record) -> Agreement:
-    """Compare the records of two runs of one configuration."""
+    """Compare the records of two runs of one configuration.
+
+    Args:
+        first: the record of the first run, see `load_record`.
+        second: the record of the second run, for example from `rerun`.
+    """
     losses, weights = _losses(first, second), list[bool]()
     outcomes: dict[str, tuple[int, int]] = {}
     missing = []

@@ -116,7 +116,7 @@ class Table:
     def paper_difference(self, row: Row, other: Row, dataset: str) -> float | None:
         """Return the paper's value of ``row`` minus ``other`` in the mean accuracy under attack, in percentage points.
 
-        The result is None if the paper does not print both rows.
+        The result is None if the paper does not print both rows for ``dataset``.
         """
         figures = paper_tables().get(self.like or self.name, {}).get(dataset, {})
         found = [figures.get(r.method if self.like else r.paper_key or r.method) for r in (row, other)]

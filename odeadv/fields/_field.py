@@ -118,6 +118,7 @@ class SplitField(VectorField):
     it, the last operator outermost (the paper's Eq. 20 with F as the first operator).
 
     Args:
+        unnamed: nothing; operators without a name raise a TypeError that says so.
         x0, t_span, dt, steps: the problem, if the field contains it. Operators cannot have these names.
         operators: at least two callables ``f(t, x)`` or `Operator` objects, by name.
 
@@ -347,7 +348,11 @@ class AdversarialField(VectorField):
 
 
 def as_field(field: VectorField | Operator | VectorFunction) -> VectorField:
-    """Return ``field`` as a `VectorField`. A callable or an `Operator` becomes a field with a single operator "f"."""
+    """Return ``field`` as a `VectorField`. A callable or an `Operator` becomes a field with a single operator "f".
+
+    Args:
+        field: a callable ``f(t, x)``, an `Operator`, or a field, which is returned as it is.
+    """
     if isinstance(field, VectorField):
         return field
     if not callable(field):

@@ -91,6 +91,14 @@ class Newton:
     def solve(self, f: Function, t: Tensor, c: float, b: Tensor, cost: Cost, kept: Kept) -> Tensor:
         """Return y with y - c f(y) = b. If the iteration fails, return NaN and count the failure in ``cost``.
 
+        Args:
+            f: ``f(t, y)`` returns a tensor of the shape of the state.
+            t: time of the stage, a 0-d tensor.
+            c: a duration, the step size times a coefficient of the method.
+            b: right-hand side, a tensor of the shape of the state.
+            cost: counts evaluations and failures.
+            kept: values of the previous stage of the same sub-step, where the iteration starts.
+
         Raises:
             ValueError: inside torch.func.vmap, where tensor values cannot be read.
         """

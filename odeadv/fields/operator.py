@@ -226,7 +226,7 @@ class Operator:
             A: matrix of shape ``(n, n)`` for the last axis of the state. Or a tensor of shape ``(..., n, n)`` with
                 leading axes that broadcast with the leading axes of the state as in `torch.matmul`. One matrix per
                 sample has shape ``(batch, n, n)``.
-            reversible: see `Operator`.
+            reversible: as for `Operator`.
 
         Raises:
             TypeError, ValueError: if ``A`` is not a square matrix with finite real or complex entries.
@@ -257,7 +257,7 @@ class Operator:
                 real. For ``"fft"`` and a real state, the symbol must satisfy k(-w) = conj(k(w)) at each frequency w.
             dims: number of axes of the grid, which are the last axes of ``k`` and of the state; by default all axes of
                 ``k``. The other axes of ``k`` broadcast with the state: ``(2, n)`` with ``dims=1`` is two species.
-            reversible: see `Operator`.
+            reversible: as for `Operator`.
 
         Raises:
             TypeError, ValueError: if ``k``, ``transform`` or ``dims`` is not valid. The message names the argument.
@@ -294,7 +294,7 @@ class Operator:
         return ()
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """Evaluate dx/dt at time ``t`` and state ``x``."""
+        """Evaluate dx/dt at the time ``t`` and the state ``x``."""
         return self.f(t, x)
 
     def on(self, t0: float, t1: float) -> Operator | Jump:
@@ -302,7 +302,7 @@ class Operator:
         return self
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """Evaluate dx/dt, count the evaluation in ``cost``, and check that the result fits the state."""
+        """Evaluate dx/dt at ``t`` and ``x``, count it in ``cost``, and check that the result fits the state."""
         if torch.compiler.is_compiling():
             return same_shape("f", self.f(as_time(t, x, self.time_dtype), x), x)
         cost.evaluations += 1
@@ -387,7 +387,14 @@ class Operator:
         return in_graph("solve", same_shape("solve", y, b), b)
 
     def euler(self, t: float, h: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return x + h f(t, x), one explicit Euler step."""
+        """Return x + h f(t, x), one explicit Euler step.
+
+        Args:
+            t: time at the start of the step.
+            h: signed step size.
+            x: state at the start of the step.
+            cost: counts the evaluation of f.
+        """
         return plus(x, self.velocity(t, x, cost), h)
 
 
@@ -433,7 +440,7 @@ class Jump:
         return modules_of(*self._runs, owner=self)
 
     def across(self, x: Tensor, cost: Cost) -> Tensor:
-        """Return the state at the end of the interval, and count one evaluation in ``cost``."""
+        """Return the state at the end of the interval from ``x``, and count one evaluation in ``cost``."""
         cost.evaluated()
         before = version(x)
         end = watched("map", lambda: self.map(x), x) if cost.watch else self.map(x)

@@ -67,12 +67,18 @@ class Forcing(Operator):
         return local
 
     def velocity(self, t: float, x: Tensor, cost: Cost) -> Tensor:
-        """Return the forcing at ``t``. The time is a float, so it keeps its full precision."""
+        """Return the forcing at ``t``. The time is a float, so it keeps its full precision.
+
+        Args:
+            t: the time.
+            x: the state; only its shape is used.
+            cost: counts the evaluation.
+        """
         cost.evaluated()
         return self.scale * same_shape("costate", self.value(t), x)
 
     def widened(self, narrow: torch.dtype) -> Forcing:
-        """Return the forcing itself, because it does not depend on the state."""
+        """Return the forcing itself for any ``narrow``, because it does not depend on the state."""
         return self
 
     def timed(self, span: MovingSpan) -> Forcing:

@@ -122,7 +122,7 @@ class BlockNetwork(FieldNetwork):
         return next(reversed(self._layouts.values())).output[-1]
 
     def forward(self, inputs: Any) -> Tensor:
-        """Return the output of the plain network."""
+        """Return the output of the plain network for ``inputs``, whatever the stem takes."""
         x = self.stem(inputs)
         for block in self.blocks:
             x = _on(block, inputs)(x)
@@ -227,7 +227,13 @@ def bind(module: nn.Module, /, *args: Any, **kwargs: Any) -> Bound:
 
 
 class Bound(nn.Module):
-    """A module with fixed arguments after the first argument; see `bind`."""
+    """A module with fixed arguments after the first argument; see `bind`.
+
+    Args:
+        module: as for `bind`.
+        args: as for `bind`.
+        kwargs: as for `bind`.
+    """
 
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -264,7 +270,7 @@ class Bound(nn.Module):
         return lambda x: self.module(x, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Any:
-        """Return ``module(x, ...)`` with the fixed arguments."""
+        """Return ``module(x, ...)`` for the state ``x`` with the fixed arguments."""
         return self.on()(x)
 
 

@@ -75,12 +75,12 @@ class MlpBlock(nn.Module):
         self.linear1, self.linear2 = nn.Linear(width, width), nn.Linear(width, width)
 
     def residual(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Return f(x), the velocity of the state."""
+        """Return f(x), the velocity of the state ``x``."""
         y: Tensor = self.linear2(F.relu(self.linear1(x)))
         return y
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Return the next state."""
+        """Return the next state ``x + f(x)``."""
         return x + self.residual(x)
 
 
@@ -173,5 +173,5 @@ def residual_mlp(
     std: Sequence[float] = CIFAR10_STD,
     generator: torch.Generator | None = None,
 ) -> ResidualMlp:
-    """Return a `ResidualMlp` with these arguments."""
+    """Return a `ResidualMlp`. The arguments are described in `ResidualMlp`."""
     return ResidualMlp(blocks, width, num_classes, image_size=image_size, mean=mean, std=std, generator=generator)

@@ -47,7 +47,15 @@ class Network(Protocol):
         ...
 
     def field(self, images: Tensor, labels: Tensor, eta: float = 0.0, *, loss: Loss | None = None) -> AdversarialField:
-        """Return the network as the field of Eq. 7. The field contains its problem."""
+        """Return the network as the field of Eq. 7. The field contains its problem.
+
+        Args:
+            images: the inputs of the network, (n, channels, height, width) in [0, 1] for images.
+            labels: class numbers (n,), int64; a network may accept other targets.
+            eta: factor of the costate, for the gradient of the loss of this batch. 0 gives the plain network.
+            loss: ``loss(output)`` returns a scalar tensor; None means the loss of the network, the mean cross-entropy
+                with ``labels``.
+        """
         ...
 
     def __call__(self, images: Tensor) -> Any:
@@ -55,27 +63,27 @@ class Network(Protocol):
         ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """See `torch.nn.Module`."""
+        """Yield the trainable tensors, as `torch.nn.Module` does; without those of submodules if not ``recurse``."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
-        """See `torch.nn.Module`."""
+        """Yield the network and all its submodules, as `torch.nn.Module` does."""
         ...
 
     def train(self, mode: bool = True) -> Any:
-        """See `torch.nn.Module`."""
+        """Switch to training mode, or to evaluation mode if not ``mode``, and return the network."""
         ...
 
     def eval(self) -> Any:
-        """See `torch.nn.Module`."""
+        """Switch to evaluation mode, and return the network."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """See `torch.nn.Module`."""
+        """Return weights and buffers by name."""
         ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
-        """See `torch.nn.Module`."""
+        """Copy weights and buffers from ``state_dict``."""
         ...
 
 
@@ -116,6 +124,10 @@ class FieldNetwork(nn.Module):
 
     def default_loss(self, targets: Any, inputs: Any) -> Loss:
         """Check ``targets``, and return the mean cross-entropy with them as a function of the logits.
+
+        Args:
+            targets: class numbers (n,), int64, or probabilities (n, classes).
+            inputs: the batch of n inputs of the network.
 
         Raises:
             TypeError, ValueError: if the targets do not fit. The message names ``labels``.

@@ -105,7 +105,10 @@ def averaged(
     *,
     recompute: bool = True,
 ) -> Averaged:
-    """Return a network that averages ``passes`` forward passes of the random network ``net``. See `Averaged`."""
+    """Return a network that averages ``passes`` forward passes of the random network ``net``.
+
+    The arguments are described in `Averaged`.
+    """
     return Averaged(net, passes, generator, recompute=recompute)
 
 

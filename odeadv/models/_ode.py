@@ -43,7 +43,7 @@ class ConvField(nn.Module):
         self.norm3 = _norm(channels)
 
     def forward(self, t: Float[Tensor, ""], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Return dx/dt at time ``t``."""
+        """Return dx/dt at the time ``t`` and the state ``x``."""
         y = self.conv1(_with_time(t, F.relu(self.norm1(x))))
         z = self.conv2(_with_time(t, F.relu(self.norm2(y))))
         velocity: Tensor = self.norm3(z)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def refine(net: FieldNetwork, k: int, *, substep: str | TorchDiffEq | Mapping[str, Any] | None = None) -> Refined:
-    """Return ``net`` with k times as many steps; see `Refined`."""
+    """Return ``net`` with k times as many steps. The arguments are described in `Refined`."""
     return Refined(net, k, substep=substep)
 
 

@@ -62,17 +62,17 @@ class PreActBlock(nn.Module):
         self.noise = make_noise(*read_noise(noise, noise_kind))
 
     def residual(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """Return f(x), with damping if the block has it. For an ODE step this is the velocity without noise."""
+        """Return f(x) at the state ``x``, with damping if the block has it: an ODE step's velocity without noise."""
         y = self.conv1(F.relu(self.bn1(x), inplace=True))
         z: Tensor = self.conv2(F.relu(self.bn2(y), inplace=True))
         return z if self.damping is None else self.damping(z, x)
 
     def velocity(self, x: Float[Tensor, "n c h w"], dt: float = 1.0) -> Float[Tensor, "n c h w"]:
-        """Return `residual`, plus the noise of one step of size ``dt`` if the noise is on."""
+        """Return `residual` at ``x``, plus the noise of one step of size ``dt`` if the noise is on."""
         return self._noised(x, self.residual(x), dt)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
-        """Return the next state."""
+        """Return the next state after ``x``."""
         y: Tensor = x if self.shortcut is None else self.shortcut(x)
         return y + self._noised(y, self.residual(x), 1.0)
 
@@ -167,7 +167,7 @@ class PreActResNet(ImageNetwork):
         return Piecewise([_piece(block, dt) for block in self.blocks], range(len(self.blocks) + 1))
 
     def noisy_inference(self, on: bool = True) -> PreActResNet:
-        """Switch the noise in evaluation mode on or off, and return the network.
+        """Switch the noise in evaluation mode on, or off if not ``on``, and return the network.
 
         Raises:
             ValueError: if the network was made without noise.
@@ -265,7 +265,7 @@ def resnet20(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """Return a `preact_resnet` of depth 20 and width 16."""
+    """Return a `PreActResNet` of depth 20 and width 16. The arguments are described in `PreActResNet`."""
     return PreActResNet(
         20,
         16,
@@ -289,7 +289,10 @@ def resnet56(
     noise_kind: NoiseKind = "absolute",
     generator: torch.Generator | None = None,
 ) -> PreActResNet:
-    """Return a `preact_resnet` of depth 56 and width 16, which is the paper's network with 27 blocks."""
+    """Return a `PreActResNet` of depth 56 and width 16, the paper's network with 27 blocks.
+
+    The arguments are described in `PreActResNet`.
+    """
     return PreActResNet(
         56,
         16,

@@ -65,10 +65,10 @@ def compile_solver(
         field: a field that is the same on every step, of functions that torch.compile understands. Numbers and other
             Python values that it uses are constants of the code; if they change, it is compiled again.
         dt: step size, if it is not given in each call.
-        scheme: see `odeadv.solve`.
-        substep: see `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
-        costate: see `odeadv.solve`; ``"collocation"`` cannot be compiled.
-        sweeps: see `odeadv.solve`; a number.
+        scheme: as for `odeadv.solve`.
+        substep: as for `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
+        costate: as for `odeadv.solve`. ``"collocation"`` cannot be compiled.
+        sweeps: as for `odeadv.solve`. A number.
         static: promise that the field uses the same tensors and Python values in every call, as `jax.jit` assumes. Each
             call then skips the search for changes, which takes most of the time of a short solve. New values that are
             written into these tensors, as optimisers do, are seen. The solver does not see that a tensor or a Python
@@ -121,7 +121,15 @@ def compile_solver(
 
 
 class CompiledSolver:
-    """Made by `compile_solver`."""
+    """Made by `compile_solver`.
+
+    Args:
+        field: the field to solve.
+        choices: the arguments ``scheme``, ``substep``, ``costate`` and ``sweeps`` of `odeadv.solve`, by name.
+        dt: step size of calls that give neither ``dt`` nor ``steps``; None if every call gives one.
+        static: as for `compile_solver`.
+        options: as for `compile_solver`.
+    """
 
     def __init__(
         self, field: VectorField, choices: dict[str, Any], dt: float | None, static: bool, options: dict[str, Any]

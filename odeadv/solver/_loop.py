@@ -55,9 +55,9 @@ class Steps:
     """The steps of ``step``, to be run on given tensors by `on`.
 
     Args:
-        step: see `StepFunction`.
+        step: as for `StepFunction`.
         options: for `torch.compile`.
-        static: see `odeadv.compile_solver`.
+        static: as for `odeadv.compile_solver`.
 
     Raises:
         ValueError: if this version of torch cannot compile a solver.
@@ -79,7 +79,7 @@ class Steps:
 
         Args:
             x: a state.
-            clock: see `StepFunction`.
+            clock: as for `StepFunction`.
             tables: data by steps, N + 1 rows each. Step n is given the rows n and n + 1 of each in turn.
         """
         key = (x.shape, x.dtype, x.device)
@@ -116,9 +116,9 @@ class BoundSteps:
 
     Attributes:
         loops: the compiled loops.
-        clock: see `StepFunction`.
+        clock: as for `StepFunction`.
         lifted: the tensors that the field closes over.
-        tables: see `Steps.on`.
+        tables: as for `Steps.on`.
     """
 
     loops: _Loops

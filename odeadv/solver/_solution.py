@@ -108,6 +108,11 @@ class Solution:
         output: for an `AdversarialField`, the read-out of the final state (logits of a network); otherwise None.
         loss: for an `AdversarialField`, the total loss, a scalar in the autograd graph; otherwise None. It is the loss
             of the output, plus the running cost and the losses at given times if the field has them.
+
+    Args:
+        costate: the recorded costate; None if the solve did not record one.
+        record: records the costate when it is first asked for; None if the field has no loss.
+        dense: returns the state at any time, for `__call__`; None if the steps were not kept.
     """
 
     def __init__(

@@ -187,20 +187,21 @@ def driven(
         x0: initial state of the recorded trajectories. The costate belongs to this state.
         t_span: time span of the recorded trajectories. The costate is extrapolated outside the span, because adaptive
             solvers step beyond the end.
-        scheme: see `solve`. The first recording uses f alone, so the scheme has an effect from the second recording on.
+        scheme: as for `solve`. The first recording uses f alone, so the scheme has an effect from the second
+            recording on.
         dt: step size, see `solve`.
-        steps: see `solve`.
-        clip_last: see `solve`.
-        rtol: see `solve`.
-        atol: see `solve`.
-        substep: see `solve`. With one recording, only the sub-step of f is used.
+        steps: as for `solve`.
+        clip_last: as for `solve`.
+        rtol: as for `solve`.
+        atol: as for `solve`.
+        substep: as for `solve`. With one recording, only the sub-step of f is used.
         costate: evaluation of a(t) between the recorded nodes, see `solve`.
-        sweeps: see `solve`.
-        ascent: see `solve`.
-        checkpoints: see `solve`.
-        differentiate_costate: see `solve`.
-        time_dtype: see `solve`.
-        within_span: see `solve`.
+        sweeps: as for `solve`.
+        ascent: as for `solve`.
+        checkpoints: as for `solve`.
+        differentiate_costate: as for `solve`.
+        time_dtype: as for `solve`.
+        within_span: as for `solve`.
 
     Returns:
         A `VectorField`. If eta is 0, it contains f only.

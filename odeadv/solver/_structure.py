@@ -116,9 +116,9 @@ class Flattened:
         layout: layout of the structure in the vector.
         field: a field for vectors. It calls the user's functions with the structure.
         x0: the initial state as a vector.
-        dt: see `odeadv.solve`. The norm of adaptive steps is the largest norm of all tensors.
-        rtol: see `odeadv.solve`; None if it is part of ``dt``.
-        atol: see `odeadv.solve`; None if it is part of ``dt``.
+        dt: as for `odeadv.solve`. The norm of adaptive steps is the largest norm of all tensors.
+        rtol: as for `odeadv.solve`. None if it is part of ``dt``.
+        atol: as for `odeadv.solve`. None if it is part of ``dt``.
     """
 
     layout: Layout

@@ -189,7 +189,12 @@ def choose_grid(
 
 
 def doubling(stepper: Stepper, order: float) -> Trial:
-    """Return the trial that compares one step with two steps of half the size, and keeps the two steps."""
+    """Return the trial that compares one step with two steps of half the size, and keeps the two steps.
+
+    Args:
+        stepper: advances the state by one step.
+        order: order of ``stepper``. The error estimate is the difference divided by 2^order - 1.
+    """
     scale = 2.0 ** min(order, _HIGHEST) - 1.0
 
     def trial(x: Tensor, t: float, target: float) -> Tried:
@@ -204,7 +209,12 @@ def doubling(stepper: Stepper, order: float) -> Trial:
 
 
 def palindromic(stepper: Stepper, mirror: Stepper) -> Trial:
-    """Return the trial that compares a step of ``stepper`` with a step of ``mirror``, its adjoint scheme."""
+    """Return the trial that compares a step of ``stepper`` with a step of ``mirror``, its adjoint scheme.
+
+    Args:
+        stepper: advances the state by one step of the scheme, whose result is kept.
+        mirror: advances the state by one step of the adjoint scheme. Half the difference is the error estimate.
+    """
 
     def trial(x: Tensor, t: float, target: float) -> Tried:
         whole = stepper.advance(x, _step(t, target)).detach()

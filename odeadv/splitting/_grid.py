@@ -17,6 +17,13 @@ class TimeStep(NamedTuple):
 
     ``own`` is the start of the operators' own clocks. It differs from ``t0`` in a stage with a frozen clock, and None
     means ``t0``.
+
+    Attributes:
+        t0: start of the step.
+        t1: end of the step; before ``t0`` if time runs backward.
+        h: signed length of the step, without the rounding error of ``t1 - t0``.
+        own: start of the step on the operators' own clocks. It differs from ``t0`` in a stage with a frozen clock. None
+            means ``t0``.
     """
 
     t0: float

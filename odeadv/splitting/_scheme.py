@@ -310,7 +310,13 @@ def _reflected(stages: Composition) -> Composition:
 
 
 def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
-    """Return ``stages`` once per part of the step, with neighbours merged. ``weights`` are the sizes of the parts."""
+    """Return ``stages`` once per part of the step, with neighbours merged. ``weights`` are the sizes of the parts.
+
+    Args:
+        stages: the stages of one full step.
+        weights: sizes of the parts as fractions of the step. Their sum is 1 for a consistent scheme; a negative part
+            runs backward.
+    """
     result: list[Stage] = []
     begin = 0.0
     for weight in weights:
@@ -320,7 +326,13 @@ def repeated(stages: Composition, weights: Sequence[float]) -> Composition:
 
 
 def alternating(first: int, weights: Sequence[float]) -> Composition:
-    """Return stages with durations ``weights`` of operators 0 and 1 in turn, from ``first`` on, on their own clocks."""
+    """Return stages with durations ``weights`` of operators 0 and 1 in turn, from ``first`` on, on their own clocks.
+
+    Args:
+        first: number of the operator of the first stage, 0 or 1.
+        weights: duration of each stage as a fraction of the step. For a consistent scheme, the weights of each operator
+            have the sum 1.
+    """
     acted = [0.0, 0.0]
     result: list[Stage] = []
     for i, weight in enumerate(weights):

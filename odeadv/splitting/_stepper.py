@@ -86,7 +86,10 @@ class Stepper:
         return total
 
     def states(self, x: Tensor, grid: Grid, segments: Recompute | None = None) -> Iterator[Tensor]:
-        """Return the states at ``t_1 ... t_N``, from the state ``x`` at ``t_0``. For ``segments`` see `Recompute`."""
+        """Return the states at ``t_1 ... t_N`` of ``grid``, from the state ``x`` at ``t_0``.
+
+        For ``segments`` see `Recompute`.
+        """
         return self._states(x, grid) if segments is None else self._states_in_segments(x, grid, segments)
 
     def _states_in_segments(self, x: Tensor, grid: Grid, segments: Recompute) -> Iterator[Tensor]:
@@ -115,10 +118,10 @@ class Stepper:
                 yield x
 
     def march(self, x: Tensor, grid: Grid, segments: Recompute | None = None) -> Tensor:
-        """Return the state at the end of ``grid``. If `merges`, exact flows at the ends of two steps become one flow.
+        """Return the state at the end of ``grid`` from ``x``.
 
-        Merging changes the result only by rounding. Strang then costs one flow of the outer operator per step instead
-        of two.
+        If `merges`, exact flows at the ends of two steps become one flow. This changes the result only by rounding.
+        Strang then costs one flow of the outer operator per step instead of two. For ``segments`` see `Recompute`.
         """
         if len(grid) < 2 or not self.merges:
             for end in self.states(x, grid, segments):
@@ -170,7 +173,7 @@ class Stepper:
         return all(isinstance(substep, RungeKutta) for substep in self.substeps)
 
     def velocity(self, x: Tensor, t: float, step: TimeStep) -> Tensor:
-        """Return dx/dt at the time ``t`` of ``step``, the sum of all operators.
+        """Return dx/dt at the state ``x`` and the time ``t`` of ``step``, the sum of all operators.
 
         Raises:
             ValueError: if the field jumps on the step.

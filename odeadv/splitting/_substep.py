@@ -83,6 +83,15 @@ class SubStep(Protocol):
         The clock of the operator runs from ``clock.start`` to ``clock.stop``. Evaluate the operator by
         ``operator.velocity(time, x, cost)``, which counts the evaluation and checks its result. The returned state must
         stay in the autograd graph of ``x``.
+
+        Args:
+            operator: the operator f for this step. It is never a `Jump`, which the solver applies itself.
+            clock: the times that the operator sees, see `Clock`. ``clock.at(node)`` is the time of a stage at the
+                fraction ``node``.
+            h: duration, the step size times the weight of the stage. It is negative if the stage runs backward, and it
+                can differ from ``clock.stop - clock.start`` if the clock is frozen.
+            x: state at the start of the stage, a tensor of any shape. Do not write to it.
+            cost: counts evaluations; give it to every call of ``operator.velocity``.
         """
         ...
 
@@ -282,6 +291,10 @@ class Exact:
     """The exact flow of the operator. For a `Forcing`, Simpson's rule, which is exact for linear and Hermite costates.
 
     A flow uses the operator's own clock: each interval of length ``h`` begins at the end of the previous interval.
+
+    Attributes:
+        name: name of the sub-step in messages.
+        order: order of accuracy; infinite, because a flow is exact.
     """
 
     name: str = "exact"
@@ -513,6 +526,10 @@ def get_substep(substep: str | SubStep) -> SubStep:
 
     ``"dopri5"`` and ``"torchdiffeq:dopri5"`` are the same method of torchdiffeq. Without the prefix, a name of odeadv
     takes precedence.
+
+    Args:
+        substep: a name from `substep_names`, the name of a method of torchdiffeq, or an object with the members of
+            `SubStep`.
 
     Raises:
         TypeError: if ``substep`` is neither a name nor an object with a method ``advance``.

@@ -96,6 +96,10 @@ def _palindrome(operators: range) -> Composition:
 def triple_jump(order: int, operators: int = 2) -> Scheme:
     """Return Strang's splitting raised to an even ``order`` by triple jumps. Order 4 is the scheme ``yoshida4``.
 
+    Args:
+        order: order of accuracy of the scheme: 4, 6, 8, ...
+        operators: number of operators of the field, at least 2.
+
     Raises:
         ValueError: if ``order`` is not an even number of at least 4.
     """
@@ -110,6 +114,10 @@ def triple_jump(order: int, operators: int = 2) -> Scheme:
 def suzuki(order: int, operators: int = 2) -> Scheme:
     """Return Strang's splitting raised to an even ``order`` by Suzuki's fractal: five copies, the third runs backward.
 
+    Args:
+        order: order of accuracy of the scheme: 4, 6, 8, ...
+        operators: number of operators of the field, at least 2.
+
     Raises:
         ValueError: if ``order`` is not an even number of at least 4.
     """
@@ -122,6 +130,10 @@ def suzuki(order: int, operators: int = 2) -> Scheme:
 
 def extrapolated_strang(order: int, operators: int = 2) -> Scheme:
     """Return the Richardson extrapolation of Strang's splitting with 1, 2, ... inner steps. All operators run forward.
+
+    Args:
+        order: order of accuracy of the scheme: 4, 6, 8, ...
+        operators: number of operators of the field, at least 2.
 
     Raises:
         ValueError: if ``order`` is not an even number of at least 4.
@@ -283,6 +295,10 @@ _ALIASES = {
 def names(operators: int = 2) -> tuple[str, ...]:
     """Return the names that `get` accepts for this number of operators, without aliases.
 
+    Args:
+        operators: number of operators of the field. For more than 2, the list lacks the schemes that are tables for two
+            operators.
+
     Example:
         >>> "yoshida4" in odeadv.schemes.names()
         True
@@ -293,6 +309,12 @@ def names(operators: int = 2) -> tuple[str, ...]:
 
 def get(name: str, operators: int = 2) -> Scheme:
     """Return the scheme with the name or alias ``name``, for this number of operators.
+
+    Args:
+        name: a name from `names`, or an alias: ``"lad"`` and ``"lie-trotter"`` for ``"lie"``, ``"lad-sm"`` and
+            ``"strang-marchuk"`` for ``"strang"``, ``"triple-jump-4"`` for ``"yoshida4"``. Case, spaces, "-" and "_"
+            make no difference.
+        operators: number of operators of the field, at least 2.
 
     Raises:
         TypeError: if ``name`` is not a string.

@@ -40,7 +40,7 @@ def data_digest(images: Tensor, labels: Tensor, release: Callable[[], object] | 
     Args:
         images: tensor of shape (n, ...).
         labels: tensor of shape (n,).
-        release: see `chunks`.
+        release: as for `chunks`.
     """
     digest = hashlib.sha256()
     if are_255ths(images, release):

@@ -185,7 +185,12 @@ class TrainConfig:
         return number("optimizer: lr", self.optimizer.get("lr", self.lr), least=0)
 
     def make_optimizer(self, net: nn.Module) -> Optimizer:
-        """Return an optimiser of the parameters of ``net``."""
+        """Return an optimiser of the parameters of ``net``.
+
+        Args:
+            net: the network, on the device on which it is trained. Its parameters are divided into those with and
+                without weight decay according to ``decay``.
+        """
         name = choice("optimizer: name", self.optimizer.get("name", "sgd"), OPTIMIZERS)
         shared = {"lr": self.lr, "weight_decay": self.weight_decay}
         if name in ("sgd", "rmsprop"):

@@ -55,7 +55,11 @@ class TrainingDiverged(RuntimeError):
 
 
 class TrainingStopped(SystemExit):
-    """SIGTERM arrived and a checkpoint was saved; the program ends with exit code 143 unless this is caught."""
+    """SIGTERM arrived and a checkpoint was saved; the program ends with exit code 143 unless this is caught.
+
+    Args:
+        message: text of the exception, which names the checkpoint.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(143)

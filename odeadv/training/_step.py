@@ -68,7 +68,7 @@ class Draws:
         return self._drawn(torch.randn, like)
 
     def permutation(self, n: int, device: torch.device) -> Tensor:
-        """Return a random order of ``n`` rows; the rows belong to this part, not to the global batch."""
+        """Return a random order of ``n`` rows on ``device``; the rows belong to this part, not to the global batch."""
         return torch.randperm(n, generator=self._generator, device=self._generator.device).to(device)
 
     def _drawn(self, kind: Callable[..., Tensor], like: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Defence(Choice):
     warmup: int = 0
 
     def with_eta(self, eta: float) -> Defence:
-        """Return the same defence with this eta, and without ``strength`` and ``warmup``."""
+        """Return the same defence with the factor ``eta``, and without ``strength`` and ``warmup``."""
         changed: Any = dataclasses.replace(self, eta=eta, strength=None, warmup=0)  # type: ignore[type-var]
         return changed  # type: ignore[no-any-return]
 
@@ -132,11 +132,20 @@ class Objective(Choice):
     adversarial: bool = False
 
     def attack(self, step: Step) -> Tensor:
-        """Return the images to train on, (n, channels, height, width): the clean images unless a subclass attacks."""
+        """Return the images to train on, (n, channels, height, width): the clean images unless a subclass attacks.
+
+        Args:
+            step: the batch, and functions that send images through the network.
+        """
         return step.images
 
     def loss(self, step: Step, attacked: Tensor) -> Passed:
-        """Return the loss on the images from `attack`, and the logits on which training accuracy is counted."""
+        """Return the loss on the images from `attack`, and the logits on which training accuracy is counted.
+
+        Args:
+            step: the batch, and functions that send images through the network.
+            attacked: the images from `attack`.
+        """
         raise NotImplementedError
 
     def __call__(self, step: Step) -> Passed:
@@ -158,7 +167,7 @@ class Step:
         labels: (n,), int64.
         defence: solves `defended` passes.
         draws: the random numbers of the step.
-        share: see `Defence`.
+        share: size of this batch divided by the size of the global batch.
         label_smoothing: smoothing of the labels in `cross_entropy` and in `defended` passes.
         attacked_net: the network in the form that attacks run (compiled, if the configuration says so).
         last: the last defended pass.
@@ -182,12 +191,15 @@ class Step:
         return self.net if self.attacked_net is None else self.attacked_net
 
     def plain(self, images: Tensor) -> Tensor:
-        """Return the logits of the undefended network, (n, classes)."""
+        """Return the logits of the undefended network for ``images``, (n, classes)."""
         logits: Tensor = self.net(images)
         return logits
 
     def defended(self, images: Tensor, loss: TargetLoss | None = None) -> Passed:
-        """Return loss and logits of the defended pass; the loss is the mean cross-entropy unless ``loss`` is given."""
+        """Return loss and logits of the defended pass of ``images``.
+
+        The loss is the mean cross-entropy with the labels unless ``loss(output, labels)`` is given.
+        """
         if loss is None and self.label_smoothing:
             loss = lambda logits, _: self.cross_entropy(logits)  # noqa: E731
         # Pass ``loss`` only if it is set, so that a defence without this argument works with the usual loss.
@@ -209,7 +221,7 @@ class StepModule(nn.Module):
         net: the network.
         objective: the loss of a step.
         defence: solves the pass that is trained on.
-        label_smoothing: see `Step`.
+        label_smoothing: as for `Step`.
 
     Attributes:
         attacked: the network in the form that attacks run (folded, compiled); None for ``net`` itself.

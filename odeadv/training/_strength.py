@@ -31,7 +31,7 @@ class Strength:
 
     @classmethod
     def none(cls, loss: Tensor) -> Strength:
-        """Return the strength of a pass without a perturbation."""
+        """Return the strength of a pass without a perturbation, whose loss is ``loss``."""
         return cls(loss.detach(), loss.detach(), loss.new_zeros(0))
 
     def flat(self) -> Tensor:

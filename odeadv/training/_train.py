@@ -197,6 +197,9 @@ def load_weights(net: nn.Module, source: str | os.PathLike[str] | Mapping[str, T
 def weights_digest(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> str:
     """Return 16 hex digits that identify weights and buffers; for ``source`` see `load_weights`.
 
+    Args:
+        source: as for `load_weights`.
+
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file is damaged.
