@@ -90,8 +90,11 @@ class Help(Directive):
 
 
 def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Write the lines of a docstring as reStructuredText."""
-    lines[:] = map(restructured, lines)
+    """Write the lines of a docstring as reStructuredText, except formulas in TeX."""
+    inside = False
+    for i, line in enumerate(lines):
+        inside = line.startswith(".. math::") or (inside and line[:1] in ("", " "))
+        lines[i] = line if inside else restructured(line)
 
 
 def join(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -1,8 +1,9 @@
-"""Run the programs of tutorials while the site is made, and show what they print and draw.
+"""Run the programs of tutorials and of the guide while the site is made, and show what they print and draw.
 
-Every ``python`` block of a page runs in order, in one namespace per page and in a temporary folder. Printed text, the
-value of a last expression, and matplotlib figures follow their block. An error stops the build. What a page printed and
-drew is kept in ``docs/_pictures`` until its text changes; remove that folder to run all pages again.
+Every ``python`` block of a tutorial runs in order, in one namespace per page and in a temporary folder. Printed text,
+the value of a last expression, and matplotlib figures follow their block. On a page of the guide only the first block
+runs, which the others may need, and the blocks that print. An error stops the build. What a page printed and drew is
+kept in ``docs/_pictures`` until its text changes; remove that folder to run all pages again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 
@@ -29,22 +31,23 @@ from matplotlib.figure import Figure
 
 pyplot.rcParams.update({"figure.figsize": (5.5, 3.4), "axes.formatter.min_exponent": 2})
 HERE = Path(__file__).parent
+GUIDE = ("evaluation", "faq", "index", "models", "solver")  # docs/training.md trains, which takes too long
 PICTURES = HERE / "_pictures"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
 def run_pages(app: Any) -> None:
-    """Run all tutorials, so that their pictures are there before any page is read."""
-    for path in sorted((HERE / "tutorials").glob("*.md")):
+    """Run all tutorials and the guide, so that their pictures are there before any page is read."""
+    for path in sorted([*(HERE / "tutorials").glob("*.md"), *(HERE / f"{name}.md" for name in GUIDE)]):
         outputs(path.stem, path.read_text(encoding="utf-8"))
 
 
 def add_outputs(app: Any, docname: str, source: list[str]) -> None:
-    """Put what the blocks of a tutorial print and draw after each of them."""
+    """Put what the blocks of a page print and draw after each of them."""
     if docname == "gallery":
         source[0] += gallery()
     folder, _, name = docname.rpartition("/")
-    if folder != "tutorials":
+    if folder != "tutorials" and docname not in GUIDE:
         return
     found = iter(outputs(name, source[0]))
     source[0] = BLOCK.sub(lambda block: block.group(0) + next(found), source[0])
@@ -76,12 +79,17 @@ def outputs(name: str, text: str) -> list[str]:
     found = []
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if name in GUIDE:
+            torch.manual_seed(0)
         for number, block in enumerate(BLOCK.finditer(text)):
+            if name in GUIDE and not runs(number, block.group(1)):
+                found.append("")
+                continue
             line = text[: block.start()].count("\n") + 2
             try:
-                printed, figures = run(block.group(1), names, f"{name}.md", line)
+                printed, figures = run(block.group(1), names, f"{name}.md", line, values=name not in GUIDE)
             except Exception as error:
-                error.add_note(f"docs/tutorials/{name}.md, block {number + 1}, line {line}")
+                error.add_note(f"{name}.md, block {number + 1}, line {line}")
                 raise
             shown = f"\n```text\n{printed.rstrip()}\n```\n" if printed.strip() else ""
             for figure in figures:
@@ -93,10 +101,18 @@ def outputs(name: str, text: str) -> list[str]:
     return found
 
 
-def run(program: str, names: dict[str, Any], file: str, line: int) -> tuple[str, list[Figure]]:
-    """Run one block as a notebook would; return what it prints and the figures it draws."""
+def runs(number: int, program: str) -> bool:
+    """Return True if a block of the guide runs. A tutorial shows what a whole audit prints, which takes long."""
+    return number == 0 or ("print(" in program and "report.write(" not in program)
+
+
+def run(program: str, names: dict[str, Any], file: str, line: int, *, values: bool = True) -> tuple[str, list[Figure]]:
+    """Run one block as a notebook would; return what it prints and the figures it draws.
+
+    With ``values`` the value of a last expression is printed too.
+    """
     tree = ast.parse("\n" * (line - 1) + program, file)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body.pop() if values and tree.body and isinstance(tree.body[-1], ast.Expr) else None
     figures = []
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()):
         exec(compile(tree, file, "exec"), names)

@@ -22,6 +22,10 @@ PACKAGES = (
     "odeadv", "fields", "schemes", "splitting", "costate", "solver", "models", "training", "attacks", "evaluation",
     "audit", "diagnostics", "data", "experiments",
 )  # fmt: skip
+# A symbol with an index in the text of a docstring: a_{n+1}, x_0, sum_p, |a_n|^2; also the transpose J^T.
+SYMBOL = re.compile(
+    r"(\|[a-z]_\w\|\^2|(?<![\w.])(?:sum|max|mean|lambda|dx|[A-Za-z])_(?:\{[^}]*\}|LAD|[A-Za-z0-9])(?!\w)|(?<!\w)[A-Z]\^T\b)"
+)
 FIRST = ("solve", "AdversarialField", "SplitField", "Operator", "Solution", "driven", "compile_solver", "evaluate")
 
 
@@ -78,10 +82,31 @@ def add_lists(app: Any, docname: str, source: list[str]) -> None:
 
 
 def restructured(line: str) -> str:
-    """Escape norms, |x|, which Sphinx would read as substitutions; make links of names of pages."""
-    parts = line.split("``")  # every other one is code
-    parts[::2] = [re.sub(r"docs/(\w+(?:/\w+)*)\.md", r":doc:`/\1`", part.replace("|", r"\|")) for part in parts[::2]]
-    return "``".join(parts)
+    """Escape norms, |x|, which Sphinx would read as substitutions; set symbols; make links of names of pages."""
+    if line.lstrip().startswith((">>>", ":type ")):
+        return line
+    parts = re.split(r"(``.*?(?:``|$)|`[^`]*`)", line)  # every other one is code or a link
+    for i in range(0, len(parts), 2):
+        pieces = SYMBOL.split(parts[i])
+        pieces[::2] = [text.replace("|", r"\|") for text in pieces[::2]]
+        pieces[1::2] = [rf":math:`{in_tex(text)}`" for text in pieces[1::2]]
+        parts[i] = re.sub(r"docs/(\w+(?:/\w+)*)\.md", r":doc:`/\1`", "".join(pieces))
+    line = re.sub(r"(?<=\S)(?=:math:`)", r"\\ ", "".join(parts))  # a role needs space around it, which is not shown
+    return re.sub(r"(:math:`[^`]*`)(?=[^\s.,;:)\]])", r"\1\\ ", line)
+
+
+def in_tex(symbol: str) -> str:
+    """Return a symbol of a docstring, such as ``sum_{n >= 1}`` or ``x_0``, as TeX."""
+    for word, tex in (
+        ("!=", r"\ne"),
+        (">=", r"\ge"),
+        ("sum", r"\sum"),
+        ("max", r"\max"),
+        ("lambda", r"\lambda"),
+        ("^T", r"^\top"),
+    ):
+        symbol = symbol.replace(word, tex)
+    return re.sub("LAD|mean", r"{\\mathrm{\g<0>}}", symbol)
 
 
 def _module(package: str) -> Any:

@@ -156,6 +156,30 @@ def test_fields_are_described_once(name):
     assert f":exclude-members: {', '.join(fields)}" in reference["_page"](f"odeadv.{name}")
 
 
+def test_the_guide_shows_what_its_programs_print():
+    """Except pages whose output stands on the page, and docs/training.md, which trains."""
+    pytest.importorskip("matplotlib")
+    programs = runpy.run_path(str(DOCS / "programs.py"))
+    shown_on_the_page = {"reaction_diffusion", "theory", "diagnostics", "training"}
+    printing = {
+        path.stem
+        for path in DOCS.glob("*.md")
+        if any("print(" in block for block in programs["BLOCK"].findall(path.read_text(encoding="utf-8")))
+    }
+    assert printing - shown_on_the_page == {*programs["GUIDE"]}
+
+
+def test_symbols_of_docstrings_are_set_as_formulas():
+    restructured = reference["restructured"]
+    assert restructured("The sum_{n >= 1} |a_n|^2 of f_n(x_n).") == (
+        r"The :math:`\sum_{n \ge 1}` :math:`|a_n|^2` of :math:`f_n`\ (\ :math:`x_n`)."
+    )
+    assert restructured("L_LAD is ||x_0||, see `a_b` or ``x_0``; J^T a") == (
+        r":math:`L_{\mathrm{LAD}}` is \|\|\ :math:`x_0`\ \|\|, see `a_b` or ``x_0``; :math:`J^\top` a"
+    )
+    assert restructured(">>> x_0 = my_x | a_n") == ">>> x_0 = my_x | a_n"
+
+
 def test_pages_of_constants_show_values_or_names():
     page = reference["_page"]
     assert "('pgd', 'pgd+lad', 'pgd+lad-sm')" in page("odeadv.experiments.METHODS")

@@ -41,13 +41,15 @@ def apgd(
     mode: Mode = "eval",
     tally: Tally | None = None,
 ) -> Tensor:
-    """Attack with Auto-PGD: steps with momentum; the step size is halved if the loss stops rising.
+    r"""Attack with Auto-PGD: steps with momentum; the step size is halved if the loss stops rising.
 
     Let P be the projection to the ball and x_0 the start. Let s(x, eta) be x after a step of length eta of `ifgsm`,
-    with eta = 2 ``eps`` at first. The iterates are::
+    with eta = 2 ``eps`` at first. The iterates are
 
-        z_{k+1} = P(s(x_k, eta))
-        x_{k+1} = P(x_k + 0.75 (z_{k+1} - x_k) + 0.25 (x_k - x_{k-1})),   x_1 = z_1.
+    .. math::
+
+        z_{k+1} &= P(s(x_k, \eta)), \qquad x_1 = z_1, \\
+        x_{k+1} &= P(x_k + 0.75 (z_{k+1} - x_k) + 0.25 (x_k - x_{k-1})).
 
     Each example is reviewed at the iterations w_j = ceil(p_j * steps), with p_0 = 0, p_1 = 0.22 and
     p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06). A review may halve its eta and move it back to its point of highest
@@ -69,7 +71,7 @@ def apgd(
         restarts: number of runs, each from its own start, on the examples that are not fooled yet.
         rho: threshold in [0, 1]: the step size is halved if a smaller share of the steps raised the loss.
         variant: ``"paper"`` follows Algorithm 1. ``"autoattack"`` follows the authors' code, which reviews at other
-            iterations unless ``steps`` is 100, and counts rising steps in another way (see the page on attacks). From
+            iterations unless ``steps`` is 100, and counts rising steps in another way (see docs/attacks.md). From
             the same start it ends with AutoAttack's outcomes.
         eot: as for `fgsm`.
         mode: as for `fgsm`.

@@ -89,7 +89,7 @@ COMMANDS: dict[str, tuple[str, str | None, _Add, _Run]] = {
     "train": ("train one network; a stopped training resumes", _shared.KEYS, _train.add_train, _train.train),
     "tune": (
         "choose eta by cross-validation on the training set (Appendix B.1)",
-        _shared.KEYS, _train.add_tune, _train.tune,
+        "For the keys of the configuration see odeadv train --help.", _train.add_tune, _train.tune,
     ),
     "evaluate": (
         "evaluate trained weights or your own network: clean and robust accuracy",

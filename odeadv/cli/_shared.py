@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,16 @@ Objectives: natural, pgd, trades, mart, awp, or "package.module:Class". Defences
 is LAD, strang is LAD-SM, strang-midpoint the exact midpoint), or "package.module:Class". `odeadv train --method pgd+lad
 --print-config` prints a complete configuration. An unknown key is an error.
 """
+
+
+def listed(title: str, texts: Mapping[str, str]) -> str:
+    """Return names and their texts as lines for the end of a help page."""
+    width = max(map(len, texts))
+    lines = (
+        textwrap.fill(text, 78, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, text in texts.items()
+    )
+    return "\n".join((f"{title}:", *lines, "", ""))
 
 
 def add_data(sub: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from odeadv.support.files import check_folder
 
-from ._shared import add_data
+from ._shared import add_data, listed
 
 if TYPE_CHECKING:
     from odeadv.experiments import Failure, Preset, Table
@@ -20,14 +20,19 @@ def add_table(sub: argparse.ArgumentParser) -> None:
     from odeadv import data
     from odeadv.experiments import PRESETS, TABLES
 
-    presets = "; ".join(f"{preset.name}: {preset.says}" for preset in PRESETS.values())
+    titles = {name: table.title for name, table in TABLES.items()} | {"figure2": "Figure 2: the Eq. 16 ratio"}
+    sub.epilog = listed("Tables", titles) + listed("Presets", {name: one.says for name, one in PRESETS.items()})
     sub.add_argument(
-        "table",
-        nargs="?",
-        choices=[*TABLES, "figure2"],
-        help="name of the table; --list without a name shows the cost of all tables",
+        "table", nargs="?", choices=titles, metavar="TABLE",
+        help="name of a table, see below; --list without a name shows the cost of all tables",
+    )  # fmt: skip
+    sub.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="smoke",
+        metavar="PRESET",
+        help="size of the runs, see below (default: smoke)",
     )
-    sub.add_argument("--preset", choices=PRESETS, default="smoke", help=presets)
     sub.add_argument("--dataset", choices=data.names(), help="data set (default: the preset's)")
     add_data(sub)
     sub.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the preset's)")
@@ -176,9 +181,12 @@ def add_report(sub: argparse.ArgumentParser) -> None:
     from odeadv import data
     from odeadv.experiments import PRESETS, TABLES
 
-    sub.add_argument("table", choices=[*TABLES, "claims"], help='a table, or "claims" for the page of all claims')
+    sub.add_argument(
+        "table", choices=[*TABLES, "claims"], metavar="TABLE",
+        help='a table of odeadv table --help, or "claims" for the page of all claims',
+    )  # fmt: skip
     sub.add_argument("records", type=Path, help="folder of records")
-    sub.add_argument("--preset", choices=PRESETS, default="cpu")
+    sub.add_argument("--preset", choices=PRESETS, default="cpu", help="size of the runs (default: cpu)")
     sub.add_argument("--dataset", choices=data.names(), help="data set (default: the preset's)")
     sub.add_argument("--eta", type=float, help="eta, such as one that odeadv tune chose (default: the preset's)")
     sub.add_argument("--out", type=Path, required=True, help="folder for the page and the plot")

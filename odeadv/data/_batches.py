@@ -80,7 +80,7 @@ class Batches:
         batch_size: number of samples in a batch; the last batch may have fewer.
         shuffle: True draws a new order for every epoch.
         augment: True applies `random_crop_flip`, with new draws for every batch. The array is padded once here,
-            so this keeps a copy of (height + 2*pad)(width + 2*pad)*3 bytes per image.
+            so this keeps a copy of 3 (height + 2 pad) (width + 2 pad) bytes per image.
         flip: True allows augmentation to mirror images; pass ``dataset.flip``.
         pad: number of zeros added on each side before cropping.
         transform: a function of one image, uint8 (3, height, width), instead of ``augment``; see `make_transform`.

@@ -106,7 +106,7 @@ class RungeKutta(Tableau):
         name: name of the method in messages.
         order: order of accuracy, see `measure_order`.
         nodes: s numbers c_i.
-        matrix: the numbers a_ij below the diagonal, as s rows of 0 to s - 1 numbers. Or a square matrix with zeros on
+        matrix: the numbers a_{ij} below the diagonal, as s rows of 0 to s - 1 numbers. Or a square matrix with zeros on
             and above the diagonal.
         weights: s numbers b_i.
 
@@ -224,17 +224,17 @@ def _moved(x: Tensor, slopes: list[Tensor], weighted: Weighted, h: float) -> Ten
 class DIRK(Tableau):
     """A diagonally implicit Runge-Kutta method with s stages, given by its Butcher tableau.
 
-    For a `Forcing` it is the quadrature rule with the same nodes and weights. Stage i solves
-    y_i - h a_ii f(t_i, y_i) = x + h (a_i1 k_1 + ... + a_i,i-1 k_i-1) for y_i, see `Operator.implicit`. The slope k_i is
-    computed from this equation. An evaluation of f would multiply the error of y_i by the stiffness (Hairer and Wanner
-    1996, Solving ODEs II, IV.8). If the last row of the matrix equals the weights, the result is y_s.
+    For a `Forcing` it is the quadrature rule with the same nodes and weights. Stage i solves y_i - h a_{ii} f(t_i, y_i)
+    = x + h (a_{i1} k_1 + ... + a_{i,i-1} k_{i-1}) for y_i, see `Operator.implicit`. The slope k_i is computed from this
+    equation. An evaluation of f would multiply the error of y_i by the stiffness (Hairer and Wanner 1996, Solving ODEs
+    II, IV.8). If the last row of the matrix equals the weights, the result is y_s.
 
     Attributes:
         name: name of the method in messages.
         order: order of accuracy. On stiff problems the order may fall to the stage order. The stage order is 2 for the
             implicit midpoint rule and Crank-Nicolson, and 1 for the other methods.
         nodes: s numbers c_i.
-        matrix: the numbers a_ij of the lower triangle, as s rows of 1 to s numbers. A zero on the diagonal is an
+        matrix: the numbers a_{ij} of the lower triangle, as s rows of 1 to s numbers. A zero on the diagonal is an
             explicit stage.
         weights: s numbers b_i.
 
