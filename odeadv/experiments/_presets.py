@@ -233,7 +233,7 @@ def configuration(row: Row, size: Size, dataset: str, seed: int) -> RunConfig:
         row: a row of a table; its method and its changes decide what is trained.
         size: size of the run: network, number of images, epochs, eta.
         dataset: name of the data set, a key of ``size.eta``.
-        seed: seed of the run: initial weights, order of the images, attacks.
+        seed: seed of the run, for initial weights and training.
 
     Raises:
         ValueError: if ``size`` lacks an eta for ``dataset``, or the method of ``row`` is unknown.
