@@ -24,7 +24,9 @@ PACKAGES = (
 )  # fmt: skip
 # A symbol with an index in the text of a docstring: a_{n+1}, x_0, sum_p, |a_n|^2; also the transpose J^T.
 SYMBOL = re.compile(
-    r"(\|[a-z]_\w\|\^2|(?<![\w.])(?:sum|max|mean|lambda|dx|[A-Za-z])_(?:\{[^}]*\}|LAD|[A-Za-z0-9])(?!\w)|(?<!\w)[A-Z]\^T\b)"
+    r"((?:eta )?(?:sum )?\|[a-z]_\w\|\^2(?: / L)?"
+    r"|(?<![\w.])(?:sum|max|mean|lambda|dx|[A-Za-z])_(?:\{[^}]*\}|LAD|[A-Za-z0-9])(?!\w)"
+    r"|(?<!\w)[A-Z]\^T\b)"
 )
 FIRST = ("solve", "AdversarialField", "SplitField", "Operator", "Solution", "driven", "compile_solver", "evaluate")
 
@@ -97,15 +99,9 @@ def restructured(line: str) -> str:
 
 def in_tex(symbol: str) -> str:
     """Return a symbol of a docstring, such as ``sum_{n >= 1}`` or ``x_0``, as TeX."""
-    for word, tex in (
-        ("!=", r"\ne"),
-        (">=", r"\ge"),
-        ("sum", r"\sum"),
-        ("max", r"\max"),
-        ("lambda", r"\lambda"),
-        ("^T", r"^\top"),
-    ):
+    for word, tex in (("!=", r"\ne"), (">=", r"\ge"), ("^T", r"^\top")):
         symbol = symbol.replace(word, tex)
+    symbol = re.sub(r"eta\b|sum|max|lambda", r"\\\g<0>", symbol)
     return re.sub("LAD|mean", r"{\\mathrm{\g<0>}}", symbol)
 
 

@@ -57,8 +57,8 @@ def audit(
 
     Args:
         model: maps images to logits (n, classes), and normalises the images itself.
-        data: (images, labels), a Dataset, a DataLoader or an `ImageDataset`, as for `evaluate`; a few hundred examples
-            are enough. Images are floating in [0, 1], or uint8 (n, h, w, channels).
+        data: (images, labels), a Dataset, a DataLoader or an `ImageDataset`. A few hundred examples are
+            enough. Images are floating in [0, 1], or uint8 (n, h, w, channels).
         eps: radius of the ball for which robustness is claimed, in pixel units of [0, 1].
         norm: norm of the ball, ``"linf"`` or ``"l2"``.
         generator: the only source of randomness; None means ``torch.Generator().manual_seed(0)``.

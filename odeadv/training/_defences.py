@@ -231,7 +231,7 @@ class Penalty(Defence, name="penalty"):
     needs second derivatives, and serves as a control.
 
     Attributes:
-        eta: as for `Layerwise`. Equal eta gives equal strength ``eta sum |a_n|^2 / L``.
+        eta: as for `Layerwise`. Equal eta gives equal strength eta sum |a_n|^2 / L.
         strength, warmup: as for `Layerwise`.
 
     Raises:

@@ -78,7 +78,8 @@ class Trades(Objective, name="trades"):
     counted on f(x). Source: Zhang et al. 2019, arXiv:1901.08573.
 
     Attributes:
-        eps, alpha, steps, mode: settings of the attack, as for `Pgd`.
+        eps, alpha, mode: as for `Pgd`.
+        steps: number of steps of the attack.
         lam: the paper's lambda.
         gamma: weight of the clean loss if there is a defence.
         start: the attack starts from x + 0.001 times standard normal noise. ``"free"`` takes the first gradient at
@@ -145,7 +146,7 @@ class Mart(Objective, name="mart"):
     Misclassified Examples".
 
     Attributes:
-        eps, alpha, steps, mode: settings of the attack, as for `Pgd`.
+        eps, alpha, steps, mode: as for `Pgd`.
         lam: weight of the divergence; the paper's lambda.
 
     Raises:
