@@ -1,4 +1,4 @@
-"""Work-precision diagrams: every scheme, sub-step and costate on five problems, compared with the other solvers.
+"""Work-precision diagrams: every scheme, sub-step and costate on six problems, compared with the other solvers.
 
 `linear` and `oscillator` are Eq. 7 with a(t) of one recording: x' = A x, and a driven Duffing oscillator, each with a
 loss of the final state. The other solvers integrate the state forward, the adjoint equation backward, and then

@@ -31,7 +31,8 @@ from matplotlib.figure import Figure
 
 pyplot.rcParams.update({"figure.figsize": (5.5, 3.4), "axes.formatter.min_exponent": 2})
 HERE = Path(__file__).parent
-GUIDE = ("evaluation", "faq", "index", "models", "solver")  # docs/training.md trains, which takes too long
+# docs/training.md trains, which takes too long.
+GUIDE = ("costate", "evaluation", "faq", "index", "models", "solver", "speed")
 PICTURES = HERE / "_pictures"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 

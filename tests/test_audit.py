@@ -195,6 +195,13 @@ def honest() -> Audit:
     return run(trained(), surrogate=surrogate)
 
 
+def test_no_sentence_has_a_number_that_is_not_one(masked: Audit) -> None:
+    assert not [check for check in masked.checks if "nan" in f"{check.found} {check.name}".split()]
+    assert {check.name: check.found for check in masked.checks}["local linearity"] == (
+        "the gradient of the margin is zero for every image"
+    )
+
+
 def test_an_honest_network_passes_every_line(honest: Audit) -> None:
     assert [(check.name, check.found) for check in honest.checks if check.status != "pass"] == []
     assert honest.passed

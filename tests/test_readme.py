@@ -38,7 +38,7 @@ def test_the_programs_of_the_tutorial_print_what_is_shown():
 
 
 # How the programs of each page are pasted. Those of tutorials run in order while the site is made (docs/programs.py).
-ALONE = {"index.md", "solver.md"}
+ALONE = {"costate.md", "index.md", "solver.md", "speed.md"}
 IN_ORDER = {"README.md", "reaction_diffusion.md", "theory.md"}
 AFTER_THE_FIRST = {"attacks.md", "diagnostics.md", "evaluation.md", "faq.md", "models.md", "training.md"}
 RUN_ELSEWHERE = {"README.md", "reaction_diffusion.md", "diagnostics.md", "faq.md", "models.md", *ALONE}
@@ -112,7 +112,7 @@ def test_the_claims_are_those_of_the_page():
     assert table.split() == "\n".join([head, line, *seen]).replace("](", "](docs/results/").split()
 
 
-@pytest.mark.parametrize("page", ["index.md", "solver.md"])
+@pytest.mark.parametrize("page", sorted(ALONE))
 def test_each_program_of_a_page_runs_alone(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a program may save a picture
     programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)

@@ -106,6 +106,8 @@ def local_linearity(subject: Subject) -> Finding:
         f"a step of eps/100 along {along} changes the margin by {small:.2f} times what the "
         f"gradient says, a step of eps by {large:.2f} times (medians)"
     )
+    if not usable:
+        text = "the gradient of the margin is zero for every image"
     if straight:
         text += "; the gradient fits large steps only, as that of a straight-through estimator does"
     return Finding(good, text, figures)

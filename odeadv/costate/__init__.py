@@ -4,7 +4,7 @@
 names below if you need a costate without a solve. `record` makes one forward and one backward pass. `sweep` repeats
 them on the pushed trajectory until the costate stops changing.
 
-The costate is explained in docs/theory.md, its options in a solve in docs/solver.md.
+The costate is explained in docs/theory.md, its options in a solve in docs/costate.md.
 """
 
 from odeadv.costate._collocation import collocated

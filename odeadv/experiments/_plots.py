@@ -62,7 +62,7 @@ def plot_over_fitting(results: Results, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    panels = regimes(results)
+    panels = sorted(regimes(results), key=lambda rows: _decay(results, rows[0]))
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6.4, 1.5 + 2.6 * columns), 0.8 + 2.7 * lines), layout="constrained")  # the legend fits
@@ -77,12 +77,19 @@ def plot_over_fitting(results: Results, path: Path) -> None:
                 mean = [statistics.fmean(values) for values in zip(*courses, strict=True)]
                 axes.plot(range(1, len(mean) + 1), mean, style, color=color, label=f"{_short(row)}, {name}")
         count = len(results.runs[rows[0].name])
-        axes.set_title(f"{rows[0].label}, {count} seed{'s' if count > 1 else ''}", fontsize="small")
+        decay = f", weight decay {_decay(results, rows[0]):g}" if len(panels) > 1 else ""
+        axes.set_title(f"{_short(rows[0])}{decay}, {count} seed{'s' if count > 1 else ''}", fontsize="small")
         axes.set_xlabel("epoch")
         axes.label_outer()
     _shared_legend(figure, "outside upper center", columns=3)
     figure.supylabel("robust accuracy, %")
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _decay(results: Results, row: Row) -> float:
+    """Return the weight decay of ``row``, also if its label does not name it."""
+    run = next(iter(results.runs[row.name].values()))
+    return float(run["config"]["training"]["weight_decay"])
 
 
 def _short(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 `solve` takes a field, an initial state and a time span, and returns a `Solution`. `driven` turns an adversarial field
 into a plain function of (t, x) that other solvers take. `compile_solver` compiles a whole solve. docs/solver.md
-explains what is computed, and docs/choosing.md says which options to take.
+explains what is computed, docs/speed.md what it costs, and docs/choosing.md which options to take.
 """
 
 from odeadv.solver._compiled import CompiledSolver, compile_solver

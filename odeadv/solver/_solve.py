@@ -57,7 +57,7 @@ def solve(
             it (None for a derivative that is zero). ``xs``, ``output``, ``sol(t)`` and the costate have it too.
         t_span: start and end time ``(t0, t1)``, in either direction; by default the span of the field. ``t0``, ``t1``
             and ``dt`` may be 0-d tensors that require gradients. The steps then scale with the span, see
-            docs/solver.md.
+            docs/costate.md.
         scheme: a name of `odeadv.schemes` or a `Scheme`, by default ``"strang"``. Or a sub-step or its name: it then
             advances the whole field without splitting. A field with one operator is never split.
         dt: step size. It must divide the span. It is positive, or has the sign of a span that runs backward. Or
