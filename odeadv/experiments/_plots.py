@@ -134,7 +134,8 @@ def _forest(results: Results, figure: Figure) -> None:
 
 def _over_eta(results: Results, figure: Figure, labels: Mapping[str, str]) -> None:
     """Draw one panel per column: accuracy minus the accuracy of the undefended row, over eta, here and in the paper."""
-    from matplotlib.ticker import NullFormatter
+    with extra("plot"):
+        from matplotlib.ticker import NullFormatter
 
     columns = min(3, len(labels))
     lines = math.ceil(len(labels) / columns)
