@@ -66,7 +66,7 @@ class Measurement:
         return name if self.images is None else f"{name}@{self.images}"
 
     def made(self, record: Record) -> bool:
-        """Whether ``record`` has this measurement, of the best epoch too if that is asked for and there is one."""
+        """Return True if ``record`` has it, also for the weights of the best epoch if they are asked for and exist."""
         evaluations = record["evaluations"]
         also = ["best"] if self.best and record["best_epoch"] else []
         return all(self.key in evaluations.get(which, {}) for which in ("last", *also))

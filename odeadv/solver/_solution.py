@@ -111,7 +111,7 @@ class Solution:
 
     Args:
         costate: the recorded costate; None if the solve did not record one.
-        record: records the costate when it is first asked for; None if the field has no loss.
+        record: records the costate when it is first asked for; None if the field lacks a loss.
         dense: returns the state at any time, for `__call__`; None if the steps were not kept.
     """
 
