@@ -34,6 +34,7 @@ extensions = [
 ]  # fmt: skip
 exclude_patterns = ["_build", "_pictures"]
 html_theme = "furo"
+smartquotes = False  # primes and the quotes of types are not quotation marks
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_title = f"odeadv {release}"
@@ -173,7 +174,7 @@ def elsewhere(app: Any, env: Any, reference: Any, content: nodes.Element) -> nod
 def link_back(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
     """Mend links from source code to the reference: viewcode takes the package of one name for all names of a file."""
     if pagename.startswith("_modules/"):
-        wrong = r"(/objects/([\w.]+)\.(\w+)\.html)#(?!\2\.\3\b)odeadv\.(?:\w+\.)*?\3\b"
+        wrong = r"(/objects/([\w.]+)\.(\w+?)(?:_class)?\.html)#(?!\2\.\3\b)odeadv\.(?:\w+\.)*?\3\b"
         context["body"] = re.sub(wrong, r"\1#\2.\3", context["body"])
 
 

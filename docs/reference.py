@@ -51,13 +51,20 @@ def shared(package: str) -> list[str]:
     return [f"odeadv.{name}" for name in public if name in odeadv.__all__]
 
 
+def page_of(full: str) -> str:
+    """Return the name of the page of an object. ``Energy`` and ``energy`` need two files where case does not count."""
+    module, _, name = full.rpartition(".")
+    alike = [other for other in dir(_module(module.rpartition(".")[2])) if other.lower() == name.lower()]
+    return f"{full}_class" if len(alike) > 1 and inspect.isclass(_get(full)) else full
+
+
 def write_objects(app: Any) -> None:
     """Write the page of each object. Pages of objects that are gone are removed."""
     OBJECTS.mkdir(exist_ok=True)
     wanted = {}
     for package in PACKAGES:
         for name in objects(package):
-            wanted[OBJECTS / f"{name}.rst"] = _page(name)
+            wanted[OBJECTS / f"{page_of(name)}.rst"] = _page(name)
     for path in OBJECTS.glob("*.rst"):
         if path not in wanted:
             path.unlink()
@@ -75,10 +82,12 @@ def add_lists(app: Any, docname: str, source: list[str]) -> None:
     summary = (inspect.getdoc(_module(package)) or "").splitlines()
     about = ["```{eval-rst}", f".. py:module:: {name}", "", *map(restructured, summary), "", "```", ""]
     lines = ["| name | what it is |", "| --- | --- |"]
-    lines += [f"| [`{full.rpartition('.')[2]}`](objects/{full}) | {_first(full)} |" for full in objects(package)]
+    lines += [
+        f"| [`{full.rpartition('.')[2]}`](objects/{page_of(full)}) | {_first(full)} |" for full in objects(package)
+    ]
     if package != "odeadv" and shared(package):
         lines += ["", f"Documented under `odeadv`: {', '.join(f'{{py:obj}}`{full}`' for full in shared(package))}."]
-    lines += ["", "```{toctree}", ":hidden:", "", *(f"objects/{full}" for full in objects(package)), "```"]
+    lines += ["", "```{toctree}", ":hidden:", "", *(f"objects/{page_of(full)}" for full in objects(package)), "```"]
     title, _, text = source[0].partition("\n")
     source[0] = "\n".join([title, "", *about, text, *lines, ""])
 

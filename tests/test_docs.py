@@ -37,6 +37,12 @@ def test_the_reference_has_each_public_object_once(package):
     assert not set(reference["objects"](package)) & set(reference["objects"]("odeadv"))
 
 
+def test_no_two_pages_differ_in_case_alone():
+    """A file system that ignores case would keep one of them."""
+    pages = [reference["page_of"](full) for package in PACKAGES for full in reference["objects"](package)]
+    assert len({page.lower() for page in pages}) == len(pages)
+
+
 def test_the_reference_begins_with_solve():
     assert reference["objects"]("odeadv")[0] == "odeadv.solve"
     assert set(reference["objects"]("schemes")) == {

@@ -50,8 +50,9 @@ def fgsm(
         norm: ``"linf"`` or ``"l2"``.
         loss: the function that the attack raises. ``"ce"`` is cross-entropy. ``"margin"`` is max_{j != y} z_j - z_y
             with logits z and label y. ``"dlr"`` is the difference of logits ratio (Croce and Hein 2020). ``"kl"`` is
-            KL(clean probabilities || attacked probabilities); its gradient is 0 at the clean images, so it needs
-            another start. Or give a function (logits, labels) -> losses (n,). It gets logits in at least float32.
+            KL(clean probabilities || attacked probabilities); its gradient is 0 at the clean images, so give an attack
+            that has a ``start`` another one. Or give a function (logits, labels) -> losses (n,). It gets logits in
+            at least float32.
         target: (n,), int64 classes to be reached. ``"most-likely"`` and ``"least-likely"`` choose the wrong class with
             the largest or smallest logit of the clean image (one more forward pass). The attack then lowers the loss
             of the target. (``"dlr"`` has a separate targeted form; ``"kl"`` cannot be targeted.)
@@ -124,8 +125,9 @@ def ifgsm(
             steps follow the gradient.
         start: ``"clean"``; ``"uniform"`` draws from the ball; ``"gaussian"`` adds 0.001 times standard normal noise
             (see `Gaussian`); a tensor like ``images``; or a function (images, generator) -> images. Every start is
-            projected to the ball and to [0, 1], with one exception. If the start is a tensor and ``keep="last"``, the
-            first gradient is taken at the tensor itself, as TRADES does. All iterates are projected.
+            projected to the ball and to [0, 1], and all iterates are. Attacks with an argument ``keep`` have one
+            exception: if the start is a tensor and ``keep="last"``, the first gradient is taken at the tensor itself,
+            as TRADES does.
         keep: ``"last"`` returns the last iterate. ``"worst"`` returns for each example the first iterate that fools
             the model, or the iterate of highest loss if no iterate fools it. The start counts as an iterate. The run
             ends when all examples are fooled. ``"worst"`` costs one more forward pass.

@@ -51,7 +51,7 @@ def random_crop_flip(
         images: ``uint8``, (n, height, width, 3).
         pad: number of zeros added on each side.
         flip: True mirrors each image with probability 1/2.
-        generator: the source of randomness; it must be given.
+        generator: the source of randomness. None raises an error, because the crops would not be reproducible.
 
     Returns:
         ``uint8``, (n, height, width, 3), contiguous.

@@ -112,7 +112,7 @@ def contraction(
             trajectory.
         x0: as for `odeadv.solve`.
         t_span: as for `odeadv.solve`.
-        dt: as for `odeadv.solve`.
+        dt: step size, a number; the steps cannot be adaptive.
         steps: as for `odeadv.solve`.
         substep: as for `odeadv.solve`. For a network give ``**net.solve_options``.
         scheme: scheme of the trajectories of the sweeps.

@@ -92,5 +92,7 @@ def _plot(results: Results, traces: dict[tuple[str, int], list[dict[str, Any]]],
                 trace.add(epoch["epoch"], epoch["ratio"])
         trace.plot(axes, label=f"{label}, seed {seed}")
     axes.set_title(f"Eq. 16 in PGD training, {results.setting}")
+    if (own := axes.get_legend()) is not None:
+        own.remove()
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")  # in the panel it would cover the curves
     figure.savefig(path, dpi=120, metadata={"Software": None})

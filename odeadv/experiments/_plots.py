@@ -77,8 +77,8 @@ def plot_over_fitting(results: Results, path: Path) -> None:
                 mean = [statistics.fmean(values) for values in zip(*courses, strict=True)]
                 axes.plot(range(1, len(mean) + 1), mean, style, color=color, label=f"{_short(row)}, {name}")
         count = len(results.runs[rows[0].name])
-        decay = f", weight decay {_decay(results, rows[0]):g}" if len(panels) > 1 else ""
-        axes.set_title(f"{_short(rows[0])}{decay}, {count} seed{'s' if count > 1 else ''}", fontsize="small")
+        name = f"{_short(rows[0])}, weight decay {_decay(results, rows[0]):g}" if len(panels) > 1 else rows[0].label
+        axes.set_title(f"{name}, {count} seed{'s' if count > 1 else ''}", fontsize="small")
         axes.set_xlabel("epoch")
         axes.label_outer()
     _shared_legend(figure, "outside upper center", columns=3)

@@ -110,8 +110,8 @@ class FieldNetwork(nn.Module):
         """Return f as an operator that will be solved in steps of ``dt``.
 
         Args:
-            dt: step size. Only noise depends on it.
-            inputs: inputs of the network. Only a `BlockNetwork` depends on them, because they decide which blocks jump.
+            dt: step size. It matters for noise within the blocks only.
+            inputs: inputs of the network. They matter for a `BlockNetwork` only: they decide which of its blocks jump.
         """
         raise NotImplementedError
 

@@ -70,7 +70,7 @@ class SolveError(RuntimeError):
     """Raised if a solve does not succeed.
 
     Args:
-        solution: see below.
+        solution: what there is of the solution.
         remedy: what to try, for the message; by default the usual remedy for the status of ``solution``.
 
     Attributes:

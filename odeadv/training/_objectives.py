@@ -83,8 +83,8 @@ class Trades(Objective, name="trades"):
         lam: the paper's lambda.
         gamma: weight of the clean loss if there is a defence.
         start: the attack starts from x + 0.001 times standard normal noise. ``"free"`` takes the first gradient at
-            this point, as the authors' code does. ``"clamped"`` first projects the start to the ball and to [0, 1], as
-            odeadv did before this field existed. Then a pixel of 0 or 1 does not move if its noise points outward.
+            this point, as the authors' code does. ``"clamped"`` first projects the start to the ball and to [0, 1].
+            Then a pixel of 0 or 1 does not move if its noise points outward.
 
     Raises:
         TypeError, ValueError: if an attribute is out of range; the message names it.
