@@ -122,7 +122,7 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
         type=float,
         help="radius: for linf in 1/255 (default: 8), for l2 in pixel units of [0, 1] (default: 0.5)",
     )
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="seed of the random numbers of the checks (default: 0)")
     sub.add_argument("--surrogate", help="another NETWORK; its adversarial images are tried on this network")
     sub.add_argument(
         "--out", type=Path, metavar="DIR",

@@ -92,7 +92,7 @@ class Newton:
         """Return y with y - c f(y) = b. If the iteration fails, return NaN and count the failure in ``cost``.
 
         Args:
-            f: ``f(t, y)`` returns a tensor of the shape of the state.
+            f: ``f(y)`` at the time of the stage returns a tensor of the shape of the state.
             t: time of the stage, a 0-d tensor.
             c: a duration, the step size times a coefficient of the method.
             b: right-hand side, a tensor of the shape of the state.

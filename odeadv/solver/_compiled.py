@@ -66,9 +66,10 @@ def compile_solver(
             Python values that it uses are constants of the code; if they change, it is compiled again.
         dt: step size, if it is not given in each call.
         scheme: as for `odeadv.solve`.
-        substep: as for `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
-        costate: as for `odeadv.solve`. ``"collocation"`` cannot be compiled.
-        sweeps: as for `odeadv.solve`. A number.
+        substep: how each operator is advanced: a sub-step or its name for all operators, or a dict by operator; see
+            `odeadv.solve`. Methods of torchdiffeq cannot be compiled.
+        costate: the costate between recorded times: ``"linear"``, ``"hermite"`` or ``"exact"``, see `odeadv.solve`.
+        sweeps: number of recordings, each on the trajectory that the last one drives.
         static: promise that the field uses the same tensors and Python values in every call, as `jax.jit` assumes. Each
             call then skips the search for changes, which takes most of the time of a short solve. New values that are
             written into these tensors, as optimisers do, are seen. The solver does not see that a tensor or a Python
