@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 
 pyplot.rcParams.update({"figure.figsize": (5.5, 3.4), "axes.formatter.min_exponent": 2})
 HERE = Path(__file__).parent
-# docs/training.md trains, which takes too long.
-GUIDE = ("costate", "evaluation", "faq", "index", "models", "solver", "speed")
+# The pages whose programs print; docs/training.md trains, which takes too long.
+GUIDE = ("evaluation", "faq", "index", "models", "solver")
 PICTURES = HERE / "_pictures"
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
