@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from odeadv import attacks
 from odeadv.data import Batches, ImageDataset, to_float
 from odeadv.models import from_blocks, ode_net, preact_resnet
+from odeadv.solver import solve
 from odeadv.splitting import Grid, schemes
 from odeadv.support.plain import from_dict, key, to_dict
 from odeadv.training import (
@@ -732,6 +733,23 @@ class TestPenalty:
         passed = Penalty(eta=2.0)(net, images, labels)
         assert passed.loss.item() == pytest.approx(expected.item(), rel=1e-10)
         assert torch.equal(torch.get_rng_state(), state)  # the recording leaves none behind
+
+    def test_a_costate_that_is_recorded_later_is_that_of_the_solve(self):
+        blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5)) for _ in range(2)]
+        net = from_blocks(nn.Linear(4, 6), blocks, nn.Linear(6, 3)).double().train()
+        images, labels = torch.rand(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+        torch.manual_seed(3)
+        solution = solve(net.field(images, labels, eta=0.0), **net.solve_options)
+        torch.rand(7)
+        state = torch.get_rng_state()
+        nodes = solution.costate.nodes
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(3)
+        xs = [net.stem(images)]
+        for block in net.blocks:
+            xs.append(block(xs[-1]))
+        expected = torch.autograd.grad(F.cross_entropy(net.head(xs[-1]), labels), xs)
+        assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(nodes, expected, strict=True))
 
     def test_lad_is_the_penalty_to_first_order(self):
         """The reason for this control: the two gradients agree up to O(eta^2)."""

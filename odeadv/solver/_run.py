@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from odeadv.solver.request import Request, warn_of_coarse_clock
 from odeadv.splitting import DIRK, Exact, Grid, Search, Status, Stepper, choose_grid, doubling, palindromic
 from odeadv.splitting.method import AccuracyWarning
 from odeadv.support.deferred import all_finite, holds, is_deferring
-from odeadv.support.isolation import Recompute, inside_transform, without_effects
+from odeadv.support.isolation import RandomState, Recompute, inside_transform, without_effects
 
 MOST_ORDER = 16  # of collocation: methods of torchdiffeq, and exact flows, have the order infinity
 APART = 0.5  # of the largest state: two steps of order two differ from collocation by a third
@@ -47,7 +48,11 @@ class SolveRun:
     def solution(self) -> Solution:
         """Record the costate if the field has one, solve, and return the result even if the solve failed."""
         request, field, costate = self.request, self.request.field, None
-        if isinstance(field, AdversarialField) and not field.idle:
+        later: Callable[[], Costate | None] | None = None
+        if isinstance(field, AdversarialField) and field.idle:
+            later = partial(self._recorded_later, RandomState(request.x0.device))
+        elif isinstance(field, AdversarialField):
+            later = self.recorded_costate
             costate = self.recorded_costate()
             field = field if costate is None else field.driven_by(costate)
         grid = self.first_grid if field is request.field else self._find_grid(field, costate)
@@ -84,7 +89,7 @@ class SolveRun:
             output=output,
             loss=loss,
             costate=costate,
-            record=self.recorded_costate if isinstance(request.field, AdversarialField) else None,
+            record=later,
             dense=Dense(within, grid, path.nodes, request.narrow) if request.dense and len(grid) else None,
         )
 
@@ -144,6 +149,15 @@ class SolveRun:
             ),
             remedy(request, status),
         )
+
+    def _recorded_later(self, before: RandomState) -> Costate | None:
+        """Make the recordings with the random numbers of the solve, such as the masks of dropout, which drew first."""
+        after = RandomState(self.request.x0.device)
+        before.put_back()
+        try:
+            return self.recorded_costate()
+        finally:
+            after.put_back()
 
     def recorded_costate(self) -> Costate | None:
         """Make all recordings. Return None if the steps of the first recording do not reach the end of the span."""

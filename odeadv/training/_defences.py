@@ -14,7 +14,6 @@ from odeadv.models import Network, TargetLoss
 from odeadv.solver import solve
 from odeadv.splitting import schemes
 from odeadv.support.checks import check_loss, choice, integer, number
-from odeadv.support.isolation import RandomState
 from odeadv.support.plain import with_floats
 from odeadv.training._step import Defence, Draws, Passed
 from odeadv.training._strength import Strength, first_order, watch_loss
@@ -263,18 +262,14 @@ class Penalty(Defence, name="penalty"):
         """
         _check_chosen(self)
         # The plain pass updates batch statistics. The costate is recorded on first use; this recording keeps its graph
-        # and does not update statistics. It must draw the masks of dropout that the plain pass drew.
-        before = RandomState(images.device)
+        # and does not update statistics.
         solution = solve(_field(net, images, labels, 0.0, loss), differentiate_costate=True, **net.solve_options)
         assert solution.loss is not None
         assert solution.output is not None
         eta = self.eta * share
         if eta == 0.0:
             return Passed(solution.loss, solution.output, images, Strength.none(solution.loss))
-        after = RandomState(images.device)
-        before.put_back()
         squares = torch.stack([node.square().sum() for node in solution.costate.nodes[1:]])
-        after.put_back()
         plain, rises = solution.loss.detach(), eta * squares.detach()
         strength = Strength(plain, plain + rises.sum(), torch.cat([rises.new_zeros(1), rises]))
         return Passed(solution.loss + 0.5 * eta * squares.sum(), solution.output, images, strength)
