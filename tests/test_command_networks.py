@@ -1,4 +1,4 @@
-"""The commands evaluate and audit for a network that odeadv did not train."""
+"""The commands evaluate, audit and diagnose for networks that are not those of runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from odeadv import cli, data
+from odeadv import cli, data, models
 from odeadv.data import to_float
 from odeadv.evaluation import Evaluation, evaluate
 
@@ -96,6 +96,24 @@ def test_audit_of_an_l2_ball(module, tmp_path, capsys):
     assert f"{module}:Net, digits, the first test images" in page
 
 
+def test_networks_of_the_package(tmp_path, monkeypatch, capsys):
+    """The commands take their names, evaluate on their own images, and write next to nothing else."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "digits-pgd", "--images", "30", "--json"]) == 0
+    images = data.load("digits").resized(16).subset(None, 30)
+    expected = evaluate(models.pretrained("digits-pgd"), images, "table2")
+    assert json.loads(capsys.readouterr().out)["attacks"] == json.loads(json.dumps(expected.to_dict()))["attacks"]
+    assert cli.main(["audit", "digits-pgd", "--surrogate", "digits-natural", "--images", "10"]) == 0
+    assert "to IFGSM-20" in capsys.readouterr().out
+    assert cli.main(["diagnose", "digits-pgd-lad-sm", "--other", "digits-pgd", "--images", "4"]) == 0
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
+    assert found == {"digits-pgd/audit", "digits-pgd-lad-sm/diagnostics"}
+    assert cli.main(["audit", "digits-pgd", "--dataset", "digits"]) == 2
+    assert "digits-pgd, which has its own" in capsys.readouterr().err
+    assert cli.main(["evaluate", "digits-pdg"]) == 2
+    assert "or one of cifar10-natural" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,7 +128,7 @@ def test_audit_of_an_l2_ball(module, tmp_path, capsys):
             ["{}:Net", "--dataset", "digits", "--images", "5"],
             "returned dict, expected a floating tensor of logits",
         ),
-        (["nothing", "--dataset", "digits"], "weights, dataset: got one for a run, which has its own"),
+        (["nothing", "--dataset", "digits"], "weights, dataset: got one for nothing, which has its own"),
     ],
 )
 def test_errors_are_one_line(module, arguments, message, capsys):

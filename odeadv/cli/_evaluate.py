@@ -23,12 +23,13 @@ You can write your own protocol in a .yaml or .json file. Attacks are functions 
 
 def _add_network(sub: argparse.ArgumentParser, verb: str) -> None:
     """Add the arguments for the network to inspect and its images."""
-    from odeadv import data
+    from odeadv import data, models
 
     sub.add_argument(
         "network", metavar="NETWORK",
-        help=f"the folder of a run, or its last.safetensors or best.safetensors; or module:name, your own network to "
-        f"{verb} on --dataset: an nn.Module, or a function that returns one, in a module of the current folder",
+        help="the folder of a run, or its last.safetensors or best.safetensors; or a network of the package "
+        f"({', '.join(models.pretrained_names())}); or module:name, your own network to {verb} on --dataset: an "
+        "nn.Module, or a function that returns one, in a module of the current folder",
     )  # fmt: skip
     sub.add_argument("--weights", type=Path, metavar="FILE", help="state dict of your own network, .safetensors or .pt")
     sub.add_argument("--dataset", choices=data.names(), help="data set for your own network; a run has its own")
@@ -147,10 +148,8 @@ def audit(args: argparse.Namespace) -> int:
 
 def add_diagnose(sub: argparse.ArgumentParser) -> None:
     """Add the arguments of `odeadv diagnose`."""
-    sub.add_argument("checkpoint", type=Path, help="a run's folder, or its weights")
-    sub.add_argument(
-        "--other", type=Path, help="another run for the same page, with the same images, such as a run without LAD"
-    )
+    sub.add_argument("checkpoint", help="a run's folder, or its weights, or the name of a network of the package")
+    sub.add_argument("--other", help="another one for the same page, with the same images, such as a run without LAD")
     sub.add_argument(
         "--attack", type=float, metavar="EPS",
         help="follow the perturbation of FGSM with this radius in 1/255, not a random perturbation",

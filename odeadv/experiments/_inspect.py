@@ -1,4 +1,4 @@
-"""Inspect a finished run: evaluate its weights, audit the attacks, diagnose its dynamics."""
+"""Inspect a trained network: evaluate its weights, audit the attacks, diagnose its dynamics."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ def evaluate_run(
     """Evaluate the weights of a run on its own test images, or your own network on a data set.
 
     Args:
-        network: folder of a run, or its ``last.safetensors`` or ``best.safetensors``; or ``"module:name"``, such as
-            ``"my_models:resnet"``: a network, or a function without arguments that returns one.
+        network: folder of a run, or its ``last.safetensors`` or ``best.safetensors``; or one of
+            `odeadv.models.pretrained_names`; or ``"module:name"``, such as ``"my_models:resnet"``: a network, or a
+            function without arguments that returns one.
         protocol: a protocol of `odeadv.evaluate`, or its name.
         weights: a file with a state dict for your own network: ``.safetensors``, or written by ``torch.save``. The
             state dict may be a part of a checkpoint, under ``"state_dict"`` or ``"model"``.
@@ -96,7 +97,8 @@ def audit_run(
         norm: ``"linf"`` or ``"l2"``.
         seed: seed of the attacks' random starts.
         surrogate: another run or network. Its adversarial images are tried on this one.
-        out: folder for the page. None means ``audit`` in the folder of the run, and no page for your own network.
+        out: folder for the page. None means ``audit`` in the folder of the run (in a folder with the name of a network
+            of the package), and no page for your own network.
         options: further keyword arguments of `odeadv.audit.audit`, such as ``batch_size``.
 
     Returns:
@@ -106,7 +108,7 @@ def audit_run(
         ValueError, TypeError, OSError: if an argument is wrong; the message names it.
     """
     if out is None and not is_import_name(network):
-        out = run_folder(Path(network)) / "audit"
+        out = run_folder(network) / "audit"
     check_folder("out", out)
     subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)
     few = min(_AUDITED, len(subject.data.test_labels))
@@ -126,8 +128,8 @@ def audit_run(
 
 
 def diagnose_run(
-    checkpoint: Path,
-    other: Path | None = None,
+    checkpoint: str | Path,
+    other: str | Path | None = None,
     *,
     folder: Path | None = None,
     images: int | None = 128,
@@ -138,14 +140,14 @@ def diagnose_run(
     """Measure the dynamics of trained weights and write the page of `odeadv.diagnostics.diagnose`.
 
     Args:
-        checkpoint: folder of a run, or its weights.
-        other: another run, or its weights. It is shown on the same page, for the same images.
+        checkpoint: folder of a run, or its weights, or one of `odeadv.models.pretrained_names`.
+        other: another one. It is shown on the same page, for the same images.
         folder: folder with the data sets.
         images: number of test images.
         eta: eta for all networks; the eta of their training if None.
         attack_255: radius of FGSM in 1/255. If it is given, the page follows the perturbation of FGSM instead of a
             random perturbation.
-        out: folder for the page; ``diagnostics`` in the folder of the run if None.
+        out: folder for the page; ``diagnostics`` in the folder of the run if None, as in `audit_run`.
 
     Returns:
         The folder of the page, and the eta of each network.

@@ -1,4 +1,4 @@
-"""Networks to inspect, with their data: networks of runs, and your own networks by the name of a function."""
+"""Networks to inspect, with their data: of runs, of the package, and your own by the name of a function."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from odeadv import data
 from odeadv.data import ImageDataset
 from odeadv.experiments._config import DataConfig
 from odeadv.experiments._folder import load_model
+from odeadv.models import pretrained, pretrained_names, pretrained_record
 from odeadv.support import plain
 from odeadv.support.extras import extra
 
@@ -40,10 +41,10 @@ def inspected(
     if not is_import_name(network):
         if weights is not None or dataset is not None:
             raise ValueError(
-                "weights, dataset: got one for a run, which has its own; give them with a network module:name only"
+                f"weights, dataset: got one for {network}, which has its own; give them with a network module:name only"
             )
-        net, info = load_run(Path(network))
-        title = f"{run_folder(Path(network)).resolve().name}, weights of epoch {info['epoch']}"
+        net, info = load_run(network)
+        title = f"{run_folder(network).resolve().name}, weights of epoch {info['epoch']}"
         return Inspected(net, run_images(info, folder, images), title)
     if dataset is None:
         raise ValueError(f"dataset: missing for {network}, expected one of {', '.join(data.names())}")
@@ -61,7 +62,7 @@ def is_import_name(network: str | Path) -> bool:
 def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Module, str]:
     """Return the network of a run, or your own network with its ``weights``, on its device; and its title."""
     if not is_import_name(network):
-        return load_run(Path(network))[0], run_folder(Path(network)).name
+        return load_run(network)[0], run_folder(network).name
     net, title = _own(str(network)), str(network)
     if weights is not None:
         try:
@@ -74,14 +75,33 @@ def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Mod
     return net.eval().to(_device()), title
 
 
-def run_folder(checkpoint: Path) -> Path:
-    """Return the folder of a run; ``checkpoint`` is this folder or a file of weights in it."""
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+def run_folder(network: str | Path) -> Path:
+    """Return the folder of a run. ``network`` is this folder, a file of weights in it, or a name of `pretrained`."""
+    path = Path(network)
+    return path if path.is_dir() or str(network) in pretrained_names() else path.parent
 
 
-def load_run(checkpoint: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the network of a run and its metadata as `load_model`; move the network to the device for inspection."""
-    net, info = load_model(checkpoint)
+def load_run(network: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the network of a run, or of `pretrained`, and its metadata; move it to the device for inspection.
+
+    Args:
+        network: the folder of a run, a file of weights in it, or one of `pretrained_names`.
+
+    Returns:
+        The network, and a dict with ``"run"`` and ``"epoch"`` as `load_model` returns it.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_model`.
+    """
+    if str(network) in pretrained_names():
+        run = pretrained_record(str(network))["run"]
+        return pretrained(str(network)).to(_device()), {"run": run, "epoch": run["training"]["epochs"]}
+    if not Path(network).exists():
+        raise FileNotFoundError(
+            f"network: {network} does not exist, expected the folder of a run, its last.safetensors or "
+            f"best.safetensors, module:name, or one of {', '.join(pretrained_names())}"
+        )
+    net, info = load_model(network)
     return net.to(_device()), info
 
 
@@ -89,7 +109,7 @@ def run_images(info: dict[str, Any], folder: Path | None, images: int | None) ->
     """Return the data of a run (its fold or subset) with some of its test images.
 
     Args:
-        info: the dict that `load_model` returns.
+        info: the dict that `load_run` returns.
         folder: folder with the data sets.
         images: number of test images, balanced over the classes; all if None.
     """
