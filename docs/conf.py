@@ -92,6 +92,7 @@ class Help(Directive):
 
 def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Write the lines of a docstring as reStructuredText, except formulas in TeX."""
+    lines[:] = [part for line in lines for part in line.split("\n")]  # napoleon joins the lines of an error's text
     inside = False
     for i, line in enumerate(lines):
         inside = line.startswith(".. math::") or (inside and line[:1] in ("", " "))
@@ -129,7 +130,7 @@ def mark_cells(app: object, doctree: nodes.document) -> None:
             if group["cols"] > 1 and len(text) > 11:
                 cell["classes"].append("wide" if len(text) > 60 else "middling")
             paragraph = cell.children[0] if len(cell.children) == 1 else None
-            if isinstance(paragraph, nodes.paragraph) and re.match(r"[-+±≤≥]? ?\d", text) and len(text) < 32:
+            if isinstance(paragraph, nodes.paragraph) and re.match(r"[-+±≤≥<]? ?\d", text) and len(text) < 32:
                 words = [*paragraph.children]
                 if len(words) == 1 and isinstance(words[0], nodes.Text):  # "1.2 ± 0.1" and "1.2 [1.1, 1.3]"
                     parts = re.split(r" (?=[(\[])", text, maxsplit=1)
