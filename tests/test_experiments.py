@@ -688,6 +688,14 @@ class TestClaims:
             assert (claim.row, claim.other) in pairs if claim.row else len(pairs) > 1
             assert {claim.again, claim.best} - {None} <= set(pairs)
 
+    def test_every_primary_contrast_of_the_campaign_is_a_claim(self):
+        """So that no question of the rules is missing on the page. Tables over eta are read as a shape."""
+        asked = {(claim.table, *pair) for claim in CLAIMS for pair in ((claim.row, claim.other), claim.again) if pair}
+        tables = {stage.table for stage in STAGES.values()} - {"mechanism-eta", "mechanism-natural-eta"}
+        assert {(name, *pair) for name in tables for pair in TABLES[name].primary} <= asked | {
+            (claim.table, *claim.best) for claim in CLAIMS if claim.best
+        }
+
     def test_the_weights_of_the_best_epoch_are_a_reading_of_their_own(self):
         claim = next(claim for claim in CLAIMS if claim.best and claim.best != (claim.row, claim.other))
         records = made_up(TABLES[claim.table], preset=claim.preset, seeds=(10, 11, 12))

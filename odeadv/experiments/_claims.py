@@ -83,6 +83,7 @@ CLAIMS = (
             ("LAD makes natural training of a ResNet more robust", "Table 1", "lad", ""),
             ("LAD-SM makes natural training of a ResNet more robust", "Table 1", "lad-sm", ""),
             ("LAD-SM is less robust than LAD after natural training of a ResNet", "Table 1", "lad-sm", "+lad"),
+            ("The direction of the costate helps natural training of a ResNet", "implied", "lad-sm", "+lad-sm+random"),
             ("The gain of a ResNet in natural training is not bought by more compute", "implied", "lad", "+matched"),
         )
     ),
