@@ -25,7 +25,7 @@ from odeadv.experiments._launch import Failure, Job, first_process, launch, make
 from odeadv.experiments._network import run_images
 from odeadv.experiments._presets import PRESETS, Preset, Size, configuration, configurations, with_eta, with_images
 from odeadv.experiments._records import RecordWarning, load_record, load_records
-from odeadv.experiments._report import render, write_report
+from odeadv.experiments._report import write_report
 from odeadv.experiments._rerun import Agreement, agreement, rerun
 from odeadv.experiments._run import Measurement, run
 from odeadv.experiments._summary import summary
@@ -79,7 +79,6 @@ __all__ = [
     "read_evaluation",
     "rehearse",
     "rehearse_all",
-    "render",
     "rerun",
     "run",
     "run_images",

@@ -6,6 +6,7 @@ second operator is the costate a(t), the gradient of the loss with respect to th
 plain function f(t, x) is a field too. docs/solver.md shows how fields are written and solved.
 """
 
+from odeadv.fields._cost import Cost
 from odeadv.fields._field import AdversarialField, Loss, Problem, SplitField, VectorField, as_field
 from odeadv.fields._span import MovingSpan
 from odeadv.fields.operator import Jump, Newton, Operator
@@ -14,6 +15,7 @@ from odeadv.fields.terms import Forcing, Piecewise
 
 __all__ = [
     "AdversarialField",
+    "Cost",
     "Forcing",
     "Jump",
     "Loss",
