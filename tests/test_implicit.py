@@ -458,7 +458,7 @@ CASES = {
     "matrix": (odeadv.Operator.linear(A), (2, 3)),
     "matrix per sample": (odeadv.Operator.linear(torch.stack([A, Q, -A])), (3, 3)),
     "fft": (odeadv.Operator.diagonal(-(K**2) + 0.3j * K, transform="fft"), (2, 8)),
-    "two axes": (odeadv.Operator.diagonal(-(K[:, None] ** 2) - K[:5] ** 2 * 0, transform="fft"), (8, 5)),
+    "two axes": (odeadv.Operator.diagonal(-(K[:, None] ** 2) - K[:5] ** 2 * 0, transform="fft", dims=2), (8, 5)),
     "dct, two species": (
         odeadv.Operator.diagonal(-(torch.arange(7, dtype=F64) ** 2) * tensor(1, 0.5)[:, None], transform="dct", dims=1),
         (2, 7),
@@ -537,6 +537,7 @@ def test_the_cosine_transform_is_that_of_scipy():
         (lambda: end(odeadv.Operator.linear(torch.eye(2) * 1j)), "A: got torch.complex64 for a state of torch.float64"),
         (lambda: odeadv.Operator.diagonal(torch.ones(3), transform="fst"), "transform: got 'fst'"),
         (lambda: odeadv.Operator.diagonal(torch.ones(3), dims=2), r"dims: got 2 for a symbol of shape \(3,\)"),
+        (lambda: odeadv.Operator.diagonal(torch.ones(2, 3), transform="dct"), "dims: missing for a symbol of shape (2, 3)"),
         (lambda: end(odeadv.Operator.diagonal(torch.ones(3), transform="fft")), "expected the grid of the last 1 axes"),
         (lambda: end(odeadv.Operator.diagonal(torch.rand(4), transform="fft"), torch.ones(4)), "conjugate-symmetric"),
     ],

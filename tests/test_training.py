@@ -679,6 +679,8 @@ class TestStrength:
     def test_a_strength_needs_a_training_to_choose_eta_in(self):
         with pytest.raises(ValueError, match=r"^strength: got 0\.05 in a single pass, .*with_eta"):
             Layerwise(strength=0.05)(tiny_net(), *batch())
+        with pytest.raises(ValueError, match=r"^warmup: got 1 in a single pass, .*with_eta"):
+            Layerwise(warmup=1)(tiny_net(), *batch())
 
     def test_warm_up_raises_eta_step_by_step(self):
         etas = []

@@ -113,6 +113,11 @@ class Diagonal:
         if transform is not None:
             choice("transform", transform, ("fft", "dct"))
         self.k, self.transform = k, transform
+        if dims is None and transform is not None and k.ndim > 1:  # species of a line, or a plane?
+            raise ValueError(
+                f"dims: missing for a symbol of shape {tuple(k.shape)}, expected the number of its last axes that are "
+                f"space: {k.ndim} transforms all of them, 1 is for several species on a line"
+            )
         self.dims = k.ndim if dims is None else integer("dims", dims)
         if self.dims > k.ndim or (transform is not None and self.dims == 0):
             raise ValueError(f"dims: got {self.dims} for a symbol of shape {tuple(k.shape)}, expected at most {k.ndim}")

@@ -255,8 +255,9 @@ class Operator:
             k: the symbol, one eigenvalue per frequency, real or complex, on the whole grid.
             transform: ``"fft"``, ``"dct"`` (the cosine transform of type II), or None for ``k * x``. A real state stays
                 real. For ``"fft"`` and a real state, the symbol must satisfy k(-w) = conj(k(w)) at each frequency w.
-            dims: number of axes of the grid, which are the last axes of ``k`` and of the state; by default all axes of
-                ``k``. The other axes of ``k`` broadcast with the state: ``(2, n)`` with ``dims=1`` is two species.
+            dims: number of axes of the grid, which are the last axes of ``k`` and of the state. It is needed if ``k``
+                has more than one axis and there is a transform. ``(n, m)`` with ``dims=2`` is a plane. The other axes
+                of ``k`` broadcast with the state: ``(2, n)`` with ``dims=1`` is two species on a line.
             reversible: as for `Operator`.
 
         Raises:

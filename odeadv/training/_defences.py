@@ -44,7 +44,8 @@ class Layerwise(Defence, name="layerwise"):
             f; LAD itself never perturbs x_0.)
         strength: choose eta so that the first-order rise of the loss, eta sum |a_n|^2 / L, is this number on the
             first batches of a training. ``eta`` is then ignored; the results of the epochs contain the chosen eta.
-        warmup: number of epochs in which eta rises linearly, step by step, from 0 to its value.
+        warmup: number of epochs in which eta rises linearly, step by step, from 0 to its value. Like ``strength`` it is
+            for `odeadv.training.train`; in a loop of your own, ``defence.with_eta(eta)`` sets the eta of a step.
 
     Raises:
         TypeError, ValueError: if an attribute is out of range; the message names it.
@@ -174,6 +175,11 @@ def _check_chosen(defence: Layerwise | Penalty) -> None:
         raise ValueError(
             f"strength: got {defence.strength:g} in a single pass, expected None; odeadv.training.train chooses eta "
             "from the first batches, and with_eta(eta) sets one"
+        )
+    if defence.warmup:
+        raise ValueError(
+            f"warmup: got {defence.warmup} in a single pass, expected 0; odeadv.training.train counts the epochs, and "
+            "with_eta(eta) sets the eta of one step"
         )
 
 

@@ -407,7 +407,7 @@ class TrainingRun:
         defence, eta = self.config.defence, self.eta
         assert eta is not None
         rising = defence.warmup * len(self.batches)
-        if number >= rising and defence.strength is None:
+        if not rising and defence.strength is None:
             return defence
         return defence.with_eta(eta * min(1.0, (number + 1) / rising) if rising else eta)
 
