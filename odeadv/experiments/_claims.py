@@ -92,6 +92,7 @@ CLAIMS = (
     Claim(
         "Perturbing all layers of a naturally trained ConvNet is better than perturbing the input", "implied",
         "mechanism-natural-conv", "overfit", f"natural+lad@0.1{_DECAY}", f"natural+lad+input@1.5{_DECAY}",
+        again=(f"natural+lad@0.1{_DECAY}", f"natural+lad+input@4{_DECAY}"),
     ),
     Claim("In-ResNet makes natural training more robust", "Table 1", "table1", "cpu", "natural+damp", "natural"),
     Claim(

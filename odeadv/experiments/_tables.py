@@ -419,12 +419,14 @@ TABLES = {
                     for decay, factor in ((2e-2, 0.1), (None, 0.03))
                     for part in ("", "+matched", "+lad", "+lad-sm", "+lad-sm+random")
                 ),
-                Row("natural+lad+input", 1.5, weight_decay=2e-2),  # s is about the s of LAD
+                Row("natural+lad+input", 1.5, weight_decay=2e-2),  # s is a little below the s of LAD
+                Row("natural+lad+input", 4.0, weight_decay=2e-2),  # the largest s of the pilots
             ),
             datasets=("cifar10",), autoattack_255=1.0, like="table1",
             primary=(
                 *_natural_contrasts(":wd0.02", 0.1), *_natural_contrasts("", 0.03),
                 ("natural+lad@0.1:wd0.02", "natural+lad+input@1.5:wd0.02"),
+                ("natural+lad@0.1:wd0.02", "natural+lad+input@4:wd0.02"),
             ),
         ),
         Table(
