@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from odeadv import models
 from odeadv.attacks import apgd, apgd_t, fgsm, ifgsm, pgd, square
+from odeadv.evaluation import AttackSpec, evaluate
 
 EPS, ALPHA, STEPS = 0.1, 0.02, 20
 TIES = 2e-3  # the largest share of examples that may differ: rounding makes a gradient 0 in one library only
@@ -124,6 +125,16 @@ class TestTorchattacks:
         outcomes, pixels = disagreeing(model, ours, theirs)
         assert outcomes <= TIES
         assert pixels <= 0.05  # an early tie may change the path, but hardly ever the outcome
+
+    def test_is_a_column_of_an_evaluation(self, trained: tuple[nn.Module, Tensor, Tensor]) -> None:
+        model, images, labels = trained
+
+        def theirs(model, images, labels, *, eps, alpha, steps):
+            return torchattack("BIM", model, eps=eps, alpha=alpha, steps=steps)(images, labels)
+
+        specs = [AttackSpec(attack, EPS, ALPHA, STEPS) for attack in (theirs, "ifgsm")]
+        theirs_column, ours = evaluate(model, (images, labels), specs).attacks
+        assert (theirs_column.outcomes != ours.outcomes).float().mean() <= TIES
 
     def test_pgd_from_the_same_start(self, trained: tuple[nn.Module, Tensor, Tensor]) -> None:
         model, images, labels = trained

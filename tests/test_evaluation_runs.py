@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import odeadv
 from odeadv.attacks import apgd, ifgsm, pgd, square
 from odeadv.evaluation import AttackSpec, Evaluation, ProgressLine, Protocol, evaluate, mcnemar
+from odeadv.support import plain
+from odeadv.support.digests import derived_seed
 from odeadv.support.folding import Folded
 from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import exact_p_value
@@ -422,6 +424,99 @@ class TestOtherAttacks:
     @pytest.mark.parametrize("function", [apgd, square])
     def test_every_attack_with_a_radius_is_known(self, function: Callable[..., Tensor]) -> None:
         assert AttackSpec(function.__name__, EPS).arguments() == {"eps": EPS}
+
+
+def by_hand(model, images, labels, *, eps, alpha=0.025, steps=4, generator=None):
+    """PGD in a few lines of plain PyTorch, by backward(), that also writes to what it is given."""
+    start = torch.rand(images.shape, generator=generator, dtype=images.dtype)
+    x = (images + eps * (2 * start - 1)).clamp(0, 1)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        x = (images + (x + alpha * x.grad.sign() - images).clamp(-eps, eps)).clamp(0, 1)
+    images.zero_()
+    return x
+
+
+def blurred(model, images, labels, eps):
+    """An attack without gradients; the images of its own random numbers stay as they are."""
+    return (images + eps * torch.randn_like(images).clamp(-1, 1)).clamp(0, 1)
+
+
+def in_l2(model, images, labels, *, eps, norm="l2"):
+    """A step of length ``eps`` in L2."""
+    ones = torch.ones_like(images)
+    return (images + eps * ones / ones[0].norm()).clamp(0, 1)
+
+
+class TestOwnAttacks:
+    def test_is_a_column_like_any(self) -> None:
+        """Same outcomes as by hand; weights get no gradients, and the global random state does not change."""
+        net, (images, labels) = copy.deepcopy(trained()), held_out(N)
+        net.zero_grad()
+        before = images.clone()
+        spec = AttackSpec(by_hand, EPS, ALPHA, 3)
+        state = torch.get_rng_state()
+        result = evaluate(net, (images, labels), Protocol("p", (spec, AttackSpec(blurred, EPS))), seed=3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(images, before)
+        assert all(weight.grad is None for weight in net.parameters())
+        assert [attack.name for attack in result.attacks] == ["by_hand", "blurred"]
+        assert result.attacks[0].label == "by_hand-3 at 25.5/255"
+        assert spec.to_dict()["name"].endswith("test_evaluation_runs.by_hand")
+        seed = derived_seed(3, f"0 {json.dumps(spec.to_dict(), sort_keys=True)} 0")
+        generator = torch.Generator().manual_seed(seed)
+        expected = by_hand(net, images.clone(), labels, eps=EPS, alpha=ALPHA, steps=3, generator=generator)
+        assert torch.equal(result.attacks[0].outcomes, net(expected).argmax(1) == labels)
+        again = evaluate(net, (images, labels), Protocol("p", (spec, AttackSpec(blurred, EPS))), seed=3)
+        assert same(result, again)
+        assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))).attacks[0].name == "by_hand"
+
+    def test_enters_the_worst_case(self) -> None:
+        result = evaluate(trained(), held_out(N), [AttackSpec(by_hand, EPS, score="worst"), AttackSpec("fgsm", EPS)])
+        worst_outcomes = result.attacks[0].worst_so_far_outcomes & result.attacks[1].worst_so_far_outcomes
+        assert result.worst_case == worst_outcomes.double().mean()
+
+    def test_a_journal_needs_a_name_that_another_process_finds(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"the function of <lambda> at 25\.5/255"):
+            evaluate(trained(), held_out(N), AttackSpec(lambda m, x, y, *, eps: x, EPS), resume=tmp_path / "j.jsonl")
+        journal = tmp_path / "again.jsonl"
+        found = [evaluate(trained(), held_out(N), AttackSpec(by_hand, EPS), resume=journal) for _ in range(2)]
+        assert same(*found)
+
+    def test_from_a_file_and_with_radii_per_image(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "my_attack.py").write_text("def still(model, images, labels, *, eps):\n    return images\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        (tmp_path / "p.yaml").write_text("name: mine\nattacks:\n  - {name: 'my_attack:still', eps: 8/255}\n")
+        protocol = plain.read(Protocol, tmp_path / "p.yaml")
+        assert protocol.attacks[0].label == "still at 8/255"
+        assert copy.deepcopy(protocol.attacks[0]) == protocol.attacks[0]
+        assert dataclasses.replace(protocol.attacks[0], eps=0.5).eps == 0.5
+        result = evaluate(trained(), held_out(N), protocol)
+        assert torch.equal(result.attacks[0].outcomes, result.clean_outcomes)
+
+        def per_image(model, images, labels, *, eps):
+            return (images + eps.view(-1, 1, 1, 1)).clamp(0, 1).to(images.dtype)
+
+        evaluate(trained(), held_out(N), AttackSpec(per_image, torch.linspace(0, 0.1, N)))
+        evaluate(trained(), held_out(N), AttackSpec(in_l2, 2.0, options={"norm": "l2"}))
+
+    @pytest.mark.parametrize(
+        ("attack", "options", "error", "message"),
+        [
+            (lambda m, x, y, *, eps: x + 2 * eps, {}, ValueError, "leave the ball of radius 25.5/255 or .* by 0.1"),
+            (lambda m, x, y, *, eps: x * torch.nan, {}, ValueError, "leave the ball"),
+            (lambda m, x, y, *, eps: x[:1], {}, TypeError, r"returned torch.float32 of shape \(1, .*expected images"),
+            (lambda m, x, y, *, eps: None, {}, TypeError, "returned NoneType, expected images"),
+            (in_l2, {"norm": "l1"}, ValueError, "norm: got 'l1'"),
+            (lambda m, x, y: x, {}, ValueError, r"expected an attack \(model, images, labels, \*, eps"),
+            (blurred, {"restarts": 2}, ValueError, "options: got 'restarts'"),
+            ("nowhere:attack", {}, ValueError, "name: 'nowhere:attack' cannot be imported"),
+        ],
+    )  # fmt: skip
+    def test_refusals(self, attack, options, error, message) -> None:
+        with pytest.raises(error, match=message):
+            evaluate(trained(), held_out(N), AttackSpec(attack, EPS, options=options))
 
 
 class TestAutoAttack:

@@ -537,7 +537,10 @@ def test_the_cosine_transform_is_that_of_scipy():
         (lambda: end(odeadv.Operator.linear(torch.eye(2) * 1j)), "A: got torch.complex64 for a state of torch.float64"),
         (lambda: odeadv.Operator.diagonal(torch.ones(3), transform="fst"), "transform: got 'fst'"),
         (lambda: odeadv.Operator.diagonal(torch.ones(3), dims=2), r"dims: got 2 for a symbol of shape \(3,\)"),
-        (lambda: odeadv.Operator.diagonal(torch.ones(2, 3), transform="dct"), "dims: missing for a symbol of shape (2, 3)"),
+        (
+            lambda: odeadv.Operator.diagonal(torch.ones(2, 3), transform="dct"),
+            "dims: missing for a symbol of shape (2, 3)",
+        ),
         (lambda: end(odeadv.Operator.diagonal(torch.ones(3), transform="fft")), "expected the grid of the last 1 axes"),
         (lambda: end(odeadv.Operator.diagonal(torch.rand(4), transform="fft"), torch.ones(4)), "conjugate-symmetric"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from odeadv.attacks.balls import L2Ball, linf_bounds
-from odeadv.attacks.checks import check_logits
+from odeadv.attacks.balls import BALLS, L2Ball, linf_bounds
+from odeadv.attacks.checks import check_logits, lengths
 from odeadv.evaluation._ifgsm import IfgsmRun, SharedRuns, run_of
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, pyautoattack, takes
+from odeadv.evaluation.protocols import (
+    AUTOATTACK,
+    AttackSpec,
+    Protocol,
+    attack_function,
+    pyautoattack,
+    radius_text,
+    takes,
+)
 from odeadv.evaluation.trust import FLAT
 from odeadv.support.digests import derived_seed
 
@@ -303,7 +311,64 @@ def attacked(
         arguments["keep"] = "worst"  # return the first iterate that fools the model, not the last iterate
     if takes(function, "generator") and "generator" not in arguments:
         arguments["generator"] = torch.Generator(device="cpu").manual_seed(own_seed)
+    if callable(spec.name):
+        return _by_users(spec, function, model, images, labels, arguments, own_seed), []
     return function(model, images, labels, **arguments), []
+
+
+def _by_users(
+    spec: AttackSpec,
+    function: Callable[..., object],
+    model: CountingModel,
+    images: Tensor,
+    labels: Tensor,
+    arguments: dict[str, Any],
+    seed: int,
+) -> Tensor:
+    """Run an attack of the user's own, and return its images in the ball.
+
+    It gets copies of the images and seeded random numbers, and weights that need no gradient: it may call ``backward``.
+
+    Raises:
+        TypeError: if it does not return images of the same shape and dtype.
+        ValueError: if it leaves the ball or [0, 1] by more than rounding, or returns NaN.
+    """
+    with _seeded(images.device, seed), _frozen(model):
+        found = function(model, images.clone(), labels.clone(), **arguments)
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (images.shape, images.dtype):
+        got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{spec.title}: returned {got}, expected images, {images.dtype} of shape {tuple(images.shape)}")
+    ball = BALLS[spec.options.get("norm", "linf")](images, lengths("eps", arguments["eps"], images))
+    inside = ball.project(found.detach())
+    outside = float((inside - found.detach()).abs().max())
+    if not outside <= 8 * torch.finfo(images.dtype).eps:  # also if it is NaN
+        raise ValueError(
+            f"{spec.title}: returned images that leave the ball of radius {radius_text(spec.eps, spec.options)} or "
+            f"[0, 1] by {outside:.3g}, expected images in both, such as (images + (x - images).clamp(-eps, eps))"
+            ".clamp(0, 1)"
+        )
+    return inside
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient in the body."""
+    free = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in free:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in free:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global random state in the body, and restore it after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _autoattack(

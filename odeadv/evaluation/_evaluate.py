@@ -344,7 +344,7 @@ def _journal(
         "settings": settings,
         "probe": probe_logits(seen.first.logits) if seen.is_function else None,
     }
-    found = [f"the option {key} of {spec.label}" for spec in protocol.attacks for key in spec.local_functions()]
+    found = [what for spec in protocol.attacks for what in spec.local_functions()]
     found += [f"the model's attribute {name}" for name in local_functions(model)]
     if found:
         raise ValueError(

@@ -338,7 +338,7 @@ def result_of(spec: AttackSpec, last: Tensor | None, worst: Tensor | None, *, ra
     options = spec.to_dict()["options"]
     passes = by_pass(last) if random and last is not None else ()
     outcomes = None if last is None else majority(last)
-    return AttackResult(spec.name, spec.eps, spec.alpha, spec.steps, outcomes, worst, options, passes)
+    return AttackResult(spec.title, spec.eps, spec.alpha, spec.steps, outcomes, worst, options, passes)
 
 
 def by_pass(outcomes: Tensor) -> tuple[float, ...]:

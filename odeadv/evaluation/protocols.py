@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from odeadv import attacks as _attacks
+from odeadv.attacks.balls import BALLS
 from odeadv.attacks.checks import check_target, radius
 from odeadv.attacks.objective import TargetName
 from odeadv.support.checks import choice, did_you_mean, integer, number, shown
@@ -52,11 +53,14 @@ def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One attack of a protocol: a function of `odeadv.attacks` by name with its arguments, or ``"autoattack"``.
+    """One attack of a protocol, with its arguments: a function of `odeadv.attacks`, ``"autoattack"``, or your own.
 
     Attributes:
         name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1), ``"ifgsm"``, any other function of
-            `odeadv.attacks` that takes ``eps``, or ``"autoattack"``.
+            `odeadv.attacks` that takes ``eps``, or ``"autoattack"``. Or an attack of your own: a function that returns
+            the attacked images, ``attack(model, images, labels, *, eps, ...)``, or ``"module:function"``. It gets those
+            of ``alpha``, ``steps`` and ``options`` that are set, and a seeded ``generator`` if it takes one. The images
+            must lie in the ball (L-infinity, or that of its argument ``norm``) and in [0, 1].
         eps: radius of the ball, in pixel units of [0, 1]. A list, an array or a tensor gives one radius per example,
             in the order of the data.
         alpha: size of one step, in the same units, or one size per example. None means the default of the attack, or
@@ -76,7 +80,7 @@ class AttackSpec:
         ValueError: if the name or an option is unknown or a number is out of range.
     """
 
-    name: str
+    name: str | Callable[..., Tensor]
     eps: Radius
     alpha: Radius | None = None
     steps: int | None = None
@@ -84,6 +88,8 @@ class AttackSpec:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.name, str) and ":" in self.name:
+            object.__setattr__(self, "name", imported(self.name))
         function = None if self.name == AUTOATTACK else attack_function(self.name)
         if not isinstance(self.options, Mapping) or not all(isinstance(key, str) for key in self.options):
             raise TypeError(f"options: got {shown(self.options)}, expected a mapping from argument names to values")
@@ -111,6 +117,13 @@ class AttackSpec:
         return AttackSpec, (self.name, self.eps, self.alpha, self.steps, self.score, dict(self.options))
 
     @property
+    def title(self) -> str:
+        """The name as text: of an attack of your own, the name of its function."""
+        if isinstance(self.name, str):
+            return self.name
+        return getattr(self.name, "__name__", type(self.name).__name__)
+
+    @property
     def shared(self) -> bool:
         """True for FGSM or IFGSM without options and with one radius for all examples; such attacks share work."""
         one = isinstance(self.eps, float) and isinstance(self.alpha, float)
@@ -128,7 +141,7 @@ class AttackSpec:
         """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` if that is the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
         score = " (worst so far)" if self.score == "worst" else ""
-        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}{score}"
+        return f"{self.title}{steps} at {radius_text(self.eps, self.options)}{score}"
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the attack without its generator; `by_example` may replace some of them."""
@@ -158,12 +171,15 @@ class AttackSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; functions are written by module and name, other objects by ``repr``."""
         options = {key: _plain(value) for key, value in self.options.items()}
-        own = {"name": self.name, "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
+        own = {"name": _plain(self.name), "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         return {**own, "score": self.score, "options": options}
 
     def local_functions(self) -> list[str]:
-        """Return the options that are lambdas or functions defined within another: their names are not unique."""
-        return [key for key, value in self.options.items() if callable(value) and is_local(value)]
+        """Name the attack and those of its options that are lambdas or nested functions: their names are not unique."""
+        found = [f"the option {key}" for key, value in self.options.items() if callable(value) and is_local(value)]
+        if callable(self.name) and is_local(self.name):
+            found.append("the function")
+        return [f"{what} of {self.label}" for what in found]
 
     def _fill_fgsm(self) -> None:
         for name, value in (("alpha", self.eps), ("steps", 1)):
@@ -187,18 +203,22 @@ class AttackSpec:
     def _check_arguments(self, function: Callable[..., Tensor]) -> None:
         known = _keywords(function)
         if "eps" not in known:
-            raise ValueError(f"name: got {self.name!r}, expected an attack with a radius eps")
+            raise ValueError(f"name: got {self.title!r}, expected an attack (model, images, labels, *, eps, ...)")
         _check_known("options", self.options, [key for key in known if key not in _RESERVED])
+        if callable(self.name):
+            choice("norm", self.options.get("norm", "linf"), tuple(BALLS))
         if self.score == "worst" and self.options.get("keep", "worst") != "worst":
             raise ValueError(f"options: got keep={self.options['keep']!r}, expected 'worst' or none for score='worst'")
         given = self.arguments()
         for key in ("alpha", "steps"):
             if key in given and key not in known:
-                raise ValueError(f"{key}: got {given[key]!r}, expected None, because {self.name!r} does not take {key}")
+                raise ValueError(
+                    f"{key}: got {given[key]!r}, expected None, because {self.title!r} does not take {key}"
+                )
         required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
         missing = [key for key in required if key not in given and key not in _RESERVED[3:]]
         if missing:
-            raise ValueError(f"{missing[0]}: missing, expected a value for the attack {self.name!r}")
+            raise ValueError(f"{missing[0]}: missing, expected a value for the attack {self.title!r}")
 
 
 @dataclass(frozen=True)
@@ -229,8 +249,24 @@ class Protocol:
         return unique_names([spec.label for spec in self.attacks])
 
 
+def imported(name: str) -> Callable[..., Tensor]:
+    """Return the function ``"module:function"``; raise ValueError if it cannot be imported."""
+    module, _, function = name.partition(":")
+    try:
+        found: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"name: {name!r} cannot be imported: {error}") from None
+    return found
+
+
 def attack_function(name: object) -> Callable[..., Tensor]:
-    """Return the function of `odeadv.attacks` called ``name``; raise ValueError for an unknown name."""
+    """Return the function of `odeadv.attacks` called ``name``, or ``name`` itself if it is a function.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if callable(name):
+        return name
     names = [*(key for key in _attacks.__all__ if _is_attack(getattr(_attacks, key))), AUTOATTACK]
     function: Callable[..., Tensor] = getattr(_attacks, choice("name", name, names))
     return function
@@ -246,8 +282,9 @@ def _is_attack(value: object) -> bool:
 
 
 def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters
-    return {key: value for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
+    """Return the parameters after model, images and labels, which may be passed by keyword."""
+    parameters = [*inspect.signature(function).parameters.items()][3:]
+    return {key: value for key, value in parameters if value.kind in (value.KEYWORD_ONLY, value.POSITIONAL_OR_KEYWORD)}
 
 
 def _each(name: str, value: Any, checked: Callable[[Any], float]) -> Radius:
