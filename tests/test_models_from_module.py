@@ -123,6 +123,15 @@ class Skipping(nn.Module):
         return self.out(self.b(self.a(x)) + x)
 
 
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages[1](self.stages[0](x)) + x
+
+
 def test_a_skip_over_two_blocks_is_refused_by_the_name_of_the_layer():
     with pytest.raises(
         ValueError, match=r"^layers: 2 tensors cross the cut after 'a' \('a' and 'stem'\).*What about a U-Net"
@@ -131,6 +140,8 @@ def test_a_skip_over_two_blocks_is_refused_by_the_name_of_the_layer():
     whole = nn.Sequential(Skipping(), Skipping())
     with pytest.raises(ValueError, match=r"^layers: .* after '0.a' .*name a layer that contains the skip, such as '0'"):
         models.from_module(whole, ["0.a", "0.b"])
+    with pytest.raises(ValueError, match=r"'stages.0'.* name a layer that contains the skip; or pack"):
+        models.from_module(Listed(), ["stages.0", "stages.1"])  # 'stages' is no example: a list is not called
     inner = models.from_module(nn.Sequential(nn.Linear(4, 4), Skipping(), nn.Linear(4, 3)), ["1"])
     assert inner(torch.rand(2, 4)).shape == (2, 3)
 

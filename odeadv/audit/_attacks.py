@@ -202,7 +202,7 @@ def planted_examples_are_found(subject: Subject) -> Finding:
     missed = int((subject.logits(attacked).argmax(dim=1) == labels).sum())
     loose = max(1, len(inside) // 50)  # 2 %: rounding may hide the boundary for a few images
     figures = {"planted": len(inside), "missed": missed, "allowed": loose}
-    text = f"{len(inside) - missed} of {len(inside)} planted adversarial examples are found"
+    text = f"{missed} of {len(inside)} planted adversarial examples are missed"
     return Finding(missed <= loose, text, figures)
 
 

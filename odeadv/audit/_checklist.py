@@ -18,7 +18,7 @@ class Finding:
     Attributes:
         passed: True or False; None if the check does not apply.
         found: one sentence with the figures, or the reason why the check does not apply.
-        figures: the figures behind the verdict, JSON-ready.
+        figures: the figures behind the verdict, JSON-ready. ``"allowed"``, a number of examples, is shown too.
     """
 
     passed: bool | None
@@ -49,7 +49,9 @@ def check(
         def run(subject: Subject) -> Check:
             finding = _found(function, subject, attacks, repeatable)
             status = "not applicable" if finding.passed is None else "pass" if finding.passed else "fail"
-            return Check(name, status, finding.figures, finding.found, meaning)  # type: ignore[arg-type]
+            allowed = finding.figures.get("allowed")
+            text = finding.found if allowed is None else f"{finding.found} (up to {allowed} allowed)"
+            return Check(name, status, finding.figures, text, meaning)  # type: ignore[arg-type]
 
         return run
 

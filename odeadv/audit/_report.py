@@ -120,13 +120,11 @@ class Audit:
 
     def to_markdown(self, about: str = "") -> str:
         """Return a page of Markdown: verdict, headline, table, failures; ``about`` says which model was audited."""
-        counts = {status: sum(check.status == status for check in self.checks) for status in _MARKS}
         lines = [
             "# Audit of a robustness evaluation",
             "",
             *([about, ""] if about else []),
-            f"{counts['pass']} checks passed, {counts['fail']} failed, {counts['not applicable']} not applicable; "
-            f"{self.n} examples, eps = {self._radius(self.eps)}.",
+            f"{self._counts()}; {self.n} examples, eps = {self._radius(self.eps)}.",
             "",
             f"{self._headline()}.",
             "",
@@ -166,7 +164,7 @@ class Audit:
     def __repr__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
         lines = [
-            f"audit: n = {self.n}, eps = {self._radius(self.eps)}, {len(self.failures)} of {len(self.checks)} failed",
+            f"audit: n = {self.n}, eps = {self._radius(self.eps)}; {self._counts()}",
             self._headline(),
         ]
         for check in self.checks:
@@ -176,6 +174,10 @@ class Audit:
             lines.append(f"{check.status:<15}{check.name:<{width}}  {first}")
             lines += [f"{'':{17 + width}}{row}" for row in more]
         return "\n".join(lines)
+
+    def _counts(self) -> str:
+        counts = {status: sum(check.status == status for check in self.checks) for status in _MARKS}
+        return f"{counts['pass']} checks passed, {counts['fail']} failed, {counts['not applicable']} not applicable"
 
     def _headline(self) -> str:
         interval = self._interval()

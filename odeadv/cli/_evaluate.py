@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._shared import add_data
+from ._shared import add_data, radius
 
 ATTACKS = """
 You can write your own protocol in a .yaml or .json file. Attacks are functions of odeadv.attacks, or autoattack:
@@ -120,8 +120,8 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--norm", choices=("linf", "l2"), default="linf", help="norm of the ball (default: linf)")
     sub.add_argument(
         "--eps",
-        type=float,
-        help="radius: for linf in 1/255 (default: 8), for l2 in pixel units of [0, 1] (default: 0.5)",
+        help="radius: for linf in 1/255 (default: 8; 8/255 means the same), for l2 in pixel units of [0, 1] (default: "
+        "0.5)",
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of the random numbers of the checks (default: 0)")
     sub.add_argument("--surrogate", help="another NETWORK; its adversarial images are tried on this network")
@@ -136,7 +136,7 @@ def audit(args: argparse.Namespace) -> int:
     """Check a network by the checklist for trustworthy attacks; return status 1 if a line fails."""
     from odeadv.experiments import audit_run
 
-    eps = args.eps / 255 if args.eps is not None and args.norm == "linf" else args.eps
+    eps = None if args.eps is None else radius("eps", args.eps, args.norm)
     result, out = audit_run(
         eps=eps, norm=args.norm, seed=args.seed, surrogate=args.surrogate, out=args.out, **_network(args)
     )
@@ -151,11 +151,13 @@ def add_diagnose(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="a run's folder, or its weights, or the name of a network of the package")
     sub.add_argument("--other", help="another one for the same page, with the same images, such as a run without LAD")
     sub.add_argument(
-        "--attack", type=float, metavar="EPS",
-        help="follow the perturbation of FGSM with this radius in 1/255, not a random perturbation",
+        "--attack", metavar="EPS",
+        help="follow the perturbation of FGSM with this radius in 1/255 (8 or 8/255), not a random perturbation",
     )  # fmt: skip
     sub.add_argument("--images", type=int, default=128, help="test images, balanced over the classes (default: 128)")
-    sub.add_argument("--eta", type=float, help="eta for all networks (default: the eta of their training)")
+    sub.add_argument(
+        "--eta", type=float, help="eta for all networks (default: that of their training, or of the other)"
+    )
     sub.add_argument("--out", type=Path, help="folder for the page (default: diagnostics in the run's folder)")
     add_data(sub)
 
@@ -165,8 +167,8 @@ def diagnose(args: argparse.Namespace) -> int:
     from odeadv.experiments import diagnose_run
 
     out, etas = diagnose_run(
-        args.checkpoint, args.other, folder=args.data, images=args.images, eta=args.eta, attack_255=args.attack,
-        out=args.out,
+        args.checkpoint, args.other, folder=args.data, images=args.images, eta=args.eta, out=args.out,
+        attack_255=None if args.attack is None else 255 * radius("attack", args.attack),
     )  # fmt: skip
     if args.eta is None and not any(etas):
         print("odeadv diagnose: trained without a defence, so eta is 0; --eta measures another", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from odeadv.experiments import RunConfig
+
+# A radius below this one, given in 1/255, is meant in units of 1: 8/255 is 0.031, and nobody attacks by 0.1/255.
+_SMALLEST_255THS = 0.1
 
 KEYS = """
 The configuration of a run has the keys data, model and training; missing keys have their default values. In YAML:
@@ -38,6 +42,32 @@ def listed(title: str, texts: Mapping[str, str]) -> str:
         for name, text in texts.items()
     )
     return "\n".join((f"{title}:", *lines, "", ""))
+
+
+def radius(name: str, text: str, norm: str = "linf") -> float:
+    """Return a radius of the command line in pixel units of [0, 1]: ``"8"`` or ``"8/255"``, or for L2 a length.
+
+    Args:
+        name: the argument's name, for the message.
+        text: the text of the argument.
+        norm: ``"linf"`` or ``"l2"``.
+
+    Raises:
+        ValueError: if ``text`` is not a number, or so small that it is not in units of 1/255.
+    """
+    expected = "a radius in 1/255, such as 8 or 8/255" if norm == "linf" else "a length in pixel units, such as 0.5"
+    digits, slash, unit = text.partition("/")
+    try:
+        value = float(digits)
+    except ValueError:
+        value = math.nan
+    if not value >= 0 or (slash and (norm != "linf" or unit.strip() != "255")):
+        raise ValueError(f"{name}: got {text}, expected {expected}")
+    if norm != "linf":
+        return value
+    if 0 < value < _SMALLEST_255THS and not slash:
+        raise ValueError(f"{name}: got {text}, expected {expected}; {text} in pixel units is {255 * value:g}/255")
+    return value / 255
 
 
 def add_data(sub: argparse.ArgumentParser) -> None:

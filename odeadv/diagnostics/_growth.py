@@ -34,7 +34,8 @@ class Lipschitz(Result):
         velocity: ||J||_2 of the Jacobian J = df/dx, one per layer; NaN for a jump.
         layer: ||I + h J||_2 of the layer as an Euler step of size h, one per layer; for a jump, the norm of the
             Jacobian of its map.
-        bound: product of ``layer``. Apart from errors of the estimates, it bounds the growth of all small differences.
+        bound: product of ``layer``. If the estimates were exact, no small difference could grow by more. They are lower
+            bounds, within the tolerance if all have ``converged``.
         converged: True for each layer with a singular value within the tolerance.
     """
 
@@ -46,7 +47,8 @@ class Lipschitz(Result):
 
     heading: ClassVar[str] = "Lipschitz estimates"
     reading: ClassVar[str] = (
-        "The largest factor by which a layer stretches a small difference; the product bounds the whole network."
+        "The largest factor by which a layer stretches a small difference, estimated from below; the product would "
+        "bound the whole network if the estimates were exact."
     )
 
     def summary(self) -> dict[str, float]:
@@ -151,7 +153,8 @@ class Growth(Result):
 
     heading: ClassVar[str] = "Growth of a difference in the input"
     reading: ClassVar[str] = (
-        "The size of a difference in the initial state after each layer; the product above bounds it."
+        "The size of a difference in the initial state after each layer; the product above bounds it if its "
+        "estimates are exact."
     )
 
     def summary(self) -> dict[str, float]:

@@ -297,7 +297,8 @@ def parse_method(name: str) -> Method:
     """
     objective, *parts = name.split("+")
     if objective not in OBJECTIVES:
-        raise ValueError(f"method: got {name!r}, expected one that begins with {', '.join(OBJECTIVES)}")
+        hint = f"; did you mean {name.lower()!r}?" if name != name.lower() else ""
+        raise ValueError(f"method: got {name!r}, expected one that begins with {', '.join(OBJECTIVES)}{hint}")
     found: dict[str, object] = {}
     for part in parts:
         kind, value = _part(name, part)

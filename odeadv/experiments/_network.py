@@ -96,6 +96,11 @@ def load_run(network: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if str(network) in pretrained_names():
         run = pretrained_record(str(network))["run"]
         return pretrained(str(network)).to(_device()), {"run": run, "epoch": run["training"]["epochs"]}
+    if is_import_name(network):
+        raise ValueError(
+            f"network: got {network}, expected a run or a network of the package, whose eta and data are known; from "
+            "Python, odeadv.diagnostics.diagnose(net.field(images, labels, eta), folder) takes any network"
+        )
     if not Path(network).exists():
         raise FileNotFoundError(
             f"network: {network} does not exist, expected the folder of a run, its last.safetensors or "

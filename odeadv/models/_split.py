@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -45,7 +45,7 @@ def from_module(net: nn.Module, layers: Sequence[str], *, loss: TargetLoss | Non
         for training in (True, False):
             for part in modes:
                 part.training = training
-            versions.append(_cut(_trace(net, names), names))
+            versions.append(_cut(*_trace(net, names), names))
     finally:
         for part, training in modes.items():
             part.training = training
@@ -85,6 +85,7 @@ class _LayerTracer(fx.Tracer):
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()
         self.inside: list[tuple[str, nn.Module]] = []  # the nested modules that are being traced
+        self.called: set[str] = set()  # names of the modules that have been called, unlike those of a ModuleList
         self._layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -94,12 +95,14 @@ class _LayerTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Record the call. If it fails, ``inside`` keeps the module for the message."""
         self.inside.append((self.path_of_module(m), m))
+        self.called.add(self.inside[-1][0])
         result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
 
 
-def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
+def _trace(net: nn.Module, layers: Sequence[str]) -> tuple[fx.Graph, set[str]]:
+    """Return the graph of the forward pass, and the names of the modules that it calls."""
     tracer = _LayerTracer(layers)
     arguments = list(inspect.signature(net.forward).parameters.values())
     fixed = {p.name: p.default for p in arguments[1:] if p.default is not p.empty}
@@ -110,7 +113,7 @@ def _trace(net: nn.Module, layers: Sequence[str]) -> fx.Graph:
             "wrap it in a module that fixes the others, or use odeadv.models.from_blocks"
         )
     try:
-        return tracer.trace(net, concrete_args=fixed or None)
+        return tracer.trace(net, concrete_args=fixed or None), tracer.called
     except Exception as error:
         name, module = tracer.inside[-1] if tracer.inside else ("", net)
         where = f"{name!r} ({type(module).__name__})" if name else type(net).__name__
@@ -137,7 +140,7 @@ class _Part(NamedTuple):
     leaves: fx.Node
 
 
-def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
+def _cut(graph: fx.Graph, called: Collection[str], layers: Sequence[str]) -> list[_Part]:
     """Return stem, blocks and head of the traced forward pass, in this order."""
     # Weights that a forward pass reads directly (get_attr) are not operations. Each piece copies the weights it uses.
     nodes = [node for node in graph.nodes if node.op not in ("output", "get_attr")]
@@ -146,18 +149,21 @@ def _cut(graph: fx.Graph, layers: Sequence[str]) -> list[_Part]:
     parts: list[_Part] = []
     begin = 0
     for at, layer in sorted((_place(nodes, layer), layer) for layer in layers):
-        entering = _crossing(nodes, result, at, "before", layer)
+        entering = _crossing(nodes, result, at, f"before {layer!r}", _owner(layer, called))
         # If the state does not change between two layers (for example in a check of its shape), no block is added.
         if not parts or entering is not state:
             title = f"between {parts[-1].title!r} and {layer!r}" if parts else "stem"
             parts.append(_Part(title, nodes[begin:at], state, entering))
             state = entering
-        leaving = _crossing(nodes, result, at + 1, "after", layer)
+        leaving = _crossing(nodes, result, at + 1, f"after {layer!r}", _owner(layer, called))
         parts.append(_Part(layer, [nodes[at]], state, leaving))
         begin, state = at + 1, leaving
     value = result.args[0]
     if not isinstance(value, fx.Node):
-        raise ValueError(f"net: returns {type(value).__name__}, expected a tensor")
+        raise ValueError(
+            f"net: returns {type(value).__name__}, expected a tensor; join several outputs in one, such as "
+            "torch.cat((logits, auxiliary), dim=1), and let loss= take it apart"
+        )
     return [*parts, _Part("head", nodes[begin:], state, value)]
 
 
@@ -169,7 +175,15 @@ def _place(nodes: Sequence[fx.Node], layer: str) -> int:
     return found[0]
 
 
-def _crossing(nodes: Sequence[fx.Node], result: fx.Node, at: int, side: str, layer: str) -> fx.Node:
+def _owner(layer: str, called: Collection[str]) -> str:
+    """Return the name of the innermost module that contains ``layer`` and is called itself; "" without one."""
+    owner = layer.rpartition(".")[0]
+    while owner and owner not in called:
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _crossing(nodes: Sequence[fx.Node], result: fx.Node, at: int, place: str, owner: str) -> fx.Node:
     """Return the single value that passes from the nodes before ``at`` to the other nodes.
 
     Raises:
@@ -180,10 +194,9 @@ def _crossing(nodes: Sequence[fx.Node], result: fx.Node, at: int, side: str, lay
     if len(found) == 1:
         return found[0]
     shown = " and ".join(repr(_title(node)) for node in reversed(found)) or "none"
-    owner = layer.rpartition(".")[0]
     example = f", such as {owner!r}" if owner else ""
     raise ValueError(
-        f"layers: {len(found)} tensors cross the cut {side} {layer!r} ({shown}), expected one, the state; name a layer "
+        f"layers: {len(found)} tensors cross the cut {place} ({shown}), expected one, the state; name a layer "
         f"that contains the skip{example}; or {PACK}. An argument that all layers share, such as a mask, "
         "can be fixed with odeadv.models.bind and from_blocks"
     )

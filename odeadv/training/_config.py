@@ -153,13 +153,13 @@ class TrainConfig:
         object.__setattr__(self, "augment", tuple(specs))
 
     def _check_schedule(self) -> None:
-        for name in ("optimizer", "schedule"):
+        for name, example in (("optimizer", "{'name': 'adam'}"), ("schedule", "{'name': 'cosine', 'warmup': 1}")):
             value = getattr(self, name)
             if value is not None:
                 if not isinstance(value, Mapping):
                     raise TypeError(
                         f"{name}: got {shown(value)}, expected a mapping with a name and its arguments, such as "
-                        f"{{'name': {str(value)!r}}}"
+                        f"{example}"
                     )
                 object.__setattr__(self, name, dict(value))
         if not isinstance(self.milestones, (list, tuple)) or not all(_is_epoch(epoch) for epoch in self.milestones):
