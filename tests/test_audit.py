@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -189,10 +190,35 @@ def masked() -> Audit:
 
 @pytest.fixture(scope="session")
 def honest() -> Audit:
+    """Return the audit of a network, next to one with weights that are a little different."""
+    surrogate, generator = copy.deepcopy(trained()), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in surrogate.parameters():
+            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=generator)
+    return run(trained(), surrogate=surrogate)
+
+
+class Constant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.zeros(len(x), 10) + 0 * x.flatten(1).sum(1, keepdim=True)
+        return logits + functional.one_hot(torch.tensor(3), 10)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "why"),
+    [
+        (lambda: trained(), "the surrogate is the model itself"),
+        (lambda: Small().eval(), "as good as guessing"),
+        (lambda: Constant(), "(as good as guessing|breaks nothing)"),
+    ],
+)
+def test_a_surrogate_that_shows_nothing_is_no_pass(surrogate: Callable[[], nn.Module], why: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        surrogate = Small().eval()
-    return run(trained(), surrogate=surrogate)
+        checks = {check.name: check for check in run(trained(), surrogate=surrogate()).checks}
+    transfer = checks["transfer does not beat gradients"]
+    assert transfer.status == "not applicable"
+    assert re.search(why, transfer.found)
 
 
 def test_no_sentence_has_a_number_that_is_not_one(masked: Audit) -> None:

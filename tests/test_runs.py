@@ -526,10 +526,18 @@ class TestCommand:
             assert measured["growth"]["size"] > 0
         page = (out / "diagnostics.md").read_text()
         assert page.startswith("# Dynamics: natural + LAD and natural, ResNet-8 of width 4, digits\n")
-        assert f"\n{lad.name} with eta 5 and {plain.name} with eta 5, on 2 test images.\n" in page
+        assert (
+            f"\n{lad.name} with eta 5 and {plain.name} with eta 5 (trained without a defence), on 2 test images.\n"
+            in page
+        )
         assert "| quantity | natural + LAD | natural |" in page
         assert cli.main(["diagnose", first, "--other", first, "--images", "2"]) == 2
-        assert "other: expected another run" in capsys.readouterr().err
+        assert f"other: got {lad.name} twice, expected another run" in capsys.readouterr().err
+        assert cli.main(["diagnose", first, "--other", "digits-pgd", "--images", "2"]) == 2
+        size = "trained on digits of 16 x 16 pixels, expected one for digits of 32 x 32 pixels"
+        assert f"other: got digits-pgd, {size}" in capsys.readouterr().err
+        assert cli.main(["audit", first, "--surrogate", "digits-pgd", "--images", "10"]) == 2
+        assert f"surrogate: got digits-pgd, {size}" in capsys.readouterr().err
 
     def test_a_seed_and_an_objective_of_the_working_directory(self, tmp_path, capsys, monkeypatch):
         (tmp_path / "objective_of_mine.py").write_text(
@@ -585,6 +593,7 @@ class TestCommand:
             (["diagnose", "nothing", "--out", "setup.py/x"], "setup.py is not a folder, so setup.py/x cannot be"),
             (["diagnose", "nothing", "--attack", "-3"], "attack: got -3, expected a radius in 1/255"),
             (["audit", "digits-pgd", "--eps", "0.03137"], "eps: got 0.03137, expected a radius in 1/255, such as 8"),
+            (["evaluate", "digits-pgd", "--eps", "8"], "odeadv evaluate --help lists the arguments"),
             (["audit", "digits-pgd", "--eps", "8/256"], "eps: got 8/256, expected a radius in 1/255"),
             (
                 ["audit", "digits-pgd", "--eps", "much", "--norm", "l2"],

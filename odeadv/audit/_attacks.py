@@ -13,11 +13,15 @@ from odeadv import attacks
 from odeadv.audit._checklist import Finding, check, not_applicable
 from odeadv.audit._subject import Subject
 from odeadv.evaluation import AttackSpec
+from odeadv.support.isolation import untouched
 
 # Comparisons allow a multiple of the tolerance: 5 if the attacks are about equally strong, 2 if one is clearly
 # stronger.
 _EQUAL_STRENGTH = 5
 _OTHER_STRENGTH = 2
+
+# A surrogate that is right at most this often, as a multiple of guessing, makes no images worth transferring.
+_GUESSING = 1.5
 
 # After 12 bisections the distance to the boundary is below eps/8 at the usual radii.
 _BISECTIONS = 12
@@ -141,13 +145,28 @@ def transfer_does_not_beat_gradients(subject: Subject) -> Finding:
     if surrogate is None:
         return not_applicable("no surrogate= was given to attack from")
     eps, steps = subject.eps, subject.counts.steps
-    broken = _broken(
-        subject,
-        lambda images, labels: attacks.ifgsm(
-            surrogate, images, labels, eps=eps, alpha=eps / 4, steps=steps, norm=subject.norm
-        ),
-    )
-    return _beaten(subject, broken, f"IFGSM-{steps} on the surrogate")
+    right = {"before": 0, "after": 0}  # how often the surrogate itself is right on the examples that are tried
+
+    def attack(images: Tensor, labels: Tensor) -> Tensor:
+        found = attacks.ifgsm(surrogate, images, labels, eps=eps, alpha=eps / 4, steps=steps, norm=subject.norm)
+        with torch.no_grad():
+            for key, seen in (("before", images), ("after", found)):
+                right[key] += int((surrogate(seen).argmax(dim=1) == labels).sum())
+        return found
+
+    tried = int(subject.resistant.sum())
+    with untouched(surrogate, mode="eval"):
+        with torch.no_grad():
+            same = torch.equal(surrogate(subject.images[:2]), subject.logits(subject.images[:2]))
+        if same:
+            return not_applicable("the surrogate is the model itself")
+        broken = _broken(subject, attack)
+    if tried and right["before"] <= _GUESSING * tried / subject.outputs.shape[1]:
+        return not_applicable(f"the surrogate is right on {right['before']} of {tried} examples: as good as guessing")
+    if tried and right["before"] == right["after"]:
+        return not_applicable("the attack on the surrogate breaks nothing, not even the surrogate")
+    own = f", which is right on {right['before']} of the {tried} examples tried, and on {right['after']} under this attack"
+    return _beaten(subject, broken, f"IFGSM-{steps} on the surrogate{own if tried else ''}")
 
 
 def _beaten(subject: Subject, broken: int, attack: str) -> Finding:

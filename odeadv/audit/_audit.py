@@ -73,7 +73,7 @@ def audit(
         batch_size: number of images in one forward pass.
         output: place of the logits in the outputs of the model and of the surrogate: a key, an attribute, an index, or
             a function of the outputs.
-        progress: called with the name of each group of checks before the group is run.
+        progress: called with the name of each check before it is run.
 
     Returns:
         One `Check` per line, the accuracy under all attacks together, and curves of accuracy against eps and steps.
@@ -126,10 +126,10 @@ def _checks_of(subject: Subject, progress: Callable[[str], object] | None) -> tu
         with torch.no_grad():
             answered(subject.model, subject.images[:PROBES].clone())
     checks: list[Check] = []
-    for name, group in (("behaviour", BEHAVIOUR), ("gradients", GRADIENTS), ("attacks", ATTACKS)):
+    for run in (*BEHAVIOUR, *GRADIENTS, *ATTACKS):
         if progress is not None:
-            progress(name)
-        checks += [run(subject) for run in group]
+            progress(run.__name__.replace("_", " "))
+        checks.append(run(subject))
     return tuple(checks)
 
 

@@ -138,8 +138,9 @@ def audit(args: argparse.Namespace) -> int:
 
     eps = None if args.eps is None else radius("eps", args.eps, args.norm)
     result, out = audit_run(
-        eps=eps, norm=args.norm, seed=args.seed, surrogate=args.surrogate, out=args.out, **_network(args)
-    )
+        eps=eps, norm=args.norm, seed=args.seed, surrogate=args.surrogate, out=args.out,
+        progress=lambda check: print(f"odeadv audit: {check} ...", file=sys.stderr, flush=True), **_network(args)
+    )  # fmt: skip
     print(result)
     if out is not None:
         print(out)

@@ -31,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:  # a package of the extra "train" is missing
         print(f"odeadv: error: {error}", file=sys.stderr)
         return 2
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse reports them without the command
+        command = f" {args.command}" if args.command else ""
+        print(f"odeadv{command}: error: unrecognized arguments: {' '.join(unknown)}", file=sys.stderr)
+        print(f"odeadv{command} --help lists the arguments", file=sys.stderr)
+        return 2
     if not hasattr(args, "run"):
         parser.print_help()
         return 2

@@ -16,7 +16,15 @@ from odeadv.data import to_float
 from odeadv.diagnostics import diagnose
 from odeadv.evaluation import Evaluation, Protocol, evaluate
 from odeadv.experiments._config import RunConfig, method_of
-from odeadv.experiments._network import inspected, is_import_name, load_run, network_of, run_folder, run_images
+from odeadv.experiments._network import (
+    check_same_images,
+    inspected,
+    is_import_name,
+    load_run,
+    network_of,
+    run_folder,
+    run_images,
+)
 from odeadv.experiments._records import load_record
 from odeadv.experiments._tables import Row
 from odeadv.models import Averaged
@@ -110,6 +118,7 @@ def audit_run(
     if out is None and not is_import_name(network):
         out = run_folder(network) / "audit"
     check_folder("out", out)
+    check_same_images("surrogate", network, surrogate, folder)
     subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)
     few = min(_AUDITED, len(subject.data.test_labels))
     result = audit(
@@ -159,6 +168,7 @@ def diagnose_run(
         raise ValueError(f"attack: got {attack_255:g}, expected a radius in 1/255, above 0 and at most 255")
     out = out or run_folder(checkpoint) / "diagnostics"
     check_folder("out", out)
+    check_same_images("other", checkpoint, other, folder)
     loaded = [load_run(each) for each in (checkpoint, other) if each is not None]
     configs = [RunConfig.from_dict(info["run"]) for _, info in loaded]
     # Noise is averaged at inference, but the diagnostics need the dynamics of a single network.
@@ -190,18 +200,25 @@ def _headline(configs: Sequence[RunConfig], etas: Sequence[float], images: int) 
     """Return the title of the page of a diagnosis, for readers, and the line below it, which names the runs."""
     methods = " and ".join(dict.fromkeys(Row(method_of(config)).label for config in configs))
     networks = " and ".join(dict.fromkeys(config.model.label for config in configs))
-    runs = " and ".join(f"{config.name} with eta {eta:g}" for config, eta in zip(configs, etas, strict=True))
+    runs = " and ".join(f"{config.name} {_with_eta(config, eta)}" for config, eta in zip(configs, etas, strict=True))
     return f"Dynamics: {methods}, {networks}, {configs[0].data.label}", f"{runs}, on {images} test images."
+
+
+def _with_eta(config: RunConfig, eta: float) -> str:
+    """Return the eta of a diagnosis as text. If the network was trained with another one, the text says so."""
+    trained = float(getattr(config.training.defence, "eta", 0.0))
+    if trained == eta:
+        return f"with eta {eta:g}"
+    return f"with eta {eta:g} (trained {f'with {trained:g}' if trained else 'without a defence'})"
 
 
 def _common_substep(configs: Sequence[RunConfig], nets: Sequence[Any]) -> Any:
     """Check that the networks can be shown side by side, and return their common sub-step."""
     substeps = [net.solve_options.get("substep") for net in nets]
-    if len({config.name for config in configs}) < len(configs) or any(
-        config.data.name != configs[0].data.name or substep != substeps[0]
-        for config, substep in zip(configs, substeps, strict=True)
-    ):
-        raise ValueError("other: expected another run, on the same data, of a network solved by the same sub-steps")
+    if len({config.name for config in configs}) < len(configs):
+        raise ValueError(f"other: got {configs[0].name} twice, expected another run")
+    if any(substep != substeps[0] for substep in substeps):
+        raise ValueError(f"other: got a network with sub-step {substeps[1]!r}, expected {substeps[0]!r}, as the first")
     return substeps[0]
 
 

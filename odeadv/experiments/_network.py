@@ -123,6 +123,25 @@ def run_images(info: dict[str, Any], folder: Path | None, images: int | None) ->
     return subset.subset(None, images)
 
 
+def check_same_images(argument: str, network: str | Path, other: str | Path | None, folder: Path | None) -> None:
+    """Raise ValueError if ``other`` was trained on other data, or on images of another size, than ``network``.
+
+    Args:
+        argument: name of the argument ``other``, for the message.
+        network: a run, or one of `pretrained_names`. For your own network the check is left out.
+        other: as ``network``; None leaves out the check.
+        folder: folder with the data sets.
+    """
+    if other is None or is_import_name(network) or is_import_name(other):
+        return
+    kinds = []
+    for each in (network, other):
+        images = run_images(load_run(each)[1], folder, None)
+        kinds.append(f"{images.name} of {' x '.join(map(str, images.test_images.shape[1:3]))} pixels")
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{argument}: got {other}, trained on {kinds[1]}, expected one for {kinds[0]}")
+
+
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
