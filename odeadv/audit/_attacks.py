@@ -165,8 +165,9 @@ def transfer_does_not_beat_gradients(subject: Subject) -> Finding:
         return not_applicable(f"the surrogate is right on {right['before']} of {tried} examples: as good as guessing")
     if tried and right["before"] == right["after"]:
         return not_applicable("the attack on the surrogate breaks nothing, not even the surrogate")
-    own = f", which is right on {right['before']} of the {tried} examples tried, and on {right['after']} under this attack"
-    return _beaten(subject, broken, f"IFGSM-{steps} on the surrogate{own if tried else ''}")
+    before, after = right["before"], right["after"]
+    own = f", which is right on {before} of the {tried} tried, and on {after} under its attack" if tried else ""
+    return _beaten(subject, broken, f"IFGSM-{steps} on the surrogate{own}")
 
 
 def _beaten(subject: Subject, broken: int, attack: str) -> Finding:
