@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -477,6 +478,33 @@ class TestOwnAttacks:
         worst_outcomes = result.attacks[0].worst_so_far_outcomes & result.attacks[1].worst_so_far_outcomes
         assert result.worst_case == worst_outcomes.double().mean()
 
+    def test_gradients_of_the_user_survive_what_an_attack_does(self) -> None:
+        def zeroing(model, images, labels, *, eps):
+            for none in (True, False):
+                model.zero_grad(set_to_none=none)
+            x = images.requires_grad_()
+            nn.functional.cross_entropy(model(x), labels).backward()
+            return (images + eps * x.grad.sign()).clamp(0, 1)
+
+        net = copy.deepcopy(trained()).requires_grad_()
+        for weight in net.parameters():
+            weight.grad = torch.ones_like(weight)
+        result = evaluate(net, held_out(N), [AttackSpec(zeroing, EPS), AttackSpec("fgsm", EPS)])
+        assert torch.equal(*(attack.outcomes for attack in result.attacks))
+        assert all(weight.requires_grad and (weight.grad == 1).all() for weight in net.parameters())
+
+    def test_names_norms_and_arguments(self) -> None:
+        def pgd(model, images, labels, *, eps, **more):
+            assert more == {"colour": 3}
+            return images
+
+        own = AttackSpec(pgd, EPS, options={"colour": 3})
+        assert own.label != AttackSpec("pgd", EPS, 0.1, 1).label  # `compare` tells them apart by name
+        evaluate(trained(), held_out(N), own)
+        assert AttackSpec(in_l2, 0.5).label == "in_l2 at 0.5 in L2"
+        evaluate(trained(), held_out(N), AttackSpec(in_l2, 2.0))
+        assert AttackSpec(functools.partial(by_hand, steps=2), EPS).title == "by_hand"
+
     def test_a_journal_needs_a_name_that_another_process_finds(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"the function of <lambda> at 25\.5/255"):
             evaluate(trained(), held_out(N), AttackSpec(lambda m, x, y, *, eps: x, EPS), resume=tmp_path / "j.jsonl")
@@ -510,7 +538,9 @@ class TestOwnAttacks:
             (lambda m, x, y, *, eps: None, {}, TypeError, "returned NoneType, expected images"),
             (in_l2, {"norm": "l1"}, ValueError, "norm: got 'l1'"),
             (lambda m, x, y: x, {}, ValueError, r"expected an attack \(model, images, labels, \*, eps"),
-            (blurred, {"restarts": 2}, ValueError, "options: got 'restarts'"),
+            (blurred, {"restarts": 2}, ValueError, "options: got 'restarts', expected some of none"),
+            (lambda m, x, y, *, eps, mode: x, {}, ValueError, "mode: missing, expected a value for the attack"),
+            (torch.add, {}, ValueError, "name: got <built-in .*, expected a Python function"),
             ("nowhere:attack", {}, ValueError, "name: 'nowhere:attack' cannot be imported"),
         ],
     )  # fmt: skip

@@ -307,7 +307,7 @@ def attacked(
         return _autoattack(spec, model, images, labels, own_seed)
     function = attack_function(spec.name)
     arguments = spec.arguments() | dict(by_example or {})
-    if spec.score == "worst" and takes(function, "keep"):
+    if spec.score == "worst" and isinstance(spec.name, str) and takes(function, "keep"):
         arguments["keep"] = "worst"  # return the first iterate that fools the model, not the last iterate
     if takes(function, "generator") and "generator" not in arguments:
         arguments["generator"] = torch.Generator(device="cpu").manual_seed(own_seed)
@@ -327,13 +327,13 @@ def _by_users(
 ) -> Tensor:
     """Run an attack of the user's own, and return its images in the ball.
 
-    It gets copies of the images and seeded random numbers, and weights that need no gradient: it may call ``backward``.
+    It gets copies of the images, seeded random numbers, and weights without gradients.
 
     Raises:
         TypeError: if it does not return images of the same shape and dtype.
         ValueError: if it leaves the ball or [0, 1] by more than rounding, or returns NaN.
     """
-    with _seeded(images.device, seed), _frozen(model):
+    with _seeded(images.device, derived_seed(seed, "global")), _frozen(model):
         found = function(model, images.clone(), labels.clone(), **arguments)
     if not isinstance(found, Tensor) or (found.shape, found.dtype) != (images.shape, images.dtype):
         got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -352,15 +352,17 @@ def _by_users(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient in the body."""
-    free = [weight for weight in model.parameters() if weight.requires_grad]
+    """Let no parameter have or require a gradient in the body: it may call ``backward`` and ``zero_grad``."""
+    kept = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     try:
-        for weight in free:
+        for weight, _, _ in kept:
+            weight.grad = None
             weight.requires_grad_(False)
         yield
     finally:
-        for weight in free:
-            weight.requires_grad_(True)
+        for weight, requires_grad, grad in kept:
+            weight.requires_grad_(requires_grad)
+            weight.grad = grad
 
 
 @contextmanager

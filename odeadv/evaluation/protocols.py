@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,7 @@ Score = Literal["last", "worst"]
 Radius = tuple[float, ...] | float  # one radius per example, or one for all examples
 AUTOATTACK = "autoattack"
 _RESERVED = ("eps", "alpha", "steps", "generator", "mode", "tally")  # fields of AttackSpec, or set by the evaluation
+_SET = {False: _RESERVED[3:], True: ("generator",)}  # arguments that the evaluation sets, also of a user's attack
 _AUTOATTACK_OPTIONS = ("norm", "version", "attacks")
 
 
@@ -95,6 +97,9 @@ class AttackSpec:
             raise TypeError(f"options: got {shown(self.options)}, expected a mapping from argument names to values")
         choice("score", self.score, ("last", "worst"))
         options = dict(self.options)
+        own = _keywords(self.name).get("norm") if callable(self.name) else None
+        if own is not None and own.default is not own.empty:
+            options.setdefault("norm", own.default)
         if "target" in options:
             options["target"] = _targets(options["target"])
         object.__setattr__(self, "options", MappingProxyType(options))
@@ -118,10 +123,12 @@ class AttackSpec:
 
     @property
     def title(self) -> str:
-        """The name as text: of an attack of your own, the name of its function."""
+        """The name as text: of an attack of your own, the name of its function (with its module if it is ours too)."""
         if isinstance(self.name, str):
             return self.name
-        return getattr(self.name, "__name__", type(self.name).__name__)
+        function = self.name.func if isinstance(self.name, functools.partial) else self.name
+        name: str = getattr(function, "__name__", type(function).__name__)
+        return function_name(function) if name in _names() else name
 
     @property
     def shared(self) -> bool:
@@ -132,7 +139,7 @@ class AttackSpec:
     @property
     def measures_worst(self) -> bool:
         """True if worst-so-far outcomes are measured; False if the attack returns only the last of several iterates."""
-        if self.shared or self.score == "worst":
+        if self.shared or self.score == "worst" or callable(self.name):
             return True
         return not takes(attack_function(self.name), "keep") or self.options.get("keep") == "worst"
 
@@ -204,7 +211,8 @@ class AttackSpec:
         known = _keywords(function)
         if "eps" not in known:
             raise ValueError(f"name: got {self.title!r}, expected an attack (model, images, labels, *, eps, ...)")
-        _check_known("options", self.options, [key for key in known if key not in _RESERVED])
+        if not _takes_anything(function):
+            _check_known("options", self.options, [key for key in known if key not in _RESERVED])
         if callable(self.name):
             choice("norm", self.options.get("norm", "linf"), tuple(BALLS))
         if self.score == "worst" and self.options.get("keep", "worst") != "worst":
@@ -216,7 +224,7 @@ class AttackSpec:
                     f"{key}: got {given[key]!r}, expected None, because {self.title!r} does not take {key}"
                 )
         required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
-        missing = [key for key in required if key not in given and key not in _RESERVED[3:]]
+        missing = [key for key in required if key not in given and key not in _SET[callable(self.name)]]
         if missing:
             raise ValueError(f"{missing[0]}: missing, expected a value for the attack {self.title!r}")
 
@@ -267,9 +275,12 @@ def attack_function(name: object) -> Callable[..., Tensor]:
     """
     if callable(name):
         return name
-    names = [*(key for key in _attacks.__all__ if _is_attack(getattr(_attacks, key))), AUTOATTACK]
-    function: Callable[..., Tensor] = getattr(_attacks, choice("name", name, names))
+    function: Callable[..., Tensor] = getattr(_attacks, choice("name", name, _names()))
     return function
+
+
+def _names() -> list[str]:
+    return [*(key for key in _attacks.__all__ if _is_attack(getattr(_attacks, key))), AUTOATTACK]
 
 
 def takes(function: Callable[..., Tensor], argument: str) -> bool:
@@ -283,8 +294,15 @@ def _is_attack(value: object) -> bool:
 
 def _keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters after model, images and labels, which may be passed by keyword."""
-    parameters = [*inspect.signature(function).parameters.items()][3:]
+    try:
+        parameters = [*inspect.signature(function).parameters.items()][3:]
+    except ValueError:  # a function that is written in C
+        raise ValueError(f"name: got {shown(function)}, expected a Python function") from None
     return {key: value for key, value in parameters if value.kind in (value.KEYWORD_ONLY, value.POSITIONAL_OR_KEYWORD)}
+
+
+def _takes_anything(function: Callable[..., Any]) -> bool:
+    return any(value.kind is value.VAR_KEYWORD for value in inspect.signature(function).parameters.values())
 
 
 def _each(name: str, value: Any, checked: Callable[[Any], float]) -> Radius:
@@ -335,7 +353,7 @@ def _checked_target(target: object, labels: Tensor) -> Tensor:
 def _check_known(name: str, given: Mapping[str, object], known: Collection[str]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{name}: got {key!r}, expected some of {', '.join(known)}")
+            raise ValueError(f"{name}: got {key!r}, expected some of {', '.join(known) or 'none'}")
 
 
 def _plain(value: object) -> object:
