@@ -440,7 +440,8 @@ def by_hand(model, images, labels, *, eps, alpha=0.025, steps=4, generator=None)
 
 
 def blurred(model, images, labels, eps):
-    """An attack without gradients; the images of its own random numbers stay as they are."""
+    """An attack without gradients, with random numbers of torch, that needs contiguous images."""
+    images.view(len(images), -1)
     return (images + eps * torch.randn_like(images).clamp(-1, 1)).clamp(0, 1)
 
 
@@ -462,16 +463,19 @@ class TestOwnAttacks:
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(images, before)
         assert all(weight.grad is None for weight in net.parameters())
-        assert [attack.name for attack in result.attacks] == ["by_hand", "blurred"]
+        assert [attack.name for attack in result.attacks] == [f"{__name__}:by_hand", f"{__name__}:blurred"]
+        assert result.attacks[0].worst_so_far_outcomes is None  # only the returned images are known
         assert result.attacks[0].label == "by_hand-3 at 25.5/255"
-        assert spec.to_dict()["name"].endswith("test_evaluation_runs.by_hand")
+        assert AttackSpec(spec.to_dict()["name"], EPS).name is by_hand
         seed = derived_seed(3, f"0 {json.dumps(spec.to_dict(), sort_keys=True)} 0")
         generator = torch.Generator().manual_seed(seed)
         expected = by_hand(net, images.clone(), labels, eps=EPS, alpha=ALPHA, steps=3, generator=generator)
         assert torch.equal(result.attacks[0].outcomes, net(expected).argmax(1) == labels)
         again = evaluate(net, (images, labels), Protocol("p", (spec, AttackSpec(blurred, EPS))), seed=3)
         assert same(result, again)
-        assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))).attacks[0].name == "by_hand"
+        assert (
+            Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))).attacks[0].label == "by_hand-3 at 25.5/255"
+        )
 
     def test_enters_the_worst_case(self) -> None:
         result = evaluate(trained(), held_out(N), [AttackSpec(by_hand, EPS, score="worst"), AttackSpec("fgsm", EPS)])
@@ -481,9 +485,11 @@ class TestOwnAttacks:
     def test_gradients_of_the_user_survive_what_an_attack_does(self) -> None:
         def zeroing(model, images, labels, *, eps):
             for none in (True, False):
-                model.zero_grad(set_to_none=none)
+                model.train().zero_grad(set_to_none=none)
+            model.eval()
             x = images.requires_grad_()
             nn.functional.cross_entropy(model(x), labels).backward()
+            model.train()
             return (images + eps * x.grad.sign()).clamp(0, 1)
 
         net = copy.deepcopy(trained()).requires_grad_()
@@ -499,15 +505,15 @@ class TestOwnAttacks:
             return images
 
         own = AttackSpec(pgd, EPS, options={"colour": 3})
-        assert own.label != AttackSpec("pgd", EPS, 0.1, 1).label  # `compare` tells them apart by name
-        evaluate(trained(), held_out(N), own)
+        assert evaluate(trained(), held_out(N), own).attacks[0].name != "pgd"  # `compare` tells them apart by name
         assert AttackSpec(in_l2, 0.5).label == "in_l2 at 0.5 in L2"
         evaluate(trained(), held_out(N), AttackSpec(in_l2, 2.0))
-        assert AttackSpec(functools.partial(by_hand, steps=2), EPS).title == "by_hand"
+        assert AttackSpec(functools.partial(by_hand, steps=2), EPS).label == "by_hand at 25.5/255"
 
     def test_a_journal_needs_a_name_that_another_process_finds(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"the function of <lambda> at 25\.5/255"):
             evaluate(trained(), held_out(N), AttackSpec(lambda m, x, y, *, eps: x, EPS), resume=tmp_path / "j.jsonl")
+        assert AttackSpec(functools.partial(by_hand, steps=2), EPS).local_functions()  # its name lacks what it holds
         journal = tmp_path / "again.jsonl"
         found = [evaluate(trained(), held_out(N), AttackSpec(by_hand, EPS), resume=journal) for _ in range(2)]
         assert same(*found)
@@ -518,6 +524,8 @@ class TestOwnAttacks:
         (tmp_path / "p.yaml").write_text("name: mine\nattacks:\n  - {name: 'my_attack:still', eps: 8/255}\n")
         protocol = plain.read(Protocol, tmp_path / "p.yaml")
         assert protocol.attacks[0].label == "still at 8/255"
+        with pytest.raises(TypeError, match="name: got 3, expected a string"):
+            plain.from_dict(Protocol, {"name": "p", "attacks": [{"name": 3, "eps": 0.1}]})
         assert copy.deepcopy(protocol.attacks[0]) == protocol.attacks[0]
         assert dataclasses.replace(protocol.attacks[0], eps=0.5).eps == 0.5
         result = evaluate(trained(), held_out(N), protocol)
@@ -540,8 +548,10 @@ class TestOwnAttacks:
             (lambda m, x, y: x, {}, ValueError, r"expected an attack \(model, images, labels, \*, eps"),
             (blurred, {"restarts": 2}, ValueError, "options: got 'restarts', expected some of none"),
             (lambda m, x, y, *, eps, mode: x, {}, ValueError, "mode: missing, expected a value for the attack"),
+            (lambda m, x, y, *, eps, norm="l2": in_l2(m, x, y, eps=2 * eps), {}, ValueError, "radius 0.1 in L2"),
             (torch.add, {}, ValueError, "name: got <built-in .*, expected a Python function"),
             ("nowhere:attack", {}, ValueError, "name: 'nowhere:attack' cannot be imported"),
+            (3, {}, TypeError, "name: got 3, expected one of 'apgd'"),
         ],
     )  # fmt: skip
     def test_refusals(self, attack, options, error, message) -> None:

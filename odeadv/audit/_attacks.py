@@ -20,9 +20,6 @@ from odeadv.support.isolation import untouched
 _EQUAL_STRENGTH = 5
 _OTHER_STRENGTH = 2
 
-# A surrogate that is right at most this often, as a multiple of guessing, makes no images worth transferring.
-_GUESSING = 1.5
-
 # After 12 bisections the distance to the boundary is below eps/8 at the usual radii.
 _BISECTIONS = 12
 
@@ -161,13 +158,17 @@ def transfer_does_not_beat_gradients(subject: Subject) -> Finding:
         if same:
             return not_applicable("the surrogate is the model itself")
         broken = _broken(subject, attack)
-    if tried and right["before"] <= _GUESSING * tried / subject.outputs.shape[1]:
-        return not_applicable(f"the surrogate is right on {right['before']} of {tried} examples: as good as guessing")
-    if tried and right["before"] == right["after"]:
-        return not_applicable("the attack on the surrogate breaks nothing, not even the surrogate")
     before, after = right["before"], right["after"]
     own = f", which is right on {before} of the {tried} tried, and on {after} under its attack" if tried else ""
-    return _beaten(subject, broken, f"IFGSM-{steps} on the surrogate{own}")
+    finding = _beaten(subject, broken, f"IFGSM-{steps} on the surrogate{own}")
+    if not finding.passed or not tried:
+        return finding
+    guessed = 1 / subject.outputs.shape[1]
+    if before <= tried * guessed + 2 * math.sqrt(tried * guessed * (1 - guessed)):
+        return not_applicable(f"the surrogate is right on {before} of {tried} examples: as good as guessing")
+    if not broken and before == after:
+        return not_applicable("the attack on the surrogate breaks nothing, not even the surrogate")
+    return finding
 
 
 def _beaten(subject: Subject, broken: int, attack: str) -> Finding:

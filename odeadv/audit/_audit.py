@@ -128,7 +128,7 @@ def _checks_of(subject: Subject, progress: Callable[[str], object] | None) -> tu
     checks: list[Check] = []
     for run in (*BEHAVIOUR, *GRADIENTS, *ATTACKS):
         if progress is not None:
-            progress(run.__name__.replace("_", " "))
+            progress(run.__name__)
         checks.append(run(subject))
     return tuple(checks)
 

@@ -53,6 +53,7 @@ def check(
             text = finding.found if allowed is None else f"{finding.found} (up to {allowed} allowed)"
             return Check(name, status, finding.figures, text, meaning)  # type: ignore[arg-type]
 
+        run.__name__ = name
         return run
 
     return decorate

@@ -11,7 +11,8 @@ from typing import Any
 from ._shared import add_data, radius
 
 ATTACKS = """
-You can write your own protocol in a .yaml or .json file. Attacks are functions of odeadv.attacks, or autoattack:
+You can write your own protocol in a .yaml or .json file. Attacks are functions of odeadv.attacks, autoattack, or
+your own, as "module:function":
 
     name: mine
     attacks:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from odeadv.attacks.balls import BALLS, L2Ball, linf_bounds
 from odeadv.attacks.checks import check_logits, lengths
+from odeadv.attacks.objective import reseed
 from odeadv.evaluation._ifgsm import IfgsmRun, SharedRuns, run_of
 from odeadv.evaluation._prepare import Prepared
 from odeadv.evaluation.protocols import (
@@ -30,6 +31,7 @@ from odeadv.evaluation.protocols import (
 )
 from odeadv.evaluation.trust import FLAT
 from odeadv.support.digests import derived_seed
+from odeadv.support.isolation import untouched
 
 # An image needs at least this many values 0 or 1 before their gradients can show that the model clips its images.
 FEWEST_AT_BOUNDS = 16
@@ -327,23 +329,29 @@ def _by_users(
 ) -> Tensor:
     """Run an attack of the user's own, and return its images in the ball.
 
-    It gets copies of the images, seeded random numbers, and weights without gradients.
+    It gets copies of the images, seeded random numbers, and weights without gradients. Modes and buffers are restored.
 
     Raises:
         TypeError: if it does not return images of the same shape and dtype.
         ValueError: if it leaves the ball or [0, 1] by more than rounding, or returns NaN.
     """
-    with _seeded(images.device, derived_seed(seed, "global")), _frozen(model):
-        found = function(model, images.clone(), labels.clone(), **arguments)
-    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (images.shape, images.dtype):
-        got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise TypeError(f"{spec.title}: returned {got}, expected images, {images.dtype} of shape {tuple(images.shape)}")
+    with _seeded(images.device, derived_seed(seed, "global")), _frozen(model), untouched(model):
+        given = images.clone(memory_format=torch.contiguous_format)  # .view fails on images with channels last
+        found = function(model, given, labels.clone(), **arguments)
+    if not isinstance(found, Tensor) or (
+        (found.shape, found.dtype, found.device) != (images.shape, images.dtype, images.device)
+    ):
+        got, expected = (
+            f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            for x in (found, images)
+        )  # fmt: skip
+        raise TypeError(f"{spec.label}: returned {got}, expected images, {expected}")
     ball = BALLS[spec.options.get("norm", "linf")](images, lengths("eps", arguments["eps"], images))
     inside = ball.project(found.detach())
     outside = float((inside - found.detach()).abs().max())
-    if not outside <= 8 * torch.finfo(images.dtype).eps:  # also if it is NaN
+    if not outside <= max(1e-6, torch.finfo(images.dtype).eps):  # more than rounding, or NaN
         raise ValueError(
-            f"{spec.title}: returned images that leave the ball of radius {radius_text(spec.eps, spec.options)} or "
+            f"{spec.label}: returned images that leave the ball of radius {radius_text(spec.eps, spec.options)} or "
             f"[0, 1] by {outside:.3g}, expected images in both, such as (images + (x - images).clamp(-eps, eps))"
             ".clamp(0, 1)"
         )
@@ -367,9 +375,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's global random state in the body, and restore it after it."""
+    """Seed torch's global random state in the body, on the CPU and on ``device``, and restore it after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        reseed(torch.Generator().manual_seed(seed), device)
         yield
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeadv.evaluation.protocols import AttackSpec, Radius, in_255ths, radius_text, unique_names
+from odeadv.evaluation.protocols import AttackSpec, Radius, in_255ths, radius_text, short_name, unique_names
 from odeadv.support.plain import pack, unpack
 from odeadv.support.statistics import wilson_interval
 
@@ -30,7 +30,7 @@ class AttackResult:
     """The result of one attack. Accuracies are fractions in [0, 1].
 
     Attributes:
-        name: name of the attack, e.g. ``"ifgsm"``.
+        name: name of the attack, e.g. ``"ifgsm"``, or ``"module:function"`` for an attack of your own.
         eps: radius of the ball, in pixel units of [0, 1]; a tuple if every example has its own radius.
         alpha: size of one step, in the same units, or a tuple; None for an attack without a step size.
         steps: number of steps; None for an attack without steps.
@@ -63,7 +63,7 @@ class AttackResult:
     def setting(self) -> str:
         """The short name without the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
-        return f"{self.name}{steps} at {radius_text(self.eps, self.options)}"
+        return f"{short_name(self.name)}{steps} at {radius_text(self.eps, self.options)}"
 
     @property
     def robust_correct(self) -> int:
@@ -304,17 +304,20 @@ class Evaluation:
         radii = [radius_text(attack.eps, attack.options) for attack in self.attacks]
         steps = ["" if attack.alpha is None else radius_text(attack.alpha, attack.options) for attack in self.attacks]
         wide, long = (max(12, 2 + max(map(len, texts), default=0)) for texts in (radii, steps))
+        names = [short_name(attack.name) for attack in self.attacks]
+        first = max(10, 2 + max(map(len, names), default=0))
         lines.append(
-            f"{'attack':<10}{'radius':>{wide}}{'step size':>{long}}{'steps':>7}{'robust %':>10}{'worst so far %':>16}"
+            f"{'attack':<{first}}{'radius':>{wide}}{'step size':>{long}}{'steps':>7}"
+            f"{'robust %':>10}{'worst so far %':>16}"
         )
-        left = 17 + wide + long
+        left = first + 7 + wide + long
         clean_error = _error(standard_error(self.clean_pass_accuracies))
         lines.append(f"{'clean':<{left}}{100 * self.clean_accuracy:>10.2f}{clean_error}")
-        for attack, eps, alpha in zip(self.attacks, radii, steps, strict=True):
+        for attack, name, eps, alpha in zip(self.attacks, names, radii, steps, strict=True):
             robust = "" if attack.outcomes is None else f"{100 * attack.robust_accuracy:.2f}"
             worst = "" if attack.worst_so_far_outcomes is None else f"{100 * attack.worst_so_far_accuracy:.2f}"
             lines.append(
-                f"{attack.name:<10}{eps:>{wide}}{alpha:>{long}}{attack.steps or '':>7}"
+                f"{name:<{first}}{eps:>{wide}}{alpha:>{long}}{attack.steps or '':>7}"
                 f"{robust:>10}{worst or _error(attack.standard_error):>16}".rstrip()
             )
         if all(attack.outcomes is not None for attack in self.attacks):
@@ -338,7 +341,7 @@ def result_of(spec: AttackSpec, last: Tensor | None, worst: Tensor | None, *, ra
     options = spec.to_dict()["options"]
     passes = by_pass(last) if random and last is not None else ()
     outcomes = None if last is None else majority(last)
-    return AttackResult(spec.title, spec.eps, spec.alpha, spec.steps, outcomes, worst, options, passes)
+    return AttackResult(spec.full_name, spec.eps, spec.alpha, spec.steps, outcomes, worst, options, passes)
 
 
 def by_pass(outcomes: Tensor) -> tuple[float, ...]:

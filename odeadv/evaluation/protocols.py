@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,8 +18,9 @@ from odeadv import attacks as _attacks
 from odeadv.attacks.balls import BALLS
 from odeadv.attacks.checks import check_target, radius
 from odeadv.attacks.objective import TargetName
+from odeadv.support import plain
 from odeadv.support.checks import choice, did_you_mean, integer, number, shown
-from odeadv.support.digests import function_name, is_local
+from odeadv.support.digests import function_name, is_local, without_addresses
 from odeadv.support.extras import extra
 
 Score = Literal["last", "worst"]
@@ -45,6 +47,11 @@ def in_255ths(options: Mapping[str, Any]) -> bool:
     return str(options.get("norm", "linf")).lower() == "linf"
 
 
+def short_name(name: str) -> str:
+    """Return the name of an attack for labels: ``"fgsm"``, or the function of ``"module:function"``."""
+    return name.partition(" ")[0].rpartition(":")[2].rpartition(".")[2]
+
+
 def unique_names(labels: Sequence[str]) -> tuple[str, ...]:
     """Return the labels; a label that occurs more than once is followed by its place, ``(attack 3)``."""
     # A label does not contain options, so two attacks that differ only in their options have the same label.
@@ -61,8 +68,9 @@ class AttackSpec:
         name: ``"fgsm"`` (then ``alpha`` is ``eps`` and ``steps`` is 1), ``"ifgsm"``, any other function of
             `odeadv.attacks` that takes ``eps``, or ``"autoattack"``. Or an attack of your own: a function that returns
             the attacked images, ``attack(model, images, labels, *, eps, ...)``, or ``"module:function"``. It gets those
-            of ``alpha``, ``steps`` and ``options`` that are set, and a seeded ``generator`` if it takes one. The images
-            must lie in the ball (L-infinity, or that of its argument ``norm``) and in [0, 1].
+            of ``alpha``, ``steps`` and ``options`` that are set, and a seeded ``generator`` if it takes one. Radii per
+            example arrive as a float64 tensor (n,), and ``model`` is a module around yours. The images must lie in the
+            ball (L-infinity, or that of its argument ``norm``) and in [0, 1].
         eps: radius of the ball, in pixel units of [0, 1]. A list, an array or a tensor gives one radius per example,
             in the order of the data.
         alpha: size of one step, in the same units, or one size per example. None means the default of the attack, or
@@ -122,13 +130,16 @@ class AttackSpec:
         return AttackSpec, (self.name, self.eps, self.alpha, self.steps, self.score, dict(self.options))
 
     @property
-    def title(self) -> str:
-        """The name as text: of an attack of your own, the name of its function (with its module if it is ours too)."""
+    def full_name(self) -> str:
+        """The name as text; ``"module:function"`` for a function of your own."""
         if isinstance(self.name, str):
             return self.name
-        function = self.name.func if isinstance(self.name, functools.partial) else self.name
-        name: str = getattr(function, "__name__", type(function).__name__)
-        return function_name(function) if name in _names() else name
+        bound = self.name if isinstance(self.name, functools.partial) else None
+        function = bound.func if bound else self.name
+        if not isinstance(function, types.FunctionType):
+            return function_name(function)
+        name = f"{function.__module__}:{function.__qualname__}"
+        return f"{name} with {without_addresses((bound.args, bound.keywords))}" if bound else name
 
     @property
     def shared(self) -> bool:
@@ -139,8 +150,10 @@ class AttackSpec:
     @property
     def measures_worst(self) -> bool:
         """True if worst-so-far outcomes are measured; False if the attack returns only the last of several iterates."""
-        if self.shared or self.score == "worst" or callable(self.name):
+        if self.shared or self.score == "worst":
             return True
+        if callable(self.name):
+            return False
         return not takes(attack_function(self.name), "keep") or self.options.get("keep") == "worst"
 
     @property
@@ -148,7 +161,7 @@ class AttackSpec:
         """A short name: ``ifgsm-20 at 8/255``, with ``(worst so far)`` if that is the score."""
         steps = f"-{self.steps}" if self.steps is not None and self.name != "fgsm" else ""
         score = " (worst so far)" if self.score == "worst" else ""
-        return f"{self.title}{steps} at {radius_text(self.eps, self.options)}{score}"
+        return f"{short_name(self.full_name)}{steps} at {radius_text(self.eps, self.options)}{score}"
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the attack without its generator; `by_example` may replace some of them."""
@@ -178,14 +191,14 @@ class AttackSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data; functions are written by module and name, other objects by ``repr``."""
         options = {key: _plain(value) for key, value in self.options.items()}
-        own = {"name": _plain(self.name), "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
+        own = {"name": self.full_name, "eps": self.eps, "alpha": self.alpha, "steps": self.steps}
         return {**own, "score": self.score, "options": options}
 
     def local_functions(self) -> list[str]:
-        """Name the attack and those of its options that are lambdas or nested functions: their names are not unique."""
+        """Name what has no unique name: the attack, if it is no function of a module, and options that are local."""
         found = [f"the option {key}" for key, value in self.options.items() if callable(value) and is_local(value)]
-        if callable(self.name) and is_local(self.name):
-            found.append("the function")
+        if callable(self.name) and (is_local(self.name) or not isinstance(self.name, types.FunctionType)):
+            found.append("the function")  # the name of a method or a partial does not say what it is bound to
         return [f"{what} of {self.label}" for what in found]
 
     def _fill_fgsm(self) -> None:
@@ -210,7 +223,7 @@ class AttackSpec:
     def _check_arguments(self, function: Callable[..., Tensor]) -> None:
         known = _keywords(function)
         if "eps" not in known:
-            raise ValueError(f"name: got {self.title!r}, expected an attack (model, images, labels, *, eps, ...)")
+            raise ValueError(f"name: got {self.full_name!r}, expected an attack (model, images, labels, *, eps, ...)")
         if not _takes_anything(function):
             _check_known("options", self.options, [key for key in known if key not in _RESERVED])
         if callable(self.name):
@@ -221,12 +234,12 @@ class AttackSpec:
         for key in ("alpha", "steps"):
             if key in given and key not in known:
                 raise ValueError(
-                    f"{key}: got {given[key]!r}, expected None, because {self.title!r} does not take {key}"
+                    f"{key}: got {given[key]!r}, expected None, because {self.full_name!r} does not take {key}"
                 )
         required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
         missing = [key for key in required if key not in given and key not in _SET[callable(self.name)]]
         if missing:
-            raise ValueError(f"{missing[0]}: missing, expected a value for the attack {self.title!r}")
+            raise ValueError(f"{missing[0]}: missing, expected a value for the attack {self.full_name!r}")
 
 
 @dataclass(frozen=True)
@@ -259,11 +272,12 @@ class Protocol:
 
 def imported(name: str) -> Callable[..., Tensor]:
     """Return the function ``"module:function"``; raise ValueError if it cannot be imported."""
-    module, _, function = name.partition(":")
     try:
-        found: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"name: {name!r} cannot be imported: {error}") from None
+        found: Callable[..., Tensor] = plain.named(name)
+    except Exception as error:  # the module may raise any error
+        raise ValueError(f"name: {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"name: {name!r} is {shown(found)}, expected a function")
     return found
 
 

@@ -297,7 +297,7 @@ def parse_method(name: str) -> Method:
     """
     objective, *parts = name.split("+")
     if objective not in OBJECTIVES:
-        hint = f"; did you mean {name.lower()!r}?" if name != name.lower() else ""
+        hint = f"; did you mean {name.lower()!r}?" if objective.lower() in OBJECTIVES else ""
         raise ValueError(f"method: got {name!r}, expected one that begins with {', '.join(OBJECTIVES)}{hint}")
     found: dict[str, object] = {}
     for part in parts:

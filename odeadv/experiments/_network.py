@@ -94,6 +94,10 @@ def load_run(network: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         FileNotFoundError, ValueError: see `load_model`.
     """
     if str(network) in pretrained_names():
+        if any((Path(network) / f"{kind}.safetensors").exists() for kind in ("last", "best")):
+            raise ValueError(
+                f"network: {network} is a network of the package and a folder here; write ./{network} for it"
+            )
         run = pretrained_record(str(network))["run"]
         return pretrained(str(network)).to(_device()), {"run": run, "epoch": run["training"]["epochs"]}
     if is_import_name(network):

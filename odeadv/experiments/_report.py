@@ -456,8 +456,8 @@ def _protocol(results: Results) -> tuple[str, Sequence[str]]:
         counts = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
         parts.append(f"{counts} instead of {len(PRESETS['paper'].seeds)} seeds")
     if not table.paper(dataset):
-        papers_own = table.name in ("table1", "table2", "table3", "table4", "table5", "table6", "table7")
-        parts.append("other data than in the paper" if papers_own else "no such table in the paper")
+        elsewhere = any(table.paper(other) for other in ("cifar10", "cifar100"))
+        parts.append("other data than in the paper" if elsewhere else "no such table in the paper")
     if not parts:
         return "The paper's protocol, with these choices of ours", _CHOICES
     return "Not the paper's protocol", parts

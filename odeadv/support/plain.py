@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -313,7 +313,7 @@ def _read(kind: Any, data: Any, path: str) -> Any:
 def _read_union(kinds: Sequence[Any], data: Any, path: str) -> Any:
     if data is None and type(None) in kinds:
         return None
-    rest = [kind for kind in kinds if kind is not type(None)]
+    rest = [kind for kind in kinds if kind is not type(None) and get_origin(kind) is not Callable]  # plain data only
     for kind in rest[:-1]:
         try:
             return _read(kind, data, path)
@@ -362,10 +362,15 @@ def _stand_in(base: type[Choice], name: str) -> Any:
     return dataclasses.dataclass(frozen=True)(kind)()
 
 
-def _imported(base: type[Choice], name: str, path: str) -> type[Any]:
+def named(name: str) -> Any:
+    """Return the object ``"module:name"``; raise what importing the module or looking up the name raises."""
     module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _imported(base: type[Choice], name: str, path: str) -> type[Any]:
     try:
-        found: Any = getattr(importlib.import_module(module), attribute)
+        found = named(name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}.name: {name!r} cannot be imported: {error}") from None
     if not (isinstance(found, type) and issubclass(found, base) and hasattr(found, "__dataclass_fields__")):
