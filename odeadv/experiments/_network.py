@@ -118,7 +118,7 @@ def run_images(info: dict[str, Any], folder: Path | None, images: int | None) ->
     """Return the data of a run (its fold or subset) with some of its test images.
 
     Args:
-        info: the dict that `load_run` returns.
+        info: the dict that `load_model` returns.
         folder: folder with the data sets.
         images: number of test images, balanced over the classes; all if None.
     """

@@ -117,7 +117,7 @@ class Layerwise(Defence, name="layerwise"):
                 and ``"shuffled"`` use them, with eta above 0.
 
         Raises:
-            ValueError: if ``strength`` is set: `train` chooses eta from it; in your own loop set eta by `with_eta`.
+            ValueError: if ``strength`` or ``warmup`` is set: both are for `train`; in your own loop set eta by `with_eta`.
         """
         _check_chosen(self)
         scheme = schemes.get(self.scheme)
@@ -264,7 +264,7 @@ class Penalty(Defence, name="penalty"):
         """Return the penalised loss, the logits of the plain pass and the strength.
 
         Raises:
-            ValueError: if ``strength`` is set; see `Layerwise`.
+            ValueError: if ``strength`` or ``warmup`` is set; see `Layerwise`.
         """
         _check_chosen(self)
         # The plain pass updates batch statistics. The costate is recorded on first use; this recording keeps its graph
