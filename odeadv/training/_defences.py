@@ -117,7 +117,7 @@ class Layerwise(Defence, name="layerwise"):
                 and ``"shuffled"`` use them, with eta above 0.
 
         Raises:
-            ValueError: if ``strength`` or ``warmup`` is set: both are for `train`; in your own loop set eta by `with_eta`.
+            ValueError: if ``strength`` or ``warmup`` is set: `train` uses both; in your own loop set eta by `with_eta`.
         """
         _check_chosen(self)
         scheme = schemes.get(self.scheme)
