@@ -57,8 +57,6 @@ class CampaignStage:
         ]
 
 
-_NEW_ROWS = ("natural+lad+input", "natural+lad-symmetric")
-
 #: The stages of the campaign, by name: one `CampaignStage` each.
 STAGES = {
     stage.name: stage
@@ -71,13 +69,10 @@ STAGES = {
         CampaignStage(
             "1", "ablations", "cpu", tuple(range(3, 10)),
             (
-                "natural", "natural+lad", "natural+lad-sm", "natural+lad-sm+random", "natural+matched", *_NEW_ROWS,
+                "natural", "natural+lad", "natural+lad-sm", "natural+lad-sm+random", "natural+matched",
+                "natural+lad+input", "natural+lad-symmetric",
             ),
             best=False, says="Table 1: LAD, LAD-SM, their order, direction, layers, equal compute",
-        ),
-        CampaignStage(
-            "1-new", "ablations", "cpu", (0, 1, 2), _NEW_ROWS, best=False,
-            says="the new rows on the first seeds",
         ),
         CampaignStage("2b", "mechanism-conv", "overfit", (10, 11), ("pgd",), says="whether the ConvNet over-fits"),
         CampaignStage(
