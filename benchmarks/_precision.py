@@ -185,7 +185,8 @@ def fastest(points: Points, accuracies: Iterable[float]) -> dict[str, dict[str, 
 def table(points: Points, rows: Mapping[str, Mapping[str, str]]) -> str:
     """Return `fastest` as Markdown: milliseconds (median), evaluations, and the method with its setting.
 
-    They share a cell, because three columns per solver are wider than a page. Accuracies that nothing reaches have no row.
+    They share a cell, because three columns per solver are wider than a page. An accuracy that nothing reaches is left
+    out.
     """
     known = dict.fromkeys(point["solver"] for point in points.values())
     solvers = [solver for solver in known if any(solver in row for row in rows.values())]

@@ -195,7 +195,7 @@ class AttackSpec:
         return {**own, "score": self.score, "options": options}
 
     def local_functions(self) -> list[str]:
-        """Name what has no unique name: the attack, if it is no function of a module, and options that are local."""
+        """Name the functions whose names are not unique: the attack, unless a module has it, and local options."""
         found = [f"the option {key}" for key, value in self.options.items() if callable(value) and is_local(value)]
         if callable(self.name) and (is_local(self.name) or not isinstance(self.name, types.FunctionType)):
             found.append("the function")  # the name of a method or a partial does not say what it is bound to
