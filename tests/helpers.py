@@ -140,7 +140,7 @@ class Small(nn.Module):
 @functools.cache
 def trained() -> nn.Module:
     """Return `Small`, trained for a few epochs on one-step adversarial examples. Its gradients are honest."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # a forward pass under no_grad may be the first caller
         torch.manual_seed(0)
         net = Small()
         images, labels, _, _ = digits()

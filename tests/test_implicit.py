@@ -539,7 +539,7 @@ def test_the_cosine_transform_is_that_of_scipy():
         (lambda: odeadv.Operator.diagonal(torch.ones(3), dims=2), r"dims: got 2 for a symbol of shape \(3,\)"),
         (
             lambda: odeadv.Operator.diagonal(torch.ones(2, 3), transform="dct"),
-            "dims: missing for a symbol of shape (2, 3)",
+            r"dims: missing for a symbol of shape \(2, 3\)",
         ),
         (lambda: end(odeadv.Operator.diagonal(torch.ones(3), transform="fft")), "expected the grid of the last 1 axes"),
         (lambda: end(odeadv.Operator.diagonal(torch.rand(4), transform="fft"), torch.ones(4)), "conjugate-symmetric"),
