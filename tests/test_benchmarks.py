@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import COMPILES
 
 import odeadv
 from benchmarks import __main__ as command
@@ -27,7 +28,7 @@ from benchmarks import (
 
 HERE = (
     "overhead",
-    pytest.param("compiled", marks=pytest.mark.slow),
+    pytest.param("compiled", marks=[pytest.mark.slow, pytest.mark.skipif(not COMPILES, reason="needs torch 2.13")]),
     "orders",
     "gradients",
     "work_precision",

@@ -175,7 +175,8 @@ def test_gradients_of_the_fixed_point_are_those_of_finite_differences(kind):
 
     one = torch.ones((), dtype=torch.float64)
     inputs = [v.clone().requires_grad_() for v in (Y0, one, 0.2 * one)]
-    assert torch.autograd.gradcheck(end, inputs, eps=1e-4, atol=1e-6)
+    # Two backward passes of an older torch differ by rounding.
+    assert torch.autograd.gradcheck(end, inputs, eps=1e-4, atol=1e-6, nondet_tol=1e-12)
 
 
 def test_second_derivatives_of_the_fixed_point_are_refused():

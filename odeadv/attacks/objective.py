@@ -70,6 +70,8 @@ def attacking(model: nn.Module, mode: Mode, device: torch.device | None = None) 
         untouched(model, mode=mode),
     ):
         yield
+    # torch 2.4 reuses weights that autocast has cast under no_grad: a later pass would give them no gradient.
+    torch.clear_autocast_cache()
 
 
 def reseed(generator: torch.Generator, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import markdown_table
 
 from ._results import Decision, NoRunsError, Results, gather, ranges
+from ._statistics import DIGITS
 
 SCHEMA = "odeadv.claims/3"
 
@@ -272,7 +273,7 @@ def _numbers(decision: Decision) -> dict[str, Any]:
 def _found(decision: Decision) -> dict[str, Any]:
     alone = decision.alone.interval
     return _numbers(decision) | {
-        "alone": None if alone is None else list(alone),
+        "alone": None if alone is None else [round(end, DIGITS) for end in alone],
         "paper": decision.paper,
         "p": decision.p,
         "strength": decision.strength,
