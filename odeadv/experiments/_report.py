@@ -88,6 +88,7 @@ def render(results: Results) -> str:
         + ("Avg is the mean of the robust accuracies. " if table.average else "")
         + "Rows with *here* are means ± sample standard deviations over the seeds.",
         "",
+        *_parts(results),
         *_results(results, keys, labels),
         *_claims(results),
         *_over_fitting(results),
@@ -98,6 +99,27 @@ def render(results: Results) -> str:
         *_folded("Runs", _runs(results)),
     ]
     return "\n".join(lines) + "\n"
+
+
+# What the names of rows mean, by the parts of their methods.
+_MEANINGS = {
+    "random": "*random*: pushes of the same size in random directions",
+    "shuffled": "*shuffled*: pushes by the costates of other images",
+    "input": "*input*: pushes the state before the first block only",
+    "lad-symmetric": "*symmetric*: the scheme `strang-symmetric`",
+    "matched": "*as many passes as LAD*: no push, but more epochs",
+    "penalty": "*explicit penalty*: the term (eta/2) sum |a_n|^2 in the loss instead of a push",
+    "eta0": "*eta0*: the mix of losses of the defence without a push",
+    "damp": "*In-ResNet*: damped residual blocks",
+    "noise": "*noise*: noise in every block",
+}
+
+
+def _parts(results: Results) -> list[str]:
+    """Return a line that explains the parts of methods in the names of the rows; an empty list if there is none."""
+    parts = {part for row in results.rows for part in row.method.split("+")}
+    meanings = [text for part, text in _MEANINGS.items() if part in parts]
+    return [f"Names of rows: {'; '.join(meanings)}.", ""] if meanings else []
 
 
 def _outcome(results: Results) -> list[str]:
