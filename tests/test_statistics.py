@@ -34,17 +34,16 @@ def test_a_pooled_difference_equals_the_linear_model_of_statsmodels():
     fitted = formula.ols("y ~ C(r) + C(s)", frame).fit()
     for row in ("row1", "row2"):
         found = TwoWay(values).contrast(row, "row0")
-        # Differences have six decimals, p-values six digits.
-        assert found.mean == pytest.approx(fitted.params[f"C(r)[T.{row}]"], abs=1e-6)
-        assert found.interval == pytest.approx(tuple(fitted.conf_int().loc[f"C(r)[T.{row}]"]), abs=2e-6)
-        assert found.p == pytest.approx(fitted.pvalues[f"C(r)[T.{row}]"], rel=1e-5)
+        assert found.mean == pytest.approx(fitted.params[f"C(r)[T.{row}]"])
+        assert found.interval == pytest.approx(tuple(fitted.conf_int().loc[f"C(r)[T.{row}]"]))
+        assert found.p == pytest.approx(fitted.pvalues[f"C(r)[T.{row}]"])
         assert found.df == fitted.df_resid == 5
 
 
 def test_two_rows_on_all_seeds_are_the_paired_t_test():
     values = simulated(numpy.random.default_rng(1), (0.0, 1.0), 6, 1.0)
     a, b = (list(values[row].values()) for row in ("row1", "row0"))
-    assert TwoWay(values).contrast("row1", "row0").p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-5)
+    assert TwoWay(values).contrast("row1", "row0").p == pytest.approx(stats.ttest_rel(a, b).pvalue)
 
 
 @pytest.mark.parametrize("floor", [0.0, 1.5])

@@ -20,14 +20,7 @@ from odeadv.attacks.checks import check_logits
 from odeadv.evaluation._ifgsm import IfgsmRun, SharedRuns, run_of
 from odeadv.evaluation._own import own_attack
 from odeadv.evaluation._prepare import Prepared
-from odeadv.evaluation.protocols import (
-    AUTOATTACK,
-    AttackSpec,
-    Protocol,
-    attack_function,
-    pyautoattack,
-    takes,
-)
+from odeadv.evaluation.protocols import AUTOATTACK, AttackSpec, Protocol, attack_function, pyautoattack, takes
 from odeadv.evaluation.trust import FLAT
 from odeadv.support.digests import derived_seed
 

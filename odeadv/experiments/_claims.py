@@ -15,9 +15,10 @@ from odeadv.support.files import write_json, write_text
 from odeadv.support.pages import markdown_table
 
 from ._results import Decision, NoRunsError, Results, gather, ranges
-from ._statistics import DIGITS
 
 SCHEMA = "odeadv.claims/3"
+# Digits of the JSON: the quantiles of different versions of SciPy agree to about nine.
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -266,16 +267,18 @@ def _support(decision: Decision) -> float:
 
 
 def _numbers(decision: Decision) -> dict[str, Any]:
-    interval = decision.contrast.interval
-    return {"difference": decision.contrast.mean, "interval": None if interval is None else list(interval)}
+    return {"difference": round(decision.contrast.mean, _DIGITS), "interval": _ends(decision.contrast.interval)}
+
+
+def _ends(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else [round(end, _DIGITS) for end in interval]
 
 
 def _found(decision: Decision) -> dict[str, Any]:
-    alone = decision.alone.interval
     return _numbers(decision) | {
-        "alone": None if alone is None else [round(end, DIGITS) for end in alone],
+        "alone": _ends(decision.alone.interval),
         "paper": decision.paper,
-        "p": decision.p,
+        "p": None if decision.p is None else float(f"{decision.p:.{_DIGITS}g}"),
         "strength": decision.strength,
         "seeds": list(decision.seeds),
         "word": decision.word,

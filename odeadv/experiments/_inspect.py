@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odeadv import attacks
 from odeadv.attacks.balls import Norm
@@ -17,11 +17,11 @@ from odeadv.diagnostics import diagnose
 from odeadv.evaluation import Evaluation, Protocol, evaluate
 from odeadv.experiments._config import RunConfig, method_of
 from odeadv.experiments._network import (
-    check_same_images,
+    check_images,
     inspected,
     is_import_name,
     load_run,
-    network_of,
+    own_network,
     run_folder,
     run_images,
 )
@@ -118,8 +118,14 @@ def audit_run(
     if out is None and not is_import_name(network):
         out = run_folder(network) / "audit"
     check_folder("out", out)
-    check_same_images("surrogate", network, surrogate, folder)
     subject = inspected(network, weights=weights, dataset=dataset, folder=folder, images=images)
+    other: nn.Module | None = None
+    if surrogate is not None and is_import_name(surrogate):
+        other = own_network(surrogate)[0]
+    elif surrogate is not None:
+        other, info = load_run(surrogate)
+        if not is_import_name(network):  # the images of your own network may have another name
+            check_images("surrogate", surrogate, info, subject.data, folder)
     few = min(_AUDITED, len(subject.data.test_labels))
     result = audit(
         subject.net,
@@ -127,7 +133,7 @@ def audit_run(
         eps={"linf": 8 / 255, "l2": 0.5}.get(norm, 8 / 255) if eps is None else eps,
         norm=norm,
         generator=torch.Generator().manual_seed(seed),
-        surrogate=None if surrogate is None else network_of(surrogate)[0],
+        surrogate=other,
         num_classes=subject.data.num_classes,
         **options,
     )
@@ -168,7 +174,6 @@ def diagnose_run(
         raise ValueError(f"attack: got {attack_255:g}, expected a radius in 1/255, above 0 and at most 255")
     out = out or run_folder(checkpoint) / "diagnostics"
     check_folder("out", out)
-    check_same_images("other", checkpoint, other, folder)
     loaded = [load_run(each) for each in (checkpoint, other) if each is not None]
     configs = [RunConfig.from_dict(info["run"]) for _, info in loaded]
     # Noise is averaged at inference, but the diagnostics need the dynamics of a single network.
@@ -176,6 +181,8 @@ def diagnose_run(
     substep = _common_substep(configs, nets)
     etas = _etas(configs, eta)
     test = run_images(loaded[0][1], folder, images)
+    if other is not None:
+        check_images("other", other, loaded[1][1], test, folder)
     device = next(nets[0].parameters()).device
     inputs, labels = to_float(test.test_images).to(device), test.test_labels.to(device)
     names = _names(configs)

@@ -48,7 +48,7 @@ def inspected(
         return Inspected(net, run_images(info, folder, images), title)
     if dataset is None:
         raise ValueError(f"dataset: missing for {network}, expected one of {', '.join(data.names())}")
-    net, title = network_of(network, weights)
+    net, title = own_network(network, weights)
     return Inspected(net, data.load(dataset, folder).subset(None, images), title)
 
 
@@ -59,10 +59,8 @@ def is_import_name(network: str | Path) -> bool:
     return bool(colon) and names and not Path(network).exists()
 
 
-def network_of(network: str | Path, weights: Path | None = None) -> tuple[nn.Module, str]:
-    """Return the network of a run, or your own network with its ``weights``, on its device; and its title."""
-    if not is_import_name(network):
-        return load_run(network)[0], run_folder(network).name
+def own_network(network: str | Path, weights: Path | None = None) -> tuple[nn.Module, str]:
+    """Return your own network with its ``weights``, on its device; and its title."""
     net, title = _own(str(network)), str(network)
     if weights is not None:
         try:
@@ -127,23 +125,24 @@ def run_images(info: dict[str, Any], folder: Path | None, images: int | None) ->
     return subset.subset(None, images)
 
 
-def check_same_images(argument: str, network: str | Path, other: str | Path | None, folder: Path | None) -> None:
-    """Raise ValueError if ``other`` was trained on other data, or on images of another size, than ``network``.
+def check_images(
+    argument: str, network: str | Path, info: dict[str, Any], data: ImageDataset, folder: Path | None
+) -> None:
+    """Raise ValueError if a network was trained on other images than ``data``, or on another size.
 
     Args:
-        argument: name of the argument ``other``, for the message.
-        network: a run, or one of `pretrained_names`. For your own network the check is left out.
-        other: as ``network``; None leaves out the check.
+        argument: name of the argument ``network``, for the message.
+        network: the network's name.
+        info: the dict that `load_run` returns.
+        data: the images on which it will be used.
         folder: folder with the data sets.
     """
-    if other is None or is_import_name(network) or is_import_name(other):
-        return
-    kinds = []
-    for each in (network, other):
-        images = run_images(load_run(each)[1], folder, None)
-        kinds.append(f"{images.name} of {' x '.join(map(str, images.test_images.shape[1:3]))} pixels")
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{argument}: got {other}, trained on {kinds[1]}, expected one for {kinds[0]}")
+    got, expected = (
+        f"{images.name} of {' x '.join(map(str, images.test_images.shape[1:3]))} pixels"
+        for images in (run_images(info, folder, None), data)
+    )
+    if got != expected:
+        raise ValueError(f"{argument}: got {network}, trained on {got}, expected one for {expected}")
 
 
 def _device() -> str:

@@ -17,9 +17,8 @@ with extra("train"):
 
 #: The probability outside a 95 % interval, on each side.
 TAIL = 0.025
-# Differences and intervals keep this number of decimals; p-values keep this number of significant digits. Quantiles of
-# different versions of SciPy agree to about nine.
-DIGITS = 6
+# Differences and intervals keep this number of decimals; p-values keep this number of significant digits.
+DIGITS = 9
 
 
 def t_quantile(df: float) -> float:
